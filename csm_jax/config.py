@@ -1,0 +1,249 @@
+"""Sizes of the model and the codec: frozen dataclasses, with presets and a JSON form.
+
+`csm_1b()` is the released model (SesameAILabs/csm `models.py`, kyutai-labs/moshi `loaders.py`);
+`tiny()` has deliberately odd sizes, so that nothing hard-coded survives the tests.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from csm_jax.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling: long wavelengths are slowed by `factor`, short ones are kept."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_seq_len: int
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """One Llama stack; the backbone and the depth decoder are two of these."""
+
+    num_layers: int
+    embed_dim: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    max_seq_len: int
+    norm_eps: float = 1e-5
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None = None
+
+    def __post_init__(self):
+        if self.num_heads % self.num_kv_heads:
+            raise CheckpointError(
+                f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+
+
+@dataclass(frozen=True)
+class MimiConfig:
+    """The Mimi codec. `ratios` are the encoder's strides in order, from the waveform inwards."""
+
+    sample_rate: int = 24_000
+    channels: int = 1
+    num_filters: int = 64
+    ratios: tuple[int, ...] = (4, 5, 6, 8)
+    kernel_size: int = 7
+    last_kernel_size: int = 3
+    residual_kernel_size: int = 3
+    num_residual_layers: int = 1
+    dilation_growth: int = 2
+    compress: int = 2
+    embed_dim: int = 512
+    num_layers: int = 8
+    num_heads: int = 8
+    mlp_dim: int = 2048
+    attention_window: int = 250
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    downsample_stride: int = 2
+    num_codebooks: int = 32
+    num_semantic_codebooks: int = 1
+    codebook_size: int = 2048
+    codebook_dim: int = 256
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def hop_length(self) -> int:
+        """Samples per position of the codec's transformers (960: 25 Hz)."""
+        return math.prod(self.ratios)
+
+    @property
+    def frame_size(self) -> int:
+        """Samples per code frame (1920: 12.5 Hz)."""
+        return self.hop_length * self.downsample_stride
+
+
+@dataclass(frozen=True)
+class TextTokenIds:
+    """Ids of the text vocabulary that the prompt format gives a meaning to.
+
+    `audio` and `audio_eos` stand for audio frames in the Hugging Face chat template; the model
+    itself never embeds them, they are kept so that a checkpoint can be written back.
+    """
+
+    bos: int = 128_000
+    eos: int = 128_001
+    audio: int = 128_002
+    audio_eos: int = 128_003
+
+
+@dataclass(frozen=True)
+class CSMConfig:
+    """The whole model: backbone, depth decoder, vocabularies and codec."""
+
+    backbone: LlamaConfig
+    depth_decoder: LlamaConfig
+    codec: MimiConfig
+    text_vocab_size: int = 128_256
+    audio_vocab_size: int = 2051
+    num_codebooks: int = 32
+    text_token_ids: TextTokenIds = field(default_factory=TextTokenIds)
+
+    def __post_init__(self):
+        if not 2 <= self.num_codebooks <= self.codec.num_codebooks:
+            raise CheckpointError(
+                f"num_codebooks {self.num_codebooks} is outside 2..{self.codec.num_codebooks}, "
+                "the codebooks of the codec"
+            )
+        if self.audio_vocab_size < self.codec.codebook_size:
+            raise CheckpointError(
+                f"audio_vocab_size {self.audio_vocab_size} is smaller than the codec's codebook "
+                f"size {self.codec.codebook_size}"
+            )
+
+    @property
+    def frame_ms(self) -> float:
+        """Milliseconds of audio per frame (80)."""
+        return 1000 * self.codec.frame_size / self.codec.sample_rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "CSMConfig":
+        """Reads what `to_dict` wrote; raises `CheckpointError` on a missing or unknown field."""
+        values = dict(values)
+        return _build(
+            CSMConfig,
+            values
+            | {
+                "backbone": _build_llama(values.get("backbone")),
+                "depth_decoder": _build_llama(values.get("depth_decoder")),
+                "codec": _build(MimiConfig, values.get("codec")),
+                "text_token_ids": _build(TextTokenIds, values.get("text_token_ids")),
+            },
+        )
+
+
+def _build_llama(values: dict[str, Any] | None) -> LlamaConfig:
+    scaling = (values or {}).get("rope_scaling")
+    built = None if scaling is None else _build(RopeScaling, scaling)
+    return _build(LlamaConfig, values, rope_scaling=built)
+
+
+def _build(cls: type, values: dict[str, Any] | None, **replaced: Any) -> Any:
+    """`cls(**values)`, with lists made tuples and a readable error for a wrong set of fields."""
+    if not isinstance(values, dict):
+        raise CheckpointError(f"config.json has no section for {cls.__name__}")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    optional = {f.name for f in known.values() if f.default is not dataclasses.MISSING}
+    optional |= {f.name for f in known.values() if f.default_factory is not dataclasses.MISSING}
+    unknown = sorted(values.keys() - known.keys())
+    missing = sorted(known.keys() - optional - values.keys())
+    if unknown or missing:
+        raise CheckpointError(
+            f"config.json, {cls.__name__}: unknown fields {unknown}, missing fields {missing}"
+        )
+    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
+    return cls(**(kept | replaced))
+
+
+def csm_1b() -> CSMConfig:
+    """The released CSM-1B: 1 552 791 552 parameters, and Mimi's 79 308 609."""
+    scaling = RopeScaling(
+        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+    )
+    return CSMConfig(
+        backbone=LlamaConfig(
+            num_layers=16,
+            embed_dim=2048,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=64,
+            mlp_dim=8192,
+            max_seq_len=2048,
+            rope_scaling=scaling,
+        ),
+        depth_decoder=LlamaConfig(
+            num_layers=4,
+            embed_dim=1024,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=128,
+            mlp_dim=8192,
+            max_seq_len=33,
+            rope_scaling=scaling,
+        ),
+        codec=MimiConfig(),
+    )
+
+
+def tiny() -> CSMConfig:
+    """A model of odd sizes for tests and dry runs: 7 codebooks, 3 layers, 6 heads on 2 kv heads.
+
+    The codec keeps 24 kHz and frames of 80 ms, so that durations mean what they mean at full size.
+    """
+    scaling = RopeScaling(
+        factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=512
+    )
+    return CSMConfig(
+        backbone=LlamaConfig(
+            num_layers=3,
+            embed_dim=48,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=8,
+            mlp_dim=80,
+            max_seq_len=256,
+            rope_scaling=scaling,
+        ),
+        depth_decoder=LlamaConfig(
+            num_layers=2,
+            embed_dim=36,
+            num_heads=6,
+            num_kv_heads=2,
+            head_dim=6,
+            mlp_dim=56,
+            max_seq_len=8,
+            rope_scaling=scaling,
+        ),
+        codec=MimiConfig(
+            num_filters=4,
+            embed_dim=24,
+            num_layers=2,
+            num_heads=3,
+            mlp_dim=40,
+            attention_window=10,
+            num_codebooks=7,
+            codebook_size=32,
+            codebook_dim=12,
+        ),
+        text_vocab_size=263,
+        audio_vocab_size=35,
+        num_codebooks=7,
+        text_token_ids=TextTokenIds(bos=256, eos=257, audio=258, audio_eos=259),
+    )

@@ -1,0 +1,17 @@
+"""What a user did wrong. The command lines print one line of it and exit with code 2."""
+
+
+class CSMError(ValueError):
+    """Base of all errors whose message is meant for the user."""
+
+
+class InputError(CSMError):
+    """Text, audio, a sampling value or a script that cannot be used."""
+
+
+class CheckpointError(CSMError):
+    """A checkpoint, config or tokenizer that is missing, damaged or of another layout."""
+
+
+class OutputError(CSMError):
+    """Somewhere that cannot be written to."""
