@@ -1,0 +1,281 @@
+"""Mimi (Defossez et al., 2024): 24 kHz speech to 12.5 code frames a second, and back.
+
+`Mimi` is the network, `Codec` what users call. Order of layers and padding:
+kyutai-labs/moshi `models/compression.py`.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from csm_jax.config import MimiConfig
+from csm_jax.errors import CheckpointError, InputError
+from csm_jax.mimi.conv import (
+    Array,
+    ConvTranspose1d,
+    ReplicateConv1d,
+    State,
+    init_states,
+    step_all,
+)
+from csm_jax.mimi.quantizer import SplitQuantizer
+from csm_jax.mimi.seanet import Decoder, Encoder
+from csm_jax.mimi.transformer import Transformer
+
+# Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
+# its memory (0.5 GB at full size) and, in powers of two, the number of shapes to compile.
+MAX_BLOCK_FRAMES = 128
+
+
+class Mimi(nnx.Module):
+    """The codec's network. Float32 throughout: rounded activations change codes.
+
+    Lengths are multiples of the frame size: F frames are `F * config.frame_size` samples.
+    """
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        dim, stride = config.embed_dim, config.downsample_stride
+        resampling = dict(stride=stride, use_bias=False, rngs=rngs)
+        self.encoder = Encoder(config, rngs=rngs)
+        self.encoder_transformer = Transformer(config, rngs=rngs)
+        self.downsample = ReplicateConv1d(dim, dim, 2 * stride, **resampling)
+        self.quantizer = SplitQuantizer(config, rngs=rngs)
+        self.upsample = ConvTranspose1d(dim, dim, 2 * stride, depthwise=True, **resampling)
+        self.decoder_transformer = Transformer(config, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def encode(self, audio: Array, num_codebooks: int) -> Array:
+        """[B, samples] or [B, samples, channels] to codes, int32 [B, F, num_codebooks]."""
+        return self.encode_step(audio, self.init_encode_state(audio.shape[0]), num_codebooks)[0]
+
+    def decode(self, codes: Array) -> Array:
+        """Codes, int32 [B, F, Q] for any Q from 1 to all, to [B, samples, channels]."""
+        return self.decode_step(codes, self.init_decode_state(codes.shape[0]))[0]
+
+    def init_encode_state(self, batch: int) -> State:
+        return init_states(self._encode_layers, batch)
+
+    def init_decode_state(self, batch: int) -> State:
+        return init_states(self._decode_layers, batch)
+
+    def encode_step(self, audio: Array, state: State, num_codebooks: int) -> tuple[Array, State]:
+        """`encode` of the next samples of recordings of which `state` has seen the beginning."""
+        if audio.ndim == 2:
+            audio = audio[..., None]
+        latent, state = step_all(self._encode_layers, audio, state)
+        return self.quantizer.encode(latent, num_codebooks), state
+
+    def decode_step(self, codes: Array, state: State) -> tuple[Array, State]:
+        """`decode` of the next frames of recordings of which `state` has seen the beginning."""
+        return step_all(self._decode_layers, self.quantizer.decode(codes), state)
+
+    @property
+    def _encode_layers(self):
+        return self.encoder, self.encoder_transformer, self.downsample
+
+    @property
+    def _decode_layers(self):
+        return self.upsample, self.decoder_transformer, self.decoder
+
+
+@functools.cache
+def _abstract(config: MimiConfig) -> Mimi:
+    """The network with shapes for parameters: it allocates nothing."""
+    return nnx.eval_shape(lambda: Mimi(config, rngs=nnx.Rngs(0)))
+
+
+def bind(config: MimiConfig, params: dict[str, Any]) -> Mimi:
+    """The network over a pure dictionary of parameters, for use inside a jitted function."""
+    return nnx.merge(nnx.graphdef(_abstract(config)), params)
+
+
+# Jitted, so that a state of a hundred small buffers is one dispatch.
+@functools.partial(jax.jit, static_argnames=("config", "batch"))
+def _init_encode_state(*, config: MimiConfig, batch: int) -> State:
+    return _abstract(config).init_encode_state(batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch"))
+def _init_decode_state(*, config: MimiConfig, batch: int) -> State:
+    return _abstract(config).init_decode_state(batch)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "num_codebooks"), donate_argnames=("state",))
+def _encode_step(
+    params: dict[str, Any], audio: Array, state: State, *, config: MimiConfig, num_codebooks: int
+) -> tuple[Array, State]:
+    return bind(config, params).encode_step(audio, state, num_codebooks)
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _decode_step(
+    params: dict[str, Any], codes: Array, state: State, *, config: MimiConfig
+) -> tuple[Array, State]:
+    audio, state = bind(config, params).decode_step(codes, state)
+    return audio[..., 0], state
+
+
+class Codec:
+    """Mono waveforms to codes and back, on numpy arrays.
+
+    Args:
+      config: sizes of the network.
+      params: its parameters, a pure nested dictionary; floats of other widths become float32.
+    """
+
+    def __init__(self, config: MimiConfig, params: dict[str, Any]):
+        if config.channels != 1:
+            raise CheckpointError(f"the codec has {config.channels} channels; only 1 is supported")
+        self.config = config
+        self._params = jax.tree.map(lambda param: jnp.asarray(param, jnp.float32), params)
+
+    @property
+    def sample_rate(self) -> int:
+        """Samples a second."""
+        return self.config.sample_rate
+
+    @property
+    def frame_size(self) -> int:
+        """Samples a frame."""
+        return self.config.frame_size
+
+    @property
+    def num_codebooks(self) -> int:
+        """Codes a frame, at most."""
+        return self.config.num_codebooks
+
+    def encode(
+        self, audio: np.ndarray | Sequence[np.ndarray], num_codebooks: int | None = None
+    ) -> np.ndarray | list[np.ndarray]:
+        """Codes of one waveform, or of a list of waveforms of any lengths as one batch.
+
+        A waveform is padded with zeros on the right to whole frames, once, before the first
+        layer, as kyutai's implementation does. Hugging Face's pads within every layer instead, so
+        that the last frame of a length that is not a multiple of the frame size may differ.
+
+        Args:
+          audio: float [num_samples] at `sample_rate`, or a list of these.
+          num_codebooks: how many codes a frame, 1 to all; None is all.
+
+        Returns:
+          int32 [ceil(num_samples / frame_size), num_codebooks], or a list of these.
+
+        Raises:
+          InputError: for another number of axes or of codebooks.
+        """
+        count = self.num_codebooks if num_codebooks is None else num_codebooks
+        self._check_num_codebooks(count)
+        rows = [np.asarray(row, np.float32) for row in _as_list(audio)]
+        for row in rows:
+            if row.ndim != 1:
+                raise InputError(f"audio has shape {row.shape}; mono audio is [num_samples]")
+        lengths = [-(-len(row) // self.frame_size) for row in rows]  # in frames
+        state = self.encode_stream_state(len(rows))
+        blocks = [np.zeros((len(rows), 0, count), np.int32)]
+        for start, size in _blocks(max(lengths, default=0)):
+            block = _cut(rows, start * self.frame_size, size * self.frame_size)
+            codes, state = self.encode_samples(block, state, count)
+            blocks.append(np.asarray(codes))
+        codes = np.concatenate(blocks, axis=1)
+        return _like(audio, [row[:length] for row, length in zip(codes, lengths, strict=True)])
+
+    def decode(self, codes: np.ndarray | Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
+        """The waveform of one array of codes, or those of a list of any lengths as one batch.
+
+        Args:
+          codes: integers [num_frames, Q] from 0 to `codebook_size - 1`, Q from 1 to
+            `num_codebooks`, or a list of these with the same Q.
+
+        Returns:
+          float32 [num_frames * frame_size] at `sample_rate`, or a list of these.
+
+        Raises:
+          InputError: for another shape or value.
+        """
+        rows = [self._check_codes(np.asarray(row)) for row in _as_list(codes)]
+        if len({row.shape[1] for row in rows}) > 1:
+            raise InputError(
+                f"codes of one batch have {sorted({row.shape[1] for row in rows})} codebooks; "
+                "decode those of a kind together"
+            )
+        lengths = [len(row) * self.frame_size for row in rows]
+        state = self.decode_stream_state(len(rows))
+        blocks = [np.zeros((len(rows), 0), np.float32)]
+        for start, size in _blocks(max(map(len, rows), default=0)):
+            audio, state = self.decode_frames(_cut(rows, start, size), state)
+            blocks.append(np.asarray(audio))
+        audio = np.concatenate(blocks, axis=1)
+        return _like(codes, [row[:length] for row, length in zip(audio, lengths, strict=True)])
+
+    def encode_stream_state(self, batch: int = 1) -> State:
+        """What `encode_samples` starts from."""
+        return _init_encode_state(config=self.config, batch=batch)
+
+    def decode_stream_state(self, batch: int = 1) -> State:
+        """What `decode_frames` starts from."""
+        return _init_decode_state(config=self.config, batch=batch)
+
+    def encode_samples(
+        self, audio: np.ndarray, state: State, num_codebooks: int
+    ) -> tuple[Array, State]:
+        """Continues `batch` streams: float32 [batch, F * frame_size] to int32 [batch, F, Q].
+
+        The state's buffers are used up: only the returned state may be used again. Every F is
+        compiled once. The codes may still be being computed on return.
+        """
+        return _encode_step(
+            self._params, audio, state, config=self.config, num_codebooks=num_codebooks
+        )
+
+    def decode_frames(self, codes: np.ndarray | Array, state: State) -> tuple[Array, State]:
+        """Continues `batch` streams: int32 [batch, F, Q] to float32 [batch, F * frame_size].
+
+        Codes are taken as they are. Otherwise like `encode_samples`.
+        """
+        return _decode_step(self._params, codes, state, config=self.config)
+
+    def _check_num_codebooks(self, count: int) -> None:
+        if not 1 <= count <= self.num_codebooks:
+            raise InputError(f"{count} codebooks asked for; the codec has 1..{self.num_codebooks}")
+
+    def _check_codes(self, codes: np.ndarray) -> np.ndarray:
+        if codes.ndim != 2 or not np.issubdtype(codes.dtype, np.integer):
+            raise InputError(
+                f"codes are {codes.dtype} of shape {codes.shape}; integers [num_frames, Q] needed"
+            )
+        self._check_num_codebooks(codes.shape[1])
+        limit = self.config.codebook_size
+        wrong = codes[(codes < 0) | (codes >= limit)]
+        if wrong.size:
+            raise InputError(f"code {wrong[0]} is outside 0..{limit - 1}")
+        return codes.astype(np.int32)
+
+
+def _as_list(value: np.ndarray | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _like(value: np.ndarray | Sequence[np.ndarray], rows: list) -> np.ndarray | list[np.ndarray]:
+    """`rows` the way they came: a list for a list, the only one for an array."""
+    return rows if isinstance(value, list | tuple) else rows[0]
+
+
+def _blocks(num_frames: int) -> Iterator[tuple[int, int]]:
+    """Start and size of the blocks that cover `num_frames`: full ones, then a power of two."""
+    for start in range(0, num_frames, MAX_BLOCK_FRAMES):
+        left = min(MAX_BLOCK_FRAMES, num_frames - start)
+        yield start, 1 << (left - 1).bit_length()
+
+
+def _cut(rows: Sequence[np.ndarray], start: int, size: int) -> np.ndarray:
+    """[B, size, ...] of rows of any lengths from `start` on, zeros after a row's end."""
+    block = np.zeros((len(rows), size, *rows[0].shape[1:]), rows[0].dtype)
+    for i, row in enumerate(rows):
+        part = row[start : start + size]
+        block[i, : len(part)] = part
+    return block

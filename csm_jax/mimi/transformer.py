@@ -1,0 +1,84 @@
+"""The codec's two transformers, between the convolutions and the quantiser, at 25 Hz.
+
+Sizes and order of operations: kyutai-labs/moshi `modules/transformer.py` and `models/loaders.py`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from csm_jax.cache import WindowCache
+from csm_jax.config import MimiConfig
+from csm_jax.layers import LayerNorm, Linear, apply_rope, attention, per_channel, rope_frequencies
+from csm_jax.mimi.conv import Array, Chain, StreamingLayer
+
+# Where training starts (moshi `loaders.py`): residual branches that hardly count.
+LAYER_SCALE = 0.01
+
+
+class TransformerLayer(StreamingLayer):
+    """Attention over the last `attention_window` positions, then an MLP; both scaled per channel.
+
+    Layer norm comes first (pre-norm), projections have no biases, and each branch is multiplied
+    by a learnt vector (LayerScale, Touvron et al., 2021).
+    """
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        dim = config.embed_dim
+        self.config = config
+        self.attn_norm = LayerNorm(dim, config.norm_eps, dtype=jnp.float32)
+        self.q = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.k = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.v = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.o = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.attn_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
+        self.mlp_norm = LayerNorm(dim, config.norm_eps, dtype=jnp.float32)
+        self.up = Linear(dim, config.mlp_dim, dtype=jnp.float32, rngs=rngs)
+        self.down = Linear(config.mlp_dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.mlp_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
+
+    def init_state(self, batch: int) -> WindowCache:
+        config = self.config
+        return WindowCache.create(
+            batch, config.attention_window, config.num_heads, config.head_dim, jnp.float32
+        )
+
+    def step(self, x: Array, state: WindowCache) -> tuple[Array, WindowCache]:
+        attended, state = self._attend(self.attn_norm(x), state)
+        x = x + attended * per_channel(self.attn_scale[...], x)
+        hidden = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)
+        return x + self.down(hidden) * per_channel(self.mlp_scale[...], x), state
+
+    def _attend(self, x: Array, cache: WindowCache) -> tuple[Array, WindowCache]:
+        batch, length, dim = x.shape
+        window = self.config.attention_window
+        heads = (batch, length, self.config.num_heads, self.config.head_dim)
+        frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta)
+        positions = cache.length[:, None] + jnp.arange(length)[None]  # [B, T]
+
+        query = apply_rope(self.q(x).reshape(heads), positions, frequencies)
+        key = apply_rope(self.k(x).reshape(heads), positions, frequencies)
+        key = jnp.concatenate([cache.key, key], axis=1)  # [B, W + T, N, H]
+        value = jnp.concatenate([cache.value, self.v(x).reshape(heads)], axis=1)
+
+        mixed = attention(query, key, value, _visible(cache.length, length, window))
+        cache = WindowCache(key[:, -window:], value[:, -window:], cache.length + length)
+        return self.o(mixed.reshape(batch, length, dim)), cache
+
+
+class Transformer(Chain):
+    """A stack of `TransformerLayer`, [B, T, D] to [B, T, D]. There is no norm at its end."""
+
+    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+        super().__init__(TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers))
+
+
+def _visible(seen: Array, length: int, window: int) -> Array:
+    """Which of the `window` cached and `length` new keys each new query sees, bool [B, T, W + T].
+
+    Args:
+      seen: int32 [B], positions before this block; the cache ends with the last of them.
+    """
+    query = seen[:, None, None] + jnp.arange(length)[None, :, None]
+    key = seen[:, None, None] - window + jnp.arange(window + length)[None, None]
+    return (key >= 0) & (key <= query) & (key > query - window)
