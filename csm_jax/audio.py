@@ -1,0 +1,217 @@
+"""Audio in and out: files of the usual formats to mono float32 samples and back.
+
+libsndfile (soundfile) does the coding, soxr the resampling. Sample rates are in Hz.
+"""
+
+import io
+import os
+import secrets
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import soundfile
+import soxr
+
+from csm_jax.errors import InputError, OutputError
+
+SAMPLE_RATE = 24_000
+
+_INT16_SCALE = 32_768
+
+
+class _Format(NamedTuple):
+    """A container and coding of libsndfile, and whether it can hold a recording of 0 samples."""
+
+    container: str
+    coding: str
+    holds_empty: bool
+
+
+_FORMATS = {
+    ".wav": _Format("WAV", "PCM_16", True),
+    ".flac": _Format("FLAC", "PCM_16", False),
+    ".mp3": _Format("MP3", "MPEG_LAYER_III", False),
+    ".ogg": _Format("OGG", "VORBIS", True),
+    ".opus": _Format("OGG", "OPUS", False),
+    ".pcm": _Format("RAW", "PCM_16", True),
+    ".raw": _Format("RAW", "PCM_16", True),
+}
+
+
+def load_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
+    """Reads a recording as mono float32 [num_samples] at `sample_rate` Hz.
+
+    The content decides the format (wav, flac, mp3, ogg, opus and whatever else libsndfile reads),
+    except that `.pcm` and `.raw` are headerless signed 16-bit little-endian mono at `sample_rate`.
+    Channels are averaged; another rate is resampled with soxr (HQ).
+
+    Raises `InputError` for a file that is missing, unreadable, not audio, empty, not finite, or
+    raw with half a sample at its end.
+    """
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({error.strerror}); give a recording, such as a .wav file"
+        ) from error
+    if path.suffix.lower() in (".pcm", ".raw"):
+        return check_audio(_decode_raw(data, path), str(path))
+    samples, file_rate = _decode(data, path)
+    with np.errstate(invalid="ignore", over="ignore"):  # check_audio says it in one line
+        mono = samples.mean(axis=1)
+    samples = check_audio(mono, str(path))
+    if file_rate == sample_rate:
+        return samples
+    resampled = soxr.resample(samples, file_rate, sample_rate, quality="HQ")
+    return check_audio(resampled, f"{path} at {sample_rate} Hz")
+
+
+def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:
+    """A caller's array as float32 [num_samples]; int16 is scaled by 1 / 32768.
+
+    `name` is what errors call it. Raises `InputError` for another shape or dtype, 0 samples, or
+    samples that are not finite.
+    """
+    samples = _mono_float32(audio, name)
+    if not len(samples):
+        raise InputError(f"{name}: no samples; give a recording that is not empty")
+    return samples
+
+
+def encode_audio(audio: np.ndarray, sample_rate: int, suffix: str) -> bytes:
+    """The bytes of a file named `suffix` (".wav", ...) that holds `audio`, clipped to [-1, 1].
+
+    Args:
+      audio: [num_samples] float or int16; 0 samples are allowed, and become one of silence in the
+        formats that libsndfile writes no empty file of (flac, mp3, opus).
+      sample_rate: in Hz; Opus takes 8, 12, 16, 24 and 48 kHz only.
+      suffix: .wav and .flac (16 bit), .mp3, .ogg (Vorbis), .opus, .pcm and .raw (s16le).
+
+    Raises `InputError` for audio that `check_audio` refuses otherwise, `OutputError` for an unknown
+    suffix or a rate that the format does not have.
+    """
+    how = _format(suffix, suffix)
+    samples = _mono_float32(audio, "audio")
+    try:
+        return _encode(samples, sample_rate, how)
+    except soundfile.LibsndfileError as error:
+        raise OutputError(
+            f"{suffix} cannot hold {sample_rate} Hz audio ({error.error_string}); use .wav"
+        ) from error
+
+
+def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int) -> None:
+    """Writes `audio` in the format of the path's suffix (see `encode_audio`), whole or not at all.
+
+    Raises what `encode_audio` and `check_output` raise, and `OutputError` when writing fails; then
+    a file that stood at `path` is still there, unchanged.
+    """
+    path = Path(path)
+    check_output(path)
+    data = encode_audio(audio, sample_rate, path.suffix)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
+    try:
+        # Not tempfile: its files are private to the user, and would stay so after the rename.
+        with open(temporary, "xb") as file:
+            file.write(data)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise OutputError(_cannot_write(path, error)) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_output(path: str | os.PathLike[str]) -> None:
+    """Raises `OutputError` if `save_audio` could not write `path`; leaves nothing behind.
+
+    For use before minutes of generation: unknown suffix, a directory, a parent directory that is
+    missing or not writable.
+    """
+    path = Path(path)
+    _format(path.suffix, str(path))
+    try:
+        if path.is_dir():
+            raise OutputError(f"{path}: is a directory; name a file in it")
+        # Trying is the only test that also knows of read-only disks, quotas and root.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise OutputError(_cannot_write(path, error)) from error
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return (
+        f"{path}: cannot be written in directory {path.parent} ({error.strerror}); "
+        "choose a directory that exists, is writable and has space"
+    )
+
+
+def _format(suffix: str, name: str) -> _Format:
+    if suffix.lower() not in _FORMATS:
+        known = ", ".join(_FORMATS)
+        raise OutputError(f"{name}: unknown audio format {suffix!r}; use one of {known}")
+    return _FORMATS[suffix.lower()]
+
+
+def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
+    """float32 [num_samples, num_channels] and the rate in Hz."""
+    try:
+        return soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError as error:
+        # libsndfile would call a file of 0 bytes one of an unknown format.
+        reason = error.error_string.rstrip(".") if data else "the file is empty"
+        raise InputError(
+            f"{path}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
+        ) from error
+
+
+def _decode_raw(data: bytes, path: Path) -> np.ndarray:
+    """int16 [num_samples]."""
+    if len(data) % 2:
+        raise InputError(
+            f"{path}: {len(data)} bytes are not whole 16-bit samples; "
+            f"{path.suffix} is headerless signed 16-bit mono, give another format its own suffix"
+        )
+    return np.frombuffer(data, "<i2")
+
+
+def _mono_float32(audio: np.ndarray, name: str) -> np.ndarray:
+    audio = np.asarray(audio)
+    expected = f"give mono float samples [num_samples] at {SAMPLE_RATE} Hz (load_audio reads files)"
+    if audio.ndim != 1:
+        raise InputError(f"{name} has shape {audio.shape}; {expected}")
+    if np.issubdtype(audio.dtype, np.int16):
+        return audio.astype(np.float32) / _INT16_SCALE
+    if not np.issubdtype(audio.dtype, np.floating):
+        raise InputError(f"{name} has dtype {audio.dtype}, not float or int16; {expected}")
+    with np.errstate(over="ignore"):  # becomes inf, and is refused as such
+        samples = audio.astype(np.float32)
+    if bad := np.count_nonzero(~np.isfinite(samples)):
+        raise InputError(
+            f"{name}: {bad} of {len(samples)} samples are NaN or infinite; repair the recording"
+        )
+    return samples
+
+
+def _to_int16(samples: np.ndarray) -> np.ndarray:
+    # libsndfile would multiply by 32767 and divide by 32768 when reading: 16-bit audio would change
+    # each time it is loaded and saved.
+    scaled = np.rint(np.clip(samples, -1, 1) * _INT16_SCALE)
+    return np.minimum(scaled, _INT16_SCALE - 1).astype(np.int16)
+
+
+def _encode(samples: np.ndarray, sample_rate: int, how: _Format) -> bytes:
+    if not len(samples) and not how.holds_empty:
+        samples = np.zeros(1, np.float32)
+    samples = _to_int16(samples) if how.coding == "PCM_16" else np.clip(samples, -1, 1)
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(
+        buffer, "w", sample_rate, channels=1, format=how.container, subtype=how.coding
+    ) as file:
+        # One call with a long recording overflows the stack of libsndfile's Vorbis encoder.
+        for start in range(0, len(samples), sample_rate):
+            file.write(samples[start : start + sample_rate])
+    return buffer.getvalue()
