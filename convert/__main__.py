@@ -1,0 +1,89 @@
+"""Converts checkpoints from the command line.
+
+python -m csm_jax.convert --source=DIR_OR_HUB_NAME --out=DIR              any layout to native
+python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import flags
+from csm_jax.convert.export import export_huggingface
+from csm_jax.convert.layouts import open_checkpoint, read_json
+
+from csm_jax import checkpoint, cli, hub
+from csm_jax.config import CSMConfig
+from csm_jax.errors import CheckpointError, InputError
+from csm_jax.tokenizer import load_tokenizer
+
+PROGRAM = "csm_jax.convert"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    def define(name: str, default: str | None, help: str) -> None:
+        flags.DEFINE_string(name, default, help, flag_values=values)
+
+    define("source", None, "directory or file in any layout, or a hub name such as sesame/csm-1b")
+    define("out", None, "directory to write; must not exist yet")
+    define("to", "native", "native, or hf for transformers' layout")
+    define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
+    define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
+    define("config", None, "config.json with the sizes, in this project's form, if need be")
+    define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
+
+
+def main(values: flags.FlagValues) -> None:
+    if values.source is None or values.out is None:
+        raise InputError("give --source and --out")
+    if values.dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {values.dtype}, but must be one of {', '.join(DTYPES)}")
+    dtype = None if values.dtype is None else jnp.dtype(values.dtype)
+    out = Path(values.out)
+    if values.to == "native":
+        _to_native(values, out, dtype)
+    elif values.to == "hf":
+        export_huggingface(_native(values.source), out, dtype)
+    else:
+        raise InputError(f"--to is {values.to}, but must be native or hf")
+
+
+def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
+    source = _source(values.source)
+    if checkpoint.is_native(source):
+        raise CheckpointError(f"{source} is native already; --to=hf converts it back")
+    codec = None if values.codec is None else Path(values.codec)
+    config = None if values.config is None else _read_config(Path(values.config))
+    opened = open_checkpoint(source, codec, config)
+    directory = source if source.is_dir() else source.parent
+    tokenizer = load_tokenizer(Path(values.tokenizer or directory), opened.config)
+    shapes = checkpoint.flatten(checkpoint.param_shapes(opened.config))
+    small = checkpoint.small_files(directory)
+    checkpoint.save(out, opened.config, opened.tensors(shapes), tokenizer, small, dtype)
+
+
+def _source(name: str) -> Path:
+    path = Path(name).expanduser()
+    return path if path.exists() else hub.download(name)
+
+
+def _native(name: str) -> Path:
+    directory = Path(name).expanduser()
+    if not checkpoint.is_native(directory):
+        raise CheckpointError(f"{directory} is no native checkpoint: --to=hf starts from one")
+    return directory
+
+
+def _read_config(path: Path) -> CSMConfig:
+    values = read_json(path)
+    return CSMConfig.from_dict(values.get("config", values))
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return cli.run(PROGRAM, __doc__, define_flags, main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

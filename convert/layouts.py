@@ -1,0 +1,192 @@
+"""Which layout a directory holds, and what it takes to read it."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from csm_jax.convert import configs, csm, mimi
+from csm_jax.convert.rules import Shape, Table, TensorSource, convert
+from csm_jax.convert.sources import SafetensorsSource, TorchSource, shard_groups
+
+from csm_jax.config import CSMConfig, MimiConfig
+from csm_jax.errors import CheckpointError
+
+# What a tensor is called in each layout, and in no other.
+_HUGGINGFACE_KEY = "backbone_model.layers.0.input_layernorm.weight"
+_SESAME_KEY = "backbone.layers.0.sa_norm.scale"
+_HUGGINGFACE_CODEC_KEY = "encoder.layers.0.conv.weight"
+_KYUTAI_CODEC_KEY = "encoder.model.0.conv.conv.weight"
+_CODEC_PREFIX = "codec_model."
+
+
+@dataclass(frozen=True)
+class Part:
+    """A table, the tensors it reads, and the section of the parameters that it fills."""
+
+    section: str
+    table: Table
+    source: TensorSource
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in one of the published layouts, opened but not read."""
+
+    config: CSMConfig
+    parts: tuple[Part, ...]
+
+    def tensors(self, targets: Mapping[str, Shape]) -> Iterator[tuple[str, np.ndarray]]:
+        """Yields every parameter, one at a time; `targets` as in `rules.convert`."""
+        sections = []
+        for part in self.parts:
+            prefix = f"{part.section}/"
+            own = {p.removeprefix(prefix): s for p, s in targets.items() if p.startswith(prefix)}
+            sections.append((prefix, convert(part.table, part.source, own)))
+        for prefix, tensors in sections:
+            for path, tensor in tensors:
+                yield prefix + path, tensor
+
+
+def open_checkpoint(
+    source: Path, codec: Path | None = None, config: CSMConfig | None = None
+) -> Checkpoint:
+    """Finds out the layout of a directory (or a single file) and opens it.
+
+    Args:
+      source: a directory in the Sesame or the Hugging Face layout, or both side by side (then
+        the Hugging Face one is read, which brings its codec along); or one file of them.
+      codec: Mimi in the kyutai or the Hugging Face layout; the Sesame layout has no codec inside.
+      config: sizes, where the layout's own config does not tell them.
+
+    Raises:
+      CheckpointError: nothing known is there, or the codec is missing.
+    """
+    tensors = _find_model(source)
+    if _HUGGINGFACE_KEY in tensors.shapes:
+        return _open_huggingface(source, tensors, config, codec)
+    return _open_sesame(source, tensors, config, codec)
+
+
+def needs_codec(source: Path) -> bool:
+    """Whether the checkpoint in a directory has to be given a codec."""
+    return _HUGGINGFACE_KEY not in _find_model(source).shapes
+
+
+def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
+    """Opens Mimi alone: a directory, or one safetensors file.
+
+    The Hugging Face layout tells its sizes itself, kyutai's is read in those of `config`.
+    """
+    for tensors in _candidates(source):
+        if _HUGGINGFACE_CODEC_KEY in tensors.shapes:
+            config = configs.mimi_from_huggingface(_read_config(source))
+            return config, Part("codec", mimi.huggingface_table(config), tensors)
+        if _KYUTAI_CODEC_KEY in tensors.shapes:
+            return config, Part("codec", mimi.kyutai_table(config, tensors.shapes), tensors)
+    raise CheckpointError(
+        f"{source} holds no Mimi codec: expected model.safetensors of kyutai/mimi, or "
+        "tokenizer-e351c8d8-checkpoint125.safetensors"
+    )
+
+
+def _find_model(source: Path) -> TensorSource:
+    for tensors in _candidates(source):
+        if _HUGGINGFACE_KEY in tensors.shapes or _SESAME_KEY in tensors.shapes:
+            return tensors
+    raise CheckpointError(
+        f"{source} holds no CSM checkpoint: expected transformers-*.safetensors or "
+        "model.safetensors of a CSM model, ckpt.pt, or a directory written by csm_jax.convert"
+    )
+
+
+def _open_huggingface(
+    source: Path, tensors: TensorSource, config: CSMConfig | None, codec: Path | None
+) -> Checkpoint:
+    config = config or configs.csm_from_huggingface(_read_config(source))
+    model = Part("csm", csm.huggingface_table(), _subset(tensors, codec=False))
+    if codec is not None:
+        codec_config, codec_part = open_codec(codec, config.codec)
+        return Checkpoint(dataclasses.replace(config, codec=codec_config), (model, codec_part))
+    table = mimi.huggingface_table(config.codec).prefixed(_CODEC_PREFIX, "")
+    return Checkpoint(config, (model, Part("codec", table, _subset(tensors, codec=True))))
+
+
+def _open_sesame(
+    source: Path, tensors: TensorSource, config: CSMConfig | None, codec: Path | None
+) -> Checkpoint:
+    if codec is None:
+        raise CheckpointError(
+            f"{source} is in Sesame's layout, which has no codec inside: convert it with "
+            f"python -m csm_jax.convert --source={source} --codec=MIMI --out=DIR, where MIMI is a "
+            "directory or file of kyutai's Mimi"
+        )
+    config = config or _sesame_config(source)
+    codec_config, codec_part = open_codec(codec, config.codec)
+    config = dataclasses.replace(config, codec=codec_config)
+    table = csm.sesame_table(config.backbone, config.depth_decoder)
+    return Checkpoint(config, (Part("csm", table, tensors), codec_part))
+
+
+def _sesame_config(source: Path) -> CSMConfig:
+    values = _read_config(source)
+    if "backbone_flavor" in values:
+        return configs.csm_from_flavors(values)
+    if "depth_decoder_config" in values:
+        return configs.csm_from_huggingface(values)
+    raise CheckpointError(f"{source}: config.json tells no sizes; give them with --config")
+
+
+def _candidates(source: Path) -> Iterator[TensorSource]:
+    """The checkpoints of a directory, Hugging Face's file names first: they bring a codec."""
+    if source.is_file():
+        yield _open_file(source)
+        return
+    if not source.is_dir():
+        raise CheckpointError(f"{source} does not exist")
+    groups = sorted(
+        shard_groups(source), key=lambda files: not files[0].name.startswith("transformers")
+    )
+    for files in groups:
+        yield SafetensorsSource(files)
+    for file in sorted(source.glob("*.pt")):
+        yield TorchSource(file)
+
+
+def _open_file(file: Path) -> TensorSource:
+    return TorchSource(file) if file.suffix in (".pt", ".pth") else SafetensorsSource([file])
+
+
+def _read_config(source: Path) -> dict[str, Any]:
+    path = (source if source.is_dir() else source.parent) / "config.json"
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: it tells the sizes of the model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
+
+
+def _subset(tensors: TensorSource, codec: bool) -> TensorSource:
+    """The tensors of the codec inside a Hugging Face checkpoint, or all others."""
+    return _Subset(tensors, [k for k in tensors.shapes if k.startswith(_CODEC_PREFIX) == codec])
+
+
+class _Subset:
+    """Some of a source's tensors."""
+
+    def __init__(self, source: TensorSource, keys: list[str]):
+        self.name = source.name
+        self.shapes = {key: source.shapes[key] for key in keys}
+        self.read = source.read

@@ -1,0 +1,277 @@
+"""Native checkpoints: an Orbax directory of parameters, a config and a tokenizer.
+
+    DIR/config.json       sizes, and the format's name and version
+    DIR/params/PART/      Orbax: a layer, an embedding, the codec, ... each a checkpoint of its own
+    DIR/tokenizer.json    or tokenizer.model; and small files of the source, kept for the way back
+
+A directory appears under its name only when it is whole: it is written beside it and renamed.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import nnx, traverse_util
+
+from csm_jax.config import CSMConfig
+from csm_jax.errors import CheckpointError, CSMError, OutputError
+from csm_jax.mimi.codec import Mimi
+from csm_jax.model import CSM
+from csm_jax.tokenizer import Tokenizer
+
+FORMAT = "csm-jax"
+VERSION = 1
+Params = dict[str, Any]
+
+# What a checkpoint directory may hold beside weights; copied as it is, so that a conversion
+# back to the Hugging Face layout finds it again.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+SMALL_FILES = (
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+
+
+def param_shapes(config: CSMConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Shapes of all parameters in their two sections; the codec is float32 always."""
+
+    def shapes(make: Any) -> Params:
+        return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
+
+    return {
+        "csm": shapes(lambda: CSM(config, dtype=dtype, rngs=nnx.Rngs(0))),
+        "codec": shapes(lambda: Mimi(config.codec, rngs=nnx.Rngs(0))),
+    }
+
+
+def random_params(config: CSMConfig, dtype: jnp.dtype, seed: int = 0) -> Params:
+    """Random weights for dry runs, of unit gain in every layer.
+
+    Drawn by numpy: 1.6 G of them take seconds, and a minute from `jax.random` on a CPU. The
+    modules' own initialisers are for training.
+    """
+    random = np.random.default_rng(seed)
+
+    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        name = path[-1].key
+        if name in ("scale", "bias"):
+            return jnp.full(shape.shape, 1 if name == "scale" else 0, shape.dtype)
+        is_kernel = len(shape.shape) == 3 and "codec" in path[0].key
+        fan_in = math.prod(shape.shape[:-1]) if is_kernel else shape.shape[-1]
+        values = random.random(shape.shape, np.float32)
+        values -= 0.5
+        # Residual branches add up: at unit gain the codec would be far over full scale.
+        values *= (3 if is_kernel else 12) ** 0.5 * fan_in**-0.5
+        return jnp.asarray(values, shape.dtype)
+
+    return jax.tree.map_with_path(draw, param_shapes(config, dtype))
+
+
+def flatten(params: Params) -> dict[str, Any]:
+    """{'csm/backbone/layers/0/attn/q/weight': ...}."""
+    flat = traverse_util.flatten_dict(params)
+    return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
+
+
+def unflatten(flat: Mapping[str, Any], like: Params) -> Params:
+    """The reverse of `flatten`, with the key types of `like`."""
+    paths = {"/".join(map(str, path)): path for path in traverse_util.flatten_dict(like)}
+    return traverse_util.unflatten_dict({paths[name]: leaf for name, leaf in flat.items()})
+
+
+def small_files(directory: Path) -> list[Path]:
+    """Those of `SMALL_FILES` that a directory has."""
+    return [directory / name for name in SMALL_FILES if (directory / name).is_file()]
+
+
+def is_native(directory: Path) -> bool:
+    return (directory / "params").is_dir() and (directory / "config.json").is_file()
+
+
+def save(
+    directory: Path,
+    config: CSMConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Tokenizer,
+    small_files: Iterable[Path] = (),
+    dtype: jnp.dtype | None = None,
+) -> None:
+    """Writes a native checkpoint, whole or not at all.
+
+    Args:
+      directory: must not exist, or be empty.
+      tensors: (path, array) of every parameter, those of one layer after another, as from
+        `Checkpoint.tensors`.
+      dtype: type to store the model's parameters in; None keeps them as they come.
+
+    Raises:
+      OutputError: it exists, cannot be written, or the disk is full.
+    """
+    shapes = param_shapes(config)
+    with new_directory(directory, _size(flatten(shapes), dtype)) as partial:
+        with _checkpointer() as checkpointer:
+            for part, group in itertools.groupby(tensors, _part_of):
+                flat = {path: _cast(path, tensor, dtype) for path, tensor in group}
+                args = ocp.args.PyTreeSave(unflatten(flat, shapes))
+                checkpointer.save(partial.absolute() / "params" / part, args=args)
+        for file in small_files:
+            shutil.copyfile(file, partial / file.name)
+        tokenizer.save(partial)
+        description = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
+        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+
+
+def _part(path: str) -> str:
+    """Which Orbax checkpoint a parameter is in.
+
+    Orbax holds all of a checkpoint in memory once more while it writes it, so a model that just
+    fits would not fit twice; part by part, converting takes less memory than the model has.
+    """
+    names = path.split("/")
+    if names[0] == "codec":
+        return "codec"
+    return ".".join(names[:4] if "layers" in names else names[:2])
+
+
+def _cast(path: str, tensor: np.ndarray, dtype: jnp.dtype | None) -> np.ndarray:
+    if path.startswith("codec/"):
+        return np.asarray(tensor, np.float32)
+    return np.ascontiguousarray(tensor, dtype)
+
+
+def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
+    """Bytes that the parameters will take, at the least."""
+    width = np.dtype(dtype or np.float16).itemsize
+    return sum(
+        int(np.prod(shape.shape)) * (4 if path.startswith("codec/") else width)
+        for path, shape in shapes.items()
+    )
+
+
+def _checkpointer() -> ocp.Checkpointer:
+    # A directory per tensor instead of one OCDBT database: it writes four times as fast, and
+    # does not hold a second copy of everything while it does.
+    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+
+
+@contextlib.contextmanager
+def new_directory(directory: Path, size: int) -> Iterator[Path]:
+    """A directory to fill, which gets its name when the block ends without an error."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise OutputError(f"{directory} exists and is not empty: choose another, or remove it")
+    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
+    try:
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(directory)
+        free = shutil.disk_usage(directory.parent).free
+        if free < size:
+            raise OutputError(
+                f"{directory} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free"
+            )
+        partial.mkdir()
+    except OSError as error:
+        raise OutputError(f"{directory} cannot be created: {error}") from error
+    try:
+        yield partial
+        if directory.exists():
+            directory.rmdir()
+        partial.rename(directory)
+    except CSMError:
+        raise
+    except Exception as error:
+        # Orbax reports a failed write as an OSError, a ValueError or an error of its own.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise OutputError(f"{directory} could not be written: {reason}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _remove_abandoned(directory: Path) -> None:
+    """Removes what killed conversions to the same place have left."""
+    for partial in directory.parent.glob(f"{directory.name}.partial-*"):
+        pid = partial.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_running(int(pid)):
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def load_config(directory: Path) -> CSMConfig:
+    """The config of a native checkpoint."""
+    path = directory / "config.json"
+    try:
+        values = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict) or values.get("format") != FORMAT:
+        raise CheckpointError(f"{path} does not describe a {FORMAT} checkpoint")
+    if values.get("version") != VERSION:
+        raise CheckpointError(
+            f"{directory} has format version {values.get('version')}, this program reads "
+            f"{VERSION}: update csm-jax or convert the checkpoint again"
+        )
+    return CSMConfig.from_dict(values.get("config") or {})
+
+
+def load_params(directory: Path, config: CSMConfig, dtype: jnp.dtype) -> Params:
+    """Reads all parameters onto the default device, cast as they arrive."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def place(shape: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
+        return ocp.ArrayRestoreArgs(dtype=shape.dtype, sharding=device, global_shape=shape.shape)
+
+    return unflatten(dict(_restore(directory, config, dtype, place)), param_shapes(config))
+
+
+def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.ndarray]]:
+    """Yields (path, array) in host memory, in the types they are stored in, part by part."""
+    as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
+    return _restore(directory, config, jnp.dtype(jnp.float32), lambda _: as_stored)
+
+
+def _restore(
+    directory: Path,
+    config: CSMConfig,
+    dtype: jnp.dtype,
+    arguments: Callable[[jax.ShapeDtypeStruct], ocp.RestoreArgs],
+) -> Iterator[tuple[str, Any]]:
+    shapes = param_shapes(config, dtype)
+    try:
+        with _checkpointer() as checkpointer:
+            for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):
+                item = unflatten(dict(group), shapes)
+                args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(arguments, item))
+                path = directory.absolute() / "params" / part
+                yield from flatten(checkpointer.restore(path, args=args)).items()
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{directory} is damaged ({reason}): convert the checkpoint again"
+        ) from error
+
+
+def _part_of(item: tuple[str, Any]) -> str:
+    return _part(item[0])

@@ -1,0 +1,85 @@
+"""Checkpoints by name: downloaded once, converted once, then read from the native copy."""
+
+import os
+from pathlib import Path
+
+import huggingface_hub
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+from csm_jax import checkpoint
+from csm_jax.convert.layouts import needs_codec, open_checkpoint
+from csm_jax.errors import CheckpointError
+from csm_jax.tokenizer import load_tokenizer
+
+# The codec of a checkpoint in Sesame's layout, which has none inside.
+CODEC_REPOSITORY = "kyutai/mimi"
+
+
+def cache_directory() -> Path:
+    """Where this package keeps files: $CSM_JAX_CACHE, or csm-jax in the user's own cache."""
+    if "CSM_JAX_CACHE" in os.environ:
+        return Path(os.environ["CSM_JAX_CACHE"])
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "csm-jax"
+
+
+def native_copy(repository: str) -> Path:
+    """The native checkpoint of a hub repository, made on the first call.
+
+    The download uses huggingface_hub, its token and its cache. Remove the returned directory to
+    follow a repository that has changed.
+
+    Raises:
+      CheckpointError: a file cannot be had, named with what to do about it.
+    """
+    native = cache_directory() / "checkpoints" / repository.replace("/", "--")
+    if not checkpoint.is_native(native):
+        source = download(repository)
+        _convert(source, native)
+    return native
+
+
+def _convert(source: Path, native: Path) -> None:
+    codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
+    opened = open_checkpoint(source, codec)
+    shapes = checkpoint.flatten(checkpoint.param_shapes(opened.config))
+    tokenizer = load_tokenizer(source, opened.config)
+    small = checkpoint.small_files(source)
+    checkpoint.save(native, opened.config, opened.tensors(shapes), tokenizer, small)
+
+
+def download(repository: str) -> Path:
+    """Downloads a repository's config, tokenizer and one of its checkpoints.
+
+    Returns the directory that holds them. Raises `CheckpointError` as `native_copy` does.
+    """
+    config = _fetch(repository, "config.json")
+    for file in _wanted(repository, config.parent):
+        _fetch(repository, file)
+    return config.parent
+
+
+def _wanted(repository: str, snapshot: Path) -> list[str]:
+    """The files of a repository that this package reads: of two checkpoints side by side, one."""
+    try:
+        files = huggingface_hub.HfApi().list_repo_files(repository)
+    except Exception:
+        # Offline with a filled cache: what is there has to do.
+        files = [file.name for file in snapshot.iterdir()]
+    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
+    split = [file for file in weights if file.startswith("transformers")]
+    weights = split or weights or [file for file in files if file.endswith(".pt")]
+    small = checkpoint.TOKENIZER_FILES + checkpoint.SMALL_FILES
+    return [file for file in small if file in files] + sorted(weights)
+
+
+def _fetch(repository: str, file: str) -> Path:
+    try:
+        return Path(huggingface_hub.hf_hub_download(repository, file))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{file} of {repository} could not be downloaded ({type(error).__name__}: {reason}): "
+            "check the network and the name, accept the model's terms on its page and log in with "
+            "`hf auth login` or HF_TOKEN, or name a local directory instead"
+        ) from error

@@ -1,0 +1,56 @@
+"""Conversations for `--script`: a JSON list of turns, spoken one after another."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from csm_jax.errors import InputError
+
+_FIELDS = {"speaker": int, "text": str, "audio": str}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A turn to speak, or, with `audio`, a recorded one that is only heard."""
+
+    speaker: int
+    text: str
+    audio: Path | None = None
+
+
+def read_script(path: Path) -> list[Turn]:
+    """Reads `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`; `audio` is optional, and
+    relative to the file.
+
+    Raises:
+      InputError: the file or one of its turns is malformed; the turn is named by its number.
+    """
+    try:
+        turns = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"script {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"script {path} is not JSON: {error}") from error
+    if not isinstance(turns, list) or not turns:
+        raise InputError(f"script {path} is not a JSON list of turns")
+    parsed = [_parse(turn, f"{path}, turn {i}", path.parent) for i, turn in enumerate(turns, 1)]
+    if all(turn.audio for turn in parsed):
+        raise InputError(f"script {path} has nothing to speak: every turn has audio")
+    return parsed
+
+
+def _parse(turn: object, where: str, directory: Path) -> Turn:
+    if not isinstance(turn, dict):
+        raise InputError(f"{where}: expected an object with speaker and text")
+    unknown = sorted(turn.keys() - _FIELDS.keys())
+    if unknown:
+        raise InputError(f"{where}: unknown field {unknown[0]}; known are {', '.join(_FIELDS)}")
+    for name in ("speaker", "text"):
+        if name not in turn:
+            raise InputError(f"{where}: field {name} is missing")
+    for name, value in turn.items():
+        # bool is an int to Python, but no speaker.
+        if not isinstance(value, _FIELDS[name]) or isinstance(value, bool):
+            raise InputError(f"{where}: {name} is {value!r}, expected {_FIELDS[name].__name__}")
+    audio = directory / turn["audio"] if "audio" in turn else None
+    return Turn(turn["speaker"], turn["text"], audio)
