@@ -10,11 +10,11 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from absl import flags
-from csm_jax.convert.export import export_huggingface
-from csm_jax.convert.layouts import open_checkpoint, read_json
 
 from csm_jax import checkpoint, cli, hub
 from csm_jax.config import CSMConfig
+from csm_jax.convert.export import export_huggingface
+from csm_jax.convert.layouts import open_checkpoint, read_json
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.tokenizer import load_tokenizer
 

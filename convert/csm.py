@@ -2,9 +2,8 @@
 
 from typing import Any
 
-from csm_jax.convert.rules import Rule, Table, Transform, one_to_one
-
 from csm_jax.config import LlamaConfig
+from csm_jax.convert.rules import Rule, Table, Transform, one_to_one
 
 
 def interleaved_to_halves(heads: int) -> Transform:

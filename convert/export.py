@@ -7,13 +7,13 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from csm_jax.convert import csm, mimi
-from csm_jax.convert.configs import csm_to_huggingface
-from csm_jax.convert.rules import Table, invert
 from safetensors.numpy import save_file
 
 from csm_jax import checkpoint
 from csm_jax.config import CSMConfig
+from csm_jax.convert import csm, mimi
+from csm_jax.convert.configs import csm_to_huggingface
+from csm_jax.convert.rules import Table, invert
 from csm_jax.tokenizer import load_tokenizer
 
 # A shard is held in memory while it is written.

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from csm_jax.config import CSMConfig, MimiConfig
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.rules import Shape, Table, TensorSource, convert
 from csm_jax.convert.sources import SafetensorsSource, TorchSource, shard_groups
-
-from csm_jax.config import CSMConfig, MimiConfig
 from csm_jax.errors import CheckpointError
 
 # What a tensor is called in each layout, and in no other.

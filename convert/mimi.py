@@ -9,10 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from csm_jax.convert.csm import interleaved_to_halves
-from csm_jax.convert.rules import IDENTITY, Rule, Table, Transform, one_to_one
 
 from csm_jax.config import MimiConfig
+from csm_jax.convert.csm import interleaved_to_halves
+from csm_jax.convert.rules import IDENTITY, Rule, Table, Transform, one_to_one
 
 # Codebook entries that were used less than this are as good as unused (moshi `core_vq.py`).
 MIN_USAGE = 1e-5

@@ -7,10 +7,10 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
-from csm_jax.convert.rules import Shape
 from safetensors import SafetensorError, safe_open
 
-from csm_jax.errors import CheckpointError
+from csm_jax.convert.rules import Shape
+from csm_jax.errors import CheckpointError, first_line
 
 _SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 _DTYPES = {
@@ -84,7 +84,7 @@ def _load_torch(file: Path) -> dict:
         # weights_only: a pickle can run any code, a checkpoint should not.
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise CheckpointError(f"{file} cannot be read by torch: {_first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read by torch: {first_line(error)}") from error
     tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else tensors
     if not isinstance(tensors, dict) or not all(hasattr(t, "shape") for t in tensors.values()):
         raise CheckpointError(f"{file} is not a dictionary of tensors")
@@ -98,12 +98,8 @@ def _open(file: Path):
         raise CheckpointError(f"{file} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is damaged or was not downloaded whole: {_first_line(error)}"
+            f"{file} is damaged or was not downloaded whole: {first_line(error)}"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def shard_groups(directory: Path) -> list[list[Path]]:

@@ -71,5 +71,8 @@ class WindowCache(NamedTuple):
     def create(
         batch: int, window: int, num_heads: int, head_dim: int, dtype: jnp.dtype
     ) -> "WindowCache":
-        zeros = jnp.zeros((batch, window, num_heads, head_dim), dtype)
-        return WindowCache(zeros, zeros, jnp.zeros((batch,), jnp.int32))
+        shape = (batch, window, num_heads, head_dim)
+        # Two arrays, not one twice: a buffer can be donated only once.
+        return WindowCache(
+            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32)
+        )

@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from flax import nnx, traverse_util
 
 from csm_jax.config import CSMConfig
-from csm_jax.errors import CheckpointError, CSMError, OutputError
+from csm_jax.errors import CheckpointError, CSMError, OutputError, first_line
 from csm_jax.mimi.codec import Mimi
 from csm_jax.model import CSM
 from csm_jax.tokenizer import Tokenizer
@@ -172,6 +172,7 @@ def _checkpointer() -> ocp.Checkpointer:
 @contextlib.contextmanager
 def new_directory(directory: Path, size: int) -> Iterator[Path]:
     """A directory to fill, which gets its name when the block ends without an error."""
+    directory = directory.resolve()  # "." has no name to write beside, and a link cannot be removed
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise OutputError(f"{directory} exists and is not empty: choose another, or remove it")
     partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
@@ -195,8 +196,7 @@ def new_directory(directory: Path, size: int) -> Iterator[Path]:
         raise
     except Exception as error:
         # Orbax reports a failed write as an OSError, a ValueError or an error of its own.
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise OutputError(f"{directory} could not be written: {reason}") from error
+        raise OutputError(f"{directory} could not be written: {first_line(error)}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -267,9 +267,8 @@ def _restore(
                 path = directory.absolute() / "params" / part
                 yield from flatten(checkpointer.restore(path, args=args)).items()
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(
-            f"{directory} is damaged ({reason}): convert the checkpoint again"
+            f"{directory} is damaged ({first_line(error)}): convert the checkpoint again"
         ) from error
 
 

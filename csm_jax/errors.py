@@ -15,3 +15,8 @@ class CheckpointError(CSMError):
 
 class OutputError(CSMError):
     """Somewhere that cannot be written to."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library says went wrong, short enough to quote in a line of our own."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

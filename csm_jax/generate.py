@@ -93,6 +93,8 @@ def _read_job(values: flags.FlagValues) -> _Job:
 def _check_codes_out(path: Path) -> None:
     if path.suffix != ".npy":
         raise OutputError(f"codes are written as .npy, not to {path}")
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory: name a file in it")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise OutputError(f"{path} cannot be written: {path.parent} is no writable directory")
 

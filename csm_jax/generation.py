@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.model import CSM
+from csm_jax.model import CSM, bind
 from csm_jax.sampling import Sampling, SamplingParams
 
 Array = jax.Array
@@ -80,105 +79,78 @@ def _audio_columns(config: CSMConfig) -> Array:
     return jnp.arange(config.num_codebooks + 1) < config.num_codebooks
 
 
-class FrameGenerator:
-    """The compiled functions of one model, over a pure dictionary of its parameters.
+@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+def prefill(
+    params: Params,
+    frames: Array,
+    mask: Array,
+    lengths: Array,
+    seeds: Array,
+    *,
+    config: CSMConfig,
+    cache_length: int,
+) -> GenerationState:
+    """Reads prompts into a new cache, all but their last rows.
 
-    The module tree is split once; every call merges it again inside the compiled function,
-    where it costs nothing.
+    Args:
+      frames, mask: [B, T, Q + 1], int32 and bool, padded on the right.
+      lengths: int32 [B], the prompts' own lengths, at most T.
+      seeds: uint32 [B].
+      cache_length: positions to make room for, at least T.
     """
+    model = bind(config, params)
+    batch = len(lengths)
+    cache = KVCache.create(config.backbone, batch, cache_length, model.dtype)
+    _, cache = model.backbone(model.embed(frames, mask), cache)
+    last = lengths - 1
+    rows = jnp.arange(batch)
+    return GenerationState(
+        # The last row is fed again, by the first step; it writes the same key once more.
+        cache=cache._replace(lengths=last),
+        frame=frames[rows, last],
+        mask=mask[rows, last],
+        keys=jax.vmap(jax.random.key)(seeds),
+        num_frames=jnp.zeros((batch,), jnp.int32),
+        seen=jnp.zeros((batch, config.audio_vocab_size), bool),
+        done=jnp.zeros((batch,), bool),
+    )
 
-    def __init__(self, config: CSMConfig, params: Params):
-        self.config = config
-        self.params = params
-        self.dtype = params["codebook0_head"]["weight"].dtype
-        abstract = nnx.eval_shape(lambda: CSM(config, dtype=self.dtype, rngs=nnx.Rngs(0)))
-        self._graph = nnx.graphdef(abstract)
-        self._prefill = jax.jit(self._prefill_impl, static_argnames="cache_length")
-        self._run = jax.jit(self._run_impl, donate_argnums=1)
 
-    def start(
-        self, prompts: Sequence[Prompt], seeds: Sequence[int], max_frames: int
-    ) -> GenerationState:
-        """Runs the prompts through the backbone, each row with its own length.
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+def run_frames(
+    params: Params,
+    state: GenerationState,
+    sampling: SamplingParams,
+    num_frames: Array,
+    *,
+    config: CSMConfig,
+) -> tuple[GenerationState, Array, Array]:
+    """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
 
-        Args:
-          prompts: per row frames int32 [T, Q + 1] and mask bool [T, Q + 1].
-          seeds: one whole number per row; its lowest 32 bits count.
-          max_frames: how many frames the cache must have room for beyond the prompt.
-        """
-        lengths = np.asarray([len(frames) for frames, _ in prompts], np.int32)
-        longest, limit = int(lengths.max()), self.config.backbone.max_seq_len
-        padded = min(_bucket(longest), limit)
-        return self._prefill(
-            self.params,
-            np.stack([_pad(frames, padded) for frames, _ in prompts]),
-            np.stack([_pad(mask, padded) for _, mask in prompts]),
-            lengths,
-            np.asarray([seed % 2**32 for seed in seeds], np.uint32),
-            cache_length=min(_bucket(longest + max_frames), limit),
-        )
+    `state` is donated: use the one returned.
 
-    def run(
-        self, state: GenerationState, sampling: SamplingParams, num_frames: int
-    ) -> tuple[GenerationState, Array, Array]:
-        """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
+    Returns:
+      The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
+    """
+    model = bind(config, params)
 
-        `state` is donated: use the one returned.
+    def unfinished(carry: tuple[GenerationState, Array, Array]) -> Array:
+        state, _, count = carry
+        return (count < num_frames) & ~jnp.all(state.done)
 
-        Returns:
-          The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
-        """
-        return self._run(self.params, state, sampling, np.int32(num_frames))
+    def body(carry: tuple[GenerationState, Array, Array]):
+        state, buffer, count = carry
+        state, codes = frame_step(model, state, sampling)
+        buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
+        return state, buffer, count + 1
 
-    def _prefill_impl(
-        self,
-        params: Params,
-        frames: Array,
-        mask: Array,
-        lengths: Array,
-        seeds: Array,
-        *,
-        cache_length: int,
-    ) -> GenerationState:
-        model = nnx.merge(self._graph, params)
-        batch = len(lengths)
-        cache = KVCache.create(self.config.backbone, batch, cache_length, self.dtype)
-        _, cache = model.backbone(model.embed(frames, mask), cache)
-        last = lengths - 1
-        rows = jnp.arange(batch)
-        return GenerationState(
-            # The last row is fed again, by the first step; it writes the same key once more.
-            cache=cache._replace(lengths=last),
-            frame=frames[rows, last],
-            mask=mask[rows, last],
-            keys=jax.vmap(jax.random.key)(seeds),
-            num_frames=jnp.zeros((batch,), jnp.int32),
-            seen=jnp.zeros((batch, self.config.audio_vocab_size), bool),
-            done=jnp.zeros((batch,), bool),
-        )
-
-    def _run_impl(
-        self, params: Params, state: GenerationState, sampling: SamplingParams, num_frames: Array
-    ) -> tuple[GenerationState, Array, Array]:
-        model = nnx.merge(self._graph, params)
-        batch = state.done.shape[0]
-
-        def unfinished(carry: tuple[GenerationState, Array, Array]) -> Array:
-            state, _, count = carry
-            return (count < num_frames) & ~jnp.all(state.done)
-
-        def body(carry: tuple[GenerationState, Array, Array]):
-            state, buffer, count = carry
-            state, codes = frame_step(model, state, sampling)
-            buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
-            return state, buffer, count + 1
-
-        buffer = jnp.zeros((batch, CHUNK_FRAMES, self.config.num_codebooks), jnp.int32)
-        return jax.lax.while_loop(unfinished, body, (state, buffer, jnp.zeros((), jnp.int32)))
+    buffer = jnp.zeros((len(state.done), CHUNK_FRAMES, config.num_codebooks), jnp.int32)
+    return jax.lax.while_loop(unfinished, body, (state, buffer, jnp.zeros((), jnp.int32)))
 
 
 def generate(
-    frames: FrameGenerator,
+    config: CSMConfig,
+    params: Params,
     prompts: Sequence[Prompt],
     sampling: Sequence[Sampling],
     seeds: Sequence[int],
@@ -189,15 +161,17 @@ def generate(
 
     Args:
       prompts: per row frames int32 [T, Q + 1] and mask bool [T, Q + 1].
-      sampling, seeds: per row.
+      sampling: per row.
+      seeds: one whole number per row; its lowest 32 bits count.
       progress: called with the number of frames so far.
 
     Returns:
       Per row codes int32 [num_frames, Q], without the end-of-speech frame.
     """
     chunks = []
-    state = frames.start(prompts, seeds, max_frames)
-    for chunk, count in _chunks(frames, state, SamplingParams.stack(list(sampling)), max_frames):
+    state = _start(config, params, prompts, seeds, max_frames)
+    values = SamplingParams.stack(list(sampling))
+    for chunk, count in _chunks(config, params, state, values, max_frames):
         chunks.append(chunk)
         if progress is not None:
             progress(count)
@@ -205,14 +179,40 @@ def generate(
     return [_until_end_of_speech(row) for row in codes]
 
 
+def _start(
+    config: CSMConfig,
+    params: Params,
+    prompts: Sequence[Prompt],
+    seeds: Sequence[int],
+    max_frames: int,
+) -> GenerationState:
+    """Prefill of prompts of any lengths, in one of a few compiled shapes."""
+    lengths = np.asarray([len(frames) for frames, _ in prompts], np.int32)
+    longest, limit = int(lengths.max()), config.backbone.max_seq_len
+    padded = min(_bucket(longest), limit)
+    return prefill(
+        params,
+        np.stack([_pad(frames, padded) for frames, _ in prompts]),
+        np.stack([_pad(mask, padded) for _, mask in prompts]),
+        lengths,
+        np.asarray([seed % 2**32 for seed in seeds], np.uint32),
+        config=config,
+        cache_length=min(_bucket(longest + max_frames), limit),
+    )
+
+
 def _chunks(
-    frames: FrameGenerator, state: GenerationState, sampling: SamplingParams, max_frames: int
+    config: CSMConfig,
+    params: Params,
+    state: GenerationState,
+    sampling: SamplingParams,
+    max_frames: int,
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Yields codes [B, n, Q] and the number of frames so far."""
     total = 0
     while total < max_frames:
         wanted = min(CHUNK_FRAMES, max_frames - total)
-        state, codes, count = frames.run(state, sampling, wanted)
+        state, codes, count = run_frames(params, state, sampling, np.int32(wanted), config=config)
         total += int(count)
         yield np.asarray(codes)[:, : int(count)], total
         if np.all(state.done):

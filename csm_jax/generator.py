@@ -1,5 +1,6 @@
 """The facade: load a model by name, give it text, get sound."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from csm_jax import config as presets
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.generation import FrameGenerator, generate
+from csm_jax.generation import generate
 from csm_jax.mimi.codec import Codec
 from csm_jax.prompt import Segment, build_prompt
 from csm_jax.sampling import Sampling
@@ -40,7 +41,7 @@ class Generator:
         self.config = config
         self.tokenizer = tokenizer
         self.codec = Codec(config.codec, params["codec"])
-        self._frames = FrameGenerator(config, params["csm"])
+        self._params = params["csm"]
 
     @property
     def sample_rate(self) -> int:
@@ -95,7 +96,10 @@ class Generator:
         prompt = build_prompt(
             text, speaker, context, self.config, self.tokenizer, self._encode, max_frames
         )
-        return generate(self._frames, [prompt], [sampling], [seed], max_frames, progress)[0]
+        rows = generate(
+            self.config, self._params, [prompt], [sampling], [seed], max_frames, progress
+        )
+        return rows[0]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
         """Codes [num_frames, Q] of `generate_codes` to audio, float32 [num_samples].
@@ -107,13 +111,13 @@ class Generator:
 
     def max_frames(self, max_audio_length_ms: float) -> int:
         """Whole frames in a duration; raises `InputError` if there is not one."""
-        frames = int(max_audio_length_ms / self.config.frame_ms)
-        if frames < 1:
+        frames = max_audio_length_ms / self.config.frame_ms
+        if not 1 <= frames < math.inf:
             raise InputError(
                 f"max_audio_length_ms is {max_audio_length_ms:g}, but one frame takes "
                 f"{self.config.frame_ms:g}"
             )
-        return frames
+        return int(frames)
 
     def _encode(self, audio: np.ndarray) -> np.ndarray:
         return self.codec.encode(audio, self.config.num_codebooks)

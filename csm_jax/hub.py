@@ -8,7 +8,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from csm_jax import checkpoint
 from csm_jax.convert.layouts import needs_codec, open_checkpoint
-from csm_jax.errors import CheckpointError
+from csm_jax.errors import CheckpointError, OutputError, first_line
 from csm_jax.tokenizer import load_tokenizer
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
@@ -35,7 +35,12 @@ def native_copy(repository: str) -> Path:
     native = cache_directory() / "checkpoints" / repository.replace("/", "--")
     if not checkpoint.is_native(native):
         source = download(repository)
-        _convert(source, native)
+        try:
+            _convert(source, native)
+        except OutputError:
+            # Another process may have converted it meanwhile; then its copy serves as well.
+            if not checkpoint.is_native(native):
+                raise
     return native
 
 
@@ -63,9 +68,11 @@ def _wanted(repository: str, snapshot: Path) -> list[str]:
     """The files of a repository that this package reads: of two checkpoints side by side, one."""
     try:
         files = huggingface_hub.HfApi().list_repo_files(repository)
-    except Exception:
+    except Exception as error:
         # Offline with a filled cache: what is there has to do.
         files = [file.name for file in snapshot.iterdir()]
+        if not any(file.endswith((".safetensors", ".pt")) for file in files):
+            raise _unreachable(repository, "the list of files", error) from error
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     split = [file for file in weights if file.startswith("transformers")]
     weights = split or weights or [file for file in files if file.endswith(".pt")]
@@ -77,9 +84,13 @@ def _fetch(repository: str, file: str) -> Path:
     try:
         return Path(huggingface_hub.hf_hub_download(repository, file))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{file} of {repository} could not be downloaded ({type(error).__name__}: {reason}): "
-            "check the network and the name, accept the model's terms on its page and log in with "
-            "`hf auth login` or HF_TOKEN, or name a local directory instead"
-        ) from error
+        raise _unreachable(repository, file, error) from error
+
+
+def _unreachable(repository: str, wanted: str, error: Exception) -> CheckpointError:
+    reason = f"{type(error).__name__}: {first_line(error)}"
+    return CheckpointError(
+        f"{wanted} of {repository} could not be downloaded ({reason}): "
+        "check the network and the name, accept the model's terms on its page and log in with "
+        "`hf auth login` or HF_TOKEN, or name a local directory instead"
+    )

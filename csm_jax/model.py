@@ -3,6 +3,9 @@
 A frame is a row of Q audio codes and one text id, Q + 1 columns; a mask says which count.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -146,3 +149,15 @@ class CSM(nnx.Module):
         states, _ = self.depth_decoder(self.projection(inputs), cache)
         by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
         return by_codebook(states[:, 1:], self.depth_heads[...])
+
+
+def bind(config: CSMConfig, params: dict[str, Any]) -> CSM:
+    """The model over a pure dictionary of parameters, for use inside a jitted function."""
+    dtype = params["codebook0_head"]["weight"].dtype
+    return nnx.merge(nnx.graphdef(_abstract(config, dtype)), params)
+
+
+@functools.cache
+def _abstract(config: CSMConfig, dtype: jnp.dtype) -> CSM:
+    """The module tree with shapes for weights: nothing is allocated."""
+    return nnx.eval_shape(lambda: CSM(config, dtype=dtype, rngs=nnx.Rngs(0)))

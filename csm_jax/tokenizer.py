@@ -13,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from csm_jax.config import CSMConfig, TextTokenIds
-from csm_jax.errors import CheckpointError, InputError, OutputError
+from csm_jax.errors import CheckpointError, InputError, OutputError, first_line
 
 
 class Tokenizer(abc.ABC):
@@ -81,7 +81,7 @@ class BPETokenizer(Tokenizer):
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the library raises nothing more specific
-            raise CheckpointError(f"not a tokenizer.json ({_one_line(error)})") from error
+            raise CheckpointError(f"not a tokenizer.json ({first_line(error)})") from error
         # A text that spells "<|end_of_text|>" is to be spoken, not to end the turn.
         self._tokenizer.encode_special_tokens = True
         # Both can be set in the file, and would drop text or add padding to it.
@@ -112,7 +112,7 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._processor.LoadFromSerializedProto(model)
         except RuntimeError as error:
-            raise CheckpointError(f"not a SentencePiece model ({_one_line(error)})") from error
+            raise CheckpointError(f"not a SentencePiece model ({first_line(error)})") from error
         self._model = model
         self.bos, self.eos = self._processor.bos_id(), self._processor.eos_id()
         if min(self.bos, self.eos) < 0:
@@ -186,7 +186,3 @@ def _find(path: Path) -> Path:
         f"{path}: no tokenizer.json, no tokenizer.model and {len(found)} other *.model files "
         "where one is needed; copy the model's tokenizer there"
     )
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

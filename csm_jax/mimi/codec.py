@@ -28,7 +28,7 @@ from csm_jax.mimi.seanet import Decoder, Encoder
 from csm_jax.mimi.transformer import Transformer
 
 # Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
-# its memory (0.5 GB at full size) and, in powers of two, the number of shapes to compile.
+# its memory (0.26 GB a row at full size) and, in powers of two, the number of shapes to compile.
 MAX_BLOCK_FRAMES = 128
 
 
