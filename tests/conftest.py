@@ -1,0 +1,46 @@
+import os
+
+import fixtures
+import jax
+import pytest
+from huggingface_hub import constants
+
+# A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """Neither the tests nor the processes they start touch the user's cache or the network."""
+    directory = tmp_path_factory.mktemp("cache")
+    os.environ["CSM_JAX_CACHE"] = str(directory)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    constants.HF_HUB_OFFLINE = True  # it has read the variable already
+    os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def sesame(tmp_path_factory):
+    return fixtures.write_sesame(tmp_path_factory.mktemp("sesame"))
+
+
+@pytest.fixture(scope="session")
+def huggingface(tmp_path_factory):
+    return fixtures.write_huggingface(tmp_path_factory.mktemp("huggingface"))
+
+
+@pytest.fixture(scope="session")
+def mixed(tmp_path_factory):
+    return fixtures.write_mixed(tmp_path_factory.mktemp("mixed"))
+
+
+@pytest.fixture(scope="session", params=["kyutai_codec", "huggingface_codec"])
+def codec(request, tmp_path_factory):
+    return fixtures.write_codec(tmp_path_factory.mktemp(request.param), request.param)
+
+
+@pytest.fixture(scope="session")
+def native(tmp_path_factory):
+    return fixtures.write_native(tmp_path_factory.mktemp("native") / "native")

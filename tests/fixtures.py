@@ -1,0 +1,129 @@
+"""Tiny random checkpoints in every published layout, written without torch.
+
+The files are made by running the project's own tables backwards; that the tables themselves are
+right is what `test_rules.py` and the parity tests show.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from csm_jax import checkpoint
+from csm_jax.config import tiny
+from csm_jax.convert import configs, csm, mimi
+from csm_jax.convert.rules import Table, invert
+from csm_jax.tokenizer import byte_tokenizer
+
+CONFIG = tiny()
+TOKENIZER = byte_tokenizer(CONFIG)
+
+Tensors = dict[str, np.ndarray]
+
+TABLES = {
+    "sesame": ("csm/", csm.sesame_table(CONFIG.backbone, CONFIG.depth_decoder)),
+    "huggingface": ("csm/", csm.huggingface_table()),
+    "kyutai_codec": ("codec/", mimi.kyutai_table(CONFIG.codec)),
+    "huggingface_codec": ("codec/", mimi.huggingface_table(CONFIG.codec)),
+}
+
+
+@functools.cache
+def shapes() -> dict[str, jax.ShapeDtypeStruct]:
+    return checkpoint.flatten(checkpoint.param_shapes(CONFIG))
+
+
+@functools.cache
+def params() -> Tensors:
+    """All parameters by their paths; no scale is 1 and no bias 0, so that each has to arrive."""
+    rng = np.random.default_rng(5)
+    drawn = checkpoint.flatten(checkpoint.random_params(CONFIG, jnp.float32, seed=5))
+    return {
+        path: np.asarray(array) + 0.05 * rng.standard_normal(array.shape, np.float32)
+        for path, array in drawn.items()
+    }
+
+
+def section(prefix: str, values: dict) -> dict:
+    return {p.removeprefix(prefix): v for p, v in values.items() if p.startswith(prefix)}
+
+
+def written(table: Table, own: Tensors) -> Tensors:
+    """The tensors of a layout that hold these parameters."""
+    return {
+        name: np.ascontiguousarray(make()) for name, make in invert(table, own, own.__getitem__)
+    }
+
+
+def layout(name: str) -> Tensors:
+    prefix, table = TABLES[name]
+    return written(table, section(prefix, params()))
+
+
+def huggingface_tensors() -> Tensors:
+    """Layout 2, the codec inside."""
+    codec = {f"codec_model.{name}": t for name, t in layout("huggingface_codec").items()}
+    return layout("huggingface") | codec
+
+
+def write_config(directory: Path, values: dict | None = None) -> None:
+    values = configs.csm_to_huggingface(CONFIG) if values is None else values
+    (directory / "config.json").write_text(json.dumps(values))
+
+
+def write_sesame(directory: Path) -> Path:
+    """Layout 1, whose own config names flavours: the tiny sizes are in a Hugging Face config."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(layout("sesame"), directory / "model.safetensors")
+    write_config(directory)
+    TOKENIZER.save(directory)
+    return directory
+
+
+def write_huggingface(directory: Path, tensors: Tensors | None = None, shards: int = 1) -> Path:
+    """Layout 2 under the file names of the hub, beside which layout 1 can lie."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = huggingface_tensors() if tensors is None else tensors
+    names = [f"transformers-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
+    keys = sorted(tensors)
+    for i, name in enumerate(names):
+        save_file({key: tensors[key] for key in keys[i::shards]}, directory / name)
+    weight_map = {key: names[i % shards] for i, key in enumerate(keys)}
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "transformers.safetensors.index.json").write_text(json.dumps(index))
+    write_config(directory)
+    TOKENIZER.save(directory)
+    return directory
+
+
+def write_mixed(directory: Path) -> Path:
+    """Layouts 1 and 2 side by side, as in the hub repository of CSM-1B. The first holds other
+    weights here, so that reading it instead, or both, shows."""
+    write_huggingface(directory, shards=2)
+    other = {name: tensor + 1 for name, tensor in layout("sesame").items()}
+    save_file(other, directory / "model.safetensors")
+    return directory
+
+
+def write_codec(directory: Path, kind: str) -> Path:
+    """Layout 3 (kyutai_codec) or 4 (huggingface_codec)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    save_file(layout(kind), directory / "model.safetensors")
+    if kind == "huggingface_codec":
+        write_config(directory, configs.csm_to_huggingface(CONFIG)["codec_config"])
+    return directory
+
+
+def write_native(directory: Path) -> Path:
+    checkpoint.save(directory, CONFIG, params().items(), TOKENIZER)
+    return directory
+
+
+def assert_same_params(got: dict, want: dict) -> None:
+    assert got.keys() == want.keys()
+    for path, array in got.items():
+        np.testing.assert_array_equal(np.asarray(array), np.asarray(want[path]), path)

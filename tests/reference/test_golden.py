@@ -1,0 +1,115 @@
+"""Parity where torch is not, on a TPU for one: against files written by transformers.
+
+`make_golden.py` writes them and says what they hold.
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import csm_jax
+from csm_jax import checkpoint
+from csm_jax.cache import KVCache
+from csm_jax.convert.layouts import open_checkpoint
+from csm_jax.generation import generate
+from csm_jax.mimi.codec import Codec
+from csm_jax.model import bind
+from csm_jax.prompt import Segment, build_prompt
+from csm_jax.sampling import Sampling
+
+GOLDEN = Path(__file__).parent / "golden"
+CONFIG = csm_jax.tiny()
+GREEDY = Sampling(greedy=True)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return load_file(GOLDEN / "expected.safetensors")
+
+
+@pytest.fixture(scope="module")
+def params():
+    opened = open_checkpoint(GOLDEN / "checkpoint")
+    assert opened.config == CONFIG, "tiny() has changed: run make_golden.py"
+    shapes = checkpoint.param_shapes(CONFIG)
+    # Cast by numpy: some codebook sums are subnormal in float16, which an accelerator flushes.
+    tensors = opened.tensors(checkpoint.flatten(shapes))
+    return checkpoint.unflatten({p: t.astype(np.float32) for p, t in tensors}, shapes)
+
+
+@pytest.fixture(scope="module")
+def weights(params):
+    """Those of the language model, on the device."""
+    return jax.tree.map(jnp.asarray, params["csm"])
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return bind(CONFIG, weights)
+
+
+@pytest.fixture(scope="module")
+def codec(params):
+    return Codec(CONFIG.codec, params["codec"])
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    error = np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
+    assert error < tolerance
+
+
+@pytest.mark.parametrize("name", ["text", "audio"])
+def test_backbone(model, expected, name):
+    rows, mask = expected[f"{name}.frames"][None], expected[f"{name}.mask"][None]
+    cache = KVCache.create(CONFIG.backbone, 1, rows.shape[1], jnp.float32)
+    hidden, _ = model.backbone(model.embed(jnp.asarray(rows), jnp.asarray(mask)), cache)
+    assert_close(hidden[0], expected[f"{name}.hidden"])
+    assert_close(model.backbone_logits(hidden)[0], expected[f"{name}.logits"])
+
+
+def test_depth_decoder(model, expected):
+    hidden, codes = (jnp.asarray(expected[f"depth.{name}"]) for name in ("hidden", "codes"))
+    assert_close(model.depth_logits(hidden, codes), expected["depth.logits"])
+
+
+@pytest.mark.parametrize("name", ["text", "audio"])
+def test_greedy_codes(weights, expected, name):
+    prompt = expected[f"{name}.frames"], expected[f"{name}.mask"]
+    codes = generate(CONFIG, weights, [prompt], [GREEDY], [0], 20)[0]
+    np.testing.assert_array_equal(codes, expected[f"{name}.greedy"])
+
+
+def test_greedy_codes_of_a_ragged_batch(weights, expected):
+    prompts = [(expected[f"{n}.frames"], expected[f"{n}.mask"]) for n in ("text", "audio")]
+    codes = generate(CONFIG, weights, prompts, [GREEDY] * 2, [0, 1], 20)
+    np.testing.assert_array_equal(np.stack(codes), expected["batch.greedy"])
+
+
+def test_codec(codec, expected):
+    waveform = expected["codec.pcm"].astype(np.float32) / 32768
+    np.testing.assert_array_equal(codec.encode(waveform), expected["codec.codes"])
+    decoded = codec.decode(expected["codec.codes"][:10])
+    # Of full scale, which is what a listener compares with.
+    assert np.abs(decoded - expected["codec.waveform"]).max() < 1e-4
+
+
+def test_chat_with_audio(weights, codec, expected):
+    """The reference encoded the waveform itself; here it goes through `build_prompt`."""
+    ids = expected["chat.input_ids"].tolist()
+    first, last = ids.index(CONFIG.text_token_ids.audio), ids.index(CONFIG.text_token_ids.audio_eos)
+
+    class Recorded:
+        """A tokenizer that says what the golden chat says."""
+
+        def encode(self, text):
+            return ids[:first] if text == "[0]heard" else ids[last + 1 :]
+
+    waveform = expected["codec.pcm"].astype(np.float32) / 32768
+    context = [Segment(0, "heard", waveform)]
+    prompt = build_prompt("said", 1, context, CONFIG, Recorded(), codec.encode, 20)
+    codes = generate(CONFIG, weights, [prompt], [GREEDY], [0], 20)[0]
+    np.testing.assert_array_equal(codes, expected["chat.greedy"])

@@ -1,0 +1,477 @@
+"""Native checkpoints, every published layout on the way in and out, and what can go wrong there."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import fixtures
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from fixtures import CONFIG, assert_same_params, params
+from safetensors.numpy import load_file, save_file
+
+import csm_jax
+from csm_jax import checkpoint
+from csm_jax.convert import __main__ as convert
+from csm_jax.convert.layouts import needs_codec, open_checkpoint
+from csm_jax.errors import CheckpointError, OutputError
+
+GREEDY = csm_jax.Sampling(greedy=True)
+
+
+def tensors_of(directory: Path, codec: Path | None = None) -> dict[str, np.ndarray]:
+    return dict(open_checkpoint(directory, codec).tensors(fixtures.shapes()))
+
+
+def loaded(directory: Path, dtype: str = "float32") -> dict[str, jax.Array]:
+    return checkpoint.flatten(checkpoint.load_params(directory, CONFIG, jnp.dtype(dtype)))
+
+
+def one_error(capsys) -> str:
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("csm_jax.convert: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+def assert_nothing_left(out: Path) -> None:
+    assert [path.name for path in out.parent.glob(f"{out.name}*")] == []
+
+
+# --- The native form ----------------------------------------------------------------------------
+
+
+def test_native_round_trip(native):
+    assert checkpoint.is_native(native)
+    assert checkpoint.load_config(native) == CONFIG
+    assert_same_params(loaded(native), params())
+    assert_same_params(dict(checkpoint.read_params(native, CONFIG)), params())
+    files = {path.name for path in native.iterdir()}
+    assert files == {"config.json", "params", "tokenizer.json"}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_parameters_are_cast_as_they_are_loaded(native, dtype):
+    got = loaded(native, dtype)
+    for path, array in params().items():
+        wanted = array if path.startswith("codec/") else array.astype(jnp.dtype(dtype))
+        assert got[path].dtype == wanted.dtype, path
+        np.testing.assert_array_equal(np.asarray(got[path]), wanted, path)
+
+
+def test_config_of_another_version_is_refused(native, tmp_path):
+    shutil.copytree(native, tmp_path / "newer")
+    file = tmp_path / "newer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
+    with pytest.raises(CheckpointError, match="version 99, this program reads 1"):
+        csm_jax.load(tmp_path / "newer")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}', '{"format": "csm-jax"}'])
+def test_a_damaged_native_config_is_refused(native, tmp_path, content):
+    shutil.copytree(native, tmp_path / "damaged")
+    (tmp_path / "damaged" / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=str(tmp_path / "damaged")):
+        csm_jax.load(tmp_path / "damaged")
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "reshaped"])
+def test_a_damaged_native_checkpoint_is_refused(native, tmp_path, damage):
+    directory = tmp_path / "damaged"
+    shutil.copytree(native, directory)
+    tensor = directory / "params" / "csm.text_embedding"
+    files = [file for file in tensor.rglob("*") if file.is_file()]
+    assert files
+    if damage == "cut":
+        largest = max(files, key=lambda file: file.stat().st_size)
+        os.truncate(largest, largest.stat().st_size // 2)
+    elif damage == "gone":
+        shutil.rmtree(tensor)
+    else:
+        config = json.loads((directory / "config.json").read_text())
+        config["config"]["text_vocab_size"] += 1
+        (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"damaged is damaged .*convert the checkpoint again"):
+        csm_jax.load(directory)
+
+
+# --- Published layouts --------------------------------------------------------------------------
+
+
+def test_huggingface_layout(huggingface):
+    assert_same_params(tensors_of(huggingface), params())
+    assert not needs_codec(huggingface)
+
+
+def test_sesame_layout_with_either_codec(sesame, codec):
+    assert_same_params(tensors_of(sesame, codec), params())
+    assert_same_params(tensors_of(sesame, codec / "model.safetensors"), params())
+    assert needs_codec(sesame)
+
+
+def test_both_layouts_side_by_side(mixed, tmp_path):
+    """The layers of the Hugging Face checkpoint are spread over its shards, too."""
+    assert len(list(mixed.glob("*.safetensors"))) == 3
+    assert_same_params(tensors_of(mixed), params())
+    assert convert.run([f"--source={mixed}", f"--out={tmp_path / 'out'}"]) == 0
+    assert_same_params(loaded(tmp_path / "out"), params())
+
+
+def test_huggingface_layout_with_another_codec(huggingface, codec):
+    assert_same_params(tensors_of(huggingface, codec), params())
+
+
+def test_one_file_alone(sesame, huggingface, codec):
+    assert_same_params(tensors_of(sesame / "model.safetensors", codec), params())
+    (file,) = huggingface.glob("*.safetensors")
+    assert_same_params(tensors_of(file), params())
+
+
+def test_older_spellings_of_kyutais_codebooks(sesame, tmp_path):
+    renamed = {
+        name.replace("embedding_sum", "embed_avg").replace("cluster_usage", "cluster_size"): tensor
+        for name, tensor in fixtures.layout("kyutai_codec").items()
+    }
+    save_file(renamed, tmp_path / "old.safetensors")
+    assert_same_params(tensors_of(sesame, tmp_path / "old.safetensors"), params())
+
+
+@pytest.mark.parametrize("where", [0, 1, 2])
+def test_the_audio_table_under_either_name_or_both(tmp_path, where):
+    tensors = fixtures.huggingface_tensors()
+    depth = "depth_decoder.model.embed_tokens.weight"
+    backbone = "backbone_model.embed_tokens.embed_audio_tokens.weight"
+    table = tensors.pop(depth)
+    names = [(depth,), (backbone,), (depth, backbone)][where]
+    fixtures.write_huggingface(tmp_path, tensors | {name: table for name in names})
+    assert_same_params(tensors_of(tmp_path), params())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_files(tmp_path, dtype):
+    tensors = fixtures.huggingface_tensors()
+    narrow = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    got = tensors_of(fixtures.write_huggingface(tmp_path, narrow))
+    for path in ("csm/text_embedding", "csm/backbone/layers/2/attn/q/weight"):
+        np.testing.assert_array_equal(got[path], params()[path].astype(jnp.dtype(dtype)))
+
+
+def test_every_layout_says_the_same(native, mixed, sesame, tmp_path):
+    out, codec = tmp_path / "out", fixtures.write_codec(tmp_path / "codec", "kyutai_codec")
+    assert convert.run([f"--source={sesame}", f"--codec={codec}", f"--out={out}"]) == 0
+    codes = [
+        csm_jax.load(directory).generate_codes("Hello.", sampling=GREEDY, max_audio_length_ms=640)
+        for directory in (native, mixed, out)
+    ]
+    assert codes[0].shape == (8, CONFIG.num_codebooks)
+    for others in codes[1:]:
+        np.testing.assert_array_equal(codes[0], others)
+
+
+def test_nothing_is_read_before_everything_fits(tmp_path):
+    tensors = fixtures.huggingface_tensors()
+    del tensors["codec_model.upsample.conv.weight"]
+    opened = open_checkpoint(fixtures.write_huggingface(tmp_path, tensors))
+    with pytest.raises(CheckpointError, match=r"missing tensor codec_model\.upsample"):
+        next(opened.tensors(fixtures.shapes()))
+
+
+def test_sesame_layout_without_codec_says_how_to_give_one(sesame):
+    with pytest.raises(CheckpointError, match=r"no codec inside: .*csm_jax\.convert .*--codec="):
+        csm_jax.load(sesame)
+
+
+def test_a_missing_shard_is_named(mixed, tmp_path):
+    directory = tmp_path / "part"
+    shutil.copytree(mixed, directory)
+    (directory / "transformers-00002-of-00002.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"lacks part 2 of 2 of transformers\.safetensors"):
+        csm_jax.load(directory)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_ckpt_pt(sesame, codec, tmp_path, wrapped):
+    torch = pytest.importorskip("torch")
+    weights = {name: torch.tensor(t) for name, t in fixtures.layout("sesame").items()}
+    # `setup_caches` of the original registers masks, which end up in what is saved after it.
+    weights["backbone_causal_mask"] = torch.ones(3, 3, dtype=torch.bool)
+    torch.save({"model": weights} if wrapped else weights, tmp_path / "ckpt.pt")
+    shutil.copy(sesame / "config.json", tmp_path)
+    assert_same_params(tensors_of(tmp_path, codec), params())
+
+
+def test_ckpt_pt_without_torch(codec, tmp_path, monkeypatch):
+    (tmp_path / "ckpt.pt").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt needs torch: pip install torch"):
+        open_checkpoint(tmp_path, codec)
+
+
+@pytest.mark.parametrize("content", [b"", b"no pickle", "list", "code"])
+def test_ckpt_pt_that_is_none(tmp_path, content):
+    torch = pytest.importorskip("torch")
+    file = tmp_path / "ckpt.pt"
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        torch.save([1, 2] if content == "list" else {"a": Path()}, file)
+    with pytest.raises(CheckpointError, match=r"ckpt\.pt (cannot be read|is not a dictionary)"):
+        open_checkpoint(tmp_path)
+
+
+# --- python -m csm_jax.convert ------------------------------------------------------------------
+
+
+def test_bfloat16_conversion(huggingface, tmp_path):
+    """All but the codec, which stays float32; and the way back keeps what is stored."""
+    out, back = tmp_path / "narrow", tmp_path / "back"
+    assert convert.run([f"--source={huggingface}", f"--out={out}", "--dtype=bfloat16"]) == 0
+    assert convert.run([f"--source={out}", f"--out={back}", "--to=hf"]) == 0
+    assert json.loads((back / "config.json").read_text())["dtype"] == "bfloat16"
+    stored, exported = dict(checkpoint.read_params(out, CONFIG)), tensors_of(back)
+    for path, array in params().items():
+        wanted = array if path.startswith("codec/") else array.astype(jnp.bfloat16)
+        for got in (stored[path], exported[path]):
+            assert got.dtype == wanted.dtype, path
+            np.testing.assert_array_equal(got, wanted, path)
+
+
+def test_small_files_go_along_and_come_back(huggingface, tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(huggingface, source)
+    (source / "generation_config.json").write_text('{"a": 1}')
+    (source / "README.md").write_text("stays behind")
+    native, back = tmp_path / "native", tmp_path / "back"
+    assert convert.run([f"--source={source}", f"--out={native}"]) == 0
+    assert convert.run([f"--source={native}", f"--out={back}", "--to=hf"]) == 0
+    for directory in (native, back):
+        assert (directory / "generation_config.json").read_text() == '{"a": 1}'
+        assert (directory / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+        assert not (directory / "README.md").exists()
+
+
+def test_native_to_huggingface_and_back(native, tmp_path, monkeypatch):
+    monkeypatch.setattr("csm_jax.convert.export.SHARD_BYTES", 100_000)
+    there, back = tmp_path / "there", tmp_path / "back"
+    assert convert.run([f"--source={native}", f"--out={there}", "--to=hf"]) == 0
+    shards = sorted(there.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    index = json.loads((there / "model.safetensors.index.json").read_text())
+    for shard in shards:
+        names = load_file(shard).keys()
+        assert {name for name, file in index["weight_map"].items() if file == shard.name} == names
+    assert convert.run([f"--source={there}", f"--out={back}"]) == 0
+    assert_same_params(loaded(back), params())
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_transformers_loads_what_is_exported(tmp_path, dtype):
+    """From its own random weights through our form and back: nothing may have changed."""
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("torchtune")
+    sys.path.insert(0, str(Path(__file__).parent / "reference"))
+    import oracles
+
+    original = oracles.hf_model(CONFIG)
+    source = oracles.save_hf(original, tmp_path / "source")
+    fixtures.TOKENIZER.save(source)
+    native, out = tmp_path / "native", tmp_path / "out"
+    narrow = [] if dtype is None else [f"--dtype={dtype}"]
+    assert convert.run([f"--source={source}", f"--out={native}", *narrow]) == 0
+    assert convert.run([f"--source={native}", f"--out={out}", "--to=hf"]) == 0
+    model = transformers.CsmForConditionalGeneration.from_pretrained(out)
+    assert model.dtype == getattr(torch, dtype or "float32")
+    got, want = model.state_dict(), original.state_dict()
+    assert got.keys() == want.keys()
+    for name, tensor in want.items():
+        if "codebook." not in name:  # sums and counts, of which only the ratio matters
+            assert torch.equal(got[name], tensor.to(got[name].dtype)), name
+    for name, module in original.named_modules():
+        if hasattr(module, "cluster_usage"):
+            embed = model.get_submodule(name).embed
+            assert torch.equal(embed, module.embed.to(embed.dtype)), name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "give --source and --out"),
+        (["--source=x"], "give --source and --out"),
+        (["--source={hf}", "--out={out}", "--dtype=int8"], "dtype is int8, but must be one of"),
+        (["--source={hf}", "--out={out}", "--to=onnx"], "--to is onnx, but must be native or hf"),
+        (["--source={native}", "--out={out}"], "is native already; --to=hf"),
+        (["--source={hf}", "--out={out}", "--to=hf"], "is no native checkpoint"),
+        (["--source={empty}", "--out={out}"], "holds no CSM checkpoint"),
+        (["--source={sesame}", "--out={out}"], "has no codec inside"),
+        (["--source={sesame}", "--out={out}", "--codec={empty}"], "holds no Mimi codec"),
+        (["--source={sesame}", "--out={out}", "--codec={out}"], "out does not exist"),
+        (["--source={hf}", "--out={out}", "--config={empty}/none.json"], "none.json is missing"),
+        (["--source={hf}", "--out={out}", "--tokenizer={empty}"], "no tokenizer.json"),
+        (["--source={hf}", "--out={full}"], "full exists and is not empty"),
+        (["--source={hf}", "--out={full}/file"], "file exists and is not empty"),
+        (["--source={hf}", "--out={full}/file/out"], "cannot be created: [Errno"),
+        (["--source=nobody/nothing", "--out={out}"], "config.json of nobody/nothing"),
+        (["--sorce=x"], "Unknown command line flag 'sorce'. Did you mean: source"),
+    ],
+)
+def test_wrong_flags(flags, message, huggingface, native, sesame, tmp_path, capsys):
+    empty, full, out = tmp_path / "empty", tmp_path / "full", tmp_path / "out"
+    empty.mkdir()
+    full.mkdir()
+    (full / "file").write_text("mine")
+    where = {"hf": huggingface, "native": native, "sesame": sesame, "empty": empty, "full": full}
+    assert convert.run([flag.format(**where, out=out) for flag in flags]) == 2
+    assert message in one_error(capsys)
+    assert_nothing_left(out)
+    assert (full / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("damage", ["missing", "extra", "misshapen", "cut", "codec"])
+def test_damaged_sources_leave_nothing(damage, tmp_path, capsys):
+    tensors = fixtures.huggingface_tensors()
+    if damage == "missing":
+        del tensors["lm_head.weight"]
+    elif damage == "extra":
+        tensors["lm_head.bias"] = np.zeros(3, np.float32)
+    elif damage == "misshapen":
+        tensors["lm_head.weight"] = tensors["lm_head.weight"][1:]
+    elif damage == "codec":
+        del tensors["codec_model.upsample.conv.weight"]
+    source, out = fixtures.write_huggingface(tmp_path / "source", tensors), tmp_path / "out"
+    if damage == "cut":
+        (file,) = source.glob("*.safetensors")
+        os.truncate(file, file.stat().st_size - 100)
+    assert convert.run([f"--source={source}", f"--out={out}"]) == 2
+    expected = {
+        "missing": "missing tensor lm_head.weight",
+        "extra": "unexpected tensor lm_head.bias",
+        "misshapen": "lm_head.weight is [34, 48] but the config wants [35, 48]",
+        "cut": "is damaged or was not downloaded whole",
+        "codec": "missing tensor codec_model.upsample.conv.weight",
+    }
+    assert expected[damage] in one_error(capsys)
+    assert_nothing_left(out)
+
+
+def test_a_full_disk_is_seen_beforehand(huggingface, tmp_path, monkeypatch, capsys):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    assert convert.run([f"--source={huggingface}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "out needs 0.0 GB, but its disk has 0.0 GB free" in one_error(capsys)
+    assert_nothing_left(tmp_path / "out")
+
+
+@pytest.mark.parametrize("to", ["native", "hf"])
+def test_a_disk_that_fills_up(huggingface, native, tmp_path, to):
+    """Files cannot grow beyond 16 blocks in this process: real writes fail half-way."""
+    source = huggingface if to == "native" else native
+    limited = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *command("convert")]
+    flags = [f"--source={source}", f"--out={tmp_path / 'out'}", f"--to={to}"]
+    done = subprocess.run([*limited, *flags], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"csm_jax.convert: error: {tmp_path / 'out'} could not be ")
+    assert done.stderr.count("\n") == 1
+    assert_nothing_left(tmp_path / "out")
+
+
+def command(module: str) -> list[str]:
+    return [sys.executable, "-m", f"csm_jax.{module}"]
+
+
+# --- Killed conversions -------------------------------------------------------------------------
+
+KILLED = """
+    import os, signal, sys
+    from csm_jax import checkpoint
+    from csm_jax.convert import __main__ as convert
+    from csm_jax.convert import layouts
+    from csm_jax.tokenizer import BPETokenizer
+
+    def kill(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed_at(pairs, count):
+        for number, pair in enumerate(pairs):
+            kill() if number == count else None
+            yield pair
+
+    real = layouts.convert
+    if sys.argv[1] == "reading":
+        layouts.convert = lambda *arguments: killed_at(real(*arguments), 20)
+    else:
+        BPETokenizer.save = kill
+    convert.run(sys.argv[2:])
+"""
+
+
+def assert_recovers(source: Path, out: Path) -> None:
+    """Nothing that is left is taken for a checkpoint, and the next run cleans up and succeeds."""
+    left = list(out.parent.iterdir())
+    assert [path.name.rpartition("-")[0] for path in left] == ["out.partial"]
+    assert not out.exists()
+    assert not checkpoint.is_native(out)
+    assert not checkpoint.is_native(left[0])
+    assert convert.run([f"--source={source}", f"--out={out}"]) == 0
+    assert list(out.parent.iterdir()) == [out]
+    assert_same_params(loaded(out), params())
+
+
+@pytest.mark.parametrize("moment", ["reading", "almost done"])
+def test_a_killed_conversion_is_no_checkpoint(huggingface, tmp_path, moment):
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    code = [sys.executable, "-c", textwrap.dedent(KILLED), moment, *flags]
+    assert subprocess.run(code).returncode == -signal.SIGKILL
+    if moment == "almost done":
+        assert any(path.name == "params" for path in out.parent.glob("*/*"))
+    assert_recovers(huggingface, out)
+
+
+def test_a_conversion_killed_from_outside_is_no_checkpoint(huggingface, tmp_path):
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    process = subprocess.Popen([*command("convert"), *flags])
+    while not list(out.parent.glob("out.partial-*")):
+        assert process.poll() is None, "it ended before it could be killed"
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert_recovers(huggingface, out)
+
+
+def test_a_running_conversion_is_left_alone(native, tmp_path):
+    other = tmp_path / f"out.partial-{os.getppid()}"
+    other.mkdir()
+    fixtures.write_native(tmp_path / "out")
+    assert other.is_dir()
+
+
+def test_an_empty_directory_may_be_filled(tmp_path):
+    (tmp_path / "out").mkdir()
+    fixtures.write_native(tmp_path / "out")
+    assert_same_params(loaded(tmp_path / "out"), params())
+
+
+@pytest.mark.parametrize("name", [".", "link"])
+def test_an_empty_directory_may_have_another_name(tmp_path, monkeypatch, name):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "out")
+    monkeypatch.chdir(tmp_path / "out")
+    fixtures.write_native(Path(name) if name == "." else tmp_path / name)
+    assert_same_params(loaded(tmp_path / "out"), params())
+
+
+def test_a_checkpoint_is_never_overwritten(native):
+    with pytest.raises(OutputError, match="exists and is not empty"):
+        fixtures.write_native(native)
+    assert_same_params(loaded(native), params())

@@ -1,0 +1,407 @@
+"""`python -m csm_jax.generate` as users meet it: what it writes, what it says, how it fails."""
+
+import json
+import os
+import pty
+import shutil
+import subprocess
+import sys
+import termios
+
+import fixtures
+import numpy as np
+import pytest
+import soundfile
+from fixtures import CONFIG, params
+
+import csm_jax
+from csm_jax import checkpoint
+from csm_jax.generate import run
+
+RATE = 24_000
+NOISE = "random:tiny: the weights are random, the sound is noise and not speech"
+CUT = "the speech was cut at 0.4 s and may lack its end: raise --max_audio_length_ms"
+SHORT = ["--checkpoint=random:tiny", "--max_audio_length_ms=400"]
+NUM_FRAMES = 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """What the flags below name: recordings, scripts and damaged files."""
+    directory = tmp_path_factory.mktemp("files")
+    tone = 0.3 * np.sin(2 * np.pi * 200 * np.arange(RATE) / RATE)
+    soundfile.write(directory / "voice.wav", tone[: RATE // 2], RATE)
+    soundfile.write(directory / "long.wav", np.tile(tone, 11), RATE)
+    (directory / "text.wav").write_text("this is not a recording")
+    (directory / "empty.wav").write_bytes(b"")
+    scripts = {
+        "broken": "[{",
+        "object": "{}",
+        "none": "[]",
+        "word": '["Hello."]',
+        "wrong_field": '[{"speaker": 0, "text": "Hi."}, {"speaker": 0, "txet": "Hi."}]',
+        "no_text": '[{"speaker": 0}]',
+        "no_speaker": '[{"text": "Hi."}]',
+        "speaker_word": '[{"speaker": "Ann", "text": "Hi."}]',
+        "speaker_bool": '[{"speaker": true, "text": "Hi."}]',
+        "text_number": '[{"speaker": 0, "text": 5}]',
+        "text_empty": '[{"speaker": 0, "text": " "}]',
+        "audio_missing": '[{"speaker": 0, "text": "Hi.", "audio": "gone.wav"}, '
+        '{"speaker": 0, "text": "Hi."}]',
+        "only_audio": '[{"speaker": 0, "text": "Hi.", "audio": "voice.wav"}]',
+    }
+    for name, content in scripts.items():
+        (directory / f"{name}.json").write_text(content)
+    (directory / "latin.json").write_bytes('[{"speaker": 0, "text": "é"}]'.encode("latin-1"))
+    (directory / "directory.wav").mkdir()
+    (directory / "codes.npy").mkdir()
+    return directory
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory, native):
+    """Directories that are no good checkpoint, by what is wrong with them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    (root / "nothing").mkdir()
+    good = fixtures.huggingface_tensors()
+    head = good.pop("lm_head.weight")
+    fixtures.write_huggingface(root / "missing", good)
+    fixtures.write_huggingface(root / "extra", good | {"lm_head.weight": head, "lm_head.x": head})
+    fixtures.write_huggingface(root / "misshapen", good | {"lm_head.weight": head[:, 1:]})
+    cut = fixtures.write_huggingface(root / "cut", good | {"lm_head.weight": head})
+    (file,) = cut.glob("*.safetensors")
+    os.truncate(file, file.stat().st_size // 2)
+    shutil.copytree(native, root / "no_tokenizer")
+    (root / "no_tokenizer" / "tokenizer.json").unlink()
+    return root
+
+
+def failed(capsys, flags: list[str], out) -> str:
+    """Runs a command that must fail as every one must, and returns what it said."""
+    before = sorted(out.parent.rglob("*"))
+    assert run(flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = (line for line in captured.err.splitlines() if line != NOISE)
+    assert line.startswith("csm_jax.generate: error: ")
+    assert sorted(out.parent.rglob("*")) == before, "something was written"
+    return line
+
+
+HI = "--text=Hi."
+# Flags, beside --out and --checkpoint=random:tiny where they give none, and what is said of them.
+BAD_INPUT = {
+    # Text and context.
+    "no text": ([], "give either --text or --script"),
+    "text and script": ([HI, "--script={files}/none.json"], "give either --text or --script"),
+    "empty text": (["--text="], "the text is empty"),
+    "blank text": (["--text= \t\n"], "the text is empty"),
+    "text that is no Unicode": (["--text=a\udcff"], "invalid character at position"),
+    "long text": (["--text=" + 200 * "a"], "take 205 positions, at most 130 fit beside 125 frames"),
+    "missing audio": ([HI, "--context_audio={files}/no.wav", "--context_text=a"], "does not exist"),
+    "audio directory": (
+        [HI, "--context_audio={files}/directory.wav", "--context_text=a"],
+        "directory.wav does not exist",
+    ),
+    "unreadable audio": (
+        [HI, "--context_audio={files}/text.wav", "--context_text=a"],
+        "text.wav: not readable as audio",
+    ),
+    "empty audio": (
+        [HI, "--context_audio={files}/empty.wav", "--context_text=a"],
+        "empty.wav: not readable as audio (the file is empty)",
+    ),
+    "long context": (
+        [HI, "--context_audio={files}/long.wav", "--context_text=a"],
+        "drop context or lower max_audio_length_ms",
+    ),
+    "context without text": (
+        [HI, "--context_audio={files}/voice.wav"],
+        "1 --context_audio, 0 --context_text and 1 --context_speaker",
+    ),
+    "context without audio": ([HI, "--context_text=a"], "0 --context_audio, 1 --context_text"),
+    "context of too many speakers": (
+        [HI, "--context_audio={files}/voice.wav", "--context_text=a"] + 2 * ["--context_speaker=1"],
+        "and 2 --context_speaker",
+    ),
+    "empty context text": (
+        [HI, "--context_audio={files}/voice.wav", "--context_text="],
+        "the text is empty",
+    ),
+    # Sampling.
+    "temperature 0": ([HI, "--temperature=0"], "temperature is 0.0, but must be over 0"),
+    "temperature under 0": ([HI, "--temperature=-1"], "temperature is -1.0"),
+    "temperature nan": ([HI, "--temperature=nan"], "temperature is nan"),
+    "depth temperature 0": ([HI, "--depth_temperature=0"], "depth_temperature is 0.0"),
+    "top_k 0": ([HI, "--top_k=0"], "top_k is 0, but must be a whole number of at least 1"),
+    "top_k under 0": ([HI, "--top_k=-3"], "top_k is -3"),
+    "depth_top_k 0": ([HI, "--depth_top_k=0"], "depth_top_k is 0"),
+    "top_p 0": ([HI, "--top_p=0"], "top_p is 0.0, but must be over 0 and at most 1"),
+    "top_p over 1": ([HI, "--top_p=1.5"], "top_p is 1.5"),
+    "min_p 1": ([HI, "--min_p=1"], "min_p is 1.0, but must be at least 0 (off) and under 1"),
+    "penalty 0": ([HI, "--repetition_penalty=0"], "repetition_penalty is 0.0"),
+    "negative seed": ([HI, "--seed=-1"], "seed"),
+    # Length.
+    "under a frame": ([HI, "--max_audio_length_ms=79"], "is 79, but one frame takes 80"),
+    "no length": ([HI, "--max_audio_length_ms=nan"], "max_audio_length_ms is nan"),
+    "endless": ([HI, "--max_audio_length_ms=inf"], "max_audio_length_ms is inf"),
+    "too long": ([HI, "--max_audio_length_ms=60000"], "lower max_audio_length_ms, 20320 at the"),
+    # Checkpoints.
+    "unknown name": ([HI, "--checkpoint=csm"], "neither a directory nor a hub name"),
+    "unknown random": ([HI, "--checkpoint=random:huge"], "nor one of random:tiny, random:csm_1b"),
+    "unknown directory": ([HI, "--checkpoint=./some/where"], "neither a directory nor a hub name"),
+    "unknown repository": (
+        [HI, "--checkpoint=nobody/nothing"],
+        "config.json of nobody/nothing could not be downloaded",
+    ),
+    "no checkpoint": ([HI, "--checkpoint={bad}/nothing"], "nothing holds no CSM checkpoint"),
+    "missing tensor": ([HI, "--checkpoint={bad}/missing"], "missing tensor lm_head.weight"),
+    "extra tensor": ([HI, "--checkpoint={bad}/extra"], "unexpected tensor lm_head.x"),
+    "mis-shaped tensor": (
+        [HI, "--checkpoint={bad}/misshapen"],
+        "lm_head.weight is [35, 47] but the config wants [35, 48]",
+    ),
+    "truncated file": ([HI, "--checkpoint={bad}/cut"], "is damaged or was not downloaded whole"),
+    "no tokenizer": ([HI, "--checkpoint={bad}/no_tokenizer"], "no tokenizer.json"),
+    "unknown dtype": ([HI, "--dtype=int4"], "dtype is int4, but must be auto, float32"),
+    # Outputs.
+    "no out": ([HI, "--out="], "unknown audio format ''"),
+    "missing parent": ([HI, "--out={out}/no/a.wav"], "cannot be written in directory"),
+    "out is a directory": ([HI, "--out={files}/directory.wav"], "is a directory"),
+    "unknown format": ([HI, "--out={out}/a.txt"], "unknown audio format '.txt'; use one of .wav"),
+    "codes format": ([HI, "--codes_out={out}/a.txt"], "codes are written as .npy"),
+    "codes parent": ([HI, "--codes_out={out}/no/a.npy"], "is no writable directory"),
+    "codes directory": ([HI, "--codes_out={files}/codes.npy"], "codes.npy is a directory"),
+    # Scripts.
+    "script missing": (["--script={files}/no.json"], "no.json cannot be read: No such file"),
+    "script directory": (["--script={files}"], "cannot be read: Is a directory"),
+    "script not JSON": (["--script={files}/broken.json"], "broken.json is not JSON"),
+    "script not UTF-8": (["--script={files}/latin.json"], "latin.json is not JSON"),
+    "script no list": (["--script={files}/object.json"], "is not a JSON list of turns"),
+    "script empty": (["--script={files}/none.json"], "is not a JSON list of turns"),
+    "turn no object": (["--script={files}/word.json"], "turn 1: expected an object"),
+    "turn of a wrong field": (
+        ["--script={files}/wrong_field.json"],
+        "turn 2: unknown field txet; known are speaker, text, audio",
+    ),
+    "turn without text": (["--script={files}/no_text.json"], "turn 1: field text is missing"),
+    "turn without speaker": (["--script={files}/no_speaker.json"], "field speaker is missing"),
+    "speaker is a word": (["--script={files}/speaker_word.json"], "speaker is 'Ann', expected int"),
+    "speaker is true": (["--script={files}/speaker_bool.json"], "speaker is True, expected int"),
+    "text is a number": (["--script={files}/text_number.json"], "text is 5, expected str"),
+    "text is blank": (["--script={files}/text_empty.json"], "the text is empty"),
+    "turn's audio missing": (["--script={files}/audio_missing.json"], "gone.wav does not exist"),
+    "nothing to speak": (["--script={files}/only_audio.json"], "nothing to speak"),
+    # Flags.
+    "typo": ([HI, "--temprature=1"], "Did you mean: temperature"),
+    "positional": ([HI, "hello"], "unexpected argument hello"),
+    "no number": ([HI, "--top_k=many"], "--top_k=many"),
+    "no whole number": ([HI, "--speaker=1.5"], "--speaker=1.5"),
+    "no value": (["--text"], "Missing value for flag --text"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input(name, files, checkpoints, tmp_path, capsys):
+    flags, message = BAD_INPUT[name]
+    where = {"files": files, "bad": checkpoints, "out": tmp_path}
+    given = [flag.format(**where) for flag in flags]
+    defaults = [f"--out={tmp_path / 'out.wav'}", "--checkpoint=random:tiny"]
+    # Later flags win.
+    assert message in failed(capsys, defaults + given, tmp_path / "out.wav")
+
+
+def test_out_is_needed(tmp_path, capsys):
+    assert "--out is missing" in failed(capsys, [HI, *SHORT], tmp_path / "out.wav")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_directory(tmp_path, capsys):
+    directory = tmp_path / "locked"
+    directory.mkdir(mode=0o500)
+    out = directory / "out.wav"
+    assert "cannot be written" in failed(capsys, [HI, *SHORT, f"--out={out}"], out)
+
+
+def test_an_older_output_survives_a_failure(files, tmp_path, capsys):
+    out = tmp_path / "out.wav"
+    out.write_text("precious")
+    flags = [HI, *SHORT, f"--out={out}", f"--context_audio={files}/text.wav", "--context_text=a"]
+    failed(capsys, flags, out)
+    assert out.read_text() == "precious"
+
+
+def test_help(capsys):
+    assert run(["--help"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for flag in ("--text", "--checkpoint", "--context_audio", "--depth_top_k", "--codes_out"):
+        assert f"  {flag}: " in captured.out
+
+
+# --- What it writes -----------------------------------------------------------------------------
+
+
+def spoken(tmp_path, name: str, *flags: str) -> tuple[np.ndarray, np.ndarray]:
+    """Samples and codes that a command writes."""
+    out, codes = tmp_path / f"{name}.wav", tmp_path / f"{name}.npy"
+    assert run([*SHORT, *flags, f"--out={out}", f"--codes_out={codes}"]) == 0
+    audio, rate = soundfile.read(out, dtype="float32")
+    assert rate == RATE
+    return audio, np.load(codes)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return csm_jax.load("random:tiny")
+
+
+def test_the_command_line_is_the_library(model, files, tmp_path, capsys):
+    flags = ["--text=Well then.", "--speaker=7", "--seed=3", "--temperature=0.8", "--top_k=9"]
+    flags += ["--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1"]
+    flags += ["--depth_temperature=0.7", "--depth_top_k=5"]
+    for speaker, text in ((4, "Once."), (9, "Twice.")):
+        flags += [f"--context_audio={files}/voice.wav", f"--context_text={text}"]
+        flags += [f"--context_speaker={speaker}"]
+    audio, codes = spoken(tmp_path, "a", *flags)
+    assert capsys.readouterr().err.splitlines() == [NOISE, CUT]
+    recording = csm_jax.audio.load_audio(files / "voice.wav", RATE)
+    context = [csm_jax.Segment(4, "Once.", recording), csm_jax.Segment(9, "Twice.", recording)]
+    sampling = csm_jax.Sampling(0.8, 9, 0.9, 0.01, 1.1, depth_temperature=0.7, depth_top_k=5)
+    wanted = model.generate_codes("Well then.", 7, context, sampling, 400, seed=3)
+    assert (codes.dtype, codes.shape) == (np.int32, (NUM_FRAMES, CONFIG.num_codebooks))
+    np.testing.assert_array_equal(codes, wanted)
+    clipped = np.clip(model.decode(wanted), -1, 1)
+    np.testing.assert_allclose(audio, clipped, atol=1 / 32_767)
+
+
+def test_seeds(tmp_path):
+    same = [spoken(tmp_path, name, HI, "--seed=1") for name in "ab"]
+    np.testing.assert_array_equal(same[0][1], same[1][1])
+    assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
+    _, other = spoken(tmp_path, "c", HI, "--seed=2")
+    assert (other != same[0][1]).any()
+
+
+def test_greedy_needs_no_seed(tmp_path):
+    _, one = spoken(tmp_path, "a", HI, "--greedy", "--seed=1")
+    _, two = spoken(tmp_path, "b", HI, "--greedy", "--seed=2")
+    np.testing.assert_array_equal(one, two)
+
+
+def test_a_script_is_spoken_turn_after_turn(model, files, tmp_path):
+    """The recorded turn is heard and not spoken; every turn hears all before it."""
+    shutil.copy(files / "voice.wav", tmp_path)
+    turns = [
+        {"speaker": 0, "text": "Who is there?", "audio": "voice.wav"},
+        {"speaker": 1, "text": "Me."},
+        {"speaker": 0, "text": "Oh."},
+    ]
+    (tmp_path / "script.json").write_text(json.dumps(turns))
+    flags = [f"--script={tmp_path / 'script.json'}", "--seed=5"]
+    audio, codes = spoken(tmp_path, "a", *flags)
+    recording = csm_jax.audio.load_audio(tmp_path / "voice.wav", RATE)
+    context = [csm_jax.Segment(0, "Who is there?", recording)]
+    first = model.generate_codes("Me.", 1, context, max_audio_length_ms=400, seed=5)
+    context.append(csm_jax.Segment(1, "Me.", codes=first))
+    second = model.generate_codes("Oh.", 0, context, max_audio_length_ms=400, seed=6)
+    np.testing.assert_array_equal(codes, np.concatenate([first, second]))
+    assert len(audio) == len(codes) * CONFIG.codec.frame_size
+
+
+@pytest.mark.parametrize("suffix", [".flac", ".opus", ".pcm"])
+def test_formats(tmp_path, suffix):
+    out = tmp_path / f"out{suffix}"
+    assert run([HI, *SHORT, f"--out={out}"]) == 0
+    samples = csm_jax.audio.load_audio(out, RATE)
+    assert len(samples) == NUM_FRAMES * CONFIG.codec.frame_size
+    assert [path.name for path in tmp_path.iterdir()] == [out.name]
+
+
+def test_a_model_that_says_nothing(tmp_path, capsys):
+    """Heads of zeros prefer no code, so greedy takes code 0 everywhere: the end, at once."""
+    zeros = {
+        path: array * 0 if path.endswith(("codebook0_head/weight", "depth_heads")) else array
+        for path, array in params().items()
+    }
+    checkpoint.save(tmp_path / "mute", CONFIG, zeros.items(), fixtures.TOKENIZER)
+    audio, codes = spoken(tmp_path, "a", HI, "--greedy", f"--checkpoint={tmp_path / 'mute'}")
+    assert audio.shape == (0,)
+    assert codes.shape == (0, CONFIG.num_codebooks)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "the model said nothing for 'Hi.': try another --seed"
+
+
+# --- Real processes -----------------------------------------------------------------------------
+
+COMMAND = [sys.executable, "-m", "csm_jax.generate"]
+
+
+@pytest.fixture(scope="module")
+def first_run(tmp_path_factory, native):
+    """A run in a pipe with an empty cache: its flags, its environment, and how it went."""
+    directory = tmp_path_factory.mktemp("first")
+    flags = [HI, f"--checkpoint={native}", "--max_audio_length_ms=400"]
+    environment = os.environ | {"CSM_JAX_CACHE": str(directory / "cache")}
+    command = [*COMMAND, *flags, f"--out={directory / 'out.wav'}"]
+    return (
+        directory,
+        command,
+        environment,
+        subprocess.run(command, env=environment, capture_output=True, text=True),
+    )
+
+
+def test_a_pipe_is_quiet(first_run):
+    directory, _, _, done = first_run
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", CUT + "\n")
+    assert soundfile.info(directory / "out.wav").frames == NUM_FRAMES * CONFIG.codec.frame_size
+
+
+def test_a_second_process_compiles_nothing(first_run):
+    directory, command, environment, _ = first_run
+    compiled = programs(directory)
+    assert len(compiled) >= 3, "prefill, frame loop and codec at least"
+    environment = environment | {"JAX_DEBUG_LOG_MODULES": "jax._src.compiler"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr.count("compilation cache hit for") >= 3
+    assert "CACHE MISS" not in done.stderr
+    assert programs(directory) == compiled
+
+
+def programs(directory) -> set[str]:
+    return {path.name for path in (directory / "cache" / "xla").glob("*-cache")}
+
+
+def test_a_terminal_sees_progress_and_speed(first_run):
+    _, command, environment, _ = first_run
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 150))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    try:
+        while block := os.read(ours, 4096):
+            shown += block
+    except OSError:  # how Linux says that the other end is closed
+        pass
+    os.close(ours)
+    assert process.communicate()[0] == b""
+    assert process.returncode == 0
+    text = shown.decode()
+    assert "5/5" in text
+    assert "0.4 s of audio, real-time factor" in text
+    last = text.strip().splitlines()[-1]
+    assert "out.wav: 5 frames, 0.4 s of audio, real-time factor" in last
+    assert "x real time)" in last
+
+
+def test_a_process_fails_in_one_line(tmp_path):
+    command = [*COMMAND, HI, "--checkpoint=random:tiny", f"--out={tmp_path / 'out.wav'}"]
+    done = subprocess.run([*command, "--top_k=0"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("csm_jax.generate: error: top_k is 0")
+    assert done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,365 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+
+from csm_jax import config
+from csm_jax.cache import KVCache
+from csm_jax.checkpoint import random_params
+from csm_jax.generation import CHUNK_FRAMES, generate, prefill, run_frames
+from csm_jax.generator import Generator
+from csm_jax.model import bind
+from csm_jax.sampling import Sampling, SamplingParams
+from csm_jax.tokenizer import byte_tokenizer
+
+CONFIG = config.tiny()
+VOCAB, NUM_CODEBOOKS = CONFIG.audio_vocab_size, CONFIG.num_codebooks
+GREEDY = Sampling(greedy=True)
+
+
+def make_prompt(length: int, seed: int = 0, tiny: config.CSMConfig = CONFIG):
+    """Some text, some audio, and text."""
+    rng = np.random.default_rng(seed)
+    is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
+    columns = np.arange(tiny.num_codebooks + 1) < tiny.num_codebooks
+    mask = is_audio[:, None] == columns[None, :]
+    frames = rng.integers(0, tiny.audio_vocab_size, size=mask.shape, dtype=np.int32)
+    return np.where(mask, frames, 0).astype(np.int32), mask
+
+
+PROMPTS = [make_prompt(length, seed=length) for length in (5, 18, 31)]
+
+
+@functools.cache
+def random_weights():
+    return random_params(CONFIG, jnp.float32)["csm"]
+
+
+def start(params, prompts):
+    """Prefill of prompts of one length."""
+    frames, mask = (np.stack(x) for x in zip(*prompts, strict=True))
+    lengths = np.full(len(prompts), frames.shape[1], np.int32)
+    seeds = np.zeros(len(prompts), np.uint32)
+    return prefill(params, frames, mask, lengths, seeds, config=CONFIG, cache_length=64)
+
+
+def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
+    """Greedy codes [n, Q] by one pass over prompt and codes, every choice given all before it."""
+    frames, mask = prompt
+    size = len(frames) + len(codes)
+    rows, kept = np.zeros((2, 96, NUM_CODEBOOKS + 1), np.int32)
+    rows[: len(frames)], rows[len(frames) : size, :-1] = frames, codes
+    kept[: len(frames)], kept[len(frames) : size, :-1] = mask, 1
+    predicted = np.asarray(_one_pass(params, rows, kept.astype(bool)))
+    return predicted[len(frames) - 1 : size - 1]
+
+
+@jax.jit
+def _one_pass(params, rows, mask):
+    """Codes [T, Q] of the frame after each row, codebooks 1 and up given those in the next row."""
+    model = bind(CONFIG, params)
+    cache = KVCache.create(CONFIG.backbone, 1, len(rows), jnp.float32)
+    hidden, _ = model.backbone(model.embed(rows[None], mask[None]), cache)
+    first = jnp.argmax(model.backbone_logits(hidden[0]), axis=-1)
+    following = jnp.roll(rows[:, :-1], -1, axis=0)
+    rest = jnp.argmax(model.depth_logits(hidden[0], following), axis=-1)
+    return jnp.concatenate([first[:, None], rest], axis=1)
+
+
+# --- Against one pass over the whole sequence ---------------------------------------------------
+
+
+def test_greedy_codes_are_the_argmax_of_a_teacher_forced_pass():
+    """The whole loop at once: prefill, cache, feeding, and a depth decoder that starts empty."""
+    codes = generate(CONFIG, random_weights(), PROMPTS, [GREEDY] * 3, [0] * 3, max_frames=30)
+    for prompt, row in zip(PROMPTS, codes, strict=True):
+        assert row.shape == (30, NUM_CODEBOOKS)
+        assert row.dtype == np.int32
+        np.testing.assert_array_equal(likeliest(random_weights(), prompt, row), row)
+
+
+def test_a_frame_depends_on_all_frames_before_it():
+    params, prompt = random_weights(), PROMPTS[1]
+    (codes,) = generate(CONFIG, random_weights(), [prompt], [GREEDY], [0], max_frames=30)
+    for changed in (0, 10):
+        other = codes.copy()
+        other[changed] = (other[changed] + 1) % VOCAB
+        got = likeliest(params, prompt, other)
+        np.testing.assert_array_equal(got[:changed], codes[:changed])
+        assert (got[changed + 1 :] != codes[changed + 1 :]).any(axis=1).mean() > 0.5
+
+
+def test_up_to_the_last_position():
+    """The cache holds prompt and frames but the last, which is not fed; and not one more.
+
+    8 and 26 need 33 positions, one more than the smallest cache has.
+    """
+    limit = 60
+    backbone = dataclasses.replace(CONFIG.backbone, max_seq_len=limit)
+    short = dataclasses.replace(CONFIG, backbone=backbone)
+    for length, max_frames in ((8, 26), (35, 26), (59, 2), (60, 1)):
+        prompt = make_prompt(length, seed=3)
+        (codes,) = generate(short, random_weights(), [prompt], [GREEDY], [0], max_frames)
+        assert len(codes) == max_frames
+        np.testing.assert_array_equal(likeliest(random_weights(), prompt, codes), codes)
+
+
+# --- Rows and seeds -----------------------------------------------------------------------------
+
+SAMPLED = [Sampling(), Sampling(temperature=1.3, top_p=0.9), Sampling(top_k=5, min_p=0.05)]
+
+
+@pytest.mark.parametrize("sampling", [[GREEDY] * 3, SAMPLED], ids=["greedy", "sampled"])
+def test_rows_of_a_ragged_batch_equal_the_same_rows_alone(sampling):
+    seeds = [11, 5, 11]
+    together = generate(CONFIG, random_weights(), PROMPTS, sampling, seeds, max_frames=30)
+    for row, arguments in zip(together, zip(PROMPTS, sampling, seeds, strict=True), strict=True):
+        prompt, values, seed = arguments
+        (alone,) = generate(CONFIG, random_weights(), [prompt], [values], [seed], max_frames=30)
+        np.testing.assert_array_equal(row, alone)
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    rows = generate(CONFIG, random_weights(), PROMPTS, SAMPLED, [1, 2, 3], max_frames=30)
+    others = [SAMPLED[0], GREEDY, Sampling(top_p=0.1, repetition_penalty=3.0)]
+    prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
+    changed = generate(CONFIG, random_weights(), prompts, others, [1, 8, 9], max_frames=30)
+    np.testing.assert_array_equal(rows[0], changed[0])
+    assert not np.array_equal(rows[1], changed[1])
+
+
+def test_the_seed_decides():
+    prompts, sampling = [PROMPTS[0]] * 3, [Sampling(top_k=VOCAB)] * 3
+    seeds = [4, 4, 4 + 2**31]
+    same, again, other = generate(CONFIG, random_weights(), prompts, sampling, seeds, max_frames=25)
+    np.testing.assert_array_equal(same, again)
+    assert (same != other).mean() > 0.5
+    repeated = generate(CONFIG, random_weights(), prompts, sampling, seeds, max_frames=25)
+    np.testing.assert_array_equal(repeated, [same, again, other])
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
+def test_any_whole_number_is_a_seed(seed):
+    first, second = (
+        generate(CONFIG, random_weights(), PROMPTS[:1], [Sampling()], [seed], max_frames=2)
+        for _ in range(2)
+    )
+    np.testing.assert_array_equal(first, second)
+
+
+def test_frames_draw_from_different_keys():
+    """With heads that know nothing, pairs of frames and pairs of rows are uniform."""
+    params = blank_heads(random_weights())
+    sampling = [Sampling(temperature=1.0, top_k=VOCAB)] * 64
+    codes = np.stack(
+        generate(CONFIG, params, [PROMPTS[0]] * 64, sampling, range(64), max_frames=25)
+    )
+    classes = codes % 7  # 35 ids: five of each
+    pairs = {
+        "frames": (classes[:, 1:], classes[:, :-1]),
+        "rows": (classes[1:], classes[:-1]),
+        "next frame of the next row": (classes[1:, 1:], classes[:-1, :-1]),
+    }
+    for name, (left, right) in pairs.items():
+        counts = np.bincount((left * 7 + right).ravel(), minlength=49)
+        assert stats.chisquare(counts).pvalue > 1e-4, name
+
+
+def blank_heads(params):
+    head = {"weight": jnp.zeros_like(params["codebook0_head"]["weight"])}
+    return params | {"codebook0_head": head, "depth_heads": jnp.zeros_like(params["depth_heads"])}
+
+
+# --- The end of speech --------------------------------------------------------------------------
+#
+# The weights of a model that counts down: attention and MLP add nothing, an id is a unit vector,
+# and so is its successor in the head. After text n it says frames of n - 1, n - 2, ... and, at 0,
+# the end.
+
+
+def countdown(first=None, depth=()):
+    """Weights of the counting model.
+
+    Args:
+      first: {id: id that codebook 0 has in the next frame}, where it is not one less.
+      depth: {(codebook, id before): id}, where a codebook does not repeat the one before it.
+    """
+    params = jax.tree.map(jnp.zeros_like, random_weights())
+    for stack in ("backbone", "depth_decoder"):
+        norm = {"scale": jnp.ones_like(params[stack]["norm"]["scale"])}
+        params[stack] = params[stack] | {"norm": norm}
+    embed_dim, depth_dim = CONFIG.backbone.embed_dim, CONFIG.depth_decoder.embed_dim
+    codes = np.eye(VOCAB, embed_dim, dtype=np.float32)
+    params["audio_embedding"] = jnp.asarray(np.tile(codes, (NUM_CODEBOOKS, 1)))
+    params["text_embedding"] = params["text_embedding"].at[:VOCAB].set(codes)
+    params["projection"] = {"weight": jnp.eye(depth_dim, embed_dim)}
+    successors = {code: code - 1 for code in range(1, VOCAB)} | {0: 0} | (first or {})
+    head = np.zeros((VOCAB, embed_dim), np.float32)
+    head[list(successors.values()), list(successors.keys())] = 1.0
+    params["codebook0_head"] = {"weight": jnp.asarray(head)}
+    heads = np.tile(np.eye(VOCAB, depth_dim, dtype=np.float32), (NUM_CODEBOOKS - 1, 1, 1))
+    for (codebook, before), code in dict(depth).items():
+        heads[codebook - 1, :, before] = 0.0
+        heads[codebook - 1, code, before] = 1.0
+    params["depth_heads"] = jnp.asarray(heads)
+    return params
+
+
+def say(count: int):
+    """A prompt after which the counting model says `count - 1` first."""
+    frames, mask = np.zeros((2, 3, NUM_CODEBOOKS + 1), np.int32)
+    frames[:, -1] = [20, 30, count]
+    mask[:, -1] = 1
+    return frames, mask.astype(bool)
+
+
+def counted(count: int) -> np.ndarray:
+    return np.repeat(np.arange(count - 1, 0, -1), NUM_CODEBOOKS).reshape(-1, NUM_CODEBOOKS)
+
+
+@pytest.mark.parametrize("counts", [(1, 1, 1), (1, 7, 34), (34, 2, 1), (26, 27, 28), (3, 3, 5)])
+def test_every_row_ends_at_its_own_frame_of_zeros(counts):
+    """At once (1), and around the end of a chunk of 25 frames."""
+    rows = generate(
+        CONFIG, countdown(), [say(n) for n in counts], [GREEDY] * 3, [0] * 3, max_frames=60
+    )
+    for row, count in zip(rows, counts, strict=True):
+        assert row.shape == (count - 1, NUM_CODEBOOKS)
+        np.testing.assert_array_equal(row, counted(count))
+
+
+@pytest.mark.parametrize(
+    ("count", "max_frames", "progress"),
+    [(34, 60, [25, 34]), (5, 60, [5]), (1, 60, [1]), (26, 60, [25, 26]), (25, 60, [25])],
+)
+def test_the_loop_stops_when_all_rows_have_ended(count, max_frames, progress):
+    """`progress` counts the frame of zeros too: it took its time."""
+    frames_run = []
+    prompts = [say(n) for n in (1, count, 1)]
+    generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, max_frames, frames_run.append)
+    assert frames_run == progress
+
+
+@pytest.mark.parametrize(
+    ("max_frames", "progress"), [(1, [1]), (25, [25]), (26, [25, 26]), (60, [25, 50, 60])]
+)
+def test_max_frames(max_frames, progress):
+    frames_run = []
+    forever = countdown(first={1: 34})
+    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, frames_run.append)
+    expected = [33 - t if t < 33 else 34 - (t - 33) for t in range(max_frames)]
+    np.testing.assert_array_equal(codes, np.repeat(expected, NUM_CODEBOOKS).reshape(codes.shape))
+    assert frames_run == progress
+
+
+@pytest.mark.parametrize("max_frames", [3, 4, 5])
+def test_an_end_at_the_last_frame_allowed(max_frames):
+    (codes,) = generate(CONFIG, countdown(), [say(5)], [GREEDY], [0], max_frames)
+    np.testing.assert_array_equal(codes, counted(5)[:max_frames])
+
+
+ALMOST_ENDS = {
+    "codebook 0 alone": ({}, {(1, 0): 9}, [0] + [9] * (NUM_CODEBOOKS - 1)),
+    "codebook 3 alone": ({1: 2}, {(3, 2): 0, (4, 0): 2}, [2, 2, 2, 0, 2, 2, 2]),
+    "all but codebook 0": ({0: 2}, {(1, 2): 0}, [2] + [0] * (NUM_CODEBOOKS - 1)),
+    "all but the last": ({}, {(NUM_CODEBOOKS - 1, 0): 9}, [0] * (NUM_CODEBOOKS - 1) + [9]),
+}
+
+
+@pytest.mark.parametrize(("first", "depth", "frame"), ALMOST_ENDS.values(), ids=ALMOST_ENDS.keys())
+def test_some_zeros_are_not_the_end(first, depth, frame):
+    (codes,) = generate(CONFIG, countdown(first, depth), [say(3)], [GREEDY], [0], max_frames=10)
+    assert len(codes) == 10
+    assert frame in codes.tolist()
+
+
+def test_ended_rows_keep_returning_zeros():
+    """And the others go on: the codes of the compiled loop itself, in a model that would speak on
+    after its end."""
+    params = countdown(first={0: 34})
+    state = start(params, [say(n) for n in (3, 20, 1)])
+    values = SamplingParams.stack([GREEDY] * 3)
+    state, codes, count = run_frames(params, state, values, np.int32(10), config=CONFIG)
+    assert count == 10
+    assert codes.shape == (3, CHUNK_FRAMES, NUM_CODEBOOKS)
+    expected = [[2, 1] + [0] * 8, list(range(19, 9, -1)), [0] * 10]
+    np.testing.assert_array_equal(codes[:, :10, 0], expected)
+    np.testing.assert_array_equal(state.done, [True, False, True])
+    np.testing.assert_array_equal(state.num_frames, [3, 10, 1])
+
+
+def test_sampled_rows_end_too():
+    """At a temperature that leaves no doubt."""
+    sampling = [Sampling(temperature=0.1)] * 3
+    rows = generate(
+        CONFIG, countdown(), [say(n) for n in (4, 1, 9)], sampling, [1, 2, 3], max_frames=60
+    )
+    for row, count in zip(rows, (4, 1, 9), strict=True):
+        np.testing.assert_array_equal(row, counted(count))
+
+
+def test_an_end_at_once_is_empty_audio():
+    params = random_params(CONFIG, jnp.float32)
+    params["csm"] = blank_heads(params["csm"])
+    model = Generator(CONFIG, params, byte_tokenizer(CONFIG))
+    codes = model.generate_codes("hello", sampling=GREEDY, max_audio_length_ms=2400)
+    audio = model.generate("hello", sampling=GREEDY, max_audio_length_ms=2400)
+    assert codes.shape == (0, NUM_CODEBOOKS)
+    assert audio.shape == (0,)
+    assert audio.dtype == np.float32
+
+
+# --- Repetition penalty -------------------------------------------------------------------------
+
+
+def test_a_huge_penalty_says_every_id_once():
+    """All logits are negative here, so that the penalty makes any used id the least likely."""
+    params = dict(random_weights())
+    head = np.abs(params["codebook0_head"]["weight"])
+    params["codebook0_head"] = {"weight": jnp.asarray(-head)}
+    # All embeddings and outputs positive: then so are the states, and their products negative.
+    for table in ("text_embedding", "audio_embedding"):
+        params[table] = 100 * jnp.abs(params[table])
+    values = [Sampling(greedy=True, repetition_penalty=1e6), GREEDY, Sampling()]
+    rows = generate(CONFIG, params, [PROMPTS[0]] * 3, values, [0] * 3, max_frames=VOCAB)
+    assert sorted(rows[0][:, 0]) == list(range(VOCAB))
+    assert len(set(rows[1][:, 0])) < VOCAB / 2
+    depth_ids = [len(set(rows[0][:, codebook])) for codebook in range(1, NUM_CODEBOOKS)]
+    assert min(depth_ids) < VOCAB  # the penalty is for codebook 0 alone
+
+
+# --- Compilation and types ----------------------------------------------------------------------
+
+
+def test_few_shapes_are_compiled():
+    compiled = prefill._cache_size(), run_frames._cache_size()
+    values = [Sampling(), GREEDY, Sampling(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)]
+    values += [Sampling(repetition_penalty=1.3, depth_temperature=0.5, depth_top_k=2)]
+    for length in (5, 12, 16, 23, 31):
+        value = values[length % len(values)]
+        prompts = [make_prompt(length)] * 2  # no other test has two rows
+        generate(CONFIG, random_weights(), prompts, [value] * 2, [length] * 2, 33 - length % 2)
+    assert prefill._cache_size() == compiled[0] + 1
+    assert run_frames._cache_size() == compiled[1] + 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
+def test_narrow_types(dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), random_weights())
+    assert start(params, PROMPTS[:1]).cache.layers[0].key.dtype == dtype
+    (codes,) = generate(CONFIG, params, PROMPTS[:1], [Sampling()], [0], max_frames=3)
+    assert codes.shape == (3, NUM_CODEBOOKS)
+    assert codes.min() >= 0
+    assert codes.max() < VOCAB
+
+
+def test_two_codebooks_are_the_fewest():
+    two = dataclasses.replace(CONFIG, num_codebooks=2)
+    params = random_params(two, jnp.float32)["csm"]
+    prompt = make_prompt(6, tiny=two)
+    (codes,) = generate(two, params, [prompt], [Sampling()], [0], max_frames=3)
+    assert codes.shape == (3, 2)

@@ -1,0 +1,225 @@
+"""Checkpoints by name, from a server on this machine that answers as the Hugging Face hub does."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import fixtures
+import jax.numpy as jnp
+import pytest
+from fixtures import CONFIG, assert_same_params, params
+
+from csm_jax import checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_secret"
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories are directories; those called gated want a token.
+
+    Attributes:
+      seen: "METHOD path" of every request.
+    """
+
+    def __init__(self, root):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.root = root
+        self.seen: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def downloaded(self) -> list[str]:
+        """REPOSITORY/FILE of every download, in order of the names."""
+        gets = (path.split() for path in self.seen)
+        return sorted(
+            path.strip("/").replace("resolve/main/", "")
+            for method, path in gets
+            if method == "GET" and "/resolve/" in path
+        )
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        path = urlsplit(self.path).path
+        self.server.seen.append(f"{self.command} {path}")
+        parts = path.strip("/").removeprefix("api/models/").split("/")
+        directory = self.server.root / "/".join(parts[:2])
+        if not directory.is_dir():
+            self.refuse(404, "RepoNotFound", "Repository not found")
+        elif "gated" in parts[1] and self.headers["Authorization"] != f"Bearer {TOKEN}":
+            self.refuse(401, "GatedRepo", "Access to this model is restricted")
+        elif path.startswith("/api/"):
+            names = sorted(file.name for file in directory.iterdir())
+            tree = [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
+            info = {"id": "/".join(parts[:2]), "sha": COMMIT}
+            siblings = [{"rfilename": name} for name in names]
+            self.send(json.dumps(tree if "tree" in parts else info | {"siblings": siblings}))
+        elif (directory / parts[-1]).is_file():
+            self.send((directory / parts[-1]).read_bytes(), parts[-1])
+        else:
+            self.refuse(404, "EntryNotFound", "Entry not found")
+
+    def send(self, content, name=""):
+        content = content.encode() if isinstance(content, str) else content
+        self.send_response(200)
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("ETag", f'"{name}"')
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    def refuse(self, status, code, message):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("X-Error-Message", message)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hub")
+    both = fixtures.write_mixed(root / "sesame" / "gated-csm")
+    for name in ("README.md", "ckpt.pt", "prompts.wav"):
+        (both / name).write_text("not wanted")
+    (both / "generation_config.json").write_text("{}")
+    fixtures.write_sesame(root / "someone" / "tuned")
+    fixtures.write_codec(root / "kyutai" / "mimi", "huggingface_codec")
+    (root / "someone" / "else").mkdir()
+    with Hub(root) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture
+def run(hub, tmp_path):
+    """Looks up names in a process with caches of its own; returns a line about each."""
+    hub.seen.clear()
+    # The library waits up to 23 s for a network that is gone.
+    code = """
+        import sys, time
+        time.sleep = lambda seconds: None
+        from csm_jax import hub
+        from csm_jax.errors import CheckpointError
+        for name in sys.argv[1:]:
+            try:
+                print("native:", hub.native_copy(name))
+            except CheckpointError as error:
+                print("error:", error)
+    """
+
+    def run(*names: str, **environment: str) -> list[str]:
+        paths = {"HF_HOME": str(tmp_path / "hf"), "CSM_JAX_CACHE": str(tmp_path / "ours")}
+        settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code), *names],
+            env=os.environ | paths | settings | environment,
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
+        )
+        return done.stdout.splitlines()
+
+    return run
+
+
+def closed_port() -> str:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+def test_downloads_and_converts_once(hub, run, tmp_path):
+    native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
+    assert run("sesame/gated-csm") == [f"native: {native}"]
+    wanted = ["config.json", "generation_config.json", "tokenizer.json"]
+    wanted += [f"transformers-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    assert hub.downloaded() == [f"sesame/gated-csm/{name}" for name in wanted]
+    loaded = checkpoint.load_params(native, CONFIG, jnp.dtype("float32"))
+    assert_same_params(checkpoint.flatten(loaded), params())
+    assert (native / "generation_config.json").is_file()
+
+    # From now on nothing else is needed: no server, no token, no download.
+    hub.seen.clear()
+    before = {path: path.stat().st_mtime_ns for path in native.rglob("*")}
+    shutil.move(tmp_path / "hf", tmp_path / "aside")
+    assert run("sesame/gated-csm", HF_TOKEN="") == [f"native: {native}"]
+    assert hub.seen == []
+    assert {path: path.stat().st_mtime_ns for path in native.rglob("*")} == before
+
+    # And without the native copy, the hub's own cache will do, offline.
+    shutil.rmtree(native)
+    shutil.move(tmp_path / "aside", tmp_path / "hf")
+    assert run("sesame/gated-csm", HF_HUB_OFFLINE="1") == [f"native: {native}"]
+    assert hub.seen == []
+    assert checkpoint.is_native(native)
+
+
+def test_sesames_layout_takes_kyutais_codec(hub, run, tmp_path):
+    native = tmp_path / "ours" / "checkpoints" / "someone--tuned"
+    assert run("someone/tuned") == [f"native: {native}"]
+    own = [f"someone/tuned/{name}" for name in ("config.json", "model.safetensors")]
+    codec = [f"kyutai/mimi/{name}" for name in ("config.json", "model.safetensors")]
+    assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
+    loaded = checkpoint.load_params(native, CONFIG, jnp.dtype("float32"))
+    assert_same_params(checkpoint.flatten(loaded), params())
+
+
+def test_what_the_hub_refuses(hub, run, tmp_path):
+    names = ["sesame/gated-csm", "nobody/nothing", "someone/else"]
+    lines = run(*names, HF_TOKEN="hf_wrong")
+    assert len(lines) == len(names), "an error took more than one line"
+    reasons = ["GatedRepoError", "RepositoryNotFoundError", "EntryNotFoundError"]
+    for name, line, reason in zip(names, lines, reasons, strict=True):
+        assert line.startswith(f"error: config.json of {name} could not be downloaded (")
+        assert reason in line
+        assert "accept the model's terms" in line
+        assert "`hf auth login` or HF_TOKEN" in line
+        assert "name a local directory" in line
+    assert hub.downloaded() == []
+    assert not (tmp_path / "ours" / "checkpoints").exists()
+
+
+def test_without_a_network(run, tmp_path):
+    (line,) = run("sesame/csm-1b", HF_ENDPOINT=closed_port())
+    assert line.startswith("error: config.json of sesame/csm-1b could not be downloaded (")
+    assert "check the network" in line
+    assert "name a local directory" in line
+    assert not (tmp_path / "ours" / "checkpoints").exists()
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path):
+    """Without the warnings that the hub's library prints for every attempt."""
+    code = "import time; time.sleep = lambda _: 0; from csm_jax import generate; generate.run()"
+    flags = ["--text=Hi.", "--checkpoint=sesame/csm-1b", f"--out={tmp_path / 'out.wav'}"]
+    settings = {"HF_ENDPOINT": closed_port(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *flags],
+        env=os.environ | settings,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout == ""
+    assert done.stderr.startswith("csm_jax.generate: error: config.json of sesame/csm-1b could ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,168 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from csm_jax import cache as kv
+from csm_jax import config
+from csm_jax.cache import KVCache
+from csm_jax.config import LlamaConfig
+from csm_jax.llama import Llama
+
+STACKS = {"backbone": config.tiny().backbone, "depth_decoder": config.tiny().depth_decoder}
+SLOTS = 16
+BACKBONE = STACKS["backbone"]
+
+
+@functools.cache
+def stack(llama: LlamaConfig = BACKBONE, dtype: str = "float32", rounded_to: str = "float32"):
+    """A compiled stack with random weights: (inputs, cache) -> (states, cache)."""
+    rng = np.random.default_rng(0)
+
+    def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        weights = rng.normal(size=leaf.shape) * leaf.shape[-1] ** -0.5
+        if len(leaf.shape) == 1:
+            weights += 1
+        return jnp.asarray(weights.astype(jnp.dtype(rounded_to)), leaf.dtype)
+
+    abstract = nnx.eval_shape(lambda: Llama(llama, dtype=jnp.dtype(dtype), rngs=nnx.Rngs(0)))
+    graph, shapes = nnx.split(abstract)
+    state = jax.tree.map(draw, shapes)
+    return jax.jit(lambda x, cache: nnx.merge(graph, state)(x, cache))
+
+
+def inputs(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(jnp.dtype(dtype))
+
+
+def empty(batch: int, llama: LlamaConfig = BACKBONE, dtype: str = "float32") -> KVCache:
+    return KVCache.create(llama, batch, SLOTS, jnp.dtype(dtype))
+
+
+def in_chunks(step, x, cache: KVCache, sizes) -> tuple[np.ndarray, KVCache]:
+    states, start = [], 0
+    for size in sizes:
+        y, cache = step(x[:, start : start + size], cache)
+        states.append(np.asarray(y))
+        start += size
+    assert start == x.shape[1]
+    return np.concatenate(states, axis=1), cache
+
+
+def close(got, expected, atol: float = 2e-5):
+    np.testing.assert_allclose(got, expected, atol=atol, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("sizes", [[1] * 6, [2] * 3, [3] * 2, [1, 3, 2]], ids=str)
+def test_chunks_equal_one_pass(name, sizes):
+    llama = STACKS[name]
+    x = inputs(2, 6, llama.embed_dim)
+    whole, full = stack(llama)(x, empty(2, llama))
+    chunked, filled = in_chunks(stack(llama), x, empty(2, llama), sizes)
+    close(chunked, whole)
+    np.testing.assert_array_equal(filled.lengths, [6, 6])
+    for expected, got in zip(jax.tree.leaves(full), jax.tree.leaves(filled), strict=True):
+        close(got, expected)
+
+
+def test_position_and_order_matter():
+    """What makes the equality above worth something: the stack is no function of single inputs."""
+    x = inputs(2, 6, BACKBONE.embed_dim)
+    states, _ = stack()(x, empty(2))
+    swapped, _ = stack()(x[:, [1, 0, 2, 3, 4, 5]], empty(2))
+    alone, _ = stack()(x[:, 5:], empty(2))
+    assert np.abs(states[:, 5] - swapped[:, 5]).max() > 1e-2
+    assert np.abs(states[:, 5] - alone[:, 0]).max() > 1e-2
+
+
+def test_later_inputs_do_not_change_earlier_states():
+    x = inputs(2, 6, BACKBONE.embed_dim)
+    states, _ = stack()(x, empty(2))
+    for at in range(6):
+        other = x.copy()
+        other[:, at] += 1
+        changed, _ = stack()(other, empty(2))
+        np.testing.assert_array_equal(changed[:, :at], states[:, :at])
+        assert np.all(np.abs(changed[:, at:] - states[:, at:]).max(axis=-1) > 1e-4)
+
+
+@pytest.mark.parametrize("lengths", [[1, 6], [4, 2]], ids=str)
+@pytest.mark.parametrize("padding", [0.0, 1e3, -1e3])
+def test_ragged_rows_equal_the_same_rows_alone(lengths, padding):
+    """A right-padded prompt, then single steps; every row from its own length on."""
+    prompt, steps = inputs(2, 6, BACKBONE.embed_dim), inputs(2, 3, BACKBONE.embed_dim, seed=1)
+    for row, length in enumerate(lengths):
+        prompt[row, length:] = padding
+    together, cache = stack()(prompt, empty(2))
+    cache = cache._replace(lengths=jnp.asarray(lengths, jnp.int32))
+    continued, cache = in_chunks(stack(), steps, cache, [1, 1, 1])
+    np.testing.assert_array_equal(cache.lengths, np.array(lengths) + 3)
+    for row, length in enumerate(lengths):
+        alone = np.concatenate([prompt[row, :length], steps[row]])[None]
+        expected, _ = in_chunks(stack(), alone, empty(1), [1] * (length + 3))
+        close(together[row, :length], expected[0, :length])
+        close(continued[row], expected[0, length:])
+
+
+def test_unused_slots_have_no_effect():
+    x = inputs(2, 5, BACKBONE.embed_dim)
+    clean = empty(2)
+    dirty = jax.tree.map(lambda leaf: leaf + 1e3 if leaf.ndim == 4 else leaf, clean)
+    expected, _ = in_chunks(stack(), x, clean, [3, 1, 1])
+    got, _ = in_chunks(stack(), x, dirty, [3, 1, 1])
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_the_size_of_the_cache_has_no_effect():
+    x = inputs(2, 6, BACKBONE.embed_dim)
+    fits = KVCache.create(BACKBONE, 2, 6, jnp.float32)
+    close(stack()(x, fits)[0], stack()(x, empty(2))[0])
+
+
+def test_a_cache_keeps_its_shapes_and_types():
+    cache = empty(2)
+    assert len(cache.layers) == BACKBONE.num_layers
+    assert cache.layers[0].key.shape == (2, SLOTS, BACKBONE.num_kv_heads, BACKBONE.head_dim)
+    for length in (3, 1, 1):
+        _, after = stack()(inputs(2, length, BACKBONE.embed_dim), cache)
+        assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, cache)
+        cache = after
+
+
+def test_write_puts_each_row_at_its_own_start():
+    zeros = jnp.zeros((2, 5, 1, 2))
+    new = jnp.arange(1.0, 9.0).reshape(2, 2, 1, 2)
+    written = kv.write(kv.LayerCache(zeros, zeros), new, -new, jnp.array([3, 1], jnp.int32))
+    expected = np.zeros((2, 5, 1, 2))
+    expected[0, 3:5], expected[1, 1:3] = new[0], new[1]
+    np.testing.assert_array_equal(written.key, expected)
+    np.testing.assert_array_equal(written.value, -expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_type_runs_in_its_own_type(dtype):
+    """And says the same as float32, in as many digits as it has."""
+    x = inputs(2, 6, BACKBONE.embed_dim, dtype=dtype)
+    step = stack(BACKBONE, dtype, rounded_to=dtype)
+    states, cache = in_chunks(step, x, empty(2, dtype=dtype), [3, 3])
+    assert states.dtype == cache.layers[0].key.dtype == cache.layers[0].value.dtype == dtype
+    wide = stack(BACKBONE, "float32", rounded_to=dtype)
+    expected, _ = wide(x.astype(np.float32), empty(2))
+    difference = np.abs(states.astype(np.float32) - expected)
+    assert difference.mean() < {"float32": 1e-5, "float16": 3e-3, "bfloat16": 2e-2}[dtype]
+
+
+@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 6), (5, 1)])
+def test_head_groupings(num_heads, num_kv_heads):
+    llama = dataclasses.replace(
+        BACKBONE, num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, rope_scaling=None
+    )
+    x = inputs(2, 4, llama.embed_dim)
+    whole, _ = stack(llama)(x, empty(2, llama))
+    chunked, _ = in_chunks(stack(llama), x, empty(2, llama), [2, 2])
+    close(chunked, whole)

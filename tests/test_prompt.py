@@ -1,0 +1,180 @@
+import dataclasses
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from csm_jax import config
+from csm_jax.errors import InputError
+from csm_jax.prompt import Segment, build_prompt
+
+TINY = config.tiny()
+CONFIG = dataclasses.replace(TINY, num_codebooks=3)
+BOS, EOS = 256, 257
+TOKENIZER = SimpleNamespace(encode=lambda text: [BOS, *text.encode(), EOS])
+AUDIO = np.zeros(4000, np.float32)
+CODES = np.array([[1, 2, 3], [4, 5, 6]])
+# What the audio of every turn is encoded to.
+ENCODED = np.array([[7, 8, 9], [0, 0, 1], [34, 0, 2]], np.int32)
+
+
+def build(text="hi", speaker=0, context=(), max_frames=10):
+    return build_prompt(text, speaker, context, CONFIG, TOKENIZER, lambda _: ENCODED, max_frames)
+
+
+def text_rows(text: str) -> list[list[int]]:
+    return [[0, 0, 0, id] for id in (BOS, *map(ord, text), EOS)]
+
+
+def audio_rows(codes) -> list[list[int]]:
+    return [[*codes, 0] for codes in np.asarray(codes).tolist()] + [[0, 0, 0, 0]]
+
+
+TEXT, SOUND = [False] * 3 + [True], [True] * 3 + [False]
+
+
+def test_a_turn_without_context_row_by_row():
+    frames, mask = build("hi", speaker=7)
+    assert frames.dtype == np.int32
+    assert mask.dtype == bool
+    assert frames.tolist() == [
+        [0, 0, 0, 256],
+        [0, 0, 0, ord("[")],
+        [0, 0, 0, ord("7")],
+        [0, 0, 0, ord("]")],
+        [0, 0, 0, ord("h")],
+        [0, 0, 0, ord("i")],
+        [0, 0, 0, 257],
+    ]
+    assert mask.tolist() == [[False, False, False, True]] * 7
+
+
+def test_a_turn_with_codes_row_by_row():
+    frames, mask = build("b", context=[Segment(1, "a", codes=CODES)])
+    assert frames.tolist() == [
+        *text_rows("[1]a"),
+        [1, 2, 3, 0],
+        [4, 5, 6, 0],
+        [0, 0, 0, 0],  # the end of the audio: zeros that count
+        *text_rows("[0]b"),
+    ]
+    assert mask.tolist() == [TEXT] * 6 + [SOUND] * 3 + [TEXT] * 6
+
+
+def test_several_turns_in_order():
+    context = [
+        Segment(0, "one", audio=AUDIO),
+        Segment(123, "two"),
+        Segment(1, "three", codes=CODES),
+        Segment(0, "four", audio=AUDIO, codes=CODES),  # codes instead of audio
+    ]
+    frames, mask = build("five", speaker=123, context=context)
+    expected = [
+        *text_rows("[0]one"),
+        *audio_rows(ENCODED),
+        *text_rows("[123]two"),
+        *text_rows("[1]three"),
+        *audio_rows(CODES),
+        *text_rows("[0]four"),
+        *audio_rows(CODES),
+        *text_rows("[123]five"),
+    ]
+    assert frames.tolist() == expected
+    assert mask.tolist() == [TEXT if row[-1] else SOUND for row in expected]
+
+
+@pytest.mark.parametrize("speaker", [0, 7, 123])
+def test_any_speaker_number(speaker):
+    frames, _ = build("hi", speaker, [Segment(speaker, "yes")])
+    assert frames.tolist() == text_rows(f"[{speaker}]yes") + text_rows(f"[{speaker}]hi")
+
+
+def test_text_is_said_as_it_is_written():
+    frames, _ = build(" Oh,  well\n")
+    assert frames.tolist() == text_rows("[0] Oh,  well\n")
+
+
+def test_the_codec_gets_the_audio_of_the_turn():
+    heard = []
+
+    def encode(audio):
+        heard.append(audio)
+        return ENCODED
+
+    spoken = [np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in (100, 200)]
+    context = [Segment(0, "a", audio=spoken[0]), Segment(1, "b", codes=CODES)]
+    context += [Segment(0, "c"), Segment(1, "d", audio=spoken[1])]
+    build_prompt("e", 0, context, CONFIG, TOKENIZER, encode, 10)
+    assert len(heard) == 2
+    for got, expected in zip(heard, spoken, strict=True):
+        np.testing.assert_array_equal(got, expected)
+
+
+def test_codes_may_be_empty():
+    frames, _ = build("b", context=[Segment(0, "a", codes=np.zeros((0, 3), np.int32))])
+    assert frames.tolist() == [*text_rows("[0]a"), [0, 0, 0, 0], *text_rows("[0]b")]
+
+
+@pytest.mark.parametrize("text", ["", " ", "\n\t "])
+def test_text_must_not_be_empty(text):
+    for arguments in ({"text": text}, {"context": [Segment(0, text, codes=CODES)]}):
+        with pytest.raises(InputError, match="text is empty"):
+            build(**arguments)
+
+
+BAD_TURNS = {
+    "one row": ({"codes": CODES[0]}, r"shape \[3\].*\[num_frames, 3\]"),
+    "transposed": ({"codes": CODES.T}, r"shape \[3, 2\].*\[num_frames, 3\]"),
+    "batched": ({"codes": CODES[None]}, r"shape \[1, 2, 3\].*\[num_frames, 3\]"),
+    "codes too large": ({"codes": CODES + 29}, r"30\.\.35.*0\.\.34"),
+    "codes negative": ({"codes": CODES - 2}, r"-1\.\.4.*0\.\.34"),
+    "codes not whole": ({"codes": CODES + 0.5}, r"float64"),
+    "stereo": ({"audio": np.zeros((2, 4000), np.float32)}, r"\(2, 4000\)"),
+    "no samples": ({"audio": np.zeros(0, np.float32)}, "no samples"),
+    "not finite": ({"audio": np.full(10, np.nan, np.float32)}, "10 of 10 samples"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), BAD_TURNS.values(), ids=BAD_TURNS.keys())
+def test_bad_turns(values, message):
+    with pytest.raises(InputError, match=message) as error:
+        build(context=[Segment(0, "a", **values)])
+    assert "\n" not in str(error.value)
+
+
+def test_the_largest_codes_of_the_vocabulary_are_allowed():
+    build(context=[Segment(0, "a", codes=np.full((1, 3), 34))])
+
+
+# --- Room ---------------------------------------------------------------------------------------
+
+LIMIT = CONFIG.backbone.max_seq_len  # 256
+
+
+def test_the_longest_prompt():
+    """The reference refuses `T >= max_seq_len - max_frames`."""
+    assert LIMIT == 256
+    fits = "x" * (LIMIT - 100 - 1 - len("[0]") - 2)
+    frames, _ = build(fits, max_frames=100)
+    assert len(frames) == 155
+    with pytest.raises(InputError, match=r"take 156 positions, at most 155 fit beside 100 frames"):
+        build(fits + "x", max_frames=100)
+
+
+def test_context_counts():
+    turn = Segment(0, "a", codes=np.zeros((94, 3), np.int32))  # 6 text, 94 codes, 1 end
+    frames, _ = build("hi", context=[turn], max_frames=147)
+    assert len(frames) == 108
+    with pytest.raises(InputError, match=r"take 108 positions, at most 107 fit beside 148 frames"):
+        build("hi", context=[turn], max_frames=148)
+
+
+@pytest.mark.parametrize("max_frames", [LIMIT - 1, LIMIT, 10 * LIMIT])
+def test_too_many_frames_for_any_prompt(max_frames):
+    message = (
+        rf"^{max_frames} frames .* 256 positions.* max_audio_length_ms, {254 * 80} at the most"
+    )
+    with pytest.raises(InputError, match=message):
+        build(max_frames=max_frames)
+    with pytest.raises(InputError, match="take 7 positions, at most 1 fit beside 254 frames"):
+        build(max_frames=254)
