@@ -1,0 +1,38 @@
+"""Two voices talking, each turn spoken with all turns before it as context.
+
+python examples/conversation.py --checkpoint=random:tiny --out=conversation.wav
+"""
+
+import argparse
+
+import numpy as np
+
+import csm_jax
+from csm_jax.audio import save_audio
+
+TURNS = [
+    (0, "Did you hear the rain last night?"),
+    (1, "I did. It woke me up at three."),
+    (0, "Then you should sleep in tomorrow."),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", default="sesame/csm-1b")
+    parser.add_argument("--out", default="conversation.wav")
+    arguments = parser.parse_args()
+
+    model = csm_jax.load(arguments.checkpoint)
+    context: list[csm_jax.Segment] = []
+    spoken = []
+    for seed, (speaker, text) in enumerate(TURNS):
+        codes = model.generate_codes(text, speaker, context, max_audio_length_ms=4_000, seed=seed)
+        # The codes themselves go into the context: encoding the sound again would change them.
+        context.append(csm_jax.Segment(speaker, text, codes=codes))
+        spoken.append(model.decode(codes))
+    save_audio(arguments.out, np.concatenate(spoken), model.sample_rate)
+
+
+if __name__ == "__main__":
+    main()
