@@ -10,7 +10,6 @@ A directory appears under its name only when it is whole: it is written beside i
 import contextlib
 import itertools
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from absl import logging
 from flax import nnx, traverse_util
 
 from csm_jax.config import CSMConfig
@@ -71,15 +71,22 @@ def random_params(config: CSMConfig, dtype: jnp.dtype, seed: int = 0) -> Params:
         name = path[-1].key
         if name in ("scale", "bias"):
             return jnp.full(shape.shape, 1 if name == "scale" else 0, shape.dtype)
-        is_kernel = len(shape.shape) == 3 and "codec" in path[0].key
-        fan_in = math.prod(shape.shape[:-1]) if is_kernel else shape.shape[-1]
         values = random.random(shape.shape, np.float32)
         values -= 0.5
-        # Residual branches add up: at unit gain the codec would be far over full scale.
-        values *= (3 if is_kernel else 12) ** 0.5 * fan_in**-0.5
+        values *= (12 / _fan_in(path[0].key, shape.shape)) ** 0.5
         return jnp.asarray(values, shape.dtype)
 
     return jax.tree.map_with_path(draw, param_shapes(config, dtype))
+
+
+def _fan_in(section: str, shape: tuple[int, ...]) -> float:
+    """How many inputs make one output of a layer, by the shape of its weight."""
+    if section != "codec" or len(shape) < 3:
+        return shape[-1]
+    taps, inputs, *_, outputs = shape
+    is_depthwise = len(shape) == 4 and outputs == 1
+    # As many again: residual branches add up, and the sound should stay under full scale.
+    return 2 * taps * (1 if is_depthwise else inputs)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -163,10 +170,19 @@ def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
     )
 
 
-def _checkpointer() -> ocp.Checkpointer:
-    # A directory per tensor instead of one OCDBT database: it writes four times as fast, and
-    # does not hold a second copy of everything while it does.
-    return ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+@contextlib.contextmanager
+def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    # A file per tensor instead of one OCDBT database, and no compression, which finds nothing in
+    # weights: it writes several times as fast, and does not hold another copy while it does.
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    verbosity = logging.get_verbosity()
+    # Orbax warns about the database that is not there, for every part.
+    logging.set_verbosity(min(verbosity, logging.ERROR))
+    try:
+        with ocp.Checkpointer(handler) as checkpointer:
+            yield checkpointer
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 @contextlib.contextmanager

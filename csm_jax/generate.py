@@ -225,8 +225,8 @@ class _Bar:
         self._started = time.perf_counter()
         self._bar = tqdm(total=max_frames, unit="frame", disable=None, leave=False)
 
-    def __enter__(self) -> Callable[[int], None]:
-        return self._update
+    def __enter__(self) -> Callable[[int], None] | None:
+        return None if self._bar.disable else self._update
 
     def __exit__(self, *_: object) -> None:
         self._bar.close()

@@ -233,27 +233,26 @@ def test_every_row_ends_at_its_own_frame_of_zeros(counts):
 
 
 @pytest.mark.parametrize(
-    ("count", "max_frames", "progress"),
-    [(34, 60, [25, 34]), (5, 60, [5]), (1, 60, [1]), (26, 60, [25, 26]), (25, 60, [25])],
+    ("count", "progress"), [(14, [5, 10, 14]), (5, [5]), (1, [1]), (6, [5, 6])]
 )
-def test_the_loop_stops_when_all_rows_have_ended(count, max_frames, progress):
+def test_the_loop_stops_when_all_rows_have_ended(count, progress):
     """`progress` counts the frame of zeros too: it took its time."""
     frames_run = []
     prompts = [say(n) for n in (1, count, 1)]
-    generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, max_frames, frames_run.append)
+    generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, 60, frames_run.append)
     assert frames_run == progress
 
 
-@pytest.mark.parametrize(
-    ("max_frames", "progress"), [(1, [1]), (25, [25]), (26, [25, 26]), (60, [25, 50, 60])]
-)
-def test_max_frames(max_frames, progress):
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("max_frames", [1, 5, 7, 25, 26, 60])
+def test_max_frames(max_frames, watched):
     frames_run = []
     forever = countdown(first={1: 34})
-    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, frames_run.append)
+    progress = frames_run.append if watched else None
+    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, progress)
     expected = [33 - t if t < 33 else 34 - (t - 33) for t in range(max_frames)]
     np.testing.assert_array_equal(codes, np.repeat(expected, NUM_CODEBOOKS).reshape(codes.shape))
-    assert frames_run == progress
+    assert frames_run == ([*range(5, max_frames, 5), max_frames] if watched else [])
 
 
 @pytest.mark.parametrize("max_frames", [3, 4, 5])
