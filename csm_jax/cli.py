@@ -44,7 +44,10 @@ def run(
 
 
 def _parse(values: flags.FlagValues, program: str, argv: Sequence[str]) -> None:
-    rest = values([program, *argv])[1:]
+    try:
+        rest = values([program, *argv])[1:]
+    except flags.UnrecognizedFlagError as error:
+        raise flags.Error(f"{error}; --help lists the flags") from error
     if rest:
         raise flags.Error(f"unexpected argument {rest[0]}: flags are written --name=value")
 

@@ -218,7 +218,7 @@ def tiny() -> CSMConfig:
             num_kv_heads=2,
             head_dim=8,
             mlp_dim=80,
-            max_seq_len=256,
+            max_seq_len=1024,
             rope_scaling=scaling,
         ),
         depth_decoder=LlamaConfig(

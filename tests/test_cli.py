@@ -97,7 +97,7 @@ BAD_INPUT = {
     "empty text": (["--text="], "the text is empty"),
     "blank text": (["--text= \t\n"], "the text is empty"),
     "text that is no Unicode": (["--text=a\udcff"], "invalid character at position"),
-    "long text": (["--text=" + 200 * "a"], "take 205 positions, at most 130 fit beside 125 frames"),
+    "long text": (["--text=" + 1000 * "a"], "take 1005 positions, at most 898 fit beside 125"),
     "missing audio": ([HI, "--context_audio={files}/no.wav", "--context_text=a"], "does not exist"),
     "audio directory": (
         [HI, "--context_audio={files}/directory.wav", "--context_text=a"],
@@ -112,7 +112,7 @@ BAD_INPUT = {
         "empty.wav: not readable as audio (the file is empty)",
     ),
     "long context": (
-        [HI, "--context_audio={files}/long.wav", "--context_text=a"],
+        [HI, "--context_audio={files}/long.wav", "--context_text=a", "--max_audio_length_ms=75000"],
         "drop context or lower max_audio_length_ms",
     ),
     "context without text": (
@@ -145,7 +145,7 @@ BAD_INPUT = {
     "under a frame": ([HI, "--max_audio_length_ms=79"], "is 79, but one frame takes 80"),
     "no length": ([HI, "--max_audio_length_ms=nan"], "max_audio_length_ms is nan"),
     "endless": ([HI, "--max_audio_length_ms=inf"], "max_audio_length_ms is inf"),
-    "too long": ([HI, "--max_audio_length_ms=60000"], "lower max_audio_length_ms, 20320 at the"),
+    "too long": ([HI, "--max_audio_length_ms=90000"], "lower max_audio_length_ms, 81760 at the"),
     # Checkpoints.
     "unknown name": ([HI, "--checkpoint=csm"], "neither a directory nor a hub name"),
     "unknown random": ([HI, "--checkpoint=random:huge"], "nor one of random:tiny, random:csm_1b"),

@@ -9,7 +9,10 @@ from csm_jax.errors import InputError
 from csm_jax.prompt import Segment, build_prompt
 
 TINY = config.tiny()
-CONFIG = dataclasses.replace(TINY, num_codebooks=3)
+LIMIT = 256
+CONFIG = dataclasses.replace(
+    TINY, num_codebooks=3, backbone=dataclasses.replace(TINY.backbone, max_seq_len=LIMIT)
+)
 BOS, EOS = 256, 257
 TOKENIZER = SimpleNamespace(encode=lambda text: [BOS, *text.encode(), EOS])
 AUDIO = np.zeros(4000, np.float32)
@@ -148,12 +151,9 @@ def test_the_largest_codes_of_the_vocabulary_are_allowed():
 
 # --- Room ---------------------------------------------------------------------------------------
 
-LIMIT = CONFIG.backbone.max_seq_len  # 256
-
 
 def test_the_longest_prompt():
     """The reference refuses `T >= max_seq_len - max_frames`."""
-    assert LIMIT == 256
     fits = "x" * (LIMIT - 100 - 1 - len("[0]") - 2)
     frames, _ = build(fits, max_frames=100)
     assert len(frames) == 155
