@@ -40,11 +40,11 @@ import copy
 import json
 from pathlib import Path
 
-import oracles
 import torch
 import transformers
 from safetensors.torch import save_file
 
+import oracles
 from csm_jax.config import tiny
 
 GOLDEN = Path(__file__).parent / "golden"

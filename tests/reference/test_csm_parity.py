@@ -9,10 +9,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 pytest.importorskip("torchtune")
 
-import oracles
 import torch
 
 import csm_jax
+import oracles
 from csm_jax import checkpoint
 from csm_jax.cache import KVCache
 from csm_jax.convert.layouts import open_checkpoint

@@ -13,10 +13,12 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("torchtune")
 
-import oracles  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from torchtune.models.llama3_2 import llama3_2  # noqa: E402
 
+import oracles  # noqa: E402
 from csm_jax.config import CSMConfig, csm_1b, tiny  # noqa: E402
+from oracles import sesame as assembly  # noqa: E402
 
 DATA = Path(__file__).parent / "data"
 NUM_FRAMES = 10
@@ -147,7 +149,7 @@ def test_released_rope_numbers_are_equivalent():
     published = {"backbone": (0.125, 0.5, 1024), "depth_decoder": (0.001953125, 0.0078125, 16)}
     configs = {"backbone": released, "depth_decoder": released.depth_decoder_config}
     for name, (low, high, length) in published.items():
-        torchtune_theta = oracles._torchtune_rope(getattr(csm_1b(), name)).theta
+        torchtune_theta = assembly._torchtune_rope(getattr(csm_1b(), name)).theta
         torch.testing.assert_close(_inverse_frequencies(configs[name]), torchtune_theta)
         configs[name].rope_parameters |= {
             "low_freq_factor": low,
@@ -167,7 +169,7 @@ def test_parameter_names_are_torchtunes_own():
     """`models.py` calls the builder; `SesameModel` is assembled for sizes the builder refuses."""
     size = csm_1b().depth_decoder
     with torch.device("meta"):
-        assembled = oracles._torchtune_llama(size).state_dict()
+        assembled = assembly._torchtune_llama(size).state_dict()
         built = llama3_2(
             vocab_size=1,
             num_layers=size.num_layers,
@@ -210,17 +212,17 @@ def test_hub_names_keep_every_tensor(tiny_hf, tmp_path, max_shard_size):
     plain = oracles.save_hf(tiny_hf, tmp_path / "plain")
     hub = oracles.save_hf(tiny_hf, tmp_path / "hub", max_shard_size, hub_names=True)
     index = json.loads((hub / "transformers.safetensors.index.json").read_text())["weight_map"]
-    shards = {file.name: oracles.load_file(file) for file in hub.glob("*.safetensors")}
+    shards = {file.name: load_file(file) for file in hub.glob("*.safetensors")}
     assert set(index.values()) == set(shards)
     assert index == {name: shard for shard, tensors in shards.items() for name in tensors}
-    assert index.keys() == oracles.load_file(plain / "model.safetensors").keys()
+    assert index.keys() == load_file(plain / "model.safetensors").keys()
 
 
 def test_saved_layout_1_loads_again(tiny_hf, tmp_path):
     sesame = oracles.sesame_from_hf(tiny_hf, tiny())
     directory = oracles.save_sesame(sesame, tmp_path / "safetensors")
     pickled = oracles.save_sesame(sesame, tmp_path / "pickle", as_checkpoint=True)
-    weights = oracles.load_file(directory / "model.safetensors")
+    weights = load_file(directory / "model.safetensors")
     assert weights.keys() == torch.load(pickled / "ckpt.pt").keys() == sesame.state_dict().keys()
     assert all(torch.equal(weights[name], tensor) for name, tensor in sesame.state_dict().items())
 
