@@ -23,10 +23,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx, traverse_util
 
+from csm_jax import model
 from csm_jax.config import CSMConfig
 from csm_jax.errors import CheckpointError, CSMError, OutputError, first_line
-from csm_jax.mimi.codec import Mimi
-from csm_jax.model import CSM
+from csm_jax.mimi import codec
 from csm_jax.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
@@ -49,13 +49,9 @@ SMALL_FILES = (
 
 def param_shapes(config: CSMConfig, dtype: jnp.dtype = jnp.float32) -> Params:
     """Shapes of all parameters in their two sections; the codec is float32 always."""
-
-    def shapes(make: Any) -> Params:
-        return nnx.to_pure_dict(nnx.state(nnx.eval_shape(make)))
-
     return {
-        "csm": shapes(lambda: CSM(config, dtype=dtype, rngs=nnx.Rngs(0))),
-        "codec": shapes(lambda: Mimi(config.codec, rngs=nnx.Rngs(0))),
+        "csm": nnx.to_pure_dict(nnx.state(model.abstract(config, jnp.dtype(dtype)))),
+        "codec": nnx.to_pure_dict(nnx.state(codec.abstract(config.codec))),
     }
 
 

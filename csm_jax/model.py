@@ -154,10 +154,10 @@ class CSM(nnx.Module):
 def bind(config: CSMConfig, params: dict[str, Any]) -> CSM:
     """The model over a pure dictionary of parameters, for use inside a jitted function."""
     dtype = params["codebook0_head"]["weight"].dtype
-    return nnx.merge(nnx.graphdef(_abstract(config, dtype)), params)
+    return nnx.merge(nnx.graphdef(abstract(config, dtype)), params)
 
 
 @functools.cache
-def _abstract(config: CSMConfig, dtype: jnp.dtype) -> CSM:
+def abstract(config: CSMConfig, dtype: jnp.dtype) -> CSM:
     """The module tree with shapes for weights: nothing is allocated."""
     return nnx.eval_shape(lambda: CSM(config, dtype=dtype, rngs=nnx.Rngs(0)))

@@ -84,25 +84,25 @@ class Mimi(nnx.Module):
 
 
 @functools.cache
-def _abstract(config: MimiConfig) -> Mimi:
+def abstract(config: MimiConfig) -> Mimi:
     """The network with shapes for parameters: it allocates nothing."""
     return nnx.eval_shape(lambda: Mimi(config, rngs=nnx.Rngs(0)))
 
 
 def bind(config: MimiConfig, params: dict[str, Any]) -> Mimi:
     """The network over a pure dictionary of parameters, for use inside a jitted function."""
-    return nnx.merge(nnx.graphdef(_abstract(config)), params)
+    return nnx.merge(nnx.graphdef(abstract(config)), params)
 
 
 # Jitted, so that a state of a hundred small buffers is one dispatch.
 @functools.partial(jax.jit, static_argnames=("config", "batch"))
 def _init_encode_state(*, config: MimiConfig, batch: int) -> State:
-    return _abstract(config).init_encode_state(batch)
+    return abstract(config).init_encode_state(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch"))
 def _init_decode_state(*, config: MimiConfig, batch: int) -> State:
-    return _abstract(config).init_decode_state(batch)
+    return abstract(config).init_decode_state(batch)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "num_codebooks"), donate_argnames=("state",))
