@@ -12,14 +12,12 @@ import jax.numpy as jnp
 from absl import flags
 
 from csm_jax import checkpoint, cli, hub
-from csm_jax.config import CSMConfig
+from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
-from csm_jax.convert.layouts import open_checkpoint, read_json
+from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.tokenizer import load_tokenizer
 
 PROGRAM = "csm_jax.convert"
-DTYPES = ("float32", "bfloat16", "float16")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -32,14 +30,16 @@ def define_flags(values: flags.FlagValues) -> None:
     define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
-    define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
+    define("dtype", None, f"{', '.join(checkpoint.DTYPES)}; default: as stored")
 
 
 def main(values: flags.FlagValues) -> None:
     if values.source is None or values.out is None:
         raise InputError("give --source and --out")
-    if values.dtype not in (None, *DTYPES):
-        raise InputError(f"dtype is {values.dtype}, but must be one of {', '.join(DTYPES)}")
+    if values.dtype not in (None, *checkpoint.DTYPES):
+        raise InputError(
+            f"dtype is {values.dtype}, but must be one of {', '.join(checkpoint.DTYPES)}"
+        )
     dtype = None if values.dtype is None else jnp.dtype(values.dtype)
     out = Path(values.out)
     if values.to == "native":
@@ -56,12 +56,8 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
         raise CheckpointError(f"{source} is native already; --to=hf converts it back")
     codec = None if values.codec is None else Path(values.codec)
     config = None if values.config is None else _read_config(Path(values.config))
-    opened = open_checkpoint(source, codec, config)
-    directory = source if source.is_dir() else source.parent
-    tokenizer = load_tokenizer(Path(values.tokenizer or directory), opened.config)
-    shapes = checkpoint.flatten(checkpoint.param_shapes(opened.config))
-    small = checkpoint.small_files(directory)
-    checkpoint.save(out, opened.config, opened.tensors(shapes), tokenizer, small, dtype)
+    tokenizer = None if values.tokenizer is None else Path(values.tokenizer)
+    write_native(source, out, codec, config, tokenizer, dtype)
 
 
 def _source(name: str) -> Path:

@@ -1,7 +1,6 @@
 """Native checkpoints back to the layout of transformers, so that what is tuned here runs there."""
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -39,10 +38,8 @@ def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) 
         _write_shards(partial, _tensors(config, params, dtype))
         stored = params["csm/text_embedding"].dtype
         values = csm_to_huggingface(config) | {"dtype": str(np.dtype(dtype or stored))}
-        (partial / "config.json").write_text(json.dumps(values, indent=2) + "\n")
-        for file in checkpoint.small_files(source):
-            shutil.copyfile(file, partial / file.name)
-        tokenizer.save(partial)
+        small = checkpoint.small_files(source)
+        checkpoint.write_beside_weights(partial, values, tokenizer, small)
 
 
 def _tensors(

@@ -1,7 +1,6 @@
 """Which layout a directory holds, and what it takes to read it."""
 
 import dataclasses
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.config import CSMConfig, MimiConfig
+from csm_jax.config import CSMConfig, MimiConfig, read_json
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.rules import Shape, Table, TensorSource, convert
 from csm_jax.convert.sources import SafetensorsSource, TorchSource, shard_groups
@@ -163,19 +162,6 @@ def _open_file(file: Path) -> TensorSource:
 def _read_config(source: Path) -> dict[str, Any]:
     path = (source if source.is_dir() else source.parent) / "config.json"
     return read_json(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
-    try:
-        values = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing: it tells the sizes of the model") from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return values
 
 
 def _subset(tensors: TensorSource, codec: bool) -> TensorSource:

@@ -86,10 +86,6 @@ class Table:
         )
         return Table(self.name, rules, tuple(source + t for t in self.ignore))
 
-    def __add__(self, other: "Table") -> "Table":
-        name = f"{self.name} + {other.name}"
-        return Table(name, self.rules + other.rules, self.ignore + other.ignore)
-
 
 class TensorSource(Protocol):
     """Where tensors come from: their shapes at once, their values one at a time."""

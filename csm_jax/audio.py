@@ -5,7 +5,6 @@ libsndfile (soundfile) does the coding, soxr the resampling. Sample rates are in
 
 import io
 import os
-import secrets
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +14,7 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, OutputError
+from csm_jax.files import replace_file
 
 SAMPLE_RATE = 24_000
 
@@ -112,16 +112,10 @@ def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int
     path = Path(path)
     check_output(path)
     data = encode_audio(audio, sample_rate, path.suffix)
-    temporary = path.with_name(f".{secrets.token_hex(8)}.part")
     try:
-        # Not tempfile: its files are private to the user, and would stay so after the rename.
-        with open(temporary, "xb") as file:
-            file.write(data)
-        os.replace(temporary, path)
+        replace_file(path, data)
     except OSError as error:
         raise OutputError(_cannot_write(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def check_output(path: str | os.PathLike[str]) -> None:

@@ -24,13 +24,14 @@ from absl import logging
 from flax import nnx, traverse_util
 
 from csm_jax import model
-from csm_jax.config import CSMConfig
+from csm_jax.config import CSMConfig, read_json
 from csm_jax.errors import CheckpointError, CSMError, OutputError, first_line
 from csm_jax.mimi import codec
 from csm_jax.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
 VERSION = 1
+DTYPES = ("float32", "bfloat16", "float16")
 Params = dict[str, Any]
 
 # What a checkpoint directory may hold beside weights; copied as it is, so that a conversion
@@ -132,11 +133,18 @@ def save(
                 flat = {path: _cast(path, tensor, dtype) for path, tensor in group}
                 args = ocp.args.PyTreeSave(unflatten(flat, shapes))
                 checkpointer.save(partial.absolute() / "params" / part, args=args)
-        for file in small_files:
-            shutil.copyfile(file, partial / file.name)
-        tokenizer.save(partial)
         description = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
-        (partial / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        write_beside_weights(partial, description, tokenizer, small_files)
+
+
+def write_beside_weights(
+    directory: Path, config: dict[str, Any], tokenizer: Tokenizer, small_files: Iterable[Path]
+) -> None:
+    """What a checkpoint of any layout has beside its weights; `config.json` comes last."""
+    for file in small_files:
+        shutil.copyfile(file, directory / file.name)
+    tokenizer.save(directory)
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _part(path: str) -> str:
@@ -234,11 +242,8 @@ def _is_running(pid: int) -> bool:
 def load_config(directory: Path) -> CSMConfig:
     """The config of a native checkpoint."""
     path = directory / "config.json"
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
-    if not isinstance(values, dict) or values.get("format") != FORMAT:
+    values = read_json(path)
+    if values.get("format") != FORMAT:
         raise CheckpointError(f"{path} does not describe a {FORMAT} checkpoint")
     if values.get("version") != VERSION:
         raise CheckpointError(

@@ -5,8 +5,10 @@
 """
 
 import dataclasses
+import json
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from csm_jax.errors import CheckpointError
@@ -147,6 +149,19 @@ class CSMConfig:
                 "text_token_ids": _build(TextTokenIds, values.get("text_token_ids")),
             },
         )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing: it tells the sizes of the model") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is not a JSON object")
+    return values
 
 
 def _build_llama(values: dict[str, Any] | None) -> LlamaConfig:

@@ -6,6 +6,7 @@ Context turns are given by repeating --context_audio, --context_text and --conte
 order; a whole conversation by --script=turns.json.
 """
 
+import io
 import os
 import sys
 import time
@@ -20,8 +21,9 @@ from tqdm import tqdm
 from csm_jax import cli
 from csm_jax.audio import check_output, load_audio, save_audio
 from csm_jax.errors import InputError, OutputError
+from csm_jax.files import replace_file
 from csm_jax.generator import RANDOM, Generator, load
-from csm_jax.prompt import Segment
+from csm_jax.prompt import Segment, check_text
 from csm_jax.sampling import Sampling
 from csm_jax.script import Turn, read_script
 
@@ -59,7 +61,6 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     job = _read_job(values)
     model = _load(values.checkpoint, values.dtype)
-    model.max_frames(values.max_audio_length_ms)
     report = _Report(model, values.max_audio_length_ms)
     codes = _speak(model, job, values, report)
     audio = [model.decode(turn) for turn in codes]
@@ -108,8 +109,7 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
         spoken = [Turn(values.speaker, values.text)]
     turns = _read_context(values) + spoken
     for turn in turns:
-        if not turn.text.strip():
-            raise InputError("the text is empty: there is nothing to say")
+        check_text(turn.text)
         if turn.audio is not None and not turn.audio.is_file():
             raise InputError(f"context audio {turn.audio} does not exist")
     return turns
@@ -177,13 +177,11 @@ def _speak(
 
 
 def _save_codes(path: Path, codes: np.ndarray) -> None:
-    partial = path.with_name(f".{path.name}.partial")
+    buffer = io.BytesIO()
+    np.save(buffer, codes)
     try:
-        with partial.open("wb") as file:
-            np.save(file, codes)
-        partial.replace(path)
+        replace_file(path, buffer.getvalue())
     except OSError as error:
-        partial.unlink(missing_ok=True)
         raise OutputError(f"{path} could not be written: {error.strerror}") from error
 
 

@@ -92,7 +92,7 @@ def prefill(
     config: CSMConfig,
     cache_length: int,
 ) -> GenerationState:
-    """Reads prompts into a new cache, all but their last rows.
+    """Reads prompts into a new cache; their last rows are left for the first step to feed.
 
     Args:
       frames, mask: [B, T, Q + 1], int32 and bool, padded on the right.

@@ -13,7 +13,7 @@ import numpy as np
 from csm_jax import checkpoint, hub
 from csm_jax import config as presets
 from csm_jax.config import CSMConfig
-from csm_jax.convert.layouts import open_checkpoint
+from csm_jax.convert.layouts import Checkpoint, open_checkpoint
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.generation import generate
 from csm_jax.mimi.codec import Codec
@@ -148,7 +148,7 @@ def load(name: str | Path, dtype: str = "auto") -> Generator:
     else:
         opened = open_checkpoint(directory)
         config = opened.config
-        params = _params_of(opened, weight_type)
+        params = params_of(opened, weight_type)
     return Generator(config, params, load_tokenizer(directory, config))
 
 
@@ -156,7 +156,7 @@ def resolve_dtype(name: str) -> jnp.dtype:
     """The type that "auto" stands for on this machine, or the one named."""
     if name == "auto":
         name = _best_dtype(jax.devices()[0])
-    if name not in ("float32", "bfloat16", "float16"):
+    if name not in checkpoint.DTYPES:
         raise InputError(f"dtype is {name}, but must be auto, float32, bfloat16 or float16")
     return jnp.dtype(name)
 
@@ -182,7 +182,7 @@ def _directory(name: str) -> Path:
     )
 
 
-def _params_of(opened: Any, dtype: jnp.dtype) -> Params:
+def params_of(opened: Checkpoint, dtype: jnp.dtype) -> Params:
     """Reads a published layout straight onto the device, without a native copy."""
     shapes = checkpoint.param_shapes(opened.config, dtype)
     flat = checkpoint.flatten(shapes)

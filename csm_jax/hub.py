@@ -7,9 +7,9 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from csm_jax import checkpoint
-from csm_jax.convert.layouts import needs_codec, open_checkpoint
+from csm_jax.convert.layouts import needs_codec
+from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, OutputError, first_line
-from csm_jax.tokenizer import load_tokenizer
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
@@ -36,21 +36,13 @@ def native_copy(repository: str) -> Path:
     if not checkpoint.is_native(native):
         source = download(repository)
         try:
-            _convert(source, native)
+            codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
+            write_native(source, native, codec)
         except OutputError:
             # Another process may have converted it meanwhile; then its copy serves as well.
             if not checkpoint.is_native(native):
                 raise
     return native
-
-
-def _convert(source: Path, native: Path) -> None:
-    codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
-    opened = open_checkpoint(source, codec)
-    shapes = checkpoint.flatten(checkpoint.param_shapes(opened.config))
-    tokenizer = load_tokenizer(source, opened.config)
-    small = checkpoint.small_files(source)
-    checkpoint.save(native, opened.config, opened.tensors(shapes), tokenizer, small)
 
 
 def download(repository: str) -> Path:

@@ -59,6 +59,12 @@ def build_prompt(
     return frames, mask
 
 
+def check_text(text: str) -> None:
+    """Raises `InputError` for text that says nothing."""
+    if not text.strip():
+        raise InputError("the text is empty: there is nothing to say")
+
+
 def _turn(
     turn: Segment,
     config: CSMConfig,
@@ -75,8 +81,7 @@ def _turn(
 
 
 def _text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
-    if not text.strip():
-        raise InputError("the text is empty: there is nothing to say")
+    check_text(text)
     ids = tokenizer.encode(f"[{speaker}]{text}")
     frames = np.zeros((len(ids), config.num_codebooks + 1), np.int32)
     frames[:, -1] = ids

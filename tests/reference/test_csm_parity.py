@@ -17,6 +17,7 @@ from csm_jax import checkpoint
 from csm_jax.cache import KVCache
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.generation import generate
+from csm_jax.generator import params_of
 from csm_jax.model import bind
 from csm_jax.sampling import Sampling
 from csm_jax.tokenizer import byte_tokenizer
@@ -69,16 +70,9 @@ def codec_of(huggingface, root):
     return directory
 
 
-def params_of(opened, dtype=jnp.float32):
-    shapes = checkpoint.param_shapes(opened.config, dtype)
-    flat = checkpoint.flatten(shapes)
-    placed = {path: jnp.asarray(t, flat[path].dtype) for path, t in opened.tensors(flat)}
-    return checkpoint.unflatten(placed, shapes)
-
-
 @pytest.fixture(scope="module", params=["huggingface", "sesame"])
 def params(request, layouts):
-    return params_of(layouts[request.param])
+    return params_of(layouts[request.param], jnp.float32)
 
 
 def numpy_prompt(prompt):
@@ -121,7 +115,7 @@ def test_backbone_logits(params, reference, name):
 def test_backbone_logits_equal_torchtune(layouts, reference):
     sesame = oracles.sesame_from_hf(reference, CONFIG)
     frames, mask = numpy_prompt(PROMPTS["long"])
-    _, logits = backbone(params_of(layouts["sesame"]), frames[None], mask[None])
+    _, logits = backbone(params_of(layouts["sesame"], jnp.float32), frames[None], mask[None])
     assert relative_error(logits, sesame.logits(PROMPTS["long"])) < 1e-4
 
 
@@ -146,7 +140,7 @@ def test_greedy_codes(params, reference, name):
 def test_greedy_codes_equal_torchtune(layouts, reference):
     sesame = oracles.sesame_from_hf(reference, CONFIG)
     theirs = oracles.greedy(sesame, PROMPTS["audio"], NUM_FRAMES)
-    params = params_of(layouts["sesame"])["csm"]
+    params = params_of(layouts["sesame"], jnp.float32)["csm"]
     prompt = numpy_prompt(PROMPTS["audio"])
     ours = generate(CONFIG, params, [prompt], [GREEDY], [0], NUM_FRAMES)[0]
     np.testing.assert_array_equal(ours, theirs.numpy())
@@ -160,7 +154,9 @@ def test_greedy_codes_of_a_ragged_batch(params, reference):
 
 
 def test_both_layouts_hold_the_same_model(layouts):
-    huggingface, sesame = (checkpoint.flatten(params_of(opened)) for opened in layouts.values())
+    huggingface, sesame = (
+        checkpoint.flatten(params_of(opened, jnp.float32)) for opened in layouts.values()
+    )
     assert huggingface.keys() == sesame.keys()
     for path in huggingface:
         np.testing.assert_array_equal(huggingface[path], sesame[path], path)
@@ -181,7 +177,7 @@ def test_context_audio_goes_through_the_codec(layouts, reference):
     theirs = oracles.hf_greedy_from_audio(
         reference, torch.tensor(chat), [torch.tensor(waveform)], 20
     )
-    model = csm_jax.Generator(CONFIG, params_of(layouts["huggingface"]), tokenizer)
+    model = csm_jax.Generator(CONFIG, params_of(layouts["huggingface"], jnp.float32), tokenizer)
     context = [csm_jax.Segment(speaker=3, text="heard before", audio=waveform)]
     ours = model.generate_codes("said now", 1, context, GREEDY, max_audio_length_ms=1600)
     np.testing.assert_array_equal(ours, theirs.numpy())

@@ -1,0 +1,37 @@
+"""Published layouts to native checkpoints: what the command line and the hub both do."""
+
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from csm_jax import checkpoint
+from csm_jax.config import CSMConfig
+from csm_jax.convert.layouts import open_checkpoint
+from csm_jax.tokenizer import load_tokenizer
+
+
+def write_native(
+    source: Path,
+    out: Path,
+    codec: Path | None = None,
+    config: CSMConfig | None = None,
+    tokenizer: Path | None = None,
+    dtype: jnp.dtype | None = None,
+) -> None:
+    """Converts a directory or file in a published layout.
+
+    Args:
+      source, codec, config: as in `open_checkpoint`.
+      out: as in `checkpoint.save`.
+      tokenizer: a tokenizer file or a directory with one; None is the source's own.
+      dtype: of the model's weights; None keeps them as stored.
+
+    Raises:
+      CheckpointError, OutputError: as those two do.
+    """
+    opened = open_checkpoint(source, codec, config)
+    directory = source if source.is_dir() else source.parent
+    loaded = load_tokenizer(tokenizer or directory, opened.config)
+    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
+    small = checkpoint.small_files(directory)
+    checkpoint.save(out, opened.config, tensors, loaded, small, dtype)
