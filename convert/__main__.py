@@ -16,6 +16,7 @@ from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, InputError
+from csm_jax.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
 
@@ -30,16 +31,17 @@ def define_flags(values: flags.FlagValues) -> None:
     define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
-    define("dtype", None, f"{', '.join(checkpoint.DTYPES)}; default: as stored")
+    define("quantize", "none", "none or int8")
+    define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
 
 
 def main(values: flags.FlagValues) -> None:
     if values.source is None or values.out is None:
         raise InputError("give --source and --out")
-    if values.dtype not in (None, *checkpoint.DTYPES):
-        raise InputError(
-            f"dtype is {values.dtype}, but must be one of {', '.join(checkpoint.DTYPES)}"
-        )
+    if values.dtype not in (None, *DTYPES):
+        raise InputError(f"dtype is {values.dtype}, but must be one of {', '.join(DTYPES)}")
+    if values.quantize not in QUANTIZE:
+        raise InputError(f"quantize is {values.quantize}, but must be {' or '.join(QUANTIZE)}")
     dtype = None if values.dtype is None else jnp.dtype(values.dtype)
     out = Path(values.out)
     if values.to == "native":
@@ -57,7 +59,7 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
     codec = None if values.codec is None else Path(values.codec)
     config = None if values.config is None else _read_config(Path(values.config))
     tokenizer = None if values.tokenizer is None else Path(values.tokenizer)
-    write_native(source, out, codec, config, tokenizer, dtype)
+    write_native(source, out, codec, config, tokenizer, dtype, int8=values.quantize == "int8")
 
 
 def _source(name: str) -> Path:

@@ -2,26 +2,55 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+
 from csm_jax.config import LlamaConfig
 from csm_jax.convert.rules import Rule, Table, Transform, one_to_one
 
 
-def interleaved_to_halves(heads: int) -> Transform:
-    """Reorders the rows of a q or k projection [heads * H, D].
+def fused_qkv(config: LlamaConfig, interleaved: bool) -> Transform:
+    """q, k and v projections to one: per kv head its queries, its key and its value.
 
-    The original rotates the pairs (2i, 2i + 1) of a head, we rotate (i, i + H/2), as Hugging Face
-    does: the same rotation after moving even rows to the first half.
+    Args:
+      interleaved: the source rotates the pairs (2i, 2i + 1) of a head, where we rotate
+        (i, i + H/2) as Hugging Face does: the same rotation after moving even rows to the front.
     """
+    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
 
-    def forward(weight: Any) -> Any:
-        pairs = weight.reshape(heads, -1, 2, weight.shape[-1])  # [heads, H/2, 2, D]
-        return pairs.swapaxes(1, 2).reshape(weight.shape)
+    def forward(q: Any, k: Any, v: Any) -> list[Any]:
+        if interleaved:
+            q, k = to_halves(q, config.num_heads), to_halves(k, kv_heads)
+        heads = [x.reshape(kv_heads, -1, config.head_dim, x.shape[-1]) for x in (q, k, v)]
+        return [_concatenate(heads).reshape(-1, q.shape[-1])]
 
-    def inverse(weight: Any) -> Any:
-        halves = weight.reshape(heads, 2, -1, weight.shape[-1])
-        return halves.swapaxes(1, 2).reshape(weight.shape)
+    def inverse(fused: Any) -> list[Any]:
+        heads = fused.reshape(kv_heads, group + 2, config.head_dim, -1)
+        parts = heads[:, :group], heads[:, group : group + 1], heads[:, group + 1 :]
+        q, k, v = (part.reshape(-1, fused.shape[-1]) for part in parts)
+        if interleaved:
+            q, k = to_pairs(q, config.num_heads), to_pairs(k, kv_heads)
+        return [q, k, v]
 
-    return one_to_one(forward, inverse)
+    return Transform(forward, inverse)
+
+
+def _concatenate(heads: list[Any]) -> Any:
+    # Shapes are checked by tracing, values are numpy's.
+    xp = np if isinstance(heads[0], np.ndarray) else jnp
+    return xp.concatenate(heads, axis=1)
+
+
+def to_halves(weight: Any, heads: int) -> Any:
+    """Reorders the rows [heads * H, D] of rotated pairs (2i, 2i + 1) to (i, i + H/2)."""
+    pairs = weight.reshape(heads, -1, 2, weight.shape[-1])  # [heads, H/2, 2, D]
+    return pairs.swapaxes(1, 2).reshape(weight.shape)
+
+
+def to_pairs(weight: Any, heads: int) -> Any:
+    """The reverse of `to_halves`."""
+    halves = weight.reshape(heads, 2, -1, weight.shape[-1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
 
 
 # The heads are stored [Q - 1, D, V] and used as h @ W; ours are [Q - 1, V, D] like all weights.
@@ -35,7 +64,7 @@ def sesame_table(backbone: LlamaConfig, depth_decoder: LlamaConfig) -> Table:
         Rule("audio_embeddings.weight", "audio_embedding"),
         Rule("projection.weight", "projection/weight"),
         Rule("codebook0_head.weight", "codebook0_head/weight"),
-        Rule("audio_head", "depth_heads", HEADS),
+        Rule("audio_head", "depth_heads/weight", HEADS),
         *_torchtune_stack("backbone.", "backbone/", backbone),
         *_torchtune_stack("decoder.", "depth_decoder/", depth_decoder),
     ]
@@ -46,24 +75,32 @@ def sesame_table(backbone: LlamaConfig, depth_decoder: LlamaConfig) -> Table:
 
 def _torchtune_stack(source: str, target: str, config: LlamaConfig) -> list[Rule]:
     names = {
-        "attn.v_proj.weight": ("attn/v/weight", None),
-        "attn.output_proj.weight": ("attn/o/weight", None),
-        "mlp.w1.weight": ("mlp/gate/weight", None),
-        "mlp.w2.weight": ("mlp/down/weight", None),
-        "mlp.w3.weight": ("mlp/up/weight", None),
-        "sa_norm.scale": ("attn_norm/scale", None),
-        "mlp_norm.scale": ("mlp_norm/scale", None),
-        "attn.q_proj.weight": ("attn/q/weight", interleaved_to_halves(config.num_heads)),
-        "attn.k_proj.weight": ("attn/k/weight", interleaved_to_halves(config.num_kv_heads)),
+        "attn.output_proj.weight": "attn/o/weight",
+        "mlp.w1.weight": "mlp/gate/weight",
+        "mlp.w2.weight": "mlp/down/weight",
+        "mlp.w3.weight": "mlp/up/weight",
+        "sa_norm.scale": "attn_norm/scale",
+        "mlp_norm.scale": "mlp_norm/scale",
     }
-    layers = [
-        Rule(f"{source}layers.{{i}}.{theirs}", f"{target}layers/{{i}}/{ours}", *filter(None, [t]))
-        for theirs, (ours, t) in names.items()
+    projections = tuple(f"attn.{name}_proj.weight" for name in "qkv")
+    fused = fused_qkv(config, interleaved=True)
+    return [
+        *_layer_rules(
+            f"{source}layers.{{i}}.", f"{target}layers/{{i}}/", names, projections, fused
+        ),
+        Rule(f"{source}norm.scale", f"{target}norm/scale"),
     ]
-    return [*layers, Rule(f"{source}norm.scale", f"{target}norm/scale")]
 
 
-def huggingface_table() -> Table:
+def _layer_rules(
+    source: str, target: str, names: dict[str, str], qkv: tuple[str, ...], fused: Transform
+) -> list[Rule]:
+    """The rules of one layer: `names` as they are, and the three projections as one."""
+    rules = [Rule(source + theirs, target + ours) for theirs, ours in names.items()]
+    return [*rules, Rule(tuple(source + q for q in qkv), f"{target}attn/qkv/weight", fused)]
+
+
+def huggingface_table(backbone: LlamaConfig, depth_decoder: LlamaConfig) -> Table:
     """Layout 2: `CsmForConditionalGeneration` of transformers, without its codec."""
     # One table under one name or both; transformers writes the first.
     tied = (
@@ -75,20 +112,17 @@ def huggingface_table() -> Table:
         Rule(tied, "audio_embedding", alternatives=True),
         Rule("lm_head.weight", "codebook0_head/weight"),
         Rule("depth_decoder.model.inputs_embeds_projector.weight", "projection/weight"),
-        Rule("depth_decoder.codebooks_head.weight", "depth_heads", HEADS),
-        *_transformers_stack("backbone_model.", "backbone/"),
-        *_transformers_stack("depth_decoder.model.", "depth_decoder/"),
+        Rule("depth_decoder.codebooks_head.weight", "depth_heads/weight", HEADS),
+        *_transformers_stack("backbone_model.", "backbone/", backbone),
+        *_transformers_stack("depth_decoder.model.", "depth_decoder/", depth_decoder),
     ]
     # Index buffers that older versions of transformers saved.
     ignore = ("backbone_model.embed_tokens.audio_tokens_offsets",)
     return Table("Hugging Face", tuple(rules), ignore)
 
 
-def _transformers_stack(source: str, target: str) -> list[Rule]:
+def _transformers_stack(source: str, target: str, config: LlamaConfig) -> list[Rule]:
     names = {
-        "self_attn.q_proj.weight": "attn/q/weight",
-        "self_attn.k_proj.weight": "attn/k/weight",
-        "self_attn.v_proj.weight": "attn/v/weight",
         "self_attn.o_proj.weight": "attn/o/weight",
         "mlp.gate_proj.weight": "mlp/gate/weight",
         "mlp.up_proj.weight": "mlp/up/weight",
@@ -96,8 +130,11 @@ def _transformers_stack(source: str, target: str) -> list[Rule]:
         "input_layernorm.weight": "attn_norm/scale",
         "post_attention_layernorm.weight": "mlp_norm/scale",
     }
-    layers = [
-        Rule(f"{source}layers.{{i}}.{theirs}", f"{target}layers/{{i}}/{ours}")
-        for theirs, ours in names.items()
+    projections = tuple(f"self_attn.{name}_proj.weight" for name in "qkv")
+    fused = fused_qkv(config, interleaved=False)
+    return [
+        *_layer_rules(
+            f"{source}layers.{{i}}.", f"{target}layers/{{i}}/", names, projections, fused
+        ),
+        Rule(f"{source}norm.weight", f"{target}norm/scale"),
     ]
-    return [*layers, Rule(f"{source}norm.weight", f"{target}norm/scale")]

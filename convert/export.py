@@ -13,6 +13,7 @@ from csm_jax.config import CSMConfig
 from csm_jax.convert import csm, mimi
 from csm_jax.convert.configs import csm_to_huggingface
 from csm_jax.convert.rules import Table, invert
+from csm_jax.errors import CheckpointError
 from csm_jax.tokenizer import load_tokenizer
 
 # A shard is held in memory while it is written.
@@ -31,6 +32,11 @@ def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) 
       CheckpointError, OutputError: as `checkpoint.load_config` and `checkpoint.save` do.
     """
     config = checkpoint.load_config(source)
+    if checkpoint.is_int8(source):
+        raise CheckpointError(
+            f"{source} is stored as int8, which this layout does not have: export the checkpoint "
+            "that it was made from"
+        )
     tokenizer = load_tokenizer(source, config)
     params = dict(checkpoint.read_params(source, config))
     size = sum(array.nbytes for array in params.values())
@@ -47,7 +53,7 @@ def _tensors(
 ) -> Iterator[tuple[str, np.ndarray]]:
     codec = mimi.huggingface_table(config.codec).prefixed("codec_model.", "")
     sections: list[tuple[str, Table, jnp.dtype | None]] = [
-        ("csm/", csm.huggingface_table(), dtype),
+        ("csm/", csm.huggingface_table(config.backbone, config.depth_decoder), dtype),
         ("codec/", codec, jnp.dtype(jnp.float32)),
     ]
     for prefix, table, section_dtype in sections:

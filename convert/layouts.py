@@ -106,7 +106,11 @@ def _open_huggingface(
     source: Path, tensors: TensorSource, config: CSMConfig | None, codec: Path | None
 ) -> Checkpoint:
     config = config or configs.csm_from_huggingface(_read_config(source))
-    model = Part("csm", csm.huggingface_table(), _subset(tensors, codec=False))
+    model = Part(
+        "csm",
+        csm.huggingface_table(config.backbone, config.depth_decoder),
+        _subset(tensors, codec=False),
+    )
     if codec is not None:
         codec_config, codec_part = open_codec(codec, config.codec)
         return Checkpoint(dataclasses.replace(config, codec=codec_config), (model, codec_part))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.config import MimiConfig
-from csm_jax.convert.csm import interleaved_to_halves
+from csm_jax.convert.csm import to_halves, to_pairs
 from csm_jax.convert.rules import IDENTITY, Rule, Table, Transform, one_to_one
 
 # Codebook entries that were used less than this are as good as unused (moshi `core_vq.py`).
@@ -40,14 +40,13 @@ def conv_transpose(stride: int) -> Transform:
 
 def fused_qkv(num_heads: int) -> Transform:
     """kyutai's one [3 * D, D] projection to q, k and v, with RoPE on halves."""
-    reorder = interleaved_to_halves(num_heads)
 
     def forward(weight: Any) -> tuple[Any, ...]:
         query, key, value = weight.reshape(3, -1, weight.shape[-1])
-        return *reorder.forward(query), *reorder.forward(key), value
+        return to_halves(query, num_heads), to_halves(key, num_heads), value
 
     def inverse(query: Any, key: Any, value: Any) -> tuple[Any]:
-        parts = [*reorder.inverse(query), *reorder.inverse(key), value]
+        parts = [to_pairs(query, num_heads), to_pairs(key, num_heads), value]
         return (jnp.concatenate(parts),)
 
     return Transform(forward, inverse)

@@ -17,6 +17,7 @@ def write_native(
     config: CSMConfig | None = None,
     tokenizer: Path | None = None,
     dtype: jnp.dtype | None = None,
+    int8: bool = False,
 ) -> None:
     """Converts a directory or file in a published layout.
 
@@ -24,7 +25,7 @@ def write_native(
       source, codec, config: as in `open_checkpoint`.
       out: as in `checkpoint.save`.
       tokenizer: a tokenizer file or a directory with one; None is the source's own.
-      dtype: of the model's weights; None keeps them as stored.
+      dtype, int8: as in `checkpoint.save`.
 
     Raises:
       CheckpointError, OutputError: as those two do.
@@ -34,4 +35,4 @@ def write_native(
     loaded = load_tokenizer(tokenizer or directory, opened.config)
     tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
     small = checkpoint.small_files(directory)
-    checkpoint.save(out, opened.config, tensors, loaded, small, dtype)
+    checkpoint.save(out, opened.config, tensors, loaded, small, dtype, int8)

@@ -11,10 +11,14 @@ Array = jax.Array
 
 
 class LayerCache(NamedTuple):
-    """Keys (already rotated) and values of one attention layer, each [B, S, K, H]."""
+    """Keys (already rotated) and values of one attention layer.
 
-    key: Array
-    value: Array
+    Keys lie along the last axis: XLA:CPU multiplies queries with them as they are, where it
+    would transpose the whole cache at every step.
+    """
+
+    key: Array  # [B, K, H, S]
+    value: Array  # [B, K, S, H]
 
 
 class KVCache(NamedTuple):
@@ -25,30 +29,49 @@ class KVCache(NamedTuple):
 
     Attributes:
       layers: one `LayerCache` per layer.
-      lengths: int32 [B], positions that hold a key; every row of a batch has its own.
+      lengths: positions that hold a key, int32 [B], every row of a batch with its own; or [1] if
+        all rows are equally long.
     """
 
     layers: tuple[LayerCache, ...]
     lengths: Array
 
     @staticmethod
-    def create(config: LlamaConfig, batch: int, max_seq_len: int, dtype: jnp.dtype) -> "KVCache":
-        shape = (batch, max_seq_len, config.num_kv_heads, config.head_dim)
+    def create(
+        config: LlamaConfig, batch: int, max_seq_len: int, dtype: jnp.dtype, num_lengths: int
+    ) -> "KVCache":
+        """An empty cache; `num_lengths` is the batch size, or 1 if all rows grow together."""
+        heads = batch, config.num_kv_heads
         layers = tuple(
-            LayerCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+            LayerCache(
+                key=jnp.zeros((*heads, config.head_dim, max_seq_len), dtype),
+                value=jnp.zeros((*heads, max_seq_len, config.head_dim), dtype),
+            )
             for _ in range(config.num_layers)
         )
-        return KVCache(layers, jnp.zeros((batch,), jnp.int32))
+        return KVCache(layers, jnp.zeros((num_lengths,), jnp.int32))
 
 
 def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
-    """Writes [B, T, K, H] keys and values of each row at that row's own `start` (int32 [B])."""
+    """Writes T new positions of every row from `start` on.
 
-    def write_row(row: Array, new: Array, at: Array) -> Array:
-        return jax.lax.dynamic_update_slice(row, new, (at, 0, 0))
+    Args:
+      key: [B, K, H, T].
+      value: [B, K, T, H].
+      start: int32 [B], or [1] for all rows alike.
+    """
+    if start.shape[0] == 1:
+        return LayerCache(
+            jax.lax.dynamic_update_slice(cache.key, key, (0, 0, 0, start[0])),
+            jax.lax.dynamic_update_slice(cache.value, value, (0, 0, start[0], 0)),
+        )
+    return jax.vmap(_write_row)(cache, key, value, start)
 
+
+def _write_row(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
     return LayerCache(
-        jax.vmap(write_row)(cache.key, key, start), jax.vmap(write_row)(cache.value, value, start)
+        jax.lax.dynamic_update_slice(cache.key, key, (0, 0, start)),
+        jax.lax.dynamic_update_slice(cache.value, value, (0, start, 0)),
     )
 
 
@@ -59,7 +82,8 @@ class WindowCache(NamedTuple):
     which costs nothing next to its convolutions, and positions need no arithmetic modulo W.
 
     Attributes:
-      key, value: [B, W, N, H]; slots that were never filled are zero and are masked by position.
+      key: [B, N, H, W]; slots that were never filled are zero and are masked by position.
+      value: [B, N, W, H].
       length: int32 [B], positions seen so far.
     """
 
@@ -71,8 +95,9 @@ class WindowCache(NamedTuple):
     def create(
         batch: int, window: int, num_heads: int, head_dim: int, dtype: jnp.dtype
     ) -> "WindowCache":
-        shape = (batch, window, num_heads, head_dim)
-        # Two arrays, not one twice: a buffer can be donated only once.
+        heads = batch, num_heads
         return WindowCache(
-            jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((batch,), jnp.int32)
+            key=jnp.zeros((*heads, head_dim, window), dtype),
+            value=jnp.zeros((*heads, window, head_dim), dtype),
+            length=jnp.zeros((batch,), jnp.int32),
         )

@@ -8,8 +8,10 @@ A directory appears under its name only when it is whole: it is written beside i
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -27,12 +29,14 @@ from csm_jax import model
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.errors import CheckpointError, CSMError, OutputError, first_line
 from csm_jax.mimi import codec
+from csm_jax.precision import FLOAT32, Precision
+from csm_jax.quantize import prepare
 from csm_jax.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
-VERSION = 1
-DTYPES = ("float32", "bfloat16", "float16")
+VERSION = 2
 Params = dict[str, Any]
+Place = Callable[[str, np.ndarray | jax.Array], jax.Array]
 
 # What a checkpoint directory may hold beside weights; copied as it is, so that a conversion
 # back to the Hugging Face layout finds it again.
@@ -48,42 +52,12 @@ SMALL_FILES = (
 )
 
 
-def param_shapes(config: CSMConfig, dtype: jnp.dtype = jnp.float32) -> Params:
+def param_shapes(config: CSMConfig, precision: Precision = FLOAT32) -> Params:
     """Shapes of all parameters in their two sections; the codec is float32 always."""
     return {
-        "csm": nnx.to_pure_dict(nnx.state(model.abstract(config, jnp.dtype(dtype)))),
+        "csm": nnx.to_pure_dict(nnx.state(model.abstract(config, precision))),
         "codec": nnx.to_pure_dict(nnx.state(codec.abstract(config.codec))),
     }
-
-
-def random_params(config: CSMConfig, dtype: jnp.dtype, seed: int = 0) -> Params:
-    """Random weights for dry runs, of unit gain in every layer.
-
-    Drawn by numpy: 1.6 G of them take seconds, and a minute from `jax.random` on a CPU. The
-    modules' own initialisers are for training.
-    """
-    random = np.random.default_rng(seed)
-
-    def draw(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
-        name = path[-1].key
-        if name in ("scale", "bias"):
-            return jnp.full(shape.shape, 1 if name == "scale" else 0, shape.dtype)
-        values = random.random(shape.shape, np.float32)
-        values -= 0.5
-        values *= (12 / _fan_in(path[0].key, shape.shape)) ** 0.5
-        return jnp.asarray(values, shape.dtype)
-
-    return jax.tree.map_with_path(draw, param_shapes(config, dtype))
-
-
-def _fan_in(section: str, shape: tuple[int, ...]) -> float:
-    """How many inputs make one output of a layer, by the shape of its weight."""
-    if section != "codec" or len(shape) < 3:
-        return shape[-1]
-    taps, inputs, *_, outputs = shape
-    is_depthwise = len(shape) == 4 and outputs == 1
-    # As many again: residual branches add up, and the sound should stay under full scale.
-    return 2 * taps * (1 if is_depthwise else inputs)
 
 
 def flatten(params: Params) -> dict[str, Any]:
@@ -114,6 +88,7 @@ def save(
     tokenizer: Tokenizer,
     small_files: Iterable[Path] = (),
     dtype: jnp.dtype | None = None,
+    int8: bool = False,
 ) -> None:
     """Writes a native checkpoint, whole or not at all.
 
@@ -122,18 +97,25 @@ def save(
       tensors: (path, array) of every parameter, those of one layer after another, as from
         `Checkpoint.tensors`.
       dtype: type to store the model's parameters in; None keeps them as they come.
+      int8: store the matrices as int8 (`quantize.py`).
 
     Raises:
       OutputError: it exists, cannot be written, or the disk is full.
     """
-    shapes = param_shapes(config)
+    shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=int8))
     with new_directory(directory, _size(flatten(shapes), dtype)) as partial:
         with _checkpointer() as checkpointer:
             for part, group in itertools.groupby(tensors, _part_of):
-                flat = {path: _cast(path, tensor, dtype) for path, tensor in group}
+                stored = [_as_stored(path, tensor, dtype, int8) for path, tensor in group]
+                flat = dict(itertools.chain.from_iterable(stored))
                 args = ocp.args.PyTreeSave(unflatten(flat, shapes))
                 checkpointer.save(partial.absolute() / "params" / part, args=args)
-        description = {"format": FORMAT, "version": VERSION, "config": config.to_dict()}
+        description = {
+            "format": FORMAT,
+            "version": VERSION,
+            "int8": int8,
+            "config": config.to_dict(),
+        }
         write_beside_weights(partial, description, tokenizer, small_files)
 
 
@@ -159,19 +141,25 @@ def _part(path: str) -> str:
     return ".".join(names[:4] if "layers" in names else names[:2])
 
 
-def _cast(path: str, tensor: np.ndarray, dtype: jnp.dtype | None) -> np.ndarray:
-    if path.startswith("codec/"):
-        return np.asarray(tensor, np.float32)
-    return np.ascontiguousarray(tensor, dtype)
+def _as_stored(
+    path: str, tensor: np.ndarray, dtype: jnp.dtype | None, int8: bool
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, array) of what is written for one tensor."""
+    kept = jnp.dtype(dtype or tensor.dtype)
+    for name, array in prepare(path, tensor, Precision(kept, kept, int8)).items():
+        yield name, np.ascontiguousarray(array)
 
 
 def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
     """Bytes that the parameters will take, at the least."""
     width = np.dtype(dtype or np.float16).itemsize
-    return sum(
-        int(np.prod(shape.shape)) * (4 if path.startswith("codec/") else width)
-        for path, shape in shapes.items()
-    )
+
+    def width_of(path: str, stored: jnp.dtype) -> int:
+        if path.startswith("codec/"):
+            return 4
+        return min(width, stored.itemsize)
+
+    return sum(int(np.prod(s.shape)) * width_of(path, s.dtype) for path, s in shapes.items())
 
 
 @contextlib.contextmanager
@@ -241,6 +229,15 @@ def _is_running(pid: int) -> bool:
 
 def load_config(directory: Path) -> CSMConfig:
     """The config of a native checkpoint."""
+    return CSMConfig.from_dict(_description(directory).get("config") or {})
+
+
+def is_int8(directory: Path) -> bool:
+    """Whether the matrices of a native checkpoint are stored as int8."""
+    return _description(directory).get("int8") is True
+
+
+def _description(directory: Path) -> dict[str, Any]:
     path = directory / "config.json"
     values = read_json(path)
     if values.get("format") != FORMAT:
@@ -250,43 +247,82 @@ def load_config(directory: Path) -> CSMConfig:
             f"{directory} has format version {values.get('version')}, this program reads "
             f"{VERSION}: update csm-jax or convert the checkpoint again"
         )
-    return CSMConfig.from_dict(values.get("config") or {})
+    return values
 
 
-def load_params(directory: Path, config: CSMConfig, dtype: jnp.dtype) -> Params:
-    """Reads all parameters onto the default device, cast as they arrive."""
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+def on_default_device(path: str, tensor: np.ndarray | jax.Array) -> jax.Array:
+    """The `Place` of a machine with one device. On a CPU nothing is copied."""
+    return jax.device_put(tensor)
 
-    def place(shape: jax.ShapeDtypeStruct) -> ocp.RestoreArgs:
-        return ocp.ArrayRestoreArgs(dtype=shape.dtype, sharding=device, global_shape=shape.shape)
 
-    return unflatten(dict(_restore(directory, config, dtype, place)), param_shapes(config))
+def load_params(
+    directory: Path, config: CSMConfig, precision: Precision, place: Place = on_default_device
+) -> Params:
+    """Reads all parameters onto the device, a part at a time.
+
+    Args:
+      place: puts one array where it belongs.
+    """
+    return place_params(read_params(directory, config), config, precision, place)
+
+
+def place_params(
+    tensors: Iterable[tuple[str, np.ndarray]],
+    config: CSMConfig,
+    precision: Precision,
+    place: Place = on_default_device,
+) -> Params:
+    """Parameters of a model from (path, array) pairs, in the types of `precision`."""
+    flat: dict[str, jax.Array] = {}
+    for path, tensor in tensors:
+        for name, array in prepare(path, place(path, tensor), precision).items():
+            flat[name] = place(name, array)  # a scale is new, and may lie anywhere
+    return unflatten(flat, param_shapes(config, precision))
 
 
 def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) in host memory, in the types they are stored in, part by part."""
-    as_stored = ocp.RestoreArgs(restore_type=np.ndarray)
-    return _restore(directory, config, jnp.dtype(jnp.float32), lambda _: as_stored)
-
-
-def _restore(
-    directory: Path,
-    config: CSMConfig,
-    dtype: jnp.dtype,
-    arguments: Callable[[jax.ShapeDtypeStruct], ocp.RestoreArgs],
-) -> Iterator[tuple[str, Any]]:
-    shapes = param_shapes(config, dtype)
+    shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=is_int8(directory)))
     try:
         with _checkpointer() as checkpointer:
             for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):
-                item = unflatten(dict(group), shapes)
-                args = ocp.args.PyTreeRestore(item, restore_args=jax.tree.map(arguments, item))
                 path = directory.absolute() / "params" / part
-                yield from flatten(checkpointer.restore(path, args=args)).items()
+                item = unflatten(dict(group), shapes)
+                yield from (_map(path, flatten(item)) or _restore(checkpointer, path, item)).items()
     except Exception as error:
         raise CheckpointError(
             f"{directory} is damaged ({first_line(error)}): convert the checkpoint again"
         ) from error
+
+
+def _restore(checkpointer: ocp.Checkpointer, part: Path, item: Params) -> dict[str, np.ndarray]:
+    as_stored = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    args = ocp.args.PyTreeRestore(item, restore_args=as_stored)
+    return flatten(checkpointer.restore(part, args=args))
+
+
+def _map(part: Path, wanted: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
+    """The arrays of a part as mappings of their files, if Orbax wrote them plainly.
+
+    Each is then a zarr array of a single chunk, not compressed, which is the array's own bytes.
+    Mapping them takes milliseconds, and a CPU computes on them where they are; tensorstore takes
+    9 s to read int8 weights of the full size.
+    """
+    mapped = {}
+    for path in wanted:
+        array = part / path.replace("/", ".")
+        if not (array / ".zarray").is_file():
+            return None
+        layout = json.loads((array / ".zarray").read_text())
+        shape, is_plain = tuple(layout["shape"]), not (layout["compressor"] or layout["filters"])
+        if not (is_plain and layout["chunks"] == layout["shape"] and layout["order"] == "C"):
+            return None
+        chunk = array / ".".join("0" * len(shape))
+        dtype = jnp.dtype(layout["dtype"].strip("<|"))
+        if chunk.stat().st_size != dtype.itemsize * math.prod(shape):
+            raise ValueError(f"{chunk.name} of {array.name} has {chunk.stat().st_size} bytes")
+        mapped[path] = np.memmap(chunk, dtype, "r", shape=shape)
+    return mapped
 
 
 def _part_of(item: tuple[str, Any]) -> str:

@@ -9,22 +9,37 @@ Weights are stored [out, in]: it is the checkpoints' own orientation, so convers
 and the one in which XLA finds its fast narrow-type products on a CPU.
 """
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from csm_jax.config import RopeScaling
+from csm_jax.precision import Precision
 
 Array = jax.Array
+Rngs = nnx.Rngs | None
+
+# What a packed bfloat16 table is held as.
+PACKED = jnp.dtype(jnp.uint16)
 
 
-def linear(x: Array, weight: Array) -> Array:
+class Int8Weight(NamedTuple):
+    """A matrix as int8 [..., out, in] times a float32 scale per output channel [..., out]."""
+
+    values: Array
+    scale: Array
+
+
+def linear(x: Array, weight: Array | Int8Weight) -> Array:
     """`x @ weight.T`, accumulated in float32: the only matrix product with weights there is.
 
     Args:
       x: [..., in], any float dtype.
-      weight: [out, in], same dtype.
+      weight: [out, in].
 
     Returns:
       [..., out], in the dtype of `x`.
@@ -32,17 +47,62 @@ def linear(x: Array, weight: Array) -> Array:
     return linear_float32(x, weight).astype(x.dtype)
 
 
-def linear_float32(x: Array, weight: Array) -> Array:
+def linear_float32(x: Array, weight: Array | Int8Weight) -> Array:
     """Like `linear`, with the float32 accumulator returned unrounded, as sampling wants logits."""
-    # HIGHEST keeps float32 products in float32 on TPU and GPU, which would round the inputs to
-    # bfloat16 or TF32; it does nothing for narrower types.
-    return jax.lax.dot_general(
-        x,
-        weight,
-        (((x.ndim - 1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
+    rows = x.reshape(-1, x.shape[-1])  # [M, in]
+    if isinstance(weight, Int8Weight):
+        values, scale = quantize_int8(rows)
+        sums = _product(values, weight.values, jnp.int32).astype(jnp.float32)
+        product = sums * scale[:, None] * per_channel(weight.scale, sums)
+    else:
+        product = _product(rows.astype(weight.dtype), weight, jnp.float32)
+    return product.reshape(*x.shape[:-1], -1)
+
+
+def quantize_int8(x: Array) -> tuple[Array, Array]:
+    """Symmetric int8: x [..., D] is about `values * scale[..., None]`, scale float32 [...]."""
+    x = x.astype(jnp.float32)
+    scale = jnp.max(jnp.abs(x), axis=-1) / 127
+    # A row of zeros is zeros times anything.
+    divisor = jnp.where(scale > 0, scale, 1)[..., None]
+    return jnp.round(x / divisor).astype(jnp.int8), scale
+
+
+def _product(rows: Array, weight: Array, accumulator: jnp.dtype) -> Array:
+    """[M, in] by [out, in] to [M, out], the way that the platform is fast at."""
+
+    def product(left: Array, right: Array) -> Array:
+        # HIGHEST keeps float32 products in float32 on TPU and GPU, which would round the inputs
+        # to bfloat16 or TF32; it does nothing for narrower types.
+        return jax.lax.dot_general(
+            left,
+            right,
+            (((1,), (1,)), ((), ())),
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=accumulator,
+        )
+
+    def on_cpu(rows: Array, weight: Array) -> Array:
+        count = rows.shape[0]
+        if count == 1 and rows.dtype == jnp.float32:
+            return product(rows, weight)
+        # The library's fast products are those with the weights on the left; of narrow types,
+        # with two columns at least. The barrier keeps XLA from turning the product around again.
+        padded = jnp.pad(rows, ((0, max(0, 2 - count)), (0, 0)))
+        return jax.lax.optimization_barrier(product(weight, padded)).T[:count]
+
+    return jax.lax.platform_dependent(rows, weight, cpu=on_cpu, default=product)
+
+
+def lookup(table: Array, index: Array) -> Array:
+    """`table[index]`, of an embedding or of a stack of matrices, packed (`pack`) or not."""
+    rows = table[index]
+    return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == PACKED else rows
+
+
+def pack(table: Array) -> Array:
+    """bfloat16 as its bits: XLA:CPU widens all of a bfloat16 table to look up one row of it."""
+    return jax.lax.bitcast_convert_type(table.astype(jnp.bfloat16), PACKED)
 
 
 def per_channel(vector: Array, x: Array) -> Array:
@@ -50,15 +110,50 @@ def per_channel(vector: Array, x: Array) -> Array:
     return jax.lax.expand_dims(vector, range(x.ndim - 1))
 
 
-class Linear(nnx.Module):
-    """A projection without bias. Weight [out, in]."""
+def normal(rngs: Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+    """Where training starts. Zeros without `rngs`, for those who want the shape alone: tracing
+    random numbers for every weight takes seconds."""
+    if rngs is None:
+        return jnp.zeros(shape, dtype)
+    return nnx.initializers.normal(std)(rngs.params(), shape, dtype)
 
-    def __init__(self, in_dim: int, out_dim: int, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        init = nnx.initializers.normal(in_dim**-0.5)
-        self.weight = nnx.Param(init(rngs.params(), (out_dim, in_dim), dtype))
+
+class Linear(nnx.Module):
+    """A projection without bias, or a stack of them.
+
+    Attributes:
+      weight: [*stack, out, in].
+      weight_scale: float32 [*stack, out], if the weight is int8.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        out_dim: int,
+        *,
+        precision: Precision,
+        rngs: Rngs,
+        stack: tuple[int, ...] = (),
+    ):
+        shape = (*stack, out_dim, in_dim)
+        is_packed = bool(stack) and precision.packs_tables
+        values = normal(rngs, shape, in_dim**-0.5, jnp.float32)
+        if precision.int8:
+            values, scale = quantize_int8(values)
+            self.weight, self.weight_scale = nnx.Param(values), nnx.Param(scale)
+        else:
+            values = values.astype(precision.weights)
+            self.weight = nnx.Param(pack(values) if is_packed else values)
+            self.weight_scale = None
+
+    @property
+    def matrix(self) -> Array | Int8Weight:
+        if self.weight_scale is None:
+            return self.weight[...]
+        return Int8Weight(self.weight[...], self.weight_scale[...])
 
     def __call__(self, x: Array) -> Array:
-        return linear(x, self.weight[...])
+        return linear(x, self.matrix)
 
 
 class RMSNorm(nnx.Module):
@@ -114,13 +209,13 @@ def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     """Rotates the pairs (i, i + H/2) of every head by `position * frequency`.
 
     Args:
-      x: [B, T, heads, H].
-      positions: int32 [B, T].
+      x: [B, T, ..., H].
+      positions: int32 [B, T], or [1, T] for all rows alike.
       frequencies: float32 [H/2].
     """
     # Angles reach 2048 radians: bfloat16 would not even resolve a whole turn.
-    positions = positions[..., None, None].astype(jnp.float32)
-    angles = positions * per_channel(jnp.asarray(frequencies), positions)  # [B, T, 1, H/2]
+    positions = jax.lax.expand_dims(positions.astype(jnp.float32), range(2, x.ndim))
+    angles = positions * per_channel(jnp.asarray(frequencies), positions)  # [B, T, ..., H/2]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [left * cos - right * sin, right * cos + left * sin]
@@ -131,27 +226,37 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> Array:
     """Grouped-query attention with an explicit mask.
 
     Args:
-      query: [B, T, N, H].
-      key, value: [B, S, K, H], where K divides N.
-      visible: bool [B, T, S], which keys each query may see.
+      query: [B, T, K, G, H].
+      key: [B, K, H, S].
+      value: [B, K, S, H].
+      visible: bool [B, T, S], which keys each query may see; or [1, T, S].
 
     Returns:
-      [B, T, N, H].
+      [B, T, K, G, H].
     """
-    batch, length, num_heads, head_dim = query.shape
-    num_kv_heads = key.shape[2]
-    grouped = query.reshape(batch, length, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    highest = jax.lax.Precision.HIGHEST
     # The softmax runs in float32, from float32 scores: bfloat16 has 8 bits for what may be
     # hundreds of nearly equal weights.
-    scores = jnp.einsum(
-        "BTKGH,BSKH->BKGTS",
-        grouped,
-        key,
-        precision=highest,
+    scores = _scores(query, key) * query.shape[-1] ** -0.5
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    return jnp.einsum(
+        "BKGTS,BKSH->BTKGH",
+        weights.astype(value.dtype),
+        value,
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def _scores(query: Array, key: Array) -> Array:
+    """Products of queries [B, T, K, G, H] and keys [B, K, H, S], float32 [B, K, G, T, S]."""
+    product = functools.partial(
+        jnp.einsum,
+        "BTKGH,BKHS->BKGTS",
+        precision=jax.lax.Precision.HIGHEST,
         preferred_element_type=jnp.float32,
     )
-    scores = jnp.where(visible[:, None, None], scores * head_dim**-0.5, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("BKGTS,BSKH->BTKGH", weights, value, precision=highest)
-    return mixed.reshape(query.shape)
+
+    def widened(query: Array, key: Array) -> Array:
+        return product(query.astype(jnp.float32), key.astype(jnp.float32))
+
+    # XLA:CPU has no batched product of two bfloat16 that gives float32.
+    return jax.lax.platform_dependent(query, key, cpu=widened, default=product)

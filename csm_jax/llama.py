@@ -7,49 +7,52 @@ from flax import nnx
 from csm_jax import cache as kv
 from csm_jax.cache import KVCache, LayerCache
 from csm_jax.config import LlamaConfig
-from csm_jax.layers import Linear, RMSNorm, apply_rope, attention, rope_frequencies
+from csm_jax.layers import Linear, RMSNorm, Rngs, apply_rope, attention, rope_frequencies
+from csm_jax.precision import Precision
 
 Array = jax.Array
 
 
 class Attention(nnx.Module):
-    """Causal grouped-query self-attention over a preallocated cache."""
+    """Causal grouped-query self-attention over a preallocated cache.
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    Queries, keys and values are one product: its rows are, for each of the K kv heads, those of
+    its G query heads, of its key and of its value. A mesh can then split it by kv heads.
+    """
+
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
         self.config = config
+        options = dict(precision=precision, rngs=rngs)
         query_dim = config.num_heads * config.head_dim
         kv_dim = config.num_kv_heads * config.head_dim
-        self.q = Linear(config.embed_dim, query_dim, dtype=dtype, rngs=rngs)
-        self.k = Linear(config.embed_dim, kv_dim, dtype=dtype, rngs=rngs)
-        self.v = Linear(config.embed_dim, kv_dim, dtype=dtype, rngs=rngs)
-        self.o = Linear(query_dim, config.embed_dim, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(config.embed_dim, query_dim + 2 * kv_dim, **options)
+        self.o = Linear(query_dim, config.embed_dim, **options)
 
-    def __call__(self, x: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
-        """x: [B, T, D]; positions: int32 [B, T], consecutive in each row."""
+    def __call__(
+        self, x: Array, cache: LayerCache, positions: Array, attended: int
+    ) -> tuple[Array, LayerCache]:
+        """x: [B, T, D]; positions: int32 [B, T] or [1, T], consecutive in each row."""
         config = self.config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        query = self._heads(self.q(x), config.num_heads)  # [B, T, N, H]
-        key = self._heads(self.k(x), config.num_kv_heads)  # [B, T, K, H]
-        value = self._heads(self.v(x), config.num_kv_heads)
-        query = apply_rope(query, positions, frequencies)
-        key = apply_rope(key, positions, frequencies)
-        cache = kv.write(cache, key, value, start=positions[:, 0])
-        slots = jnp.arange(cache.key.shape[1], dtype=jnp.int32)
+        heads = self.qkv(x).reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
+        rotated = apply_rope(heads[..., :-1, :], positions, frequencies)  # [B, T, K, G + 1, H]
+        query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
+        cache = kv.write(
+            cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
+        )
+        slots = jnp.arange(attended, dtype=jnp.int32)
         visible = slots[None, None, :] <= positions[:, :, None]  # [B, T, S]
-        mixed = attention(query, cache.key, cache.value, visible)
+        mixed = attention(query, cache.key[..., :attended], cache.value[:, :, :attended], visible)
         return self.o(mixed.reshape(*x.shape[:2], -1)), cache
-
-    def _heads(self, x: Array, num_heads: int) -> Array:
-        return x.reshape(*x.shape[:2], num_heads, self.config.head_dim)
 
 
 class MLP(nnx.Module):
     """SwiGLU feed-forward."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.gate = Linear(config.embed_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
-        self.up = Linear(config.embed_dim, config.mlp_dim, dtype=dtype, rngs=rngs)
-        self.down = Linear(config.mlp_dim, config.embed_dim, dtype=dtype, rngs=rngs)
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        self.gate = Linear(config.embed_dim, config.mlp_dim, precision=precision, rngs=rngs)
+        self.up = Linear(config.embed_dim, config.mlp_dim, precision=precision, rngs=rngs)
+        self.down = Linear(config.mlp_dim, config.embed_dim, precision=precision, rngs=rngs)
 
     def __call__(self, x: Array) -> Array:
         return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
@@ -58,14 +61,16 @@ class MLP(nnx.Module):
 class Block(nnx.Module):
     """Pre-norm attention and MLP, each with a residual."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
-        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
-        self.attn = Attention(config, dtype=dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
-        self.mlp = MLP(config, dtype=dtype, rngs=rngs)
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
+        self.attn = Attention(config, precision=precision, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
+        self.mlp = MLP(config, precision=precision, rngs=rngs)
 
-    def __call__(self, x: Array, cache: LayerCache, positions: Array) -> tuple[Array, LayerCache]:
-        mixed, cache = self.attn(self.attn_norm(x), cache, positions)
+    def __call__(
+        self, x: Array, cache: LayerCache, positions: Array, attended: int
+    ) -> tuple[Array, LayerCache]:
+        mixed, cache = self.attn(self.attn_norm(x), cache, positions, attended)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -73,14 +78,16 @@ class Block(nnx.Module):
 class Llama(nnx.Module):
     """A stack of blocks and the final norm. Embeddings and heads belong to the caller."""
 
-    def __init__(self, config: LlamaConfig, *, dtype: jnp.dtype, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
         # Unrolled, not scanned: a scan over stacked layers copies every weight on a CPU.
         self.layers = nnx.List(
-            [Block(config, dtype=dtype, rngs=rngs) for _ in range(config.num_layers)]
+            [Block(config, precision=precision, rngs=rngs) for _ in range(config.num_layers)]
         )
-        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=dtype)
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
 
-    def __call__(self, x: Array, cache: KVCache) -> tuple[Array, KVCache]:
+    def __call__(
+        self, x: Array, cache: KVCache, attended: int | None = None
+    ) -> tuple[Array, KVCache]:
         """Appends T positions to every row.
 
         Args:
@@ -88,15 +95,18 @@ class Llama(nnx.Module):
           cache: row b continues at position `cache.lengths[b]`. Keys beyond a row's length are
             never read before they are written again, so a right-padded prompt may leave
             anything there.
+          attended: no row has more positions than these after the call, and attention reads no
+            more of the cache; None is all of it.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
         """
         length = x.shape[1]
+        attended = attended or cache.layers[0].value.shape[2]
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
         layers = []
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = block(x, layer_cache, positions)
+            x, layer_cache = block(x, layer_cache, positions, attended)
             layers.append(layer_cache)
         return self.norm(x), KVCache(tuple(layers), cache.lengths + length)

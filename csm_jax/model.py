@@ -12,8 +12,9 @@ from flax import nnx
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.layers import Linear, linear_float32
+from csm_jax.layers import PACKED, Linear, Rngs, linear_float32, lookup, normal, pack
 from csm_jax.llama import Llama
+from csm_jax.precision import FLOAT32, Precision
 from csm_jax.sampling import SamplingParams, penalise_repetition, sample
 
 Array = jax.Array
@@ -26,31 +27,33 @@ class CSM(nnx.Module):
       text_embedding: [text vocabulary, D].
       audio_embedding: [Q * V, D], row `code + codebook * V`; both stacks read it.
       codebook0_head: [V, D].
-      depth_heads: [Q - 1, V, depth D], one per codebook 1..Q-1.
+      depth_heads: weight [Q - 1, V, depth D], one head per codebook 1..Q-1.
     """
 
-    def __init__(self, config: CSMConfig, *, dtype: jnp.dtype = jnp.float32, rngs: nnx.Rngs):
+    def __init__(self, config: CSMConfig, *, precision: Precision = FLOAT32, rngs: Rngs):
         self.config = config
         embed_dim, depth_dim = config.backbone.embed_dim, config.depth_decoder.embed_dim
         vocab = config.audio_vocab_size
 
-        def weights(*shape: int, std: float) -> nnx.Param:
-            return nnx.Param(nnx.initializers.normal(std)(rngs.params(), shape, dtype))
+        def embeddings(rows: int, std: float) -> nnx.Param:
+            table = normal(rngs, (rows, embed_dim), std, precision.weights)
+            return nnx.Param(pack(table) if precision.packs_tables else table)
 
-        self.text_embedding = weights(config.text_vocab_size, embed_dim, std=1.0)
+        self.text_embedding = embeddings(config.text_vocab_size, std=1.0)
         # Q of these are summed into one input.
         audio_std = config.num_codebooks**-0.5
-        self.audio_embedding = weights(config.num_codebooks * vocab, embed_dim, std=audio_std)
-        self.backbone = Llama(config.backbone, dtype=dtype, rngs=rngs)
-        self.codebook0_head = Linear(embed_dim, vocab, dtype=dtype, rngs=rngs)
-        self.projection = Linear(embed_dim, depth_dim, dtype=dtype, rngs=rngs)
-        self.depth_decoder = Llama(config.depth_decoder, dtype=dtype, rngs=rngs)
-        heads = (config.num_codebooks - 1, vocab, depth_dim)
-        self.depth_heads = weights(*heads, std=depth_dim**-0.5)
+        self.audio_embedding = embeddings(config.num_codebooks * vocab, std=audio_std)
+        options = dict(precision=precision, rngs=rngs)
+        self.backbone = Llama(config.backbone, **options)
+        self.codebook0_head = Linear(embed_dim, vocab, **options)
+        self.projection = Linear(embed_dim, depth_dim, **options)
+        self.depth_decoder = Llama(config.depth_decoder, **options)
+        self.depth_heads = Linear(depth_dim, vocab, stack=(config.num_codebooks - 1,), **options)
 
     @property
     def dtype(self) -> jnp.dtype:
-        return self.codebook0_head.weight.dtype
+        """The type of activations."""
+        return self.backbone.norm.scale.dtype
 
     def embed(self, frames: Array, mask: Array) -> Array:
         """Sums the embeddings of the columns that count.
@@ -63,8 +66,8 @@ class CSM(nnx.Module):
           [B, T, D].
         """
         codes, text = frames[..., :-1], frames[..., -1:]
-        audio = self.audio_embedding[...][codes + self._codebook_offsets()]  # [B, T, Q, D]
-        words = self.text_embedding[...][text]  # [B, T, 1, D]
+        audio = lookup(self.audio_embedding[...], codes + self._codebook_offsets())  # [B, T, Q, D]
+        words = lookup(self.text_embedding[...], text)  # [B, T, 1, D]
         embeddings = jnp.concatenate([audio, words], axis=-2)
         # 33 bfloat16 terms, added in float32 as torch does.
         kept = jnp.where(mask[..., None], embeddings, 0).astype(jnp.float32)
@@ -72,7 +75,8 @@ class CSM(nnx.Module):
 
     def embed_code(self, code: Array, codebook: Array | int) -> Array:
         """Embedding of one codebook's ids: int32 [B] -> [B, D]."""
-        return self.audio_embedding[...][code + codebook * self.config.audio_vocab_size]
+        rows = code + codebook * self.config.audio_vocab_size
+        return lookup(self.audio_embedding[...], rows).astype(self.dtype)
 
     def _codebook_offsets(self) -> Array:
         config = self.config
@@ -81,7 +85,7 @@ class CSM(nnx.Module):
 
     def backbone_logits(self, hidden: Array) -> Array:
         """Codebook-0 logits, float32 [..., V], of backbone states [..., D]."""
-        return linear_float32(hidden, self.codebook0_head.weight[...])
+        return linear_float32(hidden, self.codebook0_head.matrix)
 
     def generate_frame(
         self, hidden: Array, keys: Array, sampling: SamplingParams, seen: Array
@@ -97,39 +101,40 @@ class CSM(nnx.Module):
         Returns:
           int32 [B, Q].
         """
-        num_codebooks = self.config.num_codebooks
-        keys = jax.vmap(lambda key: jax.random.split(key, num_codebooks), out_axes=1)(keys)
+        # One number decides one code.
+        draw = functools.partial(jax.random.uniform, shape=(self.config.num_codebooks,))
+        uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = self.backbone_logits(hidden)
         logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
-        first = sample(logits, keys[0], sampling.backbone)
-        return self._sample_depth(hidden, first, keys[1:], sampling)
+        first = sample(logits, uniform[0], sampling.backbone)
+        return self._sample_depth(hidden, first, uniform[1:], sampling)
 
     def _sample_depth(
-        self, hidden: Array, first: Array, keys: Array, sampling: SamplingParams
+        self, hidden: Array, first: Array, uniform: Array, sampling: SamplingParams
     ) -> Array:
-        """Codebooks 1..Q-1 given codebook 0; keys [Q - 1, B]. Returns all codes [B, Q]."""
+        """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
         config = self.config.depth_decoder
         num_codebooks = self.config.num_codebooks
-        heads = self.depth_heads[...]
+        heads = self.depth_heads.matrix
 
-        def next_code(inputs: Array, cache: KVCache, head: Array, keys: Array):
+        def next_code(inputs: Array, cache: KVCache, codebook: Array):
             states, cache = self.depth_decoder(self.projection(inputs), cache)
-            code = sample(linear_float32(states[:, -1], head), keys, sampling.depth_decoder)
-            return code, cache
+            head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
+            logits = linear_float32(states[:, -1], head)
+            return sample(logits, uniform[codebook - 1], sampling.depth_decoder), cache
 
-        def body(carry: tuple[Array, KVCache], xs: tuple[Array, Array, Array]):
+        def body(carry: tuple[Array, KVCache], codebook: Array):
             code, cache = carry
-            codebook, head, keys = xs
-            inputs = self.embed_code(code, codebook)[:, None]  # [B, 1, D]
-            code, cache = next_code(inputs, cache, head, keys)
+            inputs = self.embed_code(code, codebook - 1)[:, None]  # [B, 1, D]
+            code, cache = next_code(inputs, cache, codebook)
             return (code, cache), code
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
-        cache = KVCache.create(config, len(first), num_codebooks, hidden.dtype)
+        cache = KVCache.create(config, len(first), num_codebooks, hidden.dtype, num_lengths=1)
         inputs = jnp.stack([hidden, self.embed_code(first, 0)], axis=1)  # [B, 2, D]
-        second, cache = next_code(inputs, cache, heads[0], keys[0])
-        codebooks = jnp.arange(1, num_codebooks - 1, dtype=jnp.int32)
-        _, rest = jax.lax.scan(body, (second, cache), (codebooks, heads[1:], keys[1:]))
+        codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
+        second, cache = next_code(inputs, cache, codebooks[0])
+        _, rest = jax.lax.scan(body, (second, cache), codebooks[1:])
         return jnp.concatenate([first[None], second[None], rest]).T
 
     def depth_logits(self, hidden: Array, codes: Array) -> Array:
@@ -143,21 +148,35 @@ class CSM(nnx.Module):
           float32 [B, Q - 1, V], logits of codebooks 1..Q-1 given those before.
         """
         offsets = self._codebook_offsets()[0, :, :-1]
-        embedded = self.audio_embedding[...][codes[:, :-1] + offsets]  # [B, Q - 1, D]
-        inputs = jnp.concatenate([hidden[:, None], embedded], axis=1)  # [B, Q, D]
-        cache = KVCache.create(self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype)
+        embedded = lookup(self.audio_embedding[...], codes[:, :-1] + offsets)  # [B, Q - 1, D]
+        inputs = jnp.concatenate([hidden[:, None], embedded.astype(self.dtype)], axis=1)
+        cache = KVCache.create(
+            self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype, num_lengths=1
+        )
         states, _ = self.depth_decoder(self.projection(inputs), cache)
         by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
-        return by_codebook(states[:, 1:], self.depth_heads[...])
+        heads = jax.tree.map(
+            lambda table: lookup(table, jnp.arange(len(table))), self.depth_heads.matrix
+        )
+        return by_codebook(states[:, 1:], heads)
 
 
 def bind(config: CSMConfig, params: dict[str, Any]) -> CSM:
     """The model over a pure dictionary of parameters, for use inside a jitted function."""
-    dtype = params["codebook0_head"]["weight"].dtype
-    return nnx.merge(nnx.graphdef(abstract(config, dtype)), params)
+    return nnx.merge(nnx.graphdef(abstract(config, precision_of(params))), params)
+
+
+def precision_of(params: dict[str, Any]) -> Precision:
+    """The types that parameters (or their shapes) are in."""
+    table = params["text_embedding"]
+    return Precision(
+        weights=jnp.dtype(jnp.bfloat16) if table.dtype == PACKED else table.dtype,
+        activations=params["backbone"]["norm"]["scale"].dtype,
+        int8=params["projection"]["weight"].dtype == jnp.int8,
+    )
 
 
 @functools.cache
-def abstract(config: CSMConfig, dtype: jnp.dtype) -> CSM:
+def abstract(config: CSMConfig, precision: Precision) -> CSM:
     """The module tree with shapes for weights: nothing is allocated."""
-    return nnx.eval_shape(lambda: CSM(config, dtype=dtype, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: CSM(config, precision=precision, rngs=None))

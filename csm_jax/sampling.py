@@ -6,6 +6,7 @@ repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -107,6 +108,8 @@ class SamplingParams(NamedTuple):
 
 def _stack_filters(rows: list[Sampling]) -> Filter:
     largest = np.iinfo(np.int32).max
+    # The likeliest id is what top-k leaves for k = 1; the first of them, if there are more.
+    rows = [Sampling(1.0, 1, greedy=True) if row.greedy else row for row in rows]
     return Filter(
         temperature=np.asarray([row.temperature for row in rows], np.float32),
         top_k=np.asarray([min(row.top_k, largest) for row in rows], np.int32),
@@ -116,32 +119,48 @@ def _stack_filters(rows: list[Sampling]) -> Filter:
     )
 
 
-def sample(logits: Array, keys: Array, values: Filter) -> Array:
-    """Draws one id per row.
+def sample(logits: Array, uniform: Array, values: Filter) -> Array:
+    """Draws one id per row, by inverting the cumulative distribution.
+
+    One random number per id costs a fiftieth of the Gumbel noise of `jax.random.categorical`,
+    which needs one for every entry of the vocabulary.
 
     Args:
       logits: float32 [B, V].
-      keys: one PRNG key per row [B]: what a row draws does not depend on its neighbours.
+      uniform: float32 [B] in [0, 1), of each row.
       values: the filter of each row.
 
     Returns:
       int32 [B].
     """
     kept = filter_logits(logits, values)
-    drawn = jax.vmap(jax.random.categorical)(keys, kept)
-    likeliest = jnp.argmax(logits, axis=-1)
-    return jnp.where(values.greedy, likeliest, drawn).astype(jnp.int32)
+    mass = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+    cumulative = _prefix_sums(mass)
+    drawn = jnp.where(values.greedy, 0, uniform) * cumulative[:, -1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
+    # Rounding in the sums must not draw an id that was filtered out.
+    ids_from_drawn = jnp.where((mass > 0) & (cumulative > drawn[:, None]), ids, mass.shape[1])
+    last = jnp.max(jnp.where(mass > 0, ids, 0), axis=-1)
+    return jnp.minimum(jnp.min(ids_from_drawn, axis=-1), last)
+
+
+def _prefix_sums(mass: Array) -> Array:
+    """Sums of each row up to and with every entry, [B, V]."""
+    # A GPU adds up the square in less time than it takes to start a scan's kernels.
+    return jax.lax.platform_dependent(
+        mass, cuda=_prefix_sums_by_comparison, default=functools.partial(jnp.cumsum, axis=-1)
+    )
+
+
+def _prefix_sums_by_comparison(mass: Array) -> Array:
+    ids = jnp.arange(mass.shape[1])
+    return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
 
 
 def filter_logits(logits: Array, values: Filter) -> Array:
     """Logits over temperature, with everything that may not be drawn set to -inf. [B, V]."""
-    logits = logits / values.temperature[:, None]
-    kept = _top_k(logits, values.top_k)
-    # A pass over the vocabulary that the defaults do not need.
-    kept = jax.lax.cond(
-        jnp.any(values.top_p < 1), lambda x: _top_p(x, values.top_p), lambda x: x, kept
-    )
-    return _min_p(kept, values.min_p)
+    kept = _top_k(logits / values.temperature[:, None], values.top_k)
+    return _min_p(_top_p(kept, values.top_p), values.min_p)
 
 
 def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
@@ -158,21 +177,47 @@ def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
 
 
 def _top_k(logits: Array, k: Array) -> Array:
+    kept = jax.lax.platform_dependent(
+        logits, k, cuda=_top_k_by_comparison, default=_top_k_by_search
+    )
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _top_k_by_search(logits: Array, k: Array) -> Array:
     ranks = _ordered_bits(logits)
     ones = jnp.ones(logits.shape, jnp.float32)
     # More ids than the vocabulary has: nothing reaches that count, and everything is kept.
-    threshold = _largest_reaching(ranks, ones, k.astype(jnp.float32))
-    return jnp.where(ranks >= threshold[:, None], logits, -jnp.inf)
+    return ranks >= _largest_reaching(ranks, ones, k.astype(jnp.float32))[:, None]
+
+
+def _top_k_by_comparison(logits: Array, k: Array) -> Array:
+    larger = _above(logits, jnp.ones(logits.shape, jnp.float32))
+    return larger < k[:, None].astype(jnp.float32)
 
 
 def _top_p(logits: Array, p: Array) -> Array:
-    probabilities = jax.nn.softmax(logits, axis=-1)
-    ranks = _ordered_bits(logits)
-    threshold = _largest_reaching(ranks, probabilities, p)
-    # Every threshold reaches a p that is 0 in float32; the likeliest stays all the same.
-    threshold = jnp.minimum(threshold, jnp.max(ranks, axis=-1))
-    off = p[:, None] >= 1
-    return jnp.where((ranks >= threshold[:, None]) | off, logits, -jnp.inf)
+    kept = jax.lax.platform_dependent(
+        logits, p, cuda=_top_p_by_comparison, default=_top_p_by_search
+    )
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _top_p_by_search(logits: Array, p: Array) -> Array:
+    def search(logits: Array, p: Array) -> Array:
+        ranks = _ordered_bits(logits)
+        threshold = _largest_reaching(ranks, jax.nn.softmax(logits, axis=-1), p)
+        # Every threshold reaches a p that is 0 in float32; the likeliest stays all the same.
+        threshold = jnp.minimum(threshold, jnp.max(ranks, axis=-1))
+        return (ranks >= threshold[:, None]) | (p[:, None] >= 1)
+
+    # Passes over the vocabulary that the defaults do not need.
+    everything = jnp.ones(logits.shape, bool)
+    return jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
+
+
+def _top_p_by_comparison(logits: Array, p: Array) -> Array:
+    likelier = _above(logits, jax.nn.softmax(logits, axis=-1))
+    return (likelier < p[:, None]) | (likelier == 0) | (p[:, None] >= 1)
 
 
 def _min_p(logits: Array, min_p: Array) -> Array:
@@ -181,37 +226,46 @@ def _min_p(logits: Array, min_p: Array) -> Array:
     return jnp.where(logits < limit[:, None], -jnp.inf, logits)
 
 
+def _above(logits: Array, weights: Array) -> Array:
+    """For every entry, the weights of all that are larger, [B, V].
+
+    V^2 comparisons: to a GPU these are one short kernel, where a search is a chain of them.
+    """
+    larger = logits[:, None, :] > logits[:, :, None]  # [B, V, V], never in memory
+    return jnp.sum(jnp.where(larger, weights[:, None, :], 0), axis=-1)
+
+
 def _ordered_bits(x: Array) -> Array:
-    """float32 -> uint32 that sorts the same way; -0 and 0 are one value."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
+    """float32 -> int32 that sorts the same way; -0 and 0 are one value."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
     # -0 is the sign alone; adding 0.0 to be rid of it does nothing once compiled.
-    return jnp.where(bits > sign, ~bits, bits | sign)
+    return jnp.where(bits < 0, lowest - bits, bits)
 
 
 def _largest_reaching(ranks: Array, weights: Array, target: Array) -> Array:
-    """The largest threshold t with `sum(weights[ranks >= t]) >= target`, or 0 if there is none.
+    """The largest threshold t with `sum(weights[ranks >= t]) >= target`, or the smallest int32.
 
     With weights of one and target k this is the k-th largest value exactly, ties included; with
-    probabilities and target p it is the edge of the nucleus. It finds four bits of t at a time,
-    so it costs eight sums over the vocabulary whatever the target is, where a sort costs more
-    than the rest of the sampling together.
+    probabilities and target p it is the edge of the nucleus. It finds t bit by bit, so it costs
+    32 sums over the vocabulary whatever the target is; a sort costs ten times as much.
 
     Args:
-      ranks: uint32 [B, V].
+      ranks: int32 [B, V].
       weights: float32 [B, V].
       target: float32 [B].
 
     Returns:
-      uint32 [B].
+      int32 [B].
     """
-    digits = jnp.arange(1, 16, dtype=jnp.uint32)
-    threshold = jnp.zeros(target.shape, jnp.uint32)
-    for shift in range(28, -1, -4):
-        candidates = threshold[:, None] | (digits << shift)[None, :]  # [B, 15]
-        reached = ranks[:, None, :] >= candidates[:, :, None]  # [B, 15, V]
-        mass = jnp.sum(jnp.where(reached, weights[:, None, :], 0.0), axis=-1)
-        # Mass falls as the digit grows, so the digits that reach the target come first.
-        digit = jnp.sum(mass >= target[:, None], axis=-1, dtype=jnp.uint32)
-        threshold = threshold | (digit << shift)
-    return threshold
+    lowest = jnp.iinfo(jnp.int32).min
+
+    def try_bit(i: Array, threshold: Array) -> Array:
+        # From the lowest number up: setting the sign bit of two's complement is adding 2^31,
+        # which wraps around to 0.
+        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - i)
+        reached = jnp.where(ranks >= candidate[:, None], weights, 0)
+        return jnp.where(jnp.sum(reached, axis=-1) >= target, candidate, threshold)
+
+    # A loop, for unrolled it takes no less time to run and twice as long to compile.
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.full(target.shape, lowest))

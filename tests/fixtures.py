@@ -6,17 +6,20 @@ right is what `test_rules.py` and the parity tests show.
 
 import functools
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from csm_jax import checkpoint
-from csm_jax.config import tiny
+from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.rules import Table, invert
+from csm_jax.generation import CHUNK_FRAMES, Batch, Prompt, Utterance, bucket
+from csm_jax.random_weights import random_params
+from csm_jax.sampling import Sampling
 from csm_jax.tokenizer import byte_tokenizer
 
 CONFIG = tiny()
@@ -26,7 +29,7 @@ Tensors = dict[str, np.ndarray]
 
 TABLES = {
     "sesame": ("csm/", csm.sesame_table(CONFIG.backbone, CONFIG.depth_decoder)),
-    "huggingface": ("csm/", csm.huggingface_table()),
+    "huggingface": ("csm/", csm.huggingface_table(CONFIG.backbone, CONFIG.depth_decoder)),
     "kyutai_codec": ("codec/", mimi.kyutai_table(CONFIG.codec)),
     "huggingface_codec": ("codec/", mimi.huggingface_table(CONFIG.codec)),
 }
@@ -41,7 +44,7 @@ def shapes() -> dict[str, jax.ShapeDtypeStruct]:
 def params() -> Tensors:
     """All parameters by their paths; no scale is 1 and no bias 0, so that each has to arrive."""
     rng = np.random.default_rng(5)
-    drawn = checkpoint.flatten(checkpoint.random_params(CONFIG, jnp.float32, seed=5))
+    drawn = checkpoint.flatten(random_params(CONFIG, seed=5))
     return {
         path: np.asarray(array) + 0.05 * rng.standard_normal(array.shape, np.float32)
         for path, array in drawn.items()
@@ -127,3 +130,38 @@ def assert_same_params(got: dict, want: dict) -> None:
     assert got.keys() == want.keys()
     for path, array in got.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(want[path]), path)
+
+
+def generate(
+    config: CSMConfig,
+    params: dict,
+    prompts: Sequence[Prompt],
+    sampling: Sequence[Sampling],
+    seeds: Sequence[int],
+    max_frames: int,
+    chunk: int = CHUNK_FRAMES,
+    watch: Callable[[int], None] = lambda num_frames: None,
+) -> list[np.ndarray]:
+    """The codes [n, Q] of all prompts, spoken side by side, each up to its end of speech.
+
+    Args:
+      chunk: frames between two calls of `watch`, which gets the number of frames so far.
+    """
+    length = bucket(max(len(frames) for frames, _ in prompts) + max_frames)
+    batch = Batch(config, params, len(prompts), min(length, config.backbone.max_seq_len))
+    for index, row in enumerate(zip(prompts, sampling, seeds, strict=True)):
+        batch.join(index, Utterance(*row, max_frames))
+    codes = np.zeros((len(prompts), 0, config.num_codebooks), np.int32)
+    ended = np.zeros(len(prompts), bool)
+    while codes.shape[1] < max_frames and not ended.all():
+        more, ended = batch.run(chunk)
+        assert more.shape[1] > 0, "neither at its limit nor at its end, but no frames"
+        codes = np.concatenate([codes, more], axis=1)
+        watch(codes.shape[1])
+    return [up_to_the_end(row) for row in codes]
+
+
+def up_to_the_end(codes: np.ndarray) -> np.ndarray:
+    """Codes [n, Q] without the first frame of zeros and what follows."""
+    ends = np.flatnonzero((codes == 0).all(axis=-1))
+    return codes[: ends[0]] if len(ends) else codes

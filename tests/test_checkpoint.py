@@ -23,6 +23,7 @@ from csm_jax import checkpoint
 from csm_jax.convert import __main__ as convert
 from csm_jax.convert.layouts import needs_codec, open_checkpoint
 from csm_jax.errors import CheckpointError, OutputError
+from csm_jax.precision import FLOAT32, Precision, resolve
 
 GREEDY = csm_jax.Sampling(greedy=True)
 
@@ -31,8 +32,8 @@ def tensors_of(directory: Path, codec: Path | None = None) -> dict[str, np.ndarr
     return dict(open_checkpoint(directory, codec).tensors(fixtures.shapes()))
 
 
-def loaded(directory: Path, dtype: str = "float32") -> dict[str, jax.Array]:
-    return checkpoint.flatten(checkpoint.load_params(directory, CONFIG, jnp.dtype(dtype)))
+def loaded(directory: Path, precision: Precision = FLOAT32) -> dict[str, jax.Array]:
+    return checkpoint.flatten(checkpoint.load_params(directory, CONFIG, precision))
 
 
 def one_error(capsys) -> str:
@@ -59,21 +60,41 @@ def test_native_round_trip(native):
     assert files == {"config.json", "params", "tokenizer.json"}
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_parameters_are_cast_as_they_are_loaded(native, dtype):
-    got = loaded(native, dtype)
+# Looked up by an index, and in bfloat16 held as bits where a CPU computes in float32.
+TABLES = ("csm/text_embedding", "csm/audio_embedding", "csm/depth_heads/weight")
+
+
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activations", ["float32", "weights"])
+def test_parameters_are_cast_as_they_are_loaded(native, weights, activations):
+    """Norms to the type of activations, and all but them and the codec to that of weights."""
+    activations = weights if activations == "weights" else activations
+    got = loaded(native, Precision(jnp.dtype(weights), jnp.dtype(activations)))
     for path, array in params().items():
-        wanted = array if path.startswith("codec/") else array.astype(jnp.dtype(dtype))
+        is_norm = path.endswith("/scale")
+        wanted = array if path.startswith("codec/") else array.astype(jnp.dtype(weights))
+        if is_norm and not path.startswith("codec/"):
+            wanted = array.astype(jnp.dtype(activations))
+        if path in TABLES and (weights, activations) == ("bfloat16", "float32"):
+            wanted = wanted.view(np.uint16)
         assert got[path].dtype == wanted.dtype, path
         np.testing.assert_array_equal(np.asarray(got[path]), wanted, path)
 
 
-def test_config_of_another_version_is_refused(native, tmp_path):
-    shutil.copytree(native, tmp_path / "newer")
-    file = tmp_path / "newer" / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 99}))
-    with pytest.raises(CheckpointError, match="version 99, this program reads 1"):
-        csm_jax.load(tmp_path / "newer")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_cpu_computes_in_float32(native, dtype):
+    precision = resolve(dtype)
+    assert precision == Precision(jnp.dtype(dtype), jnp.dtype("float32"))
+    assert loaded(native, precision)["csm/backbone/norm/scale"].dtype == np.float32
+
+
+@pytest.mark.parametrize("version", [1, 99])
+def test_config_of_another_version_is_refused(native, tmp_path, version):
+    shutil.copytree(native, tmp_path / "other")
+    file = tmp_path / "other" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
+    with pytest.raises(CheckpointError, match=f"version {version}, this program reads 2"):
+        csm_jax.load(tmp_path / "other")
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "other"}', '{"format": "csm-jax"}'])
@@ -161,7 +182,7 @@ def test_narrow_files(tmp_path, dtype):
     tensors = fixtures.huggingface_tensors()
     narrow = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     got = tensors_of(fixtures.write_huggingface(tmp_path, narrow))
-    for path in ("csm/text_embedding", "csm/backbone/layers/2/attn/q/weight"):
+    for path in ("csm/text_embedding", "csm/backbone/layers/2/attn/qkv/weight"):
         np.testing.assert_array_equal(got[path], params()[path].astype(jnp.dtype(dtype)))
 
 

@@ -13,6 +13,8 @@ from csm_jax.layers import (
     attention,
     linear,
     linear_float32,
+    lookup,
+    pack,
     rope_frequencies,
 )
 
@@ -37,7 +39,7 @@ def assert_rounded(got, expected: np.ndarray, dtype, roundings: int = 1, atol: f
 
 
 @every_dtype
-@pytest.mark.parametrize("shape", [(5,), (2, 5), (2, 3, 5)])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 5), (2, 3, 5)])
 def test_linear_is_x_times_the_transposed_weight(dtype, shape):
     x, weight = normal(0, *shape, dtype=dtype), normal(1, 4, 5, dtype=dtype)
     x64, weight64 = float64(x, weight)
@@ -49,10 +51,39 @@ def test_linear_is_x_times_the_transposed_weight(dtype, shape):
 
 
 @every_dtype
-def test_linear_accumulates_in_float32(dtype):
-    """8192 ones: bfloat16 stops counting at 256, float16 at 2048."""
-    ones = np.ones((3, 8192), dtype)
-    np.testing.assert_array_equal(float64(jax.jit(linear)(ones, ones))[0], np.full((3, 3), 8192.0))
+@pytest.mark.parametrize("rows", [1, 2, 3])
+def test_linear_accumulates_in_float32(dtype, rows):
+    """8192 ones: bfloat16 stops counting at 256, float16 at 2048. One row has its own product."""
+    ones, weight = np.ones((rows, 8192), dtype), np.ones((3, 8192), dtype)
+    got = jax.jit(linear)(ones, weight)
+    np.testing.assert_array_equal(float64(got)[0], np.full((rows, 3), 8192.0))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5)], ids=str)
+def test_float32_activations_meet_narrow_weights_in_their_type(dtype, shape):
+    """What a CPU does: the product rounds its inputs to the weights' type, and nothing else."""
+    x, weight = normal(0, *shape), normal(1, 4, 5, dtype=DTYPES[dtype])
+    x64, weight64 = float64(x.astype(DTYPES[dtype]), weight)
+    got = jax.jit(linear)(x, weight)
+    assert got.dtype == np.float32
+    expected = np.einsum("...i,oi->...o", x64, weight64)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_packed_table_is_the_same_table():
+    """Any bits of bfloat16, of a table of vectors and of one of matrices."""
+    bits = np.random.default_rng(0).integers(0, 2**16, (6, 4, 5), np.uint16)
+    table = bits.view(ml_dtypes.bfloat16)
+    packed = pack(jnp.asarray(table))
+    assert packed.dtype == np.uint16
+    np.testing.assert_array_equal(packed, bits)
+    for index in (3, np.array([5, 0, 5])):
+        rows = jax.jit(lookup)(packed, index)
+        assert rows.dtype == ml_dtypes.bfloat16
+        np.testing.assert_array_equal(np.asarray(rows).view(np.uint16), bits[index])
+        plain = np.asarray(lookup(jnp.asarray(table), index))
+        np.testing.assert_array_equal(plain.astype(np.float32), table[index].astype(np.float32))
 
 
 @every_dtype
@@ -169,25 +200,22 @@ def test_scores_depend_on_the_distance_alone():
 
 def naive_attention(query, key, value, visible) -> np.ndarray:
     query, key, value = float64(query, key, value)
-    batch, length, num_heads, head_dim = query.shape
-    shared = num_heads // key.shape[2]
+    batch, length, kv_heads, group, head_dim = query.shape
     out = np.zeros(query.shape)
-    for b in range(batch):
-        for t in range(length):
-            for n in range(num_heads):
-                seen = np.flatnonzero(visible[b, t])
-                scores = [query[b, t, n] @ key[b, s, n // shared] / head_dim**0.5 for s in seen]
-                weights = np.exp(np.array(scores) - max(scores))
-                out[b, t, n] = weights / weights.sum() @ value[b, seen, n // shared]
+    for b, t, k, g in np.ndindex(batch, length, kv_heads, group):
+        seen = np.flatnonzero(visible[b, t])
+        scores = [query[b, t, k, g] @ key[b, k, :, s] / head_dim**0.5 for s in seen]
+        weights = np.exp(np.array(scores) - max(scores))
+        out[b, t, k, g] = weights / weights.sum() @ value[b, k, seen]
     return out
 
 
 @every_dtype
-@pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 2), (4, 4), (3, 1)])
-def test_attention_equals_a_loop(dtype, num_heads, num_kv_heads):
-    query = normal(9, 2, 4, num_heads, 8, dtype=dtype, scale=2.0)
-    key = normal(10, 2, 7, num_kv_heads, 8, dtype=dtype)
-    value = normal(11, 2, 7, num_kv_heads, 8, dtype=dtype)
+@pytest.mark.parametrize(("num_kv_heads", "group"), [(2, 3), (4, 1), (1, 3)])
+def test_attention_equals_a_loop(dtype, num_kv_heads, group):
+    query = normal(9, 2, 4, num_kv_heads, group, 8, dtype=dtype, scale=2.0)
+    key = normal(10, 2, num_kv_heads, 8, 7, dtype=dtype)
+    value = normal(11, 2, num_kv_heads, 7, 8, dtype=dtype)
     visible = np.random.default_rng(12).random((2, 4, 7)) < 0.6
     visible[..., 3] = True
     got = jax.jit(attention)(query, key, value, visible)
@@ -200,17 +228,24 @@ def test_attention_equals_a_loop(dtype, num_heads, num_kv_heads):
 @every_dtype
 def test_attention_is_soft_in_float32(dtype):
     """4096 equal keys: their weights, added in bfloat16 or float16, would not come to one."""
-    query, key = np.ones((1, 1, 1, 4), dtype), np.ones((1, 4096, 1, 4), dtype)
-    visible = np.ones((1, 1, 4096), bool)
-    got = jax.jit(attention)(query, key, np.ones_like(key), visible)
-    np.testing.assert_array_equal(float64(got)[0], np.ones((1, 1, 1, 4)))
+    query, key = np.ones((1, 1, 1, 1, 4), dtype), np.ones((1, 1, 4, 4096), dtype)
+    value, visible = np.ones((1, 1, 4096, 4), dtype), np.ones((1, 1, 4096), bool)
+    got = jax.jit(attention)(query, key, value, visible)
+    np.testing.assert_array_equal(float64(got)[0], np.ones((1, 1, 1, 1, 4)))
+
+
+def test_one_mask_for_all_rows():
+    query, key, value = normal(13, 2, 3, 2, 3, 8), normal(14, 2, 2, 8, 5), normal(15, 2, 2, 5, 8)
+    visible = np.tri(3, 5, 2, dtype=bool)[None]
+    expected = attention(query, key, value, np.repeat(visible, 2, axis=0))
+    np.testing.assert_array_equal(attention(query, key, value, visible), expected)
 
 
 def test_keys_that_are_not_visible_have_no_effect():
-    query, key, value = normal(13, 1, 2, 6, 8), normal(14, 1, 5, 2, 8), normal(15, 1, 5, 2, 8)
+    query, key, value = normal(13, 1, 2, 2, 3, 8), normal(14, 1, 2, 8, 5), normal(15, 1, 2, 5, 8)
     visible = np.array([[[1, 0, 1, 1, 0], [1, 0, 1, 0, 0]]], bool)
     expected = attention(query, key, value, visible)
-    key[:, [1, 4]], value[:, [1, 4]] = 1e6, -1e6
+    key[..., [1, 4]], value[:, :, [1, 4]] = 1e6, -1e6
     np.testing.assert_array_equal(attention(query, key, value, visible), expected)
     changed = attention(query, key, value, np.ones_like(visible))
     assert not np.allclose(changed, expected)

@@ -1,5 +1,7 @@
 """The conversion engine on a small table, and every real table there and back."""
 
+import dataclasses
+import itertools
 import re
 
 import jax
@@ -8,7 +10,9 @@ import numpy as np
 import pytest
 from fixtures import TABLES, assert_same_params, layout, params, section, shapes, written
 
-from csm_jax.convert.csm import interleaved_to_halves
+from csm_jax.config import tiny
+from csm_jax.convert import csm
+from csm_jax.convert.csm import to_halves
 from csm_jax.convert.mimi import fused_qkv
 from csm_jax.convert.rules import (
     MAX_PROBLEMS,
@@ -264,8 +268,33 @@ def test_rotating_neighbours_equals_rotating_halves_of_reordered_rows(num_heads,
     angles = np.arange(7)[:, None, None] * frequencies
     theirs = (projected[..., 0] + 1j * projected[..., 1]) * np.exp(1j * angles)
 
-    (reordered,) = interleaved_to_halves(num_heads).forward(weight)
+    reordered = to_halves(weight, num_heads)
     ours = (inputs @ reordered.T).reshape(1, 7, num_heads, head_dim)
     rotated = apply_rope(jnp.asarray(ours), jnp.arange(7)[None], frequencies)[0]
     left, right = np.split(np.asarray(rotated), 2, axis=-1)
     np.testing.assert_allclose(left + 1j * right, theirs, atol=1e-5)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_queries_keys_and_values_are_grouped_by_kv_heads(interleaved):
+    """2 of these, 3 queries each, and 4 rows to a head: every row says where it came from."""
+    config = dataclasses.replace(tiny().backbone, head_dim=4)
+    sizes = {"q": 6, "k": 2, "v": 2}
+    rows = {
+        name: [f"{name}{head}.{row}" for head in range(count) for row in range(4)]
+        for name, count in sizes.items()
+    }
+    number = {row: i for i, row in enumerate(itertools.chain(*rows.values()))}
+    weights = [np.array([[number[row]] * 5 for row in rows[name]]) for name in "qkv"]
+    fuse = csm.fused_qkv(config, interleaved)
+    (fused,) = fuse.forward(*weights)
+    rotated = (0, 2, 1, 3) if interleaved else (0, 1, 2, 3)
+    heads = [("q0", "q1", "q2", "k0", "v0"), ("q3", "q4", "q5", "k1", "v1")]
+    expected = [
+        f"{head}.{row}"
+        for head in itertools.chain(*heads)
+        for row in (range(4) if head.startswith("v") else rotated)
+    ]
+    np.testing.assert_array_equal(fused, np.array([[number[row]] * 5 for row in expected]))
+    for back, weight in zip(fuse.inverse(fused), weights, strict=True):
+        np.testing.assert_array_equal(back, weight)

@@ -8,21 +8,29 @@ from flax import nnx
 from scipy import stats
 
 from csm_jax import config
-from csm_jax.checkpoint import random_params
 from csm_jax.errors import InputError
 from csm_jax.model import CSM
+from csm_jax.random_weights import random_params
 from csm_jax.sampling import (
     Filter,
     Sampling,
     SamplingParams,
     _largest_reaching,
     _ordered_bits,
+    _prefix_sums,
+    _prefix_sums_by_comparison,
+    _top_k_by_comparison,
+    _top_k_by_search,
+    _top_p_by_comparison,
+    _top_p_by_search,
     filter_logits,
     penalise_repetition,
     sample,
 )
 
-DRAWS, FRAMES = 20_000, 8192
+DRAWS, FRAMES, GRID = 20_000, 8192, 4096
+# float32's last number under 1.
+NEARLY_ONE = np.nextafter(np.float32(1), np.float32(0))
 # Fixed seeds: a correct sampler fails no more often than the seeds are changed.
 ACCEPTED = 1e-4
 
@@ -120,13 +128,13 @@ def test_rows_of_one_batch_follow_the_definition_each_with_its_own_values():
 def test_a_row_does_not_depend_on_its_neighbours(name):
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(32, 60)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), 32)
-    alone = drawn(logits[:16], keys[:16], filters(*[FILTERS[name]] * 16))
+    uniform = rng.random(32, np.float32)
+    alone = drawn(logits[:16], uniform[:16], filters(*[FILTERS[name]] * 16))
     alone_kept = filtered(logits[:16], filters(*[FILTERS[name]] * 16))
     for neighbour in (*FILTERS.values(), Sampling(greedy=True)):
         both = repeat(filters(FILTERS[name], neighbour), 16)
         np.testing.assert_array_equal(filtered(logits, both)[:16], alone_kept)
-        np.testing.assert_array_equal(drawn(logits, keys, both)[:16], alone)
+        np.testing.assert_array_equal(drawn(logits, uniform, both)[:16], alone)
 
 
 @pytest.mark.parametrize("name", FILTERS)
@@ -246,6 +254,68 @@ def test_largest_reaching_equals_sorting(pool):
     np.testing.assert_array_equal(kept, (values >= kth[:, None]) | (k > 37)[:, None])
 
 
+# --- The forms that a GPU runs ------------------------------------------------------------------
+
+
+def hard_rows(vocab: int) -> np.ndarray:
+    """Random logits; many that are equal, both zeros, or impossible; and all of these equal."""
+    rng = np.random.default_rng(vocab)
+    rows = rng.normal(scale=4, size=(60, vocab))
+    rows[20:40] = np.round(rows[20:40])
+    rows[40:50] = rng.choice([0.0, -0.0, 1.5, -INF], size=(10, vocab))
+    rows[10:25][rng.random((15, vocab)) < 0.4] = -INF
+    rows[:, 0] = np.where(np.isfinite(rows).any(axis=1), rows[:, 0], 0.0)
+    rows[50] = 3.0
+    return rows.astype(np.float32)
+
+
+@pytest.mark.parametrize("vocab", [2, 35, 600])
+@pytest.mark.parametrize("k", [1, 2, 7, 34, 35, 36, 599, 10**6, 2**31 - 1])
+def test_comparing_finds_the_same_top_k_as_searching(vocab, k):
+    logits, counts = hard_rows(vocab), np.full(60, k, np.int32)
+    searched = jax.jit(_top_k_by_search)(logits, counts)
+    np.testing.assert_array_equal(jax.jit(_top_k_by_comparison)(logits, counts), searched)
+    assert np.asarray(searched).sum(axis=1).min() >= min(k, vocab)
+
+
+@pytest.mark.parametrize("vocab", [2, 35, 600])
+@pytest.mark.parametrize("p", [0.0, 1e-38, 1e-4, 0.3, 0.77, 0.999, NEARLY_ONE, 1.0])
+def test_comparing_finds_the_same_nucleus_as_searching(vocab, p):
+    logits = hard_rows(vocab)
+    # Where the probability so far is p but for rounding, both answers are right.
+    probabilities = softmax(logits.astype(np.float64))
+    larger = logits[:, None, :] > logits[:, :, None]
+    before = np.sum(np.where(larger, probabilities[:, None, :], 0), axis=-1)
+    is_clear = (np.abs(before - p) > 1e-5) | (before == 0)
+    kept = [
+        np.asarray(jax.jit(form)(logits, np.full(60, p, np.float32)))
+        for form in (_top_p_by_search, _top_p_by_comparison)
+    ]
+    np.testing.assert_array_equal(kept[0][is_clear], kept[1][is_clear])
+    np.testing.assert_array_equal(kept[1][is_clear], ((before < p) | (before == 0))[is_clear])
+    likeliest = np.arange(60), logits.argmax(axis=1)
+    assert kept[0][likeliest].all()
+    assert kept[1][likeliest].all()
+    assert is_clear.mean() > 0.5
+
+
+def test_rows_with_and_without_top_p():
+    """The search is left out only if no row wants it."""
+    logits, p = hard_rows(35), np.tile(np.float32([0.4, 1.0]), 30)
+    for form in (_top_p_by_search, _top_p_by_comparison):
+        kept = np.asarray(jax.jit(form)(logits, p))
+        assert kept[1::2].all()
+        assert not kept[::2].all()
+
+
+@pytest.mark.parametrize("vocab", [1, 35, 2051])
+def test_comparing_adds_up_the_same_prefixes(vocab):
+    mass = np.random.default_rng(0).random((5, vocab), np.float32)
+    expected = np.cumsum(mass, axis=1, dtype=np.float64)
+    for form in (_prefix_sums, _prefix_sums_by_comparison):
+        np.testing.assert_allclose(jax.jit(form)(mass), expected, rtol=1e-5)
+
+
 # --- Draws --------------------------------------------------------------------------------------
 
 LOGITS = np.array([1.3, -0.4, 0.9, 0.9, 2.1, -2.0, 0.9, 0.0, -0.0, -1.1, 0.4], np.float32)
@@ -261,10 +331,93 @@ DISTRIBUTIONS = {
 }
 
 
+def draw_at(logits: np.ndarray, sampling: Sampling, uniform: np.ndarray) -> np.ndarray:
+    rows = np.broadcast_to(logits, (len(uniform), len(logits)))
+    ids = drawn(rows, np.float32(uniform), repeat(filters(sampling), len(uniform)))
+    assert ids.dtype == np.int32
+    return np.asarray(ids)
+
+
 def draw(logits: np.ndarray, sampling: Sampling, seed: int) -> np.ndarray:
-    keys = jax.random.split(jax.random.key(seed), DRAWS)
-    rows = np.broadcast_to(logits, (DRAWS, len(logits)))
-    return np.asarray(drawn(rows, keys, repeat(filters(sampling), DRAWS)))
+    return draw_at(logits, sampling, np.random.default_rng(seed).random(DRAWS, np.float32))
+
+
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.parametrize("vocab", [len(LOGITS), 2051])
+def test_evenly_spread_numbers_give_every_id_its_share(name, vocab):
+    """The cumulative distribution inverted, in closed form: of N numbers (i + 1/2) / N, those in
+    an interval of length p are N p but for one; and each id is the one whose interval it is."""
+    logits = LOGITS
+    if vocab > len(LOGITS):
+        logits = np.random.default_rng(0).normal(scale=2, size=vocab).astype(np.float32)
+    expected = filtered_probabilities(logits, DISTRIBUTIONS[name])
+    uniform = (np.arange(GRID) + 0.5) / GRID
+    ids = draw_at(logits, DISTRIBUTIONS[name], uniform)
+    counts = np.bincount(ids, minlength=vocab)
+    # Sums of 2051 numbers in float32 are off by 1e-6 or so.
+    assert np.abs(counts - GRID * expected).max() <= 1 + GRID * 1e-5
+    assert counts[expected == 0].sum() == 0
+    edges = np.cumsum(expected)
+    is_clear = np.abs(uniform[:, None] - edges).min(axis=1) > 1e-5
+    assert is_clear.mean() > 0.9
+    inverted = np.searchsorted(edges, uniform, side="right")
+    np.testing.assert_array_equal(ids[is_clear], inverted[is_clear])
+
+
+@pytest.mark.parametrize("name", FILTERS)
+@pytest.mark.parametrize("uniform", [0.0, 1e-38, 2.0**-24, 0.5, NEARLY_ONE])
+def test_what_is_filtered_out_is_never_drawn(name, uniform):
+    """Not even by a number that rounding puts beyond the last id, nor by 0 before the first."""
+    logits = np.random.default_rng(8).normal(scale=4, size=(200, 97)).astype(np.float32)
+    logits[:50, -20:] = logits[50:100, :20] = -np.inf  # nothing to be drawn at either end
+    values = repeat(filters(FILTERS[name]), len(logits))
+    ids = np.asarray(drawn(logits, np.full(len(logits), uniform, np.float32), values))
+    kept = np.isfinite(np.asarray(filtered(logits, values)))
+    assert kept[np.arange(len(logits)), ids].all()
+    if uniform == 0:
+        np.testing.assert_array_equal(ids, first_possible(logits, values))
+
+
+def first_possible(logits: np.ndarray, values: Filter) -> np.ndarray:
+    """The first id that is kept and has a probability that float32 can tell from 0."""
+    kept = np.asarray(filtered(logits, values), np.float64)
+    return (kept - kept.max(axis=1, keepdims=True) > -87).argmax(axis=1)
+
+
+def test_a_border_belongs_to_the_id_that_it_begins():
+    """[0, 1/4) is the first of four equals."""
+    logits = np.array([-INF, 2, 2, -INF, 2, 2, -INF], np.float32)
+    uniform = np.float32([0, 0.25, 0.5, 0.75])
+    uniform = np.append(uniform, np.nextafter(uniform[1:], np.float32(0)))
+    assert draw_at(logits, OFF, uniform).tolist() == [1, 2, 4, 5, 1, 2, 4]
+
+
+def test_the_rounding_of_sums_draws_nothing_that_is_filtered_out():
+    """Sums of 2051 numbers are added in blocks, and may grow where nothing was added: there."""
+    logits = np.random.default_rng(0).normal(size=(50, 2051)).astype(np.float32)
+    values = repeat(filters(Sampling(temperature=1.0, top_k=1000)), len(logits))
+    kept = np.asarray(filtered(logits, values))
+    mass = np.exp(kept - kept.max(axis=1, keepdims=True))
+    sums = np.asarray(jax.jit(_prefix_sums)(mass))
+    rises = (np.diff(sums, axis=1) > 0) & (mass[:, 1:] == 0)
+    rows, ids = np.nonzero(rises)
+    assert len(rows) > 20
+    # Numbers that meet the sum before such a rise, or nearly.
+    quotient = sums[rows, ids] / sums[rows, -1]
+    uniform = [np.nextafter(quotient, to) for to in np.float32([0, 1])] + [quotient]
+    rows = np.tile(rows, 3)
+    drawn_ids = drawn(
+        logits[rows], np.concatenate(uniform), repeat(filters(Sampling(1.0, 1000)), len(rows))
+    )
+    assert np.isfinite(kept[rows, np.asarray(drawn_ids)]).all()
+
+
+def test_nearly_one_draws_the_last_id_that_is_kept():
+    logits = np.zeros((1, 2051), np.float32)
+    logits[0, [3, 70, 2000]] = 5.0
+    values = filters(Sampling(temperature=1.0, top_k=3))
+    ids = [int(drawn(logits, np.float32([u]), values)[0]) for u in (0, 0.34, NEARLY_ONE, 1)]
+    assert ids == [3, 70, 2000, 2000]
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
@@ -311,10 +464,27 @@ def test_greedy_rows_ignore_temperature_and_filters():
         Sampling(greedy=True, temperature=100.0, top_k=3),
         Sampling(greedy=True, temperature=1e-3, top_p=0.01, min_p=0.9),
     ]
-    for seed, sampling in enumerate(greedy):
-        keys = jax.random.split(jax.random.key(seed), 64)
-        got = drawn(logits, keys, repeat(filters(sampling), 64))
+    for sampling in greedy:
+        for uniform in (0.0, 0.5, NEARLY_ONE):
+            got = draw_rows(logits, sampling, uniform)
+            np.testing.assert_array_equal(got, logits.argmax(axis=1))
+
+
+def test_greedy_takes_the_first_of_the_largest():
+    rng = np.random.default_rng(9)
+    logits = rng.choice([-np.inf, -3.5, -0.0, 0.0, 2.0], size=(200, 60)).astype(np.float32)
+    logits[:50] = np.minimum(logits[:50], 0)  # the largest are 0 and -0
+    for uniform in (0.0, 0.5, NEARLY_ONE):
+        got = draw_rows(logits, Sampling(greedy=True), uniform)
         np.testing.assert_array_equal(got, logits.argmax(axis=1))
+    # Where a draw takes any of them.
+    assert (draw_rows(logits, Sampling(top_k=1), NEARLY_ONE) != logits.argmax(axis=1)).mean() > 0.9
+
+
+def draw_rows(logits: np.ndarray, sampling: Sampling, uniform: float) -> np.ndarray:
+    count = len(logits)
+    values = repeat(filters(sampling), count)
+    return np.asarray(drawn(logits, np.full(count, uniform, np.float32), values))
 
 
 def test_the_coldest_and_the_hottest_rows_still_draw():
@@ -322,7 +492,10 @@ def test_the_coldest_and_the_hottest_rows_still_draw():
     rows = filters(Sampling(temperature=1e-30), Sampling(temperature=1e30))
     kept = filtered(logits, rows)
     assert not np.isnan(kept).any()
-    assert drawn(logits, jax.random.split(jax.random.key(0)), rows)[0] == LOGITS.argmax()
+    assert drawn(logits, np.float32([0.3, 0.3]), rows)[0] == LOGITS.argmax()
+    # Heat beyond all differences leaves even chances.
+    ids = draw_at(LOGITS, Sampling(temperature=1e30), (np.arange(GRID) + 0.5) / GRID)
+    assert np.abs(np.bincount(ids) - GRID / len(LOGITS)).max() <= 1
 
 
 # --- Frames -------------------------------------------------------------------------------------
@@ -332,7 +505,7 @@ def test_the_coldest_and_the_hottest_rows_still_draw():
 def model() -> CSM:
     tiny = config.tiny()
     graph = nnx.graphdef(nnx.eval_shape(lambda: CSM(tiny, rngs=nnx.Rngs(0))))
-    return nnx.merge(graph, random_params(tiny, jnp.float32)["csm"])
+    return nnx.merge(graph, random_params(tiny)["csm"])
 
 
 def draw_frames(model: CSM, hidden, sampling: Sampling, seen=None) -> np.ndarray:
@@ -385,11 +558,11 @@ def test_the_penalty_is_for_codebook_0_alone(model):
     assert p_value(codes[:, 1], filtered_probabilities(depth, sampling)) > ACCEPTED
 
 
-def test_codebooks_draw_from_different_keys(model):
+def test_codebooks_draw_from_different_numbers(model):
     """With heads that know nothing, every pair of codebooks is uniform over all pairs of ids."""
     graph, state = nnx.split(model)
     state["codebook0_head"]["weight"][...] *= 0
-    state["depth_heads"][...] *= 0
+    state["depth_heads"]["weight"][...] *= 0
     blank = nnx.merge(graph, state)
     vocab = model.config.audio_vocab_size
     hidden = jnp.ones((model.config.backbone.embed_dim,))

@@ -15,6 +15,7 @@ from flax import nnx
 
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
+from csm_jax.layers import Rngs
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
@@ -38,7 +39,7 @@ class Mimi(nnx.Module):
     Lengths are multiples of the frame size: F frames are `F * config.frame_size` samples.
     """
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         dim, stride = config.embed_dim, config.downsample_stride
         resampling = dict(stride=stride, use_bias=False, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
@@ -86,7 +87,7 @@ class Mimi(nnx.Module):
 @functools.cache
 def abstract(config: MimiConfig) -> Mimi:
     """The network with shapes for parameters: it allocates nothing."""
-    return nnx.eval_shape(lambda: Mimi(config, rngs=nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Mimi(config, rngs=None))
 
 
 def bind(config: MimiConfig, params: dict[str, Any]) -> Mimi:
@@ -118,6 +119,31 @@ def _decode_step(
 ) -> tuple[Array, State]:
     audio, state = bind(config, params).decode_step(codes, state)
     return audio[..., 0], state
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _decode_rows(
+    params: dict[str, Any],
+    codes: Array,
+    state: State,
+    active: Array,
+    restart: Array,
+    *,
+    config: MimiConfig,
+) -> tuple[Array, State]:
+    mimi = bind(config, params)
+    state = _select(restart, mimi.init_decode_state(len(codes)), state)
+    audio, stepped = mimi.decode_step(codes, state)
+    return audio[..., 0], _select(active, stepped, state)
+
+
+def _select(rows: Array, state: State, otherwise: State) -> State:
+    """One state for the rows [B] that are True, another for the rest."""
+
+    def select(leaf: Array, other: Array) -> Array:
+        return jnp.where(jax.lax.expand_dims(rows, range(1, leaf.ndim)), leaf, other)
+
+    return jax.tree.map(select, state, otherwise)
 
 
 class Codec:
@@ -238,6 +264,17 @@ class Codec:
         Codes are taken as they are. Otherwise like `encode_samples`.
         """
         return _decode_step(self._params, codes, state, config=self.config)
+
+    def decode_rows(
+        self, codes: np.ndarray, state: State, active: np.ndarray, restart: np.ndarray
+    ) -> tuple[Array, State]:
+        """`decode_frames` for some of the rows of a batch of unrelated streams.
+
+        Args:
+          active: bool [batch]; the other rows' streams stand still, and their audio means nothing.
+          restart: bool [batch], rows that begin a new stream.
+        """
+        return _decode_rows(self._params, codes, state, active, restart, config=self.config)
 
     def _check_num_codebooks(self, count: int) -> None:
         if not 1 <= count <= self.num_codebooks:

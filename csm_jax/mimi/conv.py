@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from csm_jax.layers import per_channel
+from csm_jax.layers import Rngs, normal, per_channel
 
 Array = jax.Array
 State = Any  # a pytree whose leaves start with the batch axis
@@ -96,7 +96,7 @@ class Conv1d(StreamingLayer):
         stride: int = 1,
         dilation: int = 1,
         use_bias: bool = True,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         self.stride = stride
         self.dilation = dilation
@@ -166,7 +166,7 @@ class ConvTranspose1d(StreamingLayer):
         stride: int,
         depthwise: bool = False,
         use_bias: bool = True,
-        rngs: nnx.Rngs,
+        rngs: Rngs,
     ):
         if kernel_size % stride:
             raise ValueError(f"kernel size {kernel_size} is not a multiple of the stride {stride}")
@@ -196,11 +196,10 @@ class ConvTranspose1d(StreamingLayer):
         return _add_bias(y, self.bias), state
 
 
-def _init_weight(shape: tuple[int, ...], fan_in: int, rngs: nnx.Rngs) -> Array:
+def _init_weight(shape: tuple[int, ...], fan_in: int, rngs: Rngs) -> Array:
     # Less than LeCun's variance, because residual blocks add some: random weights then decode to
     # noise as loud as speech, where they would clip.
-    init = nnx.initializers.normal((0.7 / fan_in) ** 0.5)
-    return init(rngs.params(), shape, jnp.float32)
+    return normal(rngs, shape, (0.7 / fan_in) ** 0.5, jnp.float32)
 
 
 def _with_past(x: Array, past: Array) -> tuple[Array, Array]:

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax.config import MimiConfig
-from csm_jax.layers import Linear, linear_float32
+from csm_jax.layers import Linear, Rngs, linear_float32, normal
+from csm_jax.precision import FLOAT32
 
 Array = jax.Array
 
@@ -18,15 +19,15 @@ class ResidualQuantizer(nnx.Module):
         stacking them in every call costs 20 ms on a CPU, twice what a frame takes to decode.
     """
 
-    def __init__(self, config: MimiConfig, num_codebooks: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, num_codebooks: int, *, rngs: Rngs):
         dim, codebook_dim = config.embed_dim, config.codebook_dim
-        self.in_proj = Linear(dim, codebook_dim, dtype=jnp.float32, rngs=rngs)
-        self.out_proj = Linear(codebook_dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.in_proj = Linear(dim, codebook_dim, precision=FLOAT32, rngs=rngs)
+        self.out_proj = Linear(codebook_dim, dim, precision=FLOAT32, rngs=rngs)
         shape = (config.codebook_size, codebook_dim)
         # Near the size of the latents, so that random weights use many codes.
-        init = nnx.initializers.normal(0.25 * num_codebooks**-0.5)
+        std = 0.25 * num_codebooks**-0.5
         self.codebooks = nnx.List(
-            nnx.Param(init(rngs.params(), shape, jnp.float32)) for _ in range(num_codebooks)
+            nnx.Param(normal(rngs, shape, std, jnp.float32)) for _ in range(num_codebooks)
         )
 
     def encode(self, latent: Array, num_codebooks: int) -> Array:
@@ -52,7 +53,7 @@ class SplitQuantizer(nnx.Module):
     not see what the semantic ones left over.
     """
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         self.num_semantic = config.num_semantic_codebooks
         num_acoustic = config.num_codebooks - self.num_semantic
         self.semantic = ResidualQuantizer(config, self.num_semantic, rngs=rngs)

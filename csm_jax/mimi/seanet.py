@@ -4,16 +4,15 @@ The positions of layers in `layers` are those of kyutai-labs/moshi `modules/sean
 activations counted, so that checkpoints of any number of strides map by number.
 """
 
-from flax import nnx
-
 from csm_jax.config import MimiConfig
+from csm_jax.layers import Rngs
 from csm_jax.mimi.conv import Array, Chain, Conv1d, ConvTranspose1d, Elu, State
 
 
 class ResidualBlock(Chain):
     """`x` plus a bottleneck of a dilated and a pointwise convolution."""
 
-    def __init__(self, config: MimiConfig, channels: int, dilation: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, channels: int, dilation: int, *, rngs: Rngs):
         hidden = channels // config.compress
         kernel_size = config.residual_kernel_size
         super().__init__(
@@ -33,7 +32,7 @@ class ResidualBlock(Chain):
 class Encoder(Chain):
     """Waveform [B, T * hop_length, channels] to latents [B, T, D]."""
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         channels = config.num_filters
         layers = [Conv1d(config.channels, channels, config.kernel_size, rngs=rngs)]
         for ratio in config.ratios:
@@ -50,7 +49,7 @@ class Encoder(Chain):
 class Decoder(Chain):
     """Latents [B, T, D] to a waveform [B, T * hop_length, channels]: the encoder's mirror image."""
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         channels = config.num_filters * 2 ** len(config.ratios)
         layers = [Conv1d(config.embed_dim, channels, config.kernel_size, rngs=rngs)]
         for ratio in reversed(config.ratios):
@@ -64,6 +63,6 @@ class Decoder(Chain):
         super().__init__(layers)
 
 
-def _residual_blocks(config: MimiConfig, channels: int, rngs: nnx.Rngs) -> list[ResidualBlock]:
+def _residual_blocks(config: MimiConfig, channels: int, rngs: Rngs) -> list[ResidualBlock]:
     dilations = [config.dilation_growth**i for i in range(config.num_residual_layers)]
     return [ResidualBlock(config, channels, dilation, rngs=rngs) for dilation in dilations]

@@ -9,8 +9,17 @@ from flax import nnx
 
 from csm_jax.cache import WindowCache
 from csm_jax.config import MimiConfig
-from csm_jax.layers import LayerNorm, Linear, apply_rope, attention, per_channel, rope_frequencies
+from csm_jax.layers import (
+    LayerNorm,
+    Linear,
+    Rngs,
+    apply_rope,
+    attention,
+    per_channel,
+    rope_frequencies,
+)
 from csm_jax.mimi.conv import Array, Chain, StreamingLayer
+from csm_jax.precision import FLOAT32
 
 # Where training starts (moshi `loaders.py`): residual branches that hardly count.
 LAYER_SCALE = 0.01
@@ -23,18 +32,18 @@ class TransformerLayer(StreamingLayer):
     by a learnt vector (LayerScale, Touvron et al., 2021).
     """
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         dim = config.embed_dim
         self.config = config
         self.attn_norm = LayerNorm(dim, config.norm_eps, dtype=jnp.float32)
-        self.q = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
-        self.k = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
-        self.v = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
-        self.o = Linear(dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.q = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
+        self.k = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
+        self.v = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
+        self.o = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
         self.attn_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
         self.mlp_norm = LayerNorm(dim, config.norm_eps, dtype=jnp.float32)
-        self.up = Linear(dim, config.mlp_dim, dtype=jnp.float32, rngs=rngs)
-        self.down = Linear(config.mlp_dim, dim, dtype=jnp.float32, rngs=rngs)
+        self.up = Linear(dim, config.mlp_dim, precision=FLOAT32, rngs=rngs)
+        self.down = Linear(config.mlp_dim, dim, precision=FLOAT32, rngs=rngs)
         self.mlp_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
 
     def init_state(self, batch: int) -> WindowCache:
@@ -58,18 +67,21 @@ class TransformerLayer(StreamingLayer):
 
         query = apply_rope(self.q(x).reshape(heads), positions, frequencies)
         key = apply_rope(self.k(x).reshape(heads), positions, frequencies)
-        key = jnp.concatenate([cache.key, key], axis=1)  # [B, W + T, N, H]
-        value = jnp.concatenate([cache.value, self.v(x).reshape(heads)], axis=1)
+        value = self.v(x).reshape(heads)
+        key = jnp.concatenate([cache.key, key.transpose(0, 2, 3, 1)], axis=3)  # [B, N, H, W + T]
+        value = jnp.concatenate([cache.value, value.transpose(0, 2, 1, 3)], axis=2)
 
-        mixed = attention(query, key, value, _visible(cache.length, length, window))
-        cache = WindowCache(key[:, -window:], value[:, -window:], cache.length + length)
+        # Every head has keys of its own: groups of one query head.
+        visible = _visible(cache.length, length, window)
+        mixed = attention(query[..., None, :], key, value, visible)
+        cache = WindowCache(key[..., -window:], value[:, :, -window:], cache.length + length)
         return self.o(mixed.reshape(batch, length, dim)), cache
 
 
 class Transformer(Chain):
     """A stack of `TransformerLayer`, [B, T, D] to [B, T, D]. There is no norm at its end."""
 
-    def __init__(self, config: MimiConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: MimiConfig, *, rngs: Rngs):
         super().__init__(TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers))
 
 

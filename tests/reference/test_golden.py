@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import generate
 from safetensors.numpy import load_file
 
 import csm_jax
 from csm_jax import checkpoint
 from csm_jax.cache import KVCache
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.generation import generate
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import bind
-from csm_jax.prompt import Segment, build_prompt
+from csm_jax.prompt import Segment, join_rows, text_rows, turn_rows
 from csm_jax.sampling import Sampling
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -65,7 +65,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 @pytest.mark.parametrize("name", ["text", "audio"])
 def test_backbone(model, expected, name):
     rows, mask = expected[f"{name}.frames"][None], expected[f"{name}.mask"][None]
-    cache = KVCache.create(CONFIG.backbone, 1, rows.shape[1], jnp.float32)
+    cache = KVCache.create(CONFIG.backbone, 1, rows.shape[1], jnp.float32, num_lengths=1)
     hidden, _ = model.backbone(model.embed(jnp.asarray(rows), jnp.asarray(mask)), cache)
     assert_close(hidden[0], expected[f"{name}.hidden"])
     assert_close(model.backbone_logits(hidden)[0], expected[f"{name}.logits"])
@@ -98,7 +98,7 @@ def test_codec(codec, expected):
 
 
 def test_chat_with_audio(weights, codec, expected):
-    """The reference encoded the waveform itself; here it goes through `build_prompt`."""
+    """The reference encoded the waveform itself; here it goes through `turn_rows`."""
     ids = expected["chat.input_ids"].tolist()
     first, last = ids.index(CONFIG.text_token_ids.audio), ids.index(CONFIG.text_token_ids.audio_eos)
 
@@ -109,7 +109,7 @@ def test_chat_with_audio(weights, codec, expected):
             return ids[:first] if text == "[0]heard" else ids[last + 1 :]
 
     waveform = expected["codec.pcm"].astype(np.float32) / 32768
-    context = [Segment(0, "heard", waveform)]
-    prompt = build_prompt("said", 1, context, CONFIG, Recorded(), codec.encode, 20)
+    heard = turn_rows(Segment(0, "heard", waveform), CONFIG, Recorded(), codec.encode)
+    prompt = join_rows([*heard, text_rows("said", 1, CONFIG, Recorded())])
     codes = generate(CONFIG, weights, [prompt], [GREEDY], [0], 20)[0]
     np.testing.assert_array_equal(codes, expected["chat.greedy"])
