@@ -1,4 +1,4 @@
-"""Prefill, the frame step and the compiled frame loop.
+"""Prefill, the frame step, the compiled frame loop, and the running batch around them.
 
 The step is advance-then-sample: it feeds the last row (the end of the prompt, or the frame
 before) to the backbone and samples the next frame. So prefill is the prompt without its last
@@ -7,26 +7,26 @@ share one step.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
 from csm_jax.model import CSM, bind
 from csm_jax.sampling import Sampling, SamplingParams
+from csm_jax.sharding import check_rows, keep_sharded, place_rows
 
 Array = jax.Array
 Params = dict[str, Any]
 Prompt = tuple[np.ndarray, np.ndarray]
 
-# Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host; and
-# 0.4 s where somebody watches.
+# Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25
-WATCHED_FRAMES = 5
 
 
 class GenerationState(NamedTuple):
@@ -51,22 +51,39 @@ class GenerationState(NamedTuple):
     done: Array
 
 
+class Row(NamedTuple):
+    """What one row of a `GenerationState` goes on from, apart from its keys and values."""
+
+    length: int | Array
+    frame: np.ndarray | Array
+    mask: np.ndarray | Array
+    seed: int | Array  # uint32
+    num_frames: int | Array
+    seen: np.ndarray | Array
+    done: bool | Array
+
+
 def frame_step(
-    model: CSM, state: GenerationState, sampling: SamplingParams
+    model: CSM, state: GenerationState, sampling: SamplingParams, attended: int | None = None
 ) -> tuple[GenerationState, Array]:
     """One frame for every row: the pure function all generation is made of.
+
+    Args:
+      attended: as for `Llama.__call__`.
 
     Returns:
       The next state, and codes int32 [B, Q]. A frame of zeros is the end of speech; rows that
       are done keep returning zeros.
     """
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    hidden, cache = model.backbone(embedded, state.cache)
+    hidden, cache = model.backbone(embedded, state.cache, attended)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
     codes = jnp.where(state.done[:, None], 0, codes)
+    # Rows that are done stand still: they would run out of their cache.
+    lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
     state = GenerationState(
-        cache=cache,
+        cache=cache._replace(lengths=lengths),
         frame=jnp.pad(codes, ((0, 0), (0, 1))),
         mask=jnp.broadcast_to(_audio_columns(model.config)[None], state.mask.shape),
         keys=state.keys,
@@ -81,158 +98,295 @@ def _audio_columns(config: CSMConfig) -> Array:
     return jnp.arange(config.num_codebooks + 1) < config.num_codebooks
 
 
-@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
-def prefill(
-    params: Params,
-    frames: Array,
-    mask: Array,
-    lengths: Array,
-    seeds: Array,
+@functools.partial(jax.jit, static_argnames=("config", "batch", "max_seq_len", "dtype", "mesh"))
+def init_state(
     *,
     config: CSMConfig,
-    cache_length: int,
+    batch: int,
+    max_seq_len: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
 ) -> GenerationState:
-    """Reads prompts into a new cache; their last rows are left for the first step to feed.
-
-    Args:
-      frames, mask: [B, T, Q + 1], int32 and bool, padded on the right.
-      lengths: int32 [B], the prompts' own lengths, at most T.
-      seeds: uint32 [B].
-      cache_length: positions to make room for, at least T.
-    """
-    model = bind(config, params)
-    batch = len(lengths)
-    cache = KVCache.create(config.backbone, batch, cache_length, model.dtype)
-    _, cache = model.backbone(model.embed(frames, mask), cache)
-    last = lengths - 1
-    rows = jnp.arange(batch)
-    return GenerationState(
-        # The last row is fed again, by the first step; it writes the same key once more.
-        cache=cache._replace(lengths=last),
-        frame=frames[rows, last],
-        mask=mask[rows, last],
-        keys=jax.vmap(jax.random.key)(seeds),
+    """A batch of rows that are done: there is nothing in them yet."""
+    columns = config.num_codebooks + 1
+    state = GenerationState(
+        cache=KVCache.create(config.backbone, batch, max_seq_len, dtype, num_lengths=batch),
+        frame=jnp.zeros((batch, columns), jnp.int32),
+        mask=jnp.zeros((batch, columns), bool),
+        keys=jax.vmap(jax.random.key)(jnp.zeros((batch,), jnp.uint32)),
         num_frames=jnp.zeros((batch,), jnp.int32),
         seen=jnp.zeros((batch, config.audio_vocab_size), bool),
-        done=jnp.zeros((batch,), bool),
+        done=jnp.ones((batch,), bool),
     )
+    return keep_sharded(state, mesh)
 
 
-@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="state")
+def prefill(
+    params: Params,
+    state: GenerationState,
+    frames: Array,
+    mask: Array,
+    index: Array,
+    *,
+    config: CSMConfig,
+    mesh: Mesh | None = None,
+) -> GenerationState:
+    """Reads a prompt into the cache of one row; `set_row` then lets it speak. Donates `state`.
+
+    Args:
+      frames, mask: [T, Q + 1], int32 and bool, padded on the right. The last row of a prompt
+        need not be there: the first step feeds it.
+      index: int32 [], the row of the batch.
+    """
+    model = bind(config, params)
+    empty = KVCache.create(config.backbone, 1, len(frames), model.dtype, num_lengths=1)
+    _, read = model.backbone(model.embed(frames[None], mask[None]), empty)
+
+    def place(whole: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice(whole, part, (index, 0, 0, 0))
+
+    layers = jax.tree.map(place, state.cache.layers, read.layers)
+    return keep_sharded(state._replace(cache=state.cache._replace(layers=layers)), mesh)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def set_row(
+    state: GenerationState, index: Array, row: Row, *, mesh: Mesh | None = None
+) -> GenerationState:
+    """Lets one row of the batch go on from `row`. Donates `state`."""
+    key = jax.random.key(row.seed)
+    state = GenerationState(
+        cache=state.cache._replace(lengths=state.cache.lengths.at[index].set(row.length)),
+        frame=state.frame.at[index].set(row.frame),
+        mask=state.mask.at[index].set(row.mask),
+        keys=state.keys.at[index].set(key),
+        num_frames=state.num_frames.at[index].set(row.num_frames),
+        seen=state.seen.at[index].set(row.seen),
+        done=state.done.at[index].set(row.done),
+    )
+    return keep_sharded(state, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "attended", "mesh"), donate_argnames="state")
 def run_frames(
     params: Params,
     state: GenerationState,
     sampling: SamplingParams,
     num_frames: Array,
+    pause: Array,
     *,
     config: CSMConfig,
+    attended: int | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[GenerationState, Array, Array]:
     """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
 
     `state` is donated: use the one returned.
 
+    Args:
+      pause: bool [], whether to stop as soon as any row ends.
+      attended: as for `Llama.__call__`.
+
     Returns:
       The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
     """
     model = bind(config, params)
+    done_before = state.done
 
     def unfinished(carry: tuple[GenerationState, Array, Array]) -> Array:
         state, _, count = carry
-        return (count < num_frames) & ~jnp.all(state.done)
+        has_ended = jnp.any(state.done & ~done_before)
+        return (count < num_frames) & ~jnp.all(state.done) & ~(pause & has_ended)
 
     def body(carry: tuple[GenerationState, Array, Array]):
         state, buffer, count = carry
-        state, codes = frame_step(model, state, sampling)
+        state, codes = frame_step(model, state, sampling, attended)
         buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
         return state, buffer, count + 1
 
     buffer = jnp.zeros((len(state.done), CHUNK_FRAMES, config.num_codebooks), jnp.int32)
-    return jax.lax.while_loop(unfinished, body, (state, buffer, jnp.zeros((), jnp.int32)))
+    carry = state, buffer, jnp.zeros((), jnp.int32)
+    state, buffer, count = jax.lax.while_loop(unfinished, body, carry)
+    return keep_sharded(state, mesh), buffer, count
 
 
-def generate(
-    config: CSMConfig,
-    params: Params,
-    prompts: Sequence[Prompt],
-    sampling: Sequence[Sampling],
-    seeds: Sequence[int],
-    max_frames: int,
-    progress: Callable[[int], None] | None = None,
-) -> list[np.ndarray]:
-    """Generates a batch of utterances to their ends or to `max_frames`.
+class Utterance(NamedTuple):
+    """One stretch of generation.
 
-    Args:
-      prompts: per row frames int32 [T, Q + 1] and mask bool [T, Q + 1].
-      sampling: per row.
-      seeds: one whole number per row; its lowest 32 bits count.
-      progress: called with the number of frames so far, every few of them.
-
-    Returns:
-      Per row codes int32 [num_frames, Q], without the end-of-speech frame.
+    Attributes:
+      prompt: what the backbone reads first, frames int32 [T, Q + 1] and mask bool [T, Q + 1].
+      sampling: how codes are drawn.
+      seed: a whole number, of which the lowest 32 bits count.
+      max_frames: it is over after so many frames.
     """
-    chunks = []
-    state = _start(config, params, prompts, seeds, max_frames)
-    values = SamplingParams.stack(list(sampling))
-    chunk_frames = CHUNK_FRAMES if progress is None else WATCHED_FRAMES
-    for chunk, count in _chunks(config, params, state, values, max_frames, chunk_frames):
-        chunks.append(chunk)
-        if progress is not None:
-            progress(count)
-    codes = np.concatenate(chunks, axis=1)
-    return [_until_end_of_speech(row) for row in codes]
+
+    prompt: Prompt
+    sampling: Sampling
+    seed: int
+    max_frames: int
 
 
-def _start(
-    config: CSMConfig,
-    params: Params,
-    prompts: Sequence[Prompt],
-    seeds: Sequence[int],
-    max_frames: int,
-) -> GenerationState:
-    """Prefill of prompts of any lengths, in one of a few compiled shapes."""
-    lengths = np.asarray([len(frames) for frames, _ in prompts], np.int32)
-    longest, limit = int(lengths.max()), config.backbone.max_seq_len
-    padded = min(_bucket(longest), limit)
-    return prefill(
-        params,
-        np.stack([_pad(frames, padded) for frames, _ in prompts]),
-        np.stack([_pad(mask, padded) for _, mask in prompts]),
-        lengths,
-        np.asarray([seed % 2**32 for seed in seeds], np.uint32),
-        config=config,
-        cache_length=min(_bucket(longest + max_frames), limit),
-    )
+class Rewind(NamedTuple):
+    """Where an utterance goes on from: `codes` [n, Q], its first frames, with another seed."""
+
+    codes: np.ndarray
+    seed: int
 
 
-def _chunks(
-    config: CSMConfig,
-    params: Params,
-    state: GenerationState,
-    sampling: SamplingParams,
-    max_frames: int,
-    chunk_frames: int,
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Yields codes [B, n, Q] and the number of frames so far."""
-    total = 0
-    while total < max_frames:
-        wanted = min(chunk_frames, max_frames - total)
-        state, codes, count = run_frames(params, state, sampling, np.int32(wanted), config=config)
-        total += int(count)
-        yield np.asarray(codes)[:, : int(count)], total
-        if np.all(state.done):
-            return
+@dataclass
+class _Occupant:
+    """The utterance that a row of a batch is speaking, and its frames so far."""
+
+    utterance: Utterance
+    num_frames: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.utterance.max_frames - self.num_frames
 
 
-def _until_end_of_speech(codes: np.ndarray) -> np.ndarray:
-    ends = np.flatnonzero((codes == 0).all(axis=-1))
-    return codes[: ends[0]] if len(ends) else codes
+class Batch:
+    """Rows that speak side by side, and join and leave at frame borders.
+
+    The one mutable thing of generation: it owns the state that the compiled functions pass on.
+    Not thread-safe.
+
+    Attributes:
+      size: rows.
+      max_seq_len: positions of a row, prompt and frames together.
+    """
+
+    def __init__(
+        self,
+        config: CSMConfig,
+        params: Params,
+        size: int,
+        max_seq_len: int,
+        mesh: Mesh | None = None,
+    ):
+        """Raises `InputError` if the data axis of `mesh`, where `params` lie, does not divide a
+        size of more than 1."""
+        check_rows(size, mesh)
+        self.config = config
+        self.size = size
+        self.max_seq_len = max_seq_len
+        self._params = params
+        self._mesh = mesh
+        self._state = init_state(
+            config=config,
+            batch=size,
+            max_seq_len=max_seq_len,
+            dtype=bind(config, params).dtype,
+            mesh=mesh,
+        )
+        self._occupants: list[_Occupant | None] = [None] * size
+        self._stack_sampling()
+
+    def join(self, index: int, utterance: Utterance) -> None:
+        """Reads the prompt of an utterance into a free row."""
+        frames, mask = utterance.prompt
+        if len(frames) + utterance.max_frames > self.max_seq_len:
+            raise ValueError(
+                f"{len(frames)} + {utterance.max_frames} positions in {self.max_seq_len}"
+            )
+        padded = min(bucket(len(frames)), self.max_seq_len)
+        arguments = _pad(frames, padded), _pad(mask, padded), np.int32(index)
+        self._state = prefill(
+            self._params, self._state, *arguments, config=self.config, mesh=self._mesh
+        )
+        self._occupants[index] = _Occupant(utterance)
+        self._stack_sampling()
+        self.rewind(
+            index, Rewind(np.zeros((0, self.config.num_codebooks), np.int32), utterance.seed)
+        )
+
+    def rewind(self, index: int, to: Rewind) -> None:
+        """Lets a row go on from one of its own frames."""
+        occupant, num_frames = self._occupants[index], len(to.codes)
+        frames, mask = occupant.utterance.prompt
+        frame, columns = frames[-1], mask[-1]
+        if num_frames:
+            frame = np.append(to.codes[-1], 0).astype(np.int32)
+            columns = np.arange(len(frame)) < len(frame) - 1
+        seen = np.zeros((self.config.audio_vocab_size,), bool)
+        seen[to.codes[:, 0]] = True
+        row = Row(
+            length=np.int32(len(frames) - 1 + num_frames),
+            frame=frame,
+            mask=columns,
+            seed=np.uint32(to.seed % 2**32),
+            num_frames=np.int32(num_frames),
+            seen=seen,
+            done=np.bool_(False),
+        )
+        self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
+        occupant.num_frames = num_frames
+
+    def leave(self, index: int) -> None:
+        """Frees a row."""
+        self._occupants[index] = None
+        columns = self.config.num_codebooks + 1
+        nothing = Row(
+            length=np.int32(0),
+            frame=np.zeros((columns,), np.int32),
+            mask=np.zeros((columns,), bool),
+            seed=np.uint32(0),
+            num_frames=np.int32(0),
+            seen=np.zeros((self.config.audio_vocab_size,), bool),
+            done=np.bool_(True),
+        )
+        self._state = set_row(self._state, np.int32(index), nothing, mesh=self._mesh)
+        self._stack_sampling()
+
+    def run(self, num_frames: int, pause: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """Up to `num_frames` frames of all rows; fewer if they end, or one is at its limit.
+
+        Args:
+          pause: stop as soon as any row ends.
+
+        Returns:
+          Codes int32 [B, n, Q], zeros from a row's end on; and bool [B], the rows that have ended.
+        """
+        occupants = [row for row in self._occupants if row]
+        wanted = min(num_frames, CHUNK_FRAMES, *(row.left for row in occupants))
+        self._state, codes, count = run_frames(
+            self._params,
+            self._state,
+            self._sampling,
+            np.int32(wanted),
+            np.bool_(pause),
+            config=self.config,
+            attended=self._attended(),
+            mesh=self._mesh,
+        )
+        codes, done, count = jax.device_get((codes, self._state.done, count))
+        for row in occupants:
+            row.num_frames += int(count)
+        return codes[:, :count], done
+
+    def wait(self) -> None:
+        """Returns when everything asked for has been computed."""
+        jax.block_until_ready(self._state)
+
+    def _attended(self) -> int:
+        """Positions that attention has to look at, by what the rows may come to."""
+        ends = [
+            len(row.utterance.prompt[0]) + row.utterance.max_frames
+            for row in self._occupants
+            if row
+        ]
+        return min(bucket(max(ends, default=1)), self.max_seq_len)
+
+    def _stack_sampling(self) -> None:
+        rows = [row.utterance.sampling if row else Sampling() for row in self._occupants]
+        self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
 
 
 def _pad(rows: np.ndarray, length: int) -> np.ndarray:
     return np.pad(rows, ((0, length - len(rows)), (0, 0)))
 
 
-@functools.cache
-def _bucket(length: int) -> int:
-    """The next power of two, 32 at least: a handful of compiled shapes serve every prompt."""
+def bucket(length: int) -> int:
+    """The next power of two, 32 at least: a handful of compiled shapes serve every length."""
     return max(32, 1 << (length - 1).bit_length())

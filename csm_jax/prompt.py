@@ -15,6 +15,9 @@ from csm_jax.errors import InputError
 from csm_jax.generation import Prompt
 from csm_jax.tokenizer import Tokenizer
 
+# The codec: audio [num_samples] to codes [num_frames, Q].
+Encode = Callable[[np.ndarray], np.ndarray]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -33,45 +36,24 @@ class Segment:
     codes: np.ndarray | None = None
 
 
-def build_prompt(
-    text: str,
-    speaker: int,
-    context: Sequence[Segment],
-    config: CSMConfig,
-    tokenizer: Tokenizer,
-    encode: Callable[[np.ndarray], np.ndarray],
-    max_frames: int,
-) -> Prompt:
-    """Frames int32 [T, Q + 1] and mask bool [T, Q + 1] of a conversation up to its next turn.
-
-    Args:
-      encode: the codec, audio [num_samples] to codes [num_frames, Q].
-      max_frames: how many frames will be generated after the prompt.
-
-    Raises:
-      InputError: a text is empty, or the prompt leaves no room for `max_frames`.
-    """
-    parts = [part for turn in context for part in _turn(turn, config, tokenizer, encode)]
-    parts.append(_text_rows(text, speaker, config, tokenizer))
-    frames = np.concatenate([frames for frames, _ in parts])
-    mask = np.concatenate([mask for _, mask in parts])
-    _check_room(len(frames), max_frames, config)
-    return frames, mask
-
-
 def check_text(text: str) -> None:
     """Raises `InputError` for text that says nothing."""
     if not text.strip():
         raise InputError("the text is empty: there is nothing to say")
 
 
-def _turn(
-    turn: Segment,
-    config: CSMConfig,
-    tokenizer: Tokenizer,
-    encode: Callable[[np.ndarray], np.ndarray],
+def turn_rows(
+    turn: Segment, config: CSMConfig, tokenizer: Tokenizer, encode: Encode | None = None
 ) -> list[Prompt]:
-    rows = [_text_rows(turn.text, turn.speaker, config, tokenizer)]
+    """The rows of a turn that has been spoken: its text, and its audio if it has any.
+
+    Args:
+      encode: the codec; needed for a turn with audio.
+
+    Raises:
+      InputError: a text is empty; audio or codes are not what they should be.
+    """
+    rows = [text_rows(turn.text, turn.speaker, config, tokenizer)]
     codes = turn.codes
     if codes is None and turn.audio is not None:
         codes = encode(check_audio(turn.audio))
@@ -80,7 +62,12 @@ def _turn(
     return rows
 
 
-def _text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
+def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
+    """The rows of a text: all that a turn has which is still to be spoken.
+
+    Raises:
+      InputError: the text is empty.
+    """
     check_text(text)
     ids = tokenizer.encode(f"[{speaker}]{text}")
     frames = np.zeros((len(ids), config.num_codebooks + 1), np.int32)
@@ -108,18 +95,6 @@ def _audio_rows(codes: np.ndarray, config: CSMConfig) -> Prompt:
     return frames, mask
 
 
-def _check_room(length: int, max_frames: int, config: CSMConfig) -> None:
-    # The reference refuses a prompt of exactly max_seq_len - max_frames too.
-    limit = config.backbone.max_seq_len - max_frames - 1
-    if limit < 1:
-        longest = (config.backbone.max_seq_len - 2) * config.frame_ms
-        raise InputError(
-            f"{max_frames} frames of audio leave no room for a prompt in "
-            f"{config.backbone.max_seq_len} positions: lower max_audio_length_ms, {longest:.0f} at "
-            "the most and less with text and context"
-        )
-    if length > limit:
-        raise InputError(
-            f"text and context take {length} positions, at most {limit} fit beside {max_frames} "
-            "frames of audio: shorten the text, drop context or lower max_audio_length_ms"
-        )
+def join_rows(parts: Sequence[Prompt]) -> Prompt:
+    """Turns one after another: frames int32 [T, Q + 1] and mask bool [T, Q + 1]."""
+    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))

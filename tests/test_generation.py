@@ -5,14 +5,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from fixtures import generate, up_to_the_end
 from scipy import stats
 
 from csm_jax import config
 from csm_jax.cache import KVCache
-from csm_jax.checkpoint import random_params
-from csm_jax.generation import CHUNK_FRAMES, generate, prefill, run_frames
+from csm_jax.generation import (
+    CHUNK_FRAMES,
+    Batch,
+    GenerationState,
+    Rewind,
+    Row,
+    Utterance,
+    init_state,
+    prefill,
+    run_frames,
+    set_row,
+)
 from csm_jax.generator import Generator
 from csm_jax.model import bind
+from csm_jax.precision import Precision
+from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling, SamplingParams
 from csm_jax.tokenizer import byte_tokenizer
 
@@ -36,15 +49,36 @@ PROMPTS = [make_prompt(length, seed=length) for length in (5, 18, 31)]
 
 @functools.cache
 def random_weights():
-    return random_params(CONFIG, jnp.float32)["csm"]
+    return random_params(CONFIG)["csm"]
 
 
-def start(params, prompts):
-    """Prefill of prompts of one length."""
-    frames, mask = (np.stack(x) for x in zip(*prompts, strict=True))
-    lengths = np.full(len(prompts), frames.shape[1], np.int32)
-    seeds = np.zeros(len(prompts), np.uint32)
-    return prefill(params, frames, mask, lengths, seeds, config=CONFIG, cache_length=64)
+def start(params, prompts, state: GenerationState | None = None) -> GenerationState:
+    """The state after the prompts, made by the compiled functions themselves."""
+    if state is None:
+        state = empty_state(len(prompts))
+    for index, (frames, mask) in enumerate(prompts):
+        state = prefill(params, state, frames, mask, np.int32(index), config=CONFIG)
+        row = Row(
+            length=np.int32(len(frames) - 1),
+            frame=frames[-1],
+            mask=mask[-1],
+            seed=np.uint32(index),
+            num_frames=np.int32(0),
+            seen=np.zeros(VOCAB, bool),
+            done=np.bool_(False),
+        )
+        state = set_row(state, np.int32(index), row)
+    return state
+
+
+def empty_state(batch: int) -> GenerationState:
+    dtype = jnp.dtype(jnp.float32)
+    return init_state(config=CONFIG, batch=batch, max_seq_len=64, dtype=dtype)
+
+
+def run_state(params, state, sampling, num_frames: int, attended: int = 64):
+    values, count, never = SamplingParams.stack(sampling), np.int32(num_frames), np.bool_(False)
+    return run_frames(params, state, values, count, never, config=CONFIG, attended=attended)
 
 
 def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
@@ -62,7 +96,7 @@ def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
 def _one_pass(params, rows, mask):
     """Codes [T, Q] of the frame after each row, codebooks 1 and up given those in the next row."""
     model = bind(CONFIG, params)
-    cache = KVCache.create(CONFIG.backbone, 1, len(rows), jnp.float32)
+    cache = KVCache.create(CONFIG.backbone, 1, len(rows), jnp.float32, num_lengths=1)
     hidden, _ = model.backbone(model.embed(rows[None], mask[None]), cache)
     first = jnp.argmax(model.backbone_logits(hidden[0]), axis=-1)
     following = jnp.roll(rows[:, :-1], -1, axis=0)
@@ -94,14 +128,11 @@ def test_a_frame_depends_on_all_frames_before_it():
 
 
 def test_up_to_the_last_position():
-    """The cache holds prompt and frames but the last, which is not fed; and not one more.
-
-    8 and 26 need 33 positions, one more than the smallest cache has.
-    """
+    """8 and 25 need 33 positions, one more than the smallest cache has; 60 is no power of two."""
     limit = 60
     backbone = dataclasses.replace(CONFIG.backbone, max_seq_len=limit)
     short = dataclasses.replace(CONFIG, backbone=backbone)
-    for length, max_frames in ((8, 26), (35, 26), (59, 2), (60, 1)):
+    for length, max_frames in ((8, 25), (34, 26), (58, 2), (59, 1)):
         prompt = make_prompt(length, seed=3)
         (codes,) = generate(short, random_weights(), [prompt], [GREEDY], [0], max_frames)
         assert len(codes) == max_frames
@@ -170,8 +201,8 @@ def test_frames_draw_from_different_keys():
 
 
 def blank_heads(params):
-    head = {"weight": jnp.zeros_like(params["codebook0_head"]["weight"])}
-    return params | {"codebook0_head": head, "depth_heads": jnp.zeros_like(params["depth_heads"])}
+    heads = "codebook0_head", "depth_heads"
+    return params | {name: jax.tree.map(jnp.zeros_like, params[name]) for name in heads}
 
 
 # --- The end of speech --------------------------------------------------------------------------
@@ -205,7 +236,7 @@ def countdown(first=None, depth=()):
     for (codebook, before), code in dict(depth).items():
         heads[codebook - 1, :, before] = 0.0
         heads[codebook - 1, code, before] = 1.0
-    params["depth_heads"] = jnp.asarray(heads)
+    params["depth_heads"] = {"weight": jnp.asarray(heads)}
     return params
 
 
@@ -236,23 +267,25 @@ def test_every_row_ends_at_its_own_frame_of_zeros(counts):
     ("count", "progress"), [(14, [5, 10, 14]), (5, [5]), (1, [1]), (6, [5, 6])]
 )
 def test_the_loop_stops_when_all_rows_have_ended(count, progress):
-    """`progress` counts the frame of zeros too: it took its time."""
+    """The frame of zeros counts too: it took its time."""
     frames_run = []
     prompts = [say(n) for n in (1, count, 1)]
-    generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, 60, frames_run.append)
+    generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, 60, 5, frames_run.append)
     assert frames_run == progress
 
 
-@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("chunk", [5, CHUNK_FRAMES, 1000])
 @pytest.mark.parametrize("max_frames", [1, 5, 7, 25, 26, 60])
-def test_max_frames(max_frames, watched):
+def test_max_frames(max_frames, chunk):
+    """However many frames are asked for at a time; a run makes no more than `CHUNK_FRAMES`."""
     frames_run = []
     forever = countdown(first={1: 34})
-    progress = frames_run.append if watched else None
-    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, progress)
+    watch = frames_run.append
+    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, chunk, watch)
     expected = [33 - t if t < 33 else 34 - (t - 33) for t in range(max_frames)]
     np.testing.assert_array_equal(codes, np.repeat(expected, NUM_CODEBOOKS).reshape(codes.shape))
-    assert frames_run == ([*range(5, max_frames, 5), max_frames] if watched else [])
+    step = min(chunk, CHUNK_FRAMES)
+    assert frames_run == [*range(step, max_frames, step), max_frames]
 
 
 @pytest.mark.parametrize("max_frames", [3, 4, 5])
@@ -276,19 +309,29 @@ def test_some_zeros_are_not_the_end(first, depth, frame):
     assert frame in codes.tolist()
 
 
-def test_ended_rows_keep_returning_zeros():
-    """And the others go on: the codes of the compiled loop itself, in a model that would speak on
-    after its end."""
+def test_ended_rows_stand_still():
+    """They keep returning zeros, and the others go on: the codes of the compiled loop itself, in
+    a model that would speak on after its end."""
     params = countdown(first={0: 34})
     state = start(params, [say(n) for n in (3, 20, 1)])
-    values = SamplingParams.stack([GREEDY] * 3)
-    state, codes, count = run_frames(params, state, values, np.int32(10), config=CONFIG)
+    state, codes, count = run_state(params, state, [GREEDY] * 3, 10)
     assert count == 10
     assert codes.shape == (3, CHUNK_FRAMES, NUM_CODEBOOKS)
     expected = [[2, 1] + [0] * 8, list(range(19, 9, -1)), [0] * 10]
     np.testing.assert_array_equal(codes[:, :10, 0], expected)
     np.testing.assert_array_equal(state.done, [True, False, True])
     np.testing.assert_array_equal(state.num_frames, [3, 10, 1])
+    # 3 positions of prompt, of which the last is fed with the first frame.
+    np.testing.assert_array_equal(state.cache.lengths, [2 + 3, 2 + 10, 2 + 1])
+    assert [np.flatnonzero(row).tolist() for row in state.seen] == [
+        [0, 1, 2],
+        list(range(10, 20)),
+        [0],
+    ]
+    state, codes, count = run_state(params, state, [GREEDY] * 3, 3)
+    assert not np.asarray(codes)[[0, 2]].any()
+    np.testing.assert_array_equal(state.num_frames, [3, 13, 1])
+    np.testing.assert_array_equal(state.cache.lengths, [2 + 3, 2 + 13, 2 + 1])
 
 
 def test_sampled_rows_end_too():
@@ -302,14 +345,207 @@ def test_sampled_rows_end_too():
 
 
 def test_an_end_at_once_is_empty_audio():
-    params = random_params(CONFIG, jnp.float32)
+    params = random_params(CONFIG)
     params["csm"] = blank_heads(params["csm"])
     model = Generator(CONFIG, params, byte_tokenizer(CONFIG))
-    codes = model.generate_codes("hello", sampling=GREEDY, max_audio_length_ms=2400)
-    audio = model.generate("hello", sampling=GREEDY, max_audio_length_ms=2400)
+    notices = []
+    said = dict(sampling=GREEDY, max_audio_length_ms=2400, notify=notices.append)
+    codes, audio = model.generate_codes("hello", **said), model.generate("hello", **said)
+    assert list(model.stream("hello", **said)) == []
+    assert [notice.kind for notice in notices] == ["nothing_said"] * 3
     assert codes.shape == (0, NUM_CODEBOOKS)
     assert audio.shape == (0,)
     assert audio.dtype == np.float32
+
+
+# --- Rows that come and go ----------------------------------------------------------------------
+
+KINDS = {"greedy": [GREEDY] * 3, "sampled": SAMPLED}
+kinds = pytest.mark.parametrize("sampling", KINDS.values(), ids=KINDS.keys())
+
+
+# Few shapes are compiled: 33 to 64 positions, in batches of 3.
+NUM_FRAMES = 28
+
+
+@functools.cache
+def alone(length: int, sampling: Sampling, seed: int, max_frames: int = NUM_FRAMES) -> np.ndarray:
+    prompt = make_prompt(length, seed=length)
+    (codes,) = generate(CONFIG, random_weights(), [prompt], [sampling], [seed], max_frames)
+    assert len(codes) == max_frames
+    return codes
+
+
+def new_batch(params=None, max_seq_len: int = 64) -> Batch:
+    return Batch(CONFIG, params or random_weights(), 3, max_seq_len)
+
+
+def run_on(batch: Batch, num_frames: int) -> np.ndarray:
+    """Codes [B, num_frames, Q], however many runs it takes."""
+    codes = np.zeros((batch.size, 0, NUM_CODEBOOKS), np.int32)
+    while codes.shape[1] < num_frames:
+        codes = np.concatenate([codes, batch.run(num_frames - codes.shape[1])[0]], axis=1)
+    return codes
+
+
+@kinds
+@pytest.mark.parametrize("schedule", range(4))
+def test_rows_come_and_go_without_a_trace(sampling, schedule):
+    """Every row says what it says alone, whoever joins, leaves or goes back beside it, wherever
+    and whenever, and whoever was in its place before: random schedules."""
+    rng = np.random.default_rng(schedule)
+    batch = new_batch()
+    waiting = [(length, sampling[i % 3], i) for i, length in enumerate((5, 31, 18, 36, 7, 33, 12))]
+    speaking: dict[int, tuple] = {}
+    spoken: dict[tuple, np.ndarray] = {}
+    while waiting or speaking:
+        for index in sorted({0, 1, 2} - speaking.keys()):
+            if waiting and rng.random() < 0.6:
+                length, values, seed = speaking[index] = waiting.pop()
+                spoken[speaking[index]] = np.zeros((0, NUM_CODEBOOKS), np.int32)
+                prompt = make_prompt(length, seed=length)
+                batch.join(index, Utterance(prompt, values, seed, NUM_FRAMES))
+        codes, _ = batch.run(int(rng.integers(1, 9)))
+        for index, who in list(speaking.items()):
+            spoken[who] = np.concatenate([spoken[who], codes[index]])
+            if rng.random() < 0.2:
+                spoken[who] = spoken[who][: rng.integers(0, len(spoken[who]) + 1)]
+                batch.rewind(index, Rewind(spoken[who], seed=who[2]))
+            if len(spoken[who]) == NUM_FRAMES or rng.random() < 0.05:
+                batch.leave(index)
+                del speaking[index]
+    assert max(map(len, spoken.values())) == NUM_FRAMES
+    for who, codes in spoken.items():
+        np.testing.assert_array_equal(codes, alone(*who)[: len(codes)])
+
+
+@kinds
+@pytest.mark.parametrize("num_kept", [0, 1, 9, 20])
+def test_going_back_with_the_same_seed_says_the_same_again(sampling, num_kept):
+    """Beside a neighbour that does not notice."""
+    batch = new_batch()
+    for index in range(2):
+        batch.join(index, Utterance(PROMPTS[index], sampling[index], index, 33))
+    codes = run_on(batch, 20)
+    neighbour = [codes[1]]
+    for _ in range(2):
+        batch.rewind(0, Rewind(codes[0, :num_kept], seed=0))
+        if num_kept == 20:
+            break
+        again = run_on(batch, min(6, 20 - num_kept))
+        np.testing.assert_array_equal(again[0], codes[0, num_kept:][: again.shape[1]])
+        neighbour.append(again[1])
+    expected = generate(CONFIG, random_weights(), PROMPTS[1:2], sampling[1:2], [1], 33)[0]
+    neighbour = np.concatenate(neighbour)
+    np.testing.assert_array_equal(neighbour, expected[: len(neighbour)])
+
+
+def test_going_back_with_another_seed_says_something_else():
+    """After the frames that are kept: with greedy sampling, which no seed changes, the rest is the
+    same; so the first frames are all there."""
+    for values, is_same in ((GREEDY, True), (Sampling(top_k=VOCAB), False)):
+        batch = new_batch()
+        batch.join(0, Utterance(PROMPTS[1], values, 0, 28))
+        codes = run_on(batch, 20)[0]
+        batch.rewind(0, Rewind(codes[:8], seed=1))
+        other = run_on(batch, 12)[0]
+        assert np.array_equal(other, codes[8:]) == is_same
+        batch.rewind(0, Rewind(np.concatenate([codes[:8], other[:3]]), seed=1))
+        np.testing.assert_array_equal(run_on(batch, 9)[0], other[3:])
+
+
+def test_what_was_taken_back_is_not_penalised():
+    sampling = Sampling(greedy=True, repetition_penalty=1e6)
+    batch = new_batch()
+    batch.join(0, Utterance(PROMPTS[1], sampling, 0, 28))
+    codes = run_on(batch, 20)[0]
+    assert len(set(codes[:, 0])) > 12
+    for num_kept in (0, 7):
+        batch.rewind(0, Rewind(codes[:num_kept], seed=0))
+        np.testing.assert_array_equal(run_on(batch, 20 - num_kept)[0], codes[num_kept:])
+
+
+def test_going_back_from_the_end():
+    batch = new_batch(countdown())
+    batch.join(1, Utterance(say(6), GREEDY, 0, 40))
+    codes, ended = batch.run(20)
+    np.testing.assert_array_equal(up_to_the_end(codes[1]), counted(6))
+    assert ended.all()
+    assert batch.run(20)[0].shape == (3, 0, NUM_CODEBOOKS)
+    batch.rewind(1, Rewind(codes[1, :2], seed=1))
+    again, ended = batch.run(20)
+    np.testing.assert_array_equal(again, codes[:, 2:])
+    assert ended.all()
+
+
+@pytest.mark.parametrize("lengths", [(5, 31), (31, 5), (31, 31), (20, 36)], ids=str)
+def test_the_occupant_before_leaves_no_trace(lengths):
+    batch = new_batch()
+    for length in lengths:
+        prompt = make_prompt(length, seed=length)
+        batch.join(1, Utterance(prompt, SAMPLED[0], 3, NUM_FRAMES))
+        codes = run_on(batch, NUM_FRAMES)[1]
+        batch.leave(1)
+    np.testing.assert_array_equal(codes, alone(lengths[1], SAMPLED[0], 3))
+
+
+def test_what_lies_in_the_cache_has_no_effect():
+    dirty = jax.tree.map(lambda leaf: leaf + 1e3 if leaf.ndim == 4 else leaf, empty_state(3).cache)
+    codes = []
+    for state in (empty_state(3), empty_state(3)._replace(cache=dirty)):
+        state = start(random_weights(), PROMPTS, state)
+        codes.append(run_state(random_weights(), state, SAMPLED, 20)[1])
+    np.testing.assert_array_equal(*codes)
+
+
+def test_attending_to_what_there_is_says_the_same_as_attending_to_all():
+    """The longest row comes to 51 of 64 positions."""
+    codes = []
+    for attended in (51, 64):
+        state = start(random_weights(), PROMPTS)
+        codes.append(run_state(random_weights(), state, SAMPLED, 20, attended)[1])
+    np.testing.assert_array_equal(*codes)
+
+
+def test_the_length_of_a_batch_has_no_effect():
+    batch = new_batch(max_seq_len=512)
+    batch.join(1, Utterance(PROMPTS[1], SAMPLED[1], 5, NUM_FRAMES))
+    np.testing.assert_array_equal(run_on(batch, NUM_FRAMES)[1], alone(18, SAMPLED[1], 5))
+
+
+def test_a_run_pauses_when_a_row_ends():
+    """Anew: rows that had ended before, or that nobody is in, are no reason."""
+    batch = new_batch(countdown())
+    batch.join(0, Utterance(say(3), GREEDY, 0, 30))
+    batch.join(2, Utterance(say(9), GREEDY, 0, 30))
+    runs = [batch.run(25, pause=True) for _ in range(3)]
+    assert [codes.shape[1] for codes, _ in runs] == [3, 6, 0]
+    assert [ended.tolist() for _, ended in runs] == [[True, True, False], [True] * 3, [True] * 3]
+    codes = np.concatenate([codes for codes, _ in runs], axis=1)
+    for row, count in zip(codes, (3, 1, 9), strict=True):
+        np.testing.assert_array_equal(up_to_the_end(row), counted(count))
+
+
+def test_a_run_stops_at_the_limit_of_a_row():
+    batch = new_batch()
+    batch.join(0, Utterance(PROMPTS[0], GREEDY, 0, NUM_FRAMES))
+    batch.join(1, Utterance(PROMPTS[1], GREEDY, 0, 4))
+    first = batch.run(25)[0]
+    assert first.shape[1] == 4
+    assert batch.run(25)[0].shape[1] == 0
+    batch.leave(1)
+    codes = np.concatenate([first[0], run_on(batch, NUM_FRAMES - 4)[0]])
+    np.testing.assert_array_equal(codes, alone(5, GREEDY, 0))
+    assert batch.run(25)[0].shape[1] == 0
+    batch.rewind(0, Rewind(codes[:22], seed=0))
+    assert batch.run(25)[0].shape[1] == NUM_FRAMES - 22
+
+
+def test_a_row_that_is_too_long_is_refused():
+    batch = new_batch(max_seq_len=40)
+    with pytest.raises(ValueError, match=r"31 \+ 10 positions in 40"):
+        batch.join(0, Utterance(PROMPTS[2], GREEDY, 0, 10))
+    batch.join(0, Utterance(PROMPTS[2], GREEDY, 0, 9))
 
 
 # --- Repetition penalty -------------------------------------------------------------------------
@@ -335,21 +571,29 @@ def test_a_huge_penalty_says_every_id_once():
 
 
 def test_few_shapes_are_compiled():
-    compiled = prefill._cache_size(), run_frames._cache_size()
+    functions = init_state, prefill, set_row, run_frames
+    compiled = [function._cache_size() for function in functions]
     values = [Sampling(), GREEDY, Sampling(temperature=0.7, top_k=3, top_p=0.9, min_p=0.1)]
     values += [Sampling(repetition_penalty=1.3, depth_temperature=0.5, depth_top_k=2)]
     for length in (5, 12, 16, 23, 31):
         value = values[length % len(values)]
         prompts = [make_prompt(length)] * 2  # no other test has two rows
         generate(CONFIG, random_weights(), prompts, [value] * 2, [length] * 2, 33 - length % 2)
-    assert prefill._cache_size() == compiled[0] + 1
-    assert run_frames._cache_size() == compiled[1] + 1
+    assert [
+        function._cache_size() - before
+        for function, before in zip(functions, compiled, strict=True)
+    ] == [1] * 4
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=["bfloat16", "float16"])
-def test_narrow_types(dtype):
-    params = jax.tree.map(lambda x: x.astype(dtype), random_weights())
-    assert start(params, PROMPTS[:1]).cache.layers[0].key.dtype == dtype
+@pytest.mark.parametrize("weights", ["bfloat16", "float16"])
+@pytest.mark.parametrize("activations", ["float32", "weights"])
+def test_narrow_types(weights, activations):
+    """Activations are float32 on a CPU and of the weights' type elsewhere; here both are tried."""
+    activations = weights if activations == "weights" else activations
+    precision = Precision(jnp.dtype(weights), jnp.dtype(activations))
+    params = random_params(CONFIG, precision)["csm"]
+    batch = Batch(CONFIG, params, 1, 64)
+    assert batch._state.cache.layers[0].key.dtype == activations
     (codes,) = generate(CONFIG, params, PROMPTS[:1], [Sampling()], [0], max_frames=3)
     assert codes.shape == (3, NUM_CODEBOOKS)
     assert codes.min() >= 0
@@ -358,7 +602,7 @@ def test_narrow_types(dtype):
 
 def test_two_codebooks_are_the_fewest():
     two = dataclasses.replace(CONFIG, num_codebooks=2)
-    params = random_params(two, jnp.float32)["csm"]
+    params = random_params(two)["csm"]
     prompt = make_prompt(6, tiny=two)
     (codes,) = generate(two, params, [prompt], [Sampling()], [0], max_frames=3)
     assert codes.shape == (3, 2)

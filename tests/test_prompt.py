@@ -6,13 +6,9 @@ import pytest
 
 from csm_jax import config
 from csm_jax.errors import InputError
-from csm_jax.prompt import Segment, build_prompt
+from csm_jax.prompt import Segment, check_text, join_rows, text_rows, turn_rows
 
-TINY = config.tiny()
-LIMIT = 256
-CONFIG = dataclasses.replace(
-    TINY, num_codebooks=3, backbone=dataclasses.replace(TINY.backbone, max_seq_len=LIMIT)
-)
+CONFIG = dataclasses.replace(config.tiny(), num_codebooks=3)
 BOS, EOS = 256, 257
 TOKENIZER = SimpleNamespace(encode=lambda text: [BOS, *text.encode(), EOS])
 AUDIO = np.zeros(4000, np.float32)
@@ -21,15 +17,17 @@ CODES = np.array([[1, 2, 3], [4, 5, 6]])
 ENCODED = np.array([[7, 8, 9], [0, 0, 1], [34, 0, 2]], np.int32)
 
 
-def build(text="hi", speaker=0, context=(), max_frames=10):
-    return build_prompt(text, speaker, context, CONFIG, TOKENIZER, lambda _: ENCODED, max_frames)
+def build(text="hi", speaker=0, context=(), encode=lambda _: ENCODED):
+    """What a model reads before it speaks: the turns so far, and the text of its own."""
+    spoken = [rows for turn in context for rows in turn_rows(turn, CONFIG, TOKENIZER, encode)]
+    return join_rows([*spoken, text_rows(text, speaker, CONFIG, TOKENIZER)])
 
 
-def text_rows(text: str) -> list[list[int]]:
+def expected_text(text: str) -> list[list[int]]:
     return [[0, 0, 0, id] for id in (BOS, *map(ord, text), EOS)]
 
 
-def audio_rows(codes) -> list[list[int]]:
+def expected_audio(codes) -> list[list[int]]:
     return [[*codes, 0] for codes in np.asarray(codes).tolist()] + [[0, 0, 0, 0]]
 
 
@@ -55,11 +53,11 @@ def test_a_turn_without_context_row_by_row():
 def test_a_turn_with_codes_row_by_row():
     frames, mask = build("b", context=[Segment(1, "a", codes=CODES)])
     assert frames.tolist() == [
-        *text_rows("[1]a"),
+        *expected_text("[1]a"),
         [1, 2, 3, 0],
         [4, 5, 6, 0],
         [0, 0, 0, 0],  # the end of the audio: zeros that count
-        *text_rows("[0]b"),
+        *expected_text("[0]b"),
     ]
     assert mask.tolist() == [TEXT] * 6 + [SOUND] * 3 + [TEXT] * 6
 
@@ -73,14 +71,14 @@ def test_several_turns_in_order():
     ]
     frames, mask = build("five", speaker=123, context=context)
     expected = [
-        *text_rows("[0]one"),
-        *audio_rows(ENCODED),
-        *text_rows("[123]two"),
-        *text_rows("[1]three"),
-        *audio_rows(CODES),
-        *text_rows("[0]four"),
-        *audio_rows(CODES),
-        *text_rows("[123]five"),
+        *expected_text("[0]one"),
+        *expected_audio(ENCODED),
+        *expected_text("[123]two"),
+        *expected_text("[1]three"),
+        *expected_audio(CODES),
+        *expected_text("[0]four"),
+        *expected_audio(CODES),
+        *expected_text("[123]five"),
     ]
     assert frames.tolist() == expected
     assert mask.tolist() == [TEXT if row[-1] else SOUND for row in expected]
@@ -89,12 +87,12 @@ def test_several_turns_in_order():
 @pytest.mark.parametrize("speaker", [0, 7, 123])
 def test_any_speaker_number(speaker):
     frames, _ = build("hi", speaker, [Segment(speaker, "yes")])
-    assert frames.tolist() == text_rows(f"[{speaker}]yes") + text_rows(f"[{speaker}]hi")
+    assert frames.tolist() == expected_text(f"[{speaker}]yes") + expected_text(f"[{speaker}]hi")
 
 
 def test_text_is_said_as_it_is_written():
     frames, _ = build(" Oh,  well\n")
-    assert frames.tolist() == text_rows("[0] Oh,  well\n")
+    assert frames.tolist() == expected_text("[0] Oh,  well\n")
 
 
 def test_the_codec_gets_the_audio_of_the_turn():
@@ -107,7 +105,7 @@ def test_the_codec_gets_the_audio_of_the_turn():
     spoken = [np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in (100, 200)]
     context = [Segment(0, "a", audio=spoken[0]), Segment(1, "b", codes=CODES)]
     context += [Segment(0, "c"), Segment(1, "d", audio=spoken[1])]
-    build_prompt("e", 0, context, CONFIG, TOKENIZER, encode, 10)
+    build("e", 0, context, encode)
     assert len(heard) == 2
     for got, expected in zip(heard, spoken, strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -115,7 +113,7 @@ def test_the_codec_gets_the_audio_of_the_turn():
 
 def test_codes_may_be_empty():
     frames, _ = build("b", context=[Segment(0, "a", codes=np.zeros((0, 3), np.int32))])
-    assert frames.tolist() == [*text_rows("[0]a"), [0, 0, 0, 0], *text_rows("[0]b")]
+    assert frames.tolist() == [*expected_text("[0]a"), [0, 0, 0, 0], *expected_text("[0]b")]
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t "])
@@ -123,6 +121,18 @@ def test_text_must_not_be_empty(text):
     for arguments in ({"text": text}, {"context": [Segment(0, text, codes=CODES)]}):
         with pytest.raises(InputError, match="text is empty"):
             build(**arguments)
+    with pytest.raises(InputError, match="text is empty"):
+        check_text(text)
+
+
+def test_joined_turns_keep_their_types():
+    """And a turn alone is itself."""
+    parts = turn_rows(Segment(1, "a", codes=CODES), CONFIG, TOKENIZER)
+    assert [len(frames) for frames, _ in parts] == [6, 3]
+    for joined in (join_rows(parts), join_rows(parts[:1])):
+        frames, mask = joined
+        assert (frames.dtype, mask.dtype, frames.shape) == (np.int32, bool, mask.shape)
+    np.testing.assert_array_equal(join_rows(parts[:1])[0], parts[0][0])
 
 
 BAD_TURNS = {
@@ -147,34 +157,3 @@ def test_bad_turns(values, message):
 
 def test_the_largest_codes_of_the_vocabulary_are_allowed():
     build(context=[Segment(0, "a", codes=np.full((1, 3), 34))])
-
-
-# --- Room ---------------------------------------------------------------------------------------
-
-
-def test_the_longest_prompt():
-    """The reference refuses `T >= max_seq_len - max_frames`."""
-    fits = "x" * (LIMIT - 100 - 1 - len("[0]") - 2)
-    frames, _ = build(fits, max_frames=100)
-    assert len(frames) == 155
-    with pytest.raises(InputError, match=r"take 156 positions, at most 155 fit beside 100 frames"):
-        build(fits + "x", max_frames=100)
-
-
-def test_context_counts():
-    turn = Segment(0, "a", codes=np.zeros((94, 3), np.int32))  # 6 text, 94 codes, 1 end
-    frames, _ = build("hi", context=[turn], max_frames=147)
-    assert len(frames) == 108
-    with pytest.raises(InputError, match=r"take 108 positions, at most 107 fit beside 148 frames"):
-        build("hi", context=[turn], max_frames=148)
-
-
-@pytest.mark.parametrize("max_frames", [LIMIT - 1, LIMIT, 10 * LIMIT])
-def test_too_many_frames_for_any_prompt(max_frames):
-    message = (
-        rf"^{max_frames} frames .* 256 positions.* max_audio_length_ms, {254 * 80} at the most"
-    )
-    with pytest.raises(InputError, match=message):
-        build(max_frames=max_frames)
-    with pytest.raises(InputError, match="take 7 positions, at most 1 fit beside 254 frames"):
-        build(max_frames=254)

@@ -1,0 +1,277 @@
+"""One request on its way to speech: which utterances it takes, and which of their frames count.
+
+Nothing here generates. A `Speech` says what to generate next and is told what came of it, so that
+the same rules hold whether a request runs alone, as a stream, or in a batch with others.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
+from csm_jax.generation import Prompt, Rewind, Utterance
+from csm_jax.guard import Action, Guard, Verdict
+from csm_jax.prompt import Encode, Segment, check_text, join_rows, text_rows, turn_rows
+from csm_jax.sampling import Sampling
+from csm_jax.text import needed_seconds, split_text
+from csm_jax.tokenizer import Tokenizer
+
+GUARD = ("on", "off")
+DEFAULT_MAX_AUDIO_LENGTH_MS = 10_000
+DEFAULT_SAMPLING = Sampling()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to say, and how.
+
+    Attributes:
+      text: of any length; beyond about 300 characters it is split at sentences, and each part is
+        spoken with the parts before it as context.
+      speaker: whose turn it is; the same number as in `context` continues that voice.
+      context: the turns so far, oldest first. If they outgrow the model's window, the oldest are
+        left out, with a notice.
+      sampling: how codes are drawn.
+      max_audio_length_ms: the speech is cut there, with a notice, if it has not ended by itself.
+        None is 10 s, or what the text can need if that is more.
+      seed: the same seed and arguments give the same speech.
+      guard: "on" stops speech that repeats itself, falls silent or will not end; "off" leaves it
+        alone, as greedy sampling always does.
+    """
+
+    text: str
+    speaker: int = 0
+    context: Sequence[Segment] = ()
+    sampling: Sampling = DEFAULT_SAMPLING
+    max_audio_length_ms: float | None = None
+    seed: int = 0
+    guard: str = "on"
+
+    def __post_init__(self):
+        check_text(self.text)
+        if self.guard not in GUARD:
+            raise InputError(f"guard is {self.guard}, but must be {' or '.join(GUARD)}")
+
+
+def as_request(*arguments: Any, **named: Any) -> Request:
+    """A `Request` from what `generate` takes: one already, or its arguments."""
+    if len(arguments) == 1 and isinstance(arguments[0], Request):
+        return dataclasses.replace(arguments[0], **named)
+    return Request(*arguments, **named)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that the listener should know of the speech.
+
+    Attributes:
+      kind: "cut", "nothing_said", "context_dropped", "resampled" or "guard_cut".
+      message: the same in words.
+    """
+
+    kind: str
+    message: str
+
+
+class Step(NamedTuple):
+    """What new frames came to.
+
+    Attributes:
+      released: int32 [n, Q], the frames to be heard.
+      rewind: not None if the utterance has to go back first.
+      is_over: the utterance needs no more frames.
+    """
+
+    released: np.ndarray
+    rewind: Rewind | None
+    is_over: bool
+
+
+class Speech:
+    """The course of one request.
+
+    Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
+    it says that the utterance is over.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        config: CSMConfig,
+        tokenizer: Tokenizer,
+        encode: Encode,
+        silent_codes: Callable[[], frozenset[int]],
+        notify: Callable[[Notice], None],
+        max_seq_len: int | None = None,
+    ):
+        """Checks the request; its context is encoded here.
+
+        Args:
+          encode: the codec, audio [num_samples] to codes [num_frames, Q].
+          silent_codes: the codebook-0 codes of silence; asked for when the guard needs them.
+          notify: told what the listener should know.
+          max_seq_len: positions there are, if less than the model's own limit.
+
+        Raises:
+          InputError: text or context that is empty, malformed or does not fit.
+        """
+        self._request = request
+        self._config = config
+        self._tokenizer = tokenizer
+        self._silent_codes = silent_codes
+        self._notify = notify
+        self._window = min(max_seq_len or config.backbone.max_seq_len, config.backbone.max_seq_len)
+        self._parts = split_text(request.text)
+        self._limit = self._total_frames()
+        self._turns = [
+            join_rows(turn_rows(turn, config, tokenizer, encode)) for turn in request.context
+        ]
+        self._part = -1
+        self._total = 0
+        self._was_cut = False
+        # Here, so that a request that does not fit is refused before anything runs.
+        self._first: Utterance | None = self._start_part()
+
+    def next_utterance(self) -> Utterance | None:
+        """What to generate next; None if everything is said, or the limit is reached."""
+        if self._first is not None:
+            utterance, self._first = self._first, None
+            return utterance
+        self._turns.append(self._spoken_turn())
+        left = len(self._parts) - self._part - 1
+        if not left or self._total >= self._limit:
+            self._report_end(left)
+            return None
+        return self._start_part()
+
+    def accept(self, codes: np.ndarray) -> Step:
+        """Takes the next frames of the utterance, int32 [n, Q], with its end of speech if any.
+
+        What comes after the end of speech or after `max_frames` is ignored.
+        """
+        ends = np.flatnonzero((codes == 0).all(axis=-1))
+        has_ended = len(ends) > 0
+        frames = (codes[: ends[0]] if has_ended else codes)[: self._left]
+        self._left -= len(frames)
+        if self._guard is None:
+            self._keep(frames)
+            return Step(frames, None, self._is_over(has_ended))
+        return self._accept_guarded(self._guard, frames, has_ended)
+
+    def _accept_guarded(self, guard: Guard, frames: np.ndarray, has_ended: bool) -> Step:
+        verdict = guard.accept(frames)
+        self._keep(verdict.released)
+        if verdict.action is Action.RESAMPLE:
+            return Step(verdict.released, self._resample(verdict), False)
+        if verdict.action is Action.CUT:
+            self._report_guard("guard_cut", verdict, "it was cut there")
+            return Step(verdict.released, None, True)
+        if not self._is_over(has_ended):
+            return Step(verdict.released, None, False)
+        held = guard.finish()
+        self._keep(held)
+        return Step(np.concatenate([verdict.released, held]), None, True)
+
+    def _is_over(self, has_ended: bool) -> bool:
+        self._was_cut = not has_ended and not self._left
+        return has_ended or not self._left
+
+    def _keep(self, frames: np.ndarray) -> None:
+        self._codes = np.concatenate([self._codes, frames])
+        self._total += len(frames)
+
+    def _resample(self, verdict: Verdict) -> Rewind:
+        self._num_resampled += 1
+        self._left = self._max_frames - verdict.kept
+        self._report_guard("resampled", verdict, "it went on from there with another seed")
+        return Rewind(self._codes, _derive(self._request.seed, self._part, self._num_resampled))
+
+    def _start_part(self) -> Utterance:
+        self._part += 1
+        self._num_resampled = 0
+        self._codes = np.zeros((0, self._config.num_codebooks), np.int32)
+        request, text = self._request, self._parts[self._part]
+        rows = text_rows(text, request.speaker, self._config, self._tokenizer)
+        needed = self._frames(1000 * needed_seconds(text))
+        allowed = self._limit - self._total
+        room = self._make_room(len(rows[0]), min(allowed, needed // 2))
+        self._max_frames = min(allowed, room)
+        self._guard = None
+        if request.guard == "on" and not request.sampling.greedy:
+            self._guard = Guard(needed, self._config.num_codebooks, self._silent_codes())
+            # One more than it may have, for the guard to see it.
+            self._max_frames = min(self._max_frames, needed + 1)
+        self._left = self._max_frames
+        seed = _derive(request.seed, self._part, 0)
+        prompt = join_rows([*self._turns, rows])
+        return Utterance(prompt, request.sampling, seed, self._max_frames)
+
+    def _make_room(self, length: int, num_frames: int) -> int:
+        """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
+        num_turns = len(self._turns)
+        # The end of speech takes a place too.
+        free = self._window - 1 - length - sum(len(frames) for frames, _ in self._turns)
+        while free < num_frames and self._turns:
+            free += len(self._turns.pop(0)[0])
+        if dropped := num_turns - len(self._turns):
+            self._notify(
+                Notice(
+                    "context_dropped",
+                    f"the oldest {dropped} of {num_turns} turns of context were left out: all "
+                    f"together, with room for the speech, take more than {self._window} positions",
+                )
+            )
+        if free < 1:
+            raise InputError(
+                f"the text takes {length} positions of {self._window}, which leaves no room for "
+                "its speech: use shorter sentences"
+            )
+        return free
+
+    def _spoken_turn(self) -> Prompt:
+        turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
+        return join_rows(turn_rows(turn, self._config, self._tokenizer))
+
+    def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
+        second = self._total * self._config.frame_ms / 1000
+        message = f"the speech {verdict.reason} at {second:.1f} s: {what_was_done}"
+        self._notify(Notice(kind, message))
+
+    def _report_end(self, num_unspoken: int) -> None:
+        if not self._total:
+            message = f"the model said nothing for {self._request.text!r}: try another seed"
+            self._notify(Notice("nothing_said", message))
+        if self._was_cut or num_unspoken:
+            second = self._total * self._config.frame_ms / 1000
+            unspoken = f"{num_unspoken} of {len(self._parts)} parts of the text are missing"
+            lack = unspoken if num_unspoken else "it may lack its end"
+            message = f"the speech was cut at {second:g} s and {lack}: raise max_audio_length_ms"
+            self._notify(Notice("cut", message))
+
+    def _total_frames(self) -> int:
+        milliseconds = self._request.max_audio_length_ms
+        if milliseconds is None:
+            needed = 1000 * sum(map(needed_seconds, self._parts))
+            milliseconds = max(DEFAULT_MAX_AUDIO_LENGTH_MS, needed)
+        frames = milliseconds / self._config.frame_ms
+        if not 1 <= frames < math.inf:
+            raise InputError(
+                f"max_audio_length_ms is {milliseconds:g}, but one frame takes "
+                f"{self._config.frame_ms:g}"
+            )
+        return int(frames)
+
+    def _frames(self, milliseconds: float) -> int:
+        return int(milliseconds / self._config.frame_ms)
+
+
+def _derive(seed: int, part: int, attempt: int) -> int:
+    """The seed of an attempt at a part; the first of all has the request's own."""
+    if not part and not attempt:
+        return seed
+    return int(np.random.SeedSequence([seed % 2**32, part, attempt]).generate_state(1)[0])

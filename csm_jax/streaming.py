@@ -1,0 +1,50 @@
+"""How a stream stays ahead of whoever listens."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+# Frames that are generated and decoded at once when there is time: more of them cost the codec
+# hardly more than one.
+LONG_CHUNK = 8
+# A long chunk is begun when there is this much more to play than it should take.
+MARGIN = 1.5
+
+
+class Pace:
+    """Chooses how many frames to make next, from how long the last ones took.
+
+    One frame at a time is what the first chunk and a slow machine need; many are cheaper.
+    """
+
+    def __init__(self, frame_s: float):
+        """Args: frame_s: seconds of audio in a frame."""
+        self._frame_s = frame_s
+        self._num_played = 0
+        self._started: float | None = None
+
+    def next_chunk(self) -> int:
+        """Frames to generate now."""
+        if self._started is None:
+            return 1
+        elapsed = time.perf_counter() - self._started
+        lead = self._num_played * self._frame_s - elapsed
+        # The first frame was there when the clock started.
+        per_frame = elapsed / max(1, self._num_played - 1)
+        return LONG_CHUNK if lead > MARGIN * LONG_CHUNK * per_frame else 1
+
+    def played(self, num_frames: int) -> None:
+        """Tells that so many frames have been handed over."""
+        if self._started is None:
+            self._started = time.perf_counter()
+        self._num_played += num_frames
+
+
+def blocks(frames: np.ndarray) -> Iterator[np.ndarray]:
+    """Cuts frames [n, Q] into blocks of two sizes, so that the codec is compiled for only these."""
+    start = 0
+    while start < len(frames):
+        size = LONG_CHUNK if len(frames) - start >= LONG_CHUNK else 1
+        yield frames[start : start + size]
+        start += size

@@ -1,0 +1,171 @@
+"""What is known about a text before it is spoken: where to cut it, how long it can take."""
+
+import itertools
+import re
+import unicodedata
+from collections.abc import Callable, Iterable
+
+from csm_jax.errors import InputError
+
+# About 20 s of speech. The model was trained on turns of a conversation, and up to here a text is
+# spoken exactly as the reference would.
+MAX_CHARACTERS = 300
+
+_PAUSE_SECONDS = 6.0
+_SECONDS_PER_LETTER = 0.25
+
+# How many letters a character is spoken as, by Unicode category. Digits: "777" takes 25. Capitals:
+# each letter of an acronym is a syllable or more. Lo, the letters of scripts without capitals
+# (Chinese, Japanese, Korean, Arabic, Hindi), are a syllable or a word each.
+_SPOKEN_LETTERS = {
+    **dict.fromkeys(("Lu", "Lt", "Lo"), 4),
+    **dict.fromkeys(("Nd", "Nl", "No", "Sm", "Sc", "Sk", "So"), 8),
+    **dict.fromkeys(("Mn", "Mc", "Me", "Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Co", "Cn"), 0),
+}
+# Punctuation to Unicode, but a word to a reader: percent, and, at.
+_SPOKEN_PUNCTUATION = dict.fromkeys("%‰&@#*/\\§", 8)
+
+_CLOSING = "[\"'”’»)\\]}」』）】〉》]*"  # noqa: RUF001
+# Western marks end something only before a space: 3.14, 10:30 and 1,000 stay whole. No backtracking
+# and no second start in a run of marks, for a page of dots would take minutes.
+_SENTENCE_END = re.compile(
+    rf"(?<![.!?…؟।])([.!?…؟।]++){_CLOSING}+\s+|[。！？｡]+{_CLOSING}\s*|\n\s*"  # noqa: RUF001
+)
+_CLAUSE_END = re.compile(
+    rf"(?<![;:,—–،])[;:,—–،]++{_CLOSING}+\s+|[—、，；：]+{_CLOSING}\s*"  # noqa: RUF001
+)
+_SPACE = re.compile(r"\s+")
+# What a full stop after it does not end: initials, e.g. and U.S., numbers of a list, titles.
+_ABBREVIATION = re.compile(
+    r"\W*((?:[^\W\d_]\.)*[^\W\d_]|\d{1,2}|mr|mrs|ms|messrs|dr|prof|st|mt|jr|sr|rev|hon|gen|col|"
+    r"capt|lt|sgt|vs|etc|cf|al|approx|dept|inc|ltd|co|corp|fig|vol|pp|ph\.d)",
+    re.IGNORECASE,
+)
+_LONGEST_ABBREVIATION = 16
+
+
+def needed_seconds(text: str) -> float:
+    """The longest that speaking `text` can take; what goes on after that is no speech of it.
+
+    English conversation runs at 150 to 160 words a minute, about 14 letters a second, and slow
+    speech at half of that. The bound is half of that once more, 4 letters a second, and 6 s for
+    silence before, between and after. Digits, capitals, symbols and characters that are syllables
+    count as several letters; white space and accents count as none.
+    """
+    letters = sum(map(_spoken_letters, text))
+    return _PAUSE_SECONDS + _SECONDS_PER_LETTER * letters
+
+
+def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:
+    """Cuts a text of any length into parts to be spoken one after the other.
+
+    A text that fits is one part. A longer one is cut at ends of sentences; sentences that do not
+    fit at ends of clauses; then at spaces; then anywhere, between a letter and its accents last.
+    Parts take as much as fits, but the last two share evenly, so that no word is left alone.
+
+    Returns:
+      Stripped parts of 1 to `max_characters` characters, which together are the text but for white
+      space: in a text that is cut, a run of it becomes one space or line break. None for a text
+      of white space.
+
+    Raises:
+      InputError: `max_characters` is less than 1.
+    """
+    if max_characters < 1:
+        raise InputError(f"max_characters is {max_characters}, but must be at least 1")
+    text = text.strip()
+    if len(text) > max_characters:
+        text = _SPACE.sub(lambda match: "\n" if "\n" in match[0] else " ", text)
+    parts = _split(text, max_characters, _LEVELS)
+    return [part.strip() for part in parts if part]
+
+
+def _spoken_letters(character: str) -> int:
+    category = unicodedata.category(character)
+    return _SPOKEN_PUNCTUATION.get(character, _SPOKEN_LETTERS.get(category, 1))
+
+
+# Below, pieces keep the white space that follows them: joined, they are the text.
+
+
+def _split(text: str, limit: int, levels: tuple[Callable[[str], list[str]], ...]) -> list[str]:
+    if _length(text) <= limit:
+        return [text]
+    first, *rest = levels
+    pieces = [part for piece in first(text) for part in _split(piece, limit, tuple(rest))]
+    return ["".join(group) for group in _share_evenly(_pack(pieces, limit))]
+
+
+def _pack(pieces: list[str], limit: int) -> list[list[str]]:
+    """Groups of neighbouring pieces, each as long as fits."""
+    groups, packed = [[]], ""
+    for piece in pieces:
+        packed += piece
+        if _length(packed) > limit:
+            groups.append([])
+            packed = piece
+        groups[-1].append(piece)
+    return groups
+
+
+def _share_evenly(groups: list[list[str]]) -> list[list[str]]:
+    """Moves the border between the last two groups to where the longer one is shortest."""
+    if len(groups) < 2:
+        return groups
+    pieces = groups[-2] + groups[-1]
+    shares = [(pieces[:i], pieces[i:]) for i in range(1, len(pieces))]
+    best = min(shares, key=lambda share: max(_length("".join(half)) for half in share))
+    return [*groups[:-2], *best]
+
+
+def _length(part: str) -> int:
+    return len(part.strip())
+
+
+def _sentences(text: str) -> list[str]:
+    ends = (match for match in _SENTENCE_END.finditer(text) if _ends_sentence(match))
+    return _cut(text, (match.end() for match in ends))
+
+
+def _ends_sentence(match: re.Match[str]) -> bool:
+    text, marks = match.string, match[1]
+    if not marks or "\n" in match[0]:
+        return True
+    following = text[match.end()]  # there is one: the text is stripped
+    if marks == ".":
+        before = text[max(0, match.start() - _LONGEST_ABBREVIATION) : match.start()].split()
+        word = before[-1] if before else ""
+        is_number = word.lower() == "no" and following.isdigit()
+        return not (is_number or following == "." or _ABBREVIATION.fullmatch(word))
+    # An ellipsis may stand within a sentence.
+    return marks[-1] not in ".…" or not following.islower()
+
+
+def _clauses(text: str) -> list[str]:
+    return _cut(text, (match.end() for match in _CLAUSE_END.finditer(text)))
+
+
+def _words(text: str) -> list[str]:
+    return _cut(text, (match.end() for match in _SPACE.finditer(text)))
+
+
+def _clusters(text: str) -> list[str]:
+    """Letters with their accents, and emoji with what joiners tie to them."""
+    joiner = "\u200d"
+    return _cut(
+        text,
+        (
+            i
+            for i, character in enumerate(text)
+            if not unicodedata.category(character).startswith("M")
+            and joiner not in (character, text[i - 1])
+        ),
+    )
+
+
+def _cut(text: str, ends: Iterable[int]) -> list[str]:
+    borders = [0, *(end for end in ends if 0 < end < len(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(borders)]
+
+
+_LEVELS = (_sentences, _clauses, _words, _clusters, list)
