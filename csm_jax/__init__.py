@@ -1,22 +1,37 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
 from csm_jax.config import CSMConfig, csm_1b, tiny
-from csm_jax.errors import CheckpointError, CSMError, InputError, OutputError
+from csm_jax.engine import Engine, Ticket
+from csm_jax.errors import (
+    CancelledError,
+    CheckpointError,
+    CSMError,
+    InputError,
+    OutputError,
+    QueueFullError,
+)
 from csm_jax.generator import Generator, load
 from csm_jax.mimi.codec import Codec
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
+from csm_jax.speech import Notice, Request
 
 __all__ = [
     "CSMConfig",
     "CSMError",
+    "CancelledError",
     "CheckpointError",
     "Codec",
+    "Engine",
     "Generator",
     "InputError",
+    "Notice",
     "OutputError",
+    "QueueFullError",
+    "Request",
     "Sampling",
     "Segment",
+    "Ticket",
     "csm_1b",
     "load",
     "tiny",

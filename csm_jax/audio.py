@@ -3,9 +3,12 @@
 libsndfile (soundfile) does the coding, soxr the resampling. Sample rates are in Hz.
 """
 
+import contextlib
 import io
 import os
+import struct
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +121,59 @@ def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int
         raise OutputError(_cannot_write(path, error)) from error
 
 
+@contextlib.contextmanager
+def open_audio(
+    path: str | os.PathLike[str], sample_rate: int
+) -> Iterator[Callable[[np.ndarray], None]]:
+    """Gives a function that writes the next samples, float [n], to an audio file.
+
+    They are written beside `path`, which is replaced when the block ends without an error. Raises
+    what `save_audio` raises.
+    """
+    path = Path(path)
+    check_output(path)
+    how = _format(path.suffix, str(path))
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    form = dict(samplerate=sample_rate, channels=1, format=how.container, subtype=how.coding)
+    num_samples = 0
+    try:
+        with soundfile.SoundFile(partial, "w", **form) as file:
+
+            def write(samples: np.ndarray) -> None:
+                nonlocal num_samples
+                num_samples += len(samples)
+                file.write(_as_coded(samples, how))
+
+            yield write
+        if num_samples:
+            os.replace(partial, path)
+        else:
+            save_audio(path, np.zeros(0, np.float32), sample_rate)
+    except OSError as error:
+        raise OutputError(_cannot_write(path, error)) from error
+    except soundfile.LibsndfileError as error:
+        raise OutputError(f"{path}: cannot be written ({error.error_string})") from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def wav_header(sample_rate: int) -> bytes:
+    """The head of a wav file of 16-bit mono samples whose end is not known yet.
+
+    Its lengths are the largest there are, which players take for "until it ends" (as ffmpeg and
+    sox write and read it).
+    """
+    unknown = 0xFFFFFFFF
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    riff = struct.pack("<4sI4s", b"RIFF", unknown, b"WAVE")
+    return riff + form + struct.pack("<4sI", b"data", unknown)
+
+
+def to_pcm(samples: np.ndarray) -> bytes:
+    """Float samples [n], clipped to [-1, 1], as signed 16-bit little-endian."""
+    return _to_int16(samples).astype("<i2").tobytes()
+
+
 def check_output(path: str | os.PathLike[str]) -> None:
     """Raises `OutputError` if `save_audio` could not write `path`; leaves nothing behind.
 
@@ -197,10 +253,14 @@ def _to_int16(samples: np.ndarray) -> np.ndarray:
     return np.minimum(scaled, _INT16_SCALE - 1).astype(np.int16)
 
 
+def _as_coded(samples: np.ndarray, how: _Format) -> np.ndarray:
+    return _to_int16(samples) if how.coding == "PCM_16" else np.clip(samples, -1, 1)
+
+
 def _encode(samples: np.ndarray, sample_rate: int, how: _Format) -> bytes:
     if not len(samples) and not how.holds_empty:
         samples = np.zeros(1, np.float32)
-    samples = _to_int16(samples) if how.coding == "PCM_16" else np.clip(samples, -1, 1)
+    samples = _as_coded(samples, how)
     buffer = io.BytesIO()
     with soundfile.SoundFile(
         buffer, "w", sample_rate, channels=1, format=how.container, subtype=how.coding

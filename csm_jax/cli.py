@@ -40,6 +40,8 @@ def run(
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:
+        abandon_stdout()  # whoever listened has heard enough
     return 0
 
 
@@ -68,6 +70,11 @@ def _prepare_jax() -> None:
     # By default only compilations of over a second are kept, and the codec's are shorter.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def abandon_stdout() -> None:
+    """Lets Python forget what it could not write: it would try again at its end, and fail."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def warn(message: str) -> None:

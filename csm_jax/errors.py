@@ -17,6 +17,14 @@ class OutputError(CSMError):
     """Somewhere that cannot be written to."""
 
 
+class QueueFullError(CSMError):
+    """As many requests wait for an engine as may."""
+
+
+class CancelledError(CSMError):
+    """The request was cancelled before it was over."""
+
+
 def first_line(error: Exception) -> str:
     """What another library says went wrong, short enough to quote in a line of our own."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,33 +1,41 @@
 """Speaks text from the command line.
 
     python -m csm_jax.generate --text="Hello from Sesame." --out=hello.wav
+    python -m csm_jax.generate --text="Hello." --stream --out=- | ffplay -
+    python -m csm_jax.generate --manifest=lines.jsonl --out_dir=speech
 
 Context turns are given by repeating --context_audio, --context_text and --context_speaker in
-order; a whole conversation by --script=turns.json.
+order; a whole conversation by --script=turns.json; many texts by --manifest.
 """
 
-import io
-import os
+import dataclasses
+import socket
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from csm_jax import cli
-from csm_jax.audio import check_output, load_audio, save_audio
-from csm_jax.errors import InputError, OutputError
-from csm_jax.files import replace_file
+from csm_jax.audio import check_output, load_audio
+from csm_jax.engine import Engine
+from csm_jax.errors import CSMError, InputError, OutputError
 from csm_jax.generator import RANDOM, Generator, load
+from csm_jax.manifest import check_lines, read_manifest, speak_manifest
+from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
+from csm_jax.progress import Report
 from csm_jax.prompt import Segment, check_text
 from csm_jax.sampling import Sampling
 from csm_jax.script import Turn, read_script
+from csm_jax.speech import Notice, Request
 
 PROGRAM = "csm_jax.generate"
+# A process that is done waits for the others, and jax would give them five minutes: a week.
+SHUTDOWN_SECONDS = 7 * 24 * 3600
+MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_id")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -35,11 +43,16 @@ def define_flags(values: flags.FlagValues) -> None:
         kind(name, default, help, flag_values=values, **kwargs)
 
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
-    define(text, "text", None, "what to say")
-    define(text, "out", None, "where the speech goes: .wav .flac .mp3 .ogg .opus .pcm")
+    flag = flags.DEFINE_boolean
+    define(text, "text", None, "what to say, of any length")
+    out = "where the speech goes: .wav .flac .mp3 .ogg .opus .pcm; - is standard output"
+    define(text, "out", None, out)
+    define(flag, "stream", False, "write the speech while it is made, frame by frame")
+    define(text, "format", None, "of --out=- (wav, pcm) and of --manifest's files; default: wav")
     define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(RANDOM)}")
     define(whole, "speaker", 0, "whose turn it is, any number")
-    define(real, "max_audio_length_ms", 10_000, "the speech is cut there if it has not ended")
+    cap = "the speech is cut there; default: 10000, or what the text can need if that is more"
+    define(real, "max_audio_length_ms", None, cap)
     define(whole, "seed", 0, "the same seed gives the same speech", lower_bound=0)
     multi = flags.DEFINE_multi_string
     define(multi, "context_audio", [], "a turn heard before: its recording; repeatable")
@@ -51,22 +64,32 @@ def define_flags(values: flags.FlagValues) -> None:
     define(real, "top_p", 1.0, "sample among the likeliest that make up p; 1 is off")
     define(real, "min_p", 0.0, "drop what is less likely than this share of the likeliest")
     define(real, "repetition_penalty", 1.0, "for codebook 0; 1 is off")
-    define(flags.DEFINE_boolean, "greedy", False, "always the likeliest")
+    define(flag, "greedy", False, "always the likeliest")
     define(real, "depth_temperature", None, "for codebooks 1 and up; default: --temperature")
     define(whole, "depth_top_k", None, "for codebooks 1 and up; default: --top_k")
+    define(text, "guard", "on", "on stops speech that runs away; off leaves it alone")
     define(text, "dtype", "auto", "auto, float32, bfloat16 or float16")
+    define(text, "quantize", None, "none or int8; default: as the checkpoint is stored")
     define(text, "codes_out", None, "also write the codes there, int32 [frames, codebooks] .npy")
+    define(text, "manifest", None, "JSON lines to speak instead of --text, a file for each")
+    define(text, "out_dir", None, "where the files of --manifest go; those there are kept")
+    define(whole, "batch", 8, "lines of --manifest that are spoken at once", lower_bound=1)
+    define(text, "coordinator", None, "host:port of process 0, if there are several; or auto")
+    define(whole, "num_processes", 1, "that share --manifest", lower_bound=1)
+    define(whole, "process_id", 0, "which of them this is, from 0", lower_bound=0)
 
 
 def main(values: flags.FlagValues) -> None:
+    if values.manifest is not None:
+        _speak_manifest(values)
+        return
     job = _read_job(values)
-    model = _load(values.checkpoint, values.dtype)
-    report = _Report(model, values.max_audio_length_ms)
-    codes = _speak(model, job, values, report)
-    audio = [model.decode(turn) for turn in codes]
-    save_audio(job.out, np.concatenate(audio), model.sample_rate)
+    model = _load(values)
+    report = Report(model)
+    speak = _stream if values.stream else _speak
+    codes = speak(model, job, report)
     if job.codes_out is not None:
-        _save_codes(job.codes_out, np.concatenate(codes))
+        save_codes(job.codes_out, np.concatenate(codes))
     report.finish(job.out, sum(map(len, codes)))
 
 
@@ -75,29 +98,24 @@ class _Job:
     """Everything that can be checked before a model is loaded, checked."""
 
     turns: list[Turn]
-    sampling: Sampling
-    out: Path
+    request: Request
+    out: str
+    format: str | None
     codes_out: Path | None
 
 
 def _read_job(values: flags.FlagValues) -> _Job:
+    for name in MANIFEST_FLAGS:
+        if values[name].present:
+            raise InputError(f"--{name} is for --manifest, which is missing")
     if values.out is None:
         raise InputError("--out is missing: name a file to write, such as --out=hello.wav")
-    out = Path(values.out)
-    check_output(out)
+    check_out(values.out, values.format)
     codes_out = None if values.codes_out is None else Path(values.codes_out)
     if codes_out is not None:
-        _check_codes_out(codes_out)
-    return _Job(_read_turns(values), _read_sampling(values), out, codes_out)
-
-
-def _check_codes_out(path: Path) -> None:
-    if path.suffix != ".npy":
-        raise OutputError(f"codes are written as .npy, not to {path}")
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a file in it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {path.parent} is no writable directory")
+        check_codes_out(codes_out)
+    turns, request = _read_turns(values), _read_request(values)
+    return _Job(turns, request, values.out, values.format, codes_out)
 
 
 def _read_turns(values: flags.FlagValues) -> list[Turn]:
@@ -129,8 +147,9 @@ def _read_context(values: flags.FlagValues) -> list[Turn]:
     ]
 
 
-def _read_sampling(values: flags.FlagValues) -> Sampling:
-    return Sampling(
+def _read_request(values: flags.FlagValues) -> Request:
+    """What all turns have in common; its text is only there to be replaced."""
+    sampling = Sampling(
         temperature=values.temperature,
         top_k=values.top_k,
         top_p=values.top_p,
@@ -140,17 +159,32 @@ def _read_sampling(values: flags.FlagValues) -> Sampling:
         depth_temperature=values.depth_temperature,
         depth_top_k=values.depth_top_k,
     )
+    return Request(
+        text=values.text or "?",
+        speaker=values.speaker,
+        sampling=sampling,
+        max_audio_length_ms=values.max_audio_length_ms,
+        seed=values.seed,
+        guard=values.guard,
+    )
 
 
-def _load(name: str, dtype: str) -> Generator:
+def _load(values: flags.FlagValues) -> Generator:
+    name = values.checkpoint
     if name in RANDOM:
         cli.warn(f"{name}: the weights are random, the sound is noise and not speech")
-    return load(name, dtype)
+    return load(name, values.dtype, values.quantize)
 
 
-def _speak(
-    model: Generator, job: _Job, values: flags.FlagValues, report: "_Report"
-) -> list[np.ndarray]:
+def _warn(notice: Notice) -> None:
+    cli.warn(notice.message)
+
+
+# One way to speak the turns of a job, whatever is done with each request.
+Speak = Callable[[Request], np.ndarray]
+
+
+def _speak_turns(model: Generator, job: _Job, speak: Speak) -> list[np.ndarray]:
     """The codes of each turn that has no recording; every turn hears all before it."""
     context: list[Segment] = []
     spoken = []
@@ -159,88 +193,121 @@ def _speak(
             audio = load_audio(turn.audio, model.sample_rate)
             context.append(Segment(turn.speaker, turn.text, audio))
             continue
-        with report.turn() as progress:
-            codes = model.generate_codes(
-                turn.text,
-                turn.speaker,
-                context,
-                job.sampling,
-                values.max_audio_length_ms,
-                # Turns of a script are different draws.
-                values.seed + len(spoken),
-                progress,
-            )
-        report.check(turn.text, len(codes))
+        request = dataclasses.replace(
+            job.request,
+            text=turn.text,
+            speaker=turn.speaker,
+            context=tuple(context),
+            # Turns of a script are different draws.
+            seed=job.request.seed + len(spoken),
+        )
+        codes = speak(request)
         context.append(Segment(turn.speaker, turn.text, codes=codes))
         spoken.append(codes)
     return spoken
 
 
-def _save_codes(path: Path, codes: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, codes)
+def _speak(model: Generator, job: _Job, report: Report) -> list[np.ndarray]:
+    def speak(request: Request) -> np.ndarray:
+        with report.turn() as progress:
+            return model.generate_codes(request, progress=progress, notify=_warn)
+
+    codes = _speak_turns(model, job, speak)
+    audio = np.concatenate([model.decode(turn) for turn in codes])
+    save_speech(job.out, job.format, audio, model.sample_rate)
+    return codes
+
+
+def _stream(model: Generator, job: _Job, report: Report) -> list[np.ndarray]:
+    with (
+        open_speech(job.out, job.format, model.sample_rate) as write,
+        Engine(model, max_batch=1) as engine,
+    ):
+
+        def speak(request: Request) -> np.ndarray:
+            ticket = engine.submit(request)
+            num_frames = 0
+            with report.turn() as progress:
+                for chunk in ticket:
+                    write(chunk)
+                    num_frames += len(chunk) // model.codec.frame_size
+                    if progress is not None:
+                        progress(num_frames)
+            for notice in ticket.notices:
+                _warn(notice)
+            return ticket.codes()
+
+        return _speak_turns(model, job, speak)
+
+
+def _speak_manifest(values: flags.FlagValues) -> None:
+    """Speaks the lines of a manifest, or this process's share of them."""
+    out_dir, suffix = _check_manifest_flags(values)
+    lines = read_manifest(Path(values.manifest), _read_request(values))
+    index, count = _process(values)
+    model = _load(values)
+    check_lines(model, lines)
+    share = lines[index::count]
+    failed = speak_manifest(model, share, out_dir, suffix, values.batch, cli.warn)
+    for message in failed:
+        cli.warn(message)
+    if failed:
+        raise CSMError(f"{len(failed)} of {len(share)} lines failed, see above")
+
+
+def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
+    for name in ("text", "script", "out", "codes_out"):
+        if values[name].present:
+            raise InputError(f"--{name} and --manifest do not go together")
+    context = values.context_audio or values.context_text or values.context_speaker
+    if values.stream or context:
+        raise InputError(
+            "--manifest takes neither --stream nor --context_audio: lines have context"
+        )
+    if values.out_dir is None:
+        raise InputError("--out_dir is missing: name the directory for the files of --manifest")
+    out_dir, suffix = Path(values.out_dir), f".{values.format or 'wav'}"
     try:
-        replace_file(path, buffer.getvalue())
+        out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror}") from error
+        raise OutputError(f"{out_dir} cannot be made: {error.strerror}") from error
+    check_output(out_dir / f"line{suffix}")
+    return out_dir, suffix
 
 
-class _Report:
-    """Progress and a summary for people at a terminal; in a pipe, only what went wrong."""
-
-    def __init__(self, model: Generator, max_audio_length_ms: float):
-        self._max_ms = max_audio_length_ms
-        self._max_frames = model.max_frames(max_audio_length_ms)
-        self._frame_s = model.config.frame_ms / 1000
-        self._started = time.perf_counter()
-
-    def turn(self) -> "_Bar":
-        return _Bar(self._max_frames, self._frame_s)
-
-    def check(self, text: str, num_frames: int) -> None:
-        if num_frames == self._max_frames:
-            cli.warn(
-                f"the speech was cut at {self._max_ms / 1000:g} s and may lack its end: "
-                "raise --max_audio_length_ms"
-            )
-        if num_frames == 0:
-            cli.warn(f"the model said nothing for {text!r}: try another --seed")
-
-    def finish(self, out: Path, num_frames: int) -> None:
-        if sys.stderr.isatty():
-            elapsed = time.perf_counter() - self._started
-            audio = num_frames * self._frame_s
-            cli.warn(
-                f"{out}: {num_frames} frames, {audio:.1f} s of audio, {_speed(elapsed, audio)}"
-            )
+def _process(values: flags.FlagValues) -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    if values.process_id >= values.num_processes:
+        raise InputError(
+            f"--process_id is {values.process_id}, but must be under --num_processes, "
+            f"{values.num_processes}"
+        )
+    if values.coordinator is None:
+        return values.process_id, values.num_processes
+    arguments = {}
+    if values.coordinator != "auto":
+        _check_address(values.coordinator)
+        arguments = dict(
+            coordinator_address=values.coordinator,
+            num_processes=values.num_processes,
+            process_id=values.process_id,
+        )
+    try:
+        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"--coordinator {values.coordinator} cannot be joined: {error}") from error
+    return jax.process_index(), jax.process_count()
 
 
-class _Bar:
-    """A bar of frames over a turn; nothing where stderr is no terminal."""
-
-    def __init__(self, max_frames: int, frame_s: float):
-        self._frame_s = frame_s
-        self._started = time.perf_counter()
-        self._bar = tqdm(total=max_frames, unit="frame", disable=None, leave=False)
-
-    def __enter__(self) -> Callable[[int], None] | None:
-        return None if self._bar.disable else self._update
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def _update(self, num_frames: int) -> None:
-        audio = num_frames * self._frame_s
-        elapsed = time.perf_counter() - self._started
-        self._bar.set_postfix_str(f"{audio:.1f} s of audio, {_speed(elapsed, audio)}", False)
-        self._bar.update(num_frames - self._bar.n)
-
-
-def _speed(elapsed: float, audio: float) -> str:
-    """Real-time factor and its inverse, by name: people quote either."""
-    if not audio:
-        return f"{elapsed:.1f} s"
-    return f"real-time factor {elapsed / audio:.2f} ({audio / elapsed:.2f} x real time)"
+def _check_address(address: str) -> None:
+    """Here, because jax aborts the process for what is wrong with it."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(f"--coordinator is {address}, but must be host:port, or auto")
+    try:
+        socket.getaddrinfo(host.strip("[]"), int(port))
+    except (OSError, OverflowError) as error:
+        raise InputError(f"--coordinator {address} cannot be found: {error}") from error
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -1,31 +1,41 @@
 """The facade: load a model by name, give it text, get sound."""
 
-import math
+import functools
+import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from csm_jax import checkpoint, hub
 from csm_jax import config as presets
+from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import Checkpoint, open_checkpoint
-from csm_jax.errors import CheckpointError, InputError
-from csm_jax.generation import generate
+from csm_jax.engine import speak_all
+from csm_jax.errors import CheckpointError
+from csm_jax.generation import CHUNK_FRAMES, Batch, bucket
 from csm_jax.mimi.codec import Codec
-from csm_jax.prompt import Segment, build_prompt
-from csm_jax.sampling import Sampling
+from csm_jax.model import precision_of
+from csm_jax.precision import Precision, resolve
+from csm_jax.random_weights import random_params
+from csm_jax.sharding import place_on
+from csm_jax.speech import Notice, Request, Speech, as_request
+from csm_jax.streaming import Pace, blocks
 from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 Params = dict[str, Any]
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
-DEFAULT_SAMPLING = Sampling()
+# 2 s each of digital silence and of noise at about -80 and -60 dBFS.
+SILENCE_FRAMES = 25
+SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+logger = logging.getLogger("csm_jax")
 
 
 class Generator:
@@ -35,13 +45,23 @@ class Generator:
       config: the model's sizes.
       codec: Mimi, `encode(audio)` and `decode(codes)`.
       tokenizer: text to ids.
+      params: of the backbone and the depth decoder.
+      mesh: what `params` lie on, if it is more than a device.
     """
 
-    def __init__(self, config: CSMConfig, params: Params, tokenizer: Tokenizer):
+    def __init__(
+        self, config: CSMConfig, params: Params, tokenizer: Tokenizer, mesh: Mesh | None = None
+    ):
         self.config = config
+        self.mesh = mesh
         self.tokenizer = tokenizer
         self.codec = Codec(config.codec, params["codec"])
-        self._params = params["csm"]
+        self.params = params["csm"]
+
+    @property
+    def precision(self) -> Precision:
+        """The types that the model is held and computed in."""
+        return precision_of(self.params)
 
     @property
     def sample_rate(self) -> int:
@@ -50,24 +70,20 @@ class Generator:
 
     def generate(
         self,
-        text: str,
-        speaker: int = 0,
-        context: Sequence[Segment] = (),
-        sampling: Sampling = DEFAULT_SAMPLING,
-        max_audio_length_ms: float = 10_000,
-        seed: int = 0,
+        *arguments: Any,
         progress: Callable[[int], None] | None = None,
+        notify: Callable[[Notice], None] | None = None,
+        **named: Any,
     ) -> np.ndarray:
-        """Speaks `text` as the next turn of a conversation.
+        """Speaks a text as the next turn of a conversation.
+
+            model.generate("Hello.", speaker=0, context=[...], sampling=..., seed=0)
 
         Args:
-          text: what to say.
-          speaker: whose turn it is; the same number as in `context` continues that voice.
-          context: the turns so far, oldest first.
-          sampling: how codes are drawn.
-          max_audio_length_ms: the speech is cut there if it has not ended by itself.
-          seed: the same seed and arguments give the same speech.
+          *arguments, **named: those of `Request`, or one `Request`.
           progress: called now and then with the number of 80 ms frames so far.
+          notify: told what the listener should know, such as that the speech was cut; by default
+            it is logged as a warning.
 
         Returns:
           float32 [num_samples] at `sample_rate`; empty if the model ends at once.
@@ -75,55 +91,133 @@ class Generator:
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
         """
-        codes = self.generate_codes(
-            text, speaker, context, sampling, max_audio_length_ms, seed, progress
+        return self.decode(
+            self.generate_codes(*arguments, progress=progress, notify=notify, **named)
         )
-        return self.decode(codes)
 
     def generate_codes(
         self,
-        text: str,
-        speaker: int = 0,
-        context: Sequence[Segment] = (),
-        sampling: Sampling = DEFAULT_SAMPLING,
-        max_audio_length_ms: float = 10_000,
-        seed: int = 0,
+        *arguments: Any,
         progress: Callable[[int], None] | None = None,
+        notify: Callable[[Notice], None] | None = None,
+        **named: Any,
     ) -> np.ndarray:
         """Like `generate`, but returns the codes: int32 [num_frames, Q], without the last frame
         of zeros that says the end."""
-        max_frames = self.max_frames(max_audio_length_ms)
-        prompt = build_prompt(
-            text, speaker, context, self.config, self.tokenizer, self._encode, max_frames
+        speech = self.speech(as_request(*arguments, **named), notify)
+        chunks = [np.zeros((0, self.config.num_codebooks), np.int32)]
+        for chunk in self._frames(speech, lambda: CHUNK_FRAMES if progress is None else 5):
+            chunks.append(chunk)
+            if progress is not None:
+                progress(sum(map(len, chunks)))
+        return np.concatenate(chunks)
+
+    def stream(
+        self,
+        *arguments: Any,
+        notify: Callable[[Notice], None] | None = None,
+        **named: Any,
+    ) -> Iterator[np.ndarray]:
+        """Like `generate`, but yields the speech as it is made: float32 [n] at `sample_rate`.
+
+        The first chunk is one frame (80 ms); later ones are longer once there is enough to play
+        in the meantime. Together they are what `generate` returns.
+        """
+        speech = self.speech(as_request(*arguments, **named), notify)
+        return self._stream(speech)
+
+    def generate_batch(
+        self,
+        requests: Sequence[Request | str],
+        max_batch: int = 8,
+        notify: Callable[[int, Notice], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Speaks many texts side by side.
+
+        Args:
+          max_batch: how many of them at once.
+          notify: as for `generate`, with the index of the request.
+
+        Returns:
+          As `generate`, in the order of `requests`.
+        """
+        tell = notify or (lambda _, notice: _log(notice))
+        return speak_all(self, [as_request(request) for request in requests], max_batch, tell)
+
+    def speech(
+        self,
+        request: Request,
+        notify: Callable[[Notice], None] | None = None,
+        max_seq_len: int | None = None,
+    ) -> Speech:
+        """The course of a request, for those who generate in their own way."""
+        return Speech(
+            request,
+            self.config,
+            self.tokenizer,
+            self._encode,
+            lambda: self.silent_codes,
+            notify or _log,
+            max_seq_len,
         )
-        rows = generate(
-            self.config, self._params, [prompt], [sampling], [seed], max_frames, progress
-        )
-        return rows[0]
 
     def decode(self, codes: np.ndarray) -> np.ndarray:
-        """Codes [num_frames, Q] of `generate_codes` to audio, float32 [num_samples].
+        """Codes [num_frames, Q] of `generate_codes` to audio, float32 [num_samples]."""
+        return self.codec.decode(self.audible(codes))
+
+    def audible(self, codes: np.ndarray) -> np.ndarray:
+        """Codes as the codec takes them.
 
         The model's vocabulary has a few ids that are no codes; a model with sense never says
         them, and the codec reads them as its last code.
         """
-        return self.codec.decode(np.minimum(codes, self.config.codec.codebook_size - 1))
+        return np.minimum(codes, self.config.codec.codebook_size - 1)
 
-    def max_frames(self, max_audio_length_ms: float) -> int:
-        """Whole frames in a duration; raises `InputError` if there is not one."""
-        frames = max_audio_length_ms / self.config.frame_ms
-        if not 1 <= frames < math.inf:
-            raise InputError(
-                f"max_audio_length_ms is {max_audio_length_ms:g}, but one frame takes "
-                f"{self.config.frame_ms:g}"
-            )
-        return int(frames)
+    @functools.cached_property
+    def silent_codes(self) -> frozenset[int]:
+        """The codebook-0 codes of silence, found by encoding it: digital, and with faint noise."""
+        noise = np.random.default_rng(0).standard_normal(SILENCE_FRAMES * self.codec.frame_size)
+        silences = [np.float32(level * noise) for level in SILENCE_LEVELS]
+        return frozenset(int(code) for row in self.codec.encode(silences, 1) for code in row[:, 0])
+
+    def _frames(self, speech: Speech, chunk_frames: Callable[[], int]) -> Iterator[np.ndarray]:
+        """Yields the frames of a speech, [n, Q], as they are generated and released."""
+        while (utterance := speech.next_utterance()) is not None:
+            length = bucket(len(utterance.prompt[0]) + utterance.max_frames)
+            limit = self.config.backbone.max_seq_len
+            batch = Batch(self.config, self.params, 1, min(length, limit), self.mesh)
+            batch.join(0, utterance)
+            is_over = False
+            while not is_over:
+                codes, _ = batch.run(chunk_frames())
+                released, rewind, is_over = speech.accept(codes[0])
+                if rewind is not None:
+                    batch.rewind(0, rewind)
+                yield released
+
+    def _stream(self, speech: Speech) -> Iterator[np.ndarray]:
+        pace = Pace(self.config.frame_ms / 1000)
+        state = self.codec.decode_stream_state()
+        for frames in self._frames(speech, pace.next_chunk):
+            for block in blocks(self.audible(frames)):
+                audio, state = self.codec.decode_frames(block[None], state)
+                pace.played(len(block))
+                yield np.asarray(audio)[0]
 
     def _encode(self, audio: np.ndarray) -> np.ndarray:
         return self.codec.encode(audio, self.config.num_codebooks)
 
 
-def load(name: str | Path, dtype: str = "auto") -> Generator:
+def _log(notice: Notice) -> None:
+    logger.warning(notice.message)
+
+
+def load(
+    name: str | Path,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    mesh: Mesh | None = None,
+) -> Generator:
     """Loads a model.
 
     Args:
@@ -132,42 +226,40 @@ def load(name: str | Path, dtype: str = "auto") -> Generator:
         random weights that need no download and make noise.
       dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the hardware computes in
         it, float16 on older GPUs, float32 on a CPU. The codec is float32 always.
+      quantize: "int8" or "none"; None is as the checkpoint is stored.
+      mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
-    weight_type = resolve_dtype(dtype)
+    precision = resolve(dtype, quantize or "none")
     if name in RANDOM:
         config = RANDOM[name]()
-        params = checkpoint.random_params(config, weight_type)
-        return Generator(config, params, byte_tokenizer(config))
+        params = random_params(config, precision, place=_place(config, mesh))
+        return Generator(config, params, byte_tokenizer(config), mesh)
     directory = _directory(str(name))
     if checkpoint.is_native(directory):
         config = checkpoint.load_config(directory)
-        params = checkpoint.load_params(directory, config, weight_type)
+        if checkpoint.is_int8(directory):
+            precision = _as_int8(directory, dtype, quantize)
+        params = checkpoint.load_params(directory, config, precision, _place(config, mesh))
     else:
         opened = open_checkpoint(directory)
         config = opened.config
-        params = params_of(opened, weight_type)
-    return Generator(config, params, load_tokenizer(directory, config))
+        params = params_of(opened, precision, _place(config, mesh))
+    return Generator(config, params, load_tokenizer(directory, config), mesh)
 
 
-def resolve_dtype(name: str) -> jnp.dtype:
-    """The type that "auto" stands for on this machine, or the one named."""
-    if name == "auto":
-        name = _best_dtype(jax.devices()[0])
-    if name not in checkpoint.DTYPES:
-        raise InputError(f"dtype is {name}, but must be auto, float32, bfloat16 or float16")
-    return jnp.dtype(name)
+def _place(config: CSMConfig, mesh: Mesh | None) -> Place:
+    return place_on(mesh, config) if mesh else on_default_device
 
 
-def _best_dtype(device: jax.Device) -> str:
-    if device.platform == "cpu":
-        return "float32"
-    capability = getattr(device, "compute_capability", None)
-    # Before Ampere (8.0), for one on the T4, CUDA emulates bfloat16.
-    is_old_gpu = device.platform == "gpu" and capability and float(capability) < 8
-    return "float16" if is_old_gpu else "bfloat16"
+def _as_int8(directory: Path, dtype: str, quantize: str | None) -> Precision:
+    if quantize == "none":
+        raise CheckpointError(
+            f"{directory} is stored as int8: for full precision convert the original again"
+        )
+    return resolve(dtype, "int8")
 
 
 def _directory(name: str) -> Path:
@@ -182,10 +274,7 @@ def _directory(name: str) -> Path:
     )
 
 
-def params_of(opened: Checkpoint, dtype: jnp.dtype) -> Params:
+def params_of(opened: Checkpoint, precision: Precision, place: Place = on_default_device) -> Params:
     """Reads a published layout straight onto the device, without a native copy."""
-    shapes = checkpoint.param_shapes(opened.config, dtype)
-    flat = checkpoint.flatten(shapes)
-    tensors = opened.tensors(flat)
-    placed = {path: jnp.asarray(tensor, flat[path].dtype) for path, tensor in tensors}
-    return checkpoint.unflatten(placed, shapes)
+    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
+    return checkpoint.place_params(tensors, opened.config, precision, place)

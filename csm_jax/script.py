@@ -33,13 +33,14 @@ def read_script(path: Path) -> list[Turn]:
         raise InputError(f"script {path} is not JSON: {error}") from error
     if not isinstance(turns, list) or not turns:
         raise InputError(f"script {path} is not a JSON list of turns")
-    parsed = [_parse(turn, f"{path}, turn {i}", path.parent) for i, turn in enumerate(turns, 1)]
+    parsed = [parse_turn(turn, f"{path}, turn {i}", path.parent) for i, turn in enumerate(turns, 1)]
     if all(turn.audio for turn in parsed):
         raise InputError(f"script {path} has nothing to speak: every turn has audio")
     return parsed
 
 
-def _parse(turn: object, where: str, directory: Path) -> Turn:
+def parse_turn(turn: object, where: str, directory: Path) -> Turn:
+    """A turn from its JSON; `where` is how errors call it, `directory` what its audio lies in."""
     if not isinstance(turn, dict):
         raise InputError(f"{where}: expected an object with speaker and text")
     unknown = sorted(turn.keys() - _FIELDS.keys())

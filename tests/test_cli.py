@@ -17,11 +17,13 @@ from fixtures import CONFIG, params
 import csm_jax
 from csm_jax import checkpoint
 from csm_jax.generate import run
+from csm_jax.text import needed_seconds
 
 RATE = 24_000
 NOISE = "random:tiny: the weights are random, the sound is noise and not speech"
-CUT = "the speech was cut at 0.4 s and may lack its end: raise --max_audio_length_ms"
+CUT = "the speech was cut at 0.4 s and it may lack its end: raise max_audio_length_ms"
 SHORT = ["--checkpoint=random:tiny", "--max_audio_length_ms=400"]
+GREEDY = csm_jax.Sampling(greedy=True)
 NUM_FRAMES = 5
 
 
@@ -97,7 +99,11 @@ BAD_INPUT = {
     "empty text": (["--text="], "the text is empty"),
     "blank text": (["--text= \t\n"], "the text is empty"),
     "text that is no Unicode": (["--text=a\udcff"], "invalid character at position"),
-    "long text": (["--text=" + 1000 * "a"], "take 1005 positions, at most 898 fit beside 125"),
+    "long text": (
+        # Characters of four bytes, which are as many tokens here.
+        ["--text=" + 300 * "\U00012000"],
+        "the text takes 1205 positions of 1024, which leaves no room for its speech",
+    ),
     "missing audio": ([HI, "--context_audio={files}/no.wav", "--context_text=a"], "does not exist"),
     "audio directory": (
         [HI, "--context_audio={files}/directory.wav", "--context_text=a"],
@@ -110,10 +116,6 @@ BAD_INPUT = {
     "empty audio": (
         [HI, "--context_audio={files}/empty.wav", "--context_text=a"],
         "empty.wav: not readable as audio (the file is empty)",
-    ),
-    "long context": (
-        [HI, "--context_audio={files}/long.wav", "--context_text=a", "--max_audio_length_ms=75000"],
-        "drop context or lower max_audio_length_ms",
     ),
     "context without text": (
         [HI, "--context_audio={files}/voice.wav"],
@@ -145,7 +147,7 @@ BAD_INPUT = {
     "under a frame": ([HI, "--max_audio_length_ms=79"], "is 79, but one frame takes 80"),
     "no length": ([HI, "--max_audio_length_ms=nan"], "max_audio_length_ms is nan"),
     "endless": ([HI, "--max_audio_length_ms=inf"], "max_audio_length_ms is inf"),
-    "too long": ([HI, "--max_audio_length_ms=90000"], "lower max_audio_length_ms, 81760 at the"),
+    "unknown guard": ([HI, "--guard=perhaps"], "guard is perhaps, but must be on or off"),
     # Checkpoints.
     "unknown name": ([HI, "--checkpoint=csm"], "neither a directory nor a hub name"),
     "unknown random": ([HI, "--checkpoint=random:huge"], "nor one of random:tiny, random:csm_1b"),
@@ -163,12 +165,16 @@ BAD_INPUT = {
     ),
     "truncated file": ([HI, "--checkpoint={bad}/cut"], "is damaged or was not downloaded whole"),
     "no tokenizer": ([HI, "--checkpoint={bad}/no_tokenizer"], "no tokenizer.json"),
+    "unknown quantization": ([HI, "--quantize=int4"], "quantize is int4, but must be none or int8"),
     "unknown dtype": ([HI, "--dtype=int4"], "dtype is int4, but must be auto, float32"),
     # Outputs.
     "no out": ([HI, "--out="], "unknown audio format ''"),
     "missing parent": ([HI, "--out={out}/no/a.wav"], "cannot be written in directory"),
     "out is a directory": ([HI, "--out={files}/directory.wav"], "is a directory"),
     "unknown format": ([HI, "--out={out}/a.txt"], "unknown audio format '.txt'; use one of .wav"),
+    "format of a pipe": ([HI, "--out=-", "--format=mp3"], "--out=- takes wav or pcm"),
+    "format of a file": ([HI, "--format=wav"], "--format is for --out=- and --manifest"),
+    "processes": ([HI, "--num_processes=2"], "--num_processes is for --manifest, which is missing"),
     "codes format": ([HI, "--codes_out={out}/a.txt"], "codes are written as .npy"),
     "codes parent": ([HI, "--codes_out={out}/no/a.npy"], "is no writable directory"),
     "codes directory": ([HI, "--codes_out={files}/codes.npy"], "codes.npy is a directory"),
@@ -235,7 +241,8 @@ def test_help(capsys):
     assert run(["--help"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
-    for flag in ("--text", "--checkpoint", "--context_audio", "--depth_top_k", "--codes_out"):
+    shown = ["--text", "--checkpoint", "--context_audio", "--depth_top_k", "--codes_out"]
+    for flag in [*shown, "--guard", "--quantize", "--stream", "--format", "--manifest"]:
         assert f"  {flag}: " in captured.out
 
 
@@ -289,6 +296,41 @@ def test_greedy_needs_no_seed(tmp_path):
     np.testing.assert_array_equal(one, two)
 
 
+def test_without_a_length_the_guard_knows_what_a_text_can_take(model, tmp_path, capsys):
+    flags = [HI, "--checkpoint=random:tiny"]
+    lengths = {}
+    for guard in ("on", "off"):
+        codes = tmp_path / f"{guard}.npy"
+        out = f"--out={tmp_path / guard}.wav"
+        assert run([*flags, f"--guard={guard}", out, f"--codes_out={codes}"]) == 0
+        told = []
+        wanted = model.generate_codes("Hi.", guard=guard, notify=told.append)
+        np.testing.assert_array_equal(np.load(codes), wanted)
+        said = capsys.readouterr().err.splitlines()
+        assert said == [NOISE, *(notice.message for notice in told)]
+        assert len(told) == 1
+        lengths[guard] = len(wanted)
+    assert lengths == {"on": int(needed_seconds("Hi.") / 0.08), "off": 125}
+
+
+def test_a_context_that_outgrows_the_window_is_left_out(files, tmp_path, capsys):
+    turn = [f"--context_audio={files}/long.wav", "--context_text=a"]
+    spoken(tmp_path, "a", HI, *(8 * turn))
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == NOISE
+    assert said[1].startswith("the oldest 2 of 8 turns of context were left out")
+    assert said[2:] == [CUT]
+
+
+def test_int8(tmp_path):
+    _, codes = spoken(tmp_path, "a", HI, "--quantize=int8", "--greedy")
+    int8 = csm_jax.load("random:tiny", quantize="int8")
+    wanted = int8.generate_codes("Hi.", sampling=GREEDY, max_audio_length_ms=400)
+    np.testing.assert_array_equal(codes, wanted)
+    _, full = spoken(tmp_path, "b", HI, "--greedy")
+    assert (codes != full).any()
+
+
 def test_a_script_is_spoken_turn_after_turn(model, files, tmp_path):
     """The recorded turn is heard and not spoken; every turn hears all before it."""
     shutil.copy(files / "voice.wav", tmp_path)
@@ -321,7 +363,7 @@ def test_formats(tmp_path, suffix):
 def test_a_model_that_says_nothing(tmp_path, capsys):
     """Heads of zeros prefer no code, so greedy takes code 0 everywhere: the end, at once."""
     zeros = {
-        path: array * 0 if path.endswith(("codebook0_head/weight", "depth_heads")) else array
+        path: array * 0 if path.endswith(("codebook0_head/weight", "depth_heads/weight")) else array
         for path, array in params().items()
     }
     checkpoint.save(tmp_path / "mute", CONFIG, zeros.items(), fixtures.TOKENIZER)
@@ -329,7 +371,7 @@ def test_a_model_that_says_nothing(tmp_path, capsys):
     assert audio.shape == (0,)
     assert codes.shape == (0, CONFIG.num_codebooks)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "the model said nothing for 'Hi.': try another --seed"
+    assert line == "the model said nothing for 'Hi.': try another seed"
 
 
 # --- Real processes -----------------------------------------------------------------------------
@@ -390,7 +432,7 @@ def test_a_terminal_sees_progress_and_speed(first_run):
     assert process.communicate()[0] == b""
     assert process.returncode == 0
     text = shown.decode()
-    assert "5/5" in text
+    assert "5frame" in text
     assert "0.4 s of audio, real-time factor" in text
     last = text.strip().splitlines()[-1]
     assert "out.wav: 5 frames, 0.4 s of audio, real-time factor" in last

@@ -1,0 +1,498 @@
+"""Continuous batching: requests join and leave a running batch at frame borders.
+
+One thread runs the batch, and everybody else holds tickets. At every border it lets requests in,
+generates a few frames for all, and gives each ticket what is its own. What a request says does
+not depend on the others: the batch always has the same shape, and every row its own key.
+"""
+
+import atexit
+import logging
+import math
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
+from csm_jax.generation import CHUNK_FRAMES, Batch, Utterance
+from csm_jax.mimi.codec import Codec
+from csm_jax.speech import Notice, Request, Speech, as_request
+from csm_jax.streaming import LONG_CHUNK, Pace
+
+if TYPE_CHECKING:
+    from csm_jax.generator import Generator
+
+# Whoever comes or goes waits for a border: where a frame takes less, they are not further apart.
+BORDER_SECONDS = 0.25
+
+logger = logging.getLogger("csm_jax")
+
+
+class Ticket:
+    """A request that an `Engine` works on. Its methods may be called from any thread.
+
+    Attributes:
+      request: as it was submitted.
+      notices: what the listener should know; all of it when the request is over.
+    """
+
+    def __init__(self, request: Request, model: "Generator", streams: bool):
+        self.request = request
+        self.notices: list[Notice] = []
+        self._model = model
+        self._streams = streams
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self._is_cancelled = False
+        self._frames: list[np.ndarray] = []
+        self._chunks: list[np.ndarray] = []
+        self._listeners: list[Callable[[np.ndarray | None], None]] = []
+        self._error: CSMError | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields the speech as it is made, float32 [n]; from its beginning, for every iterator.
+
+        A request that was submitted without `stream` comes as one chunk.
+
+        Raises:
+          CancelledError: after `cancel`, or because the engine was closed.
+          CSMError: the request failed.
+        """
+        if not self._streams:
+            yield self.result()
+            return
+        chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self.add_listener(chunks.put)
+        while (chunk := chunks.get()) is not None:
+            yield chunk
+        self._raise_error()
+
+    def codes(self) -> np.ndarray:
+        """Waits for the end; int32 [num_frames, Q]. Raises as iterating does."""
+        self._over.wait()
+        self._raise_error()
+        empty = np.zeros((0, self._model.config.num_codebooks), np.int32)
+        return np.concatenate([empty, *self._frames])
+
+    def result(self) -> np.ndarray:
+        """Waits for the end; float32 [num_samples]. Raises as iterating does."""
+        codes = self.codes()
+        if not self._streams:
+            return self._model.decode(codes)
+        return np.concatenate([np.zeros(0, np.float32), *self._chunks])
+
+    def cancel(self) -> None:
+        """Ends the request at the next frame border; nothing happens if it is over."""
+        self._is_cancelled = True
+
+    def add_listener(self, listener: Callable[[np.ndarray | None], None]) -> None:
+        """Hands over chunks without a thread that waits for them, as a server wants it.
+
+            ticket.add_listener(lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk))
+
+        Args:
+          listener: called with every chunk, float32 [n], of which those so far come at once, and
+            with None when the request is over; then `codes` and `result` do not wait. It runs in
+            the engine's thread and must not take long. If it raises, it is not called again.
+        """
+        with self._lock:
+            self._listeners.append(listener)
+            for chunk in self._chunks:
+                self._call(listener, chunk)
+            if self._over.is_set():
+                self._call(listener, None)
+
+    # What follows is for the engine.
+
+    def _add_chunk(self, chunk: np.ndarray) -> None:
+        with self._lock:
+            self._chunks.append(chunk)
+            for listener in list(self._listeners):
+                self._call(listener, chunk)
+
+    def _finish(self, error: CSMError | None = None) -> None:
+        with self._lock:
+            self._error = error
+            self._over.set()
+            for listener in list(self._listeners):
+                self._call(listener, None)
+
+    def _call(self, listener: Callable[[np.ndarray | None], None], chunk: np.ndarray | None):
+        if listener not in self._listeners:
+            return
+        try:
+            listener(chunk)
+        except Exception:
+            self._listeners.remove(listener)
+            logger.exception("a listener has failed, and is not called again")
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+
+@dataclass
+class _Slot:
+    """A request that has, or waits for, a row of the batch.
+
+    Attributes:
+      pace: None if nobody listens before the end.
+      next: the utterance whose prompt is to be read next; None while one is spoken, and in the
+        end.
+      undecoded: int32 [n, Q], frames that a listener has not got yet.
+    """
+
+    ticket: Ticket
+    speech: Speech
+    pace: Pace | None
+    next: Utterance | None
+    undecoded: np.ndarray
+    is_said: bool = False
+
+
+class Engine:
+    """Speaks many requests at once.
+
+    with csm_jax.Engine(model, max_batch=8) as engine:
+        tickets = [engine.submit(text) for text in texts]
+        for chunk in tickets[0]: ...
+
+    The block ends when everything is spoken; with an error, everything is cancelled.
+    """
+
+    def __init__(
+        self,
+        model: "Generator",
+        max_batch: int = 8,
+        max_seq_len: int = 2048,
+        max_queue: int = 64,
+    ):
+        """Starts the thread that runs the batch.
+
+        Args:
+          max_batch: rows, the requests that speak at once. A step takes as long for one request
+            as for all of them.
+          max_seq_len: positions of a row, prompt and speech together; the model has a limit too.
+          max_queue: requests that may wait for a row.
+
+        Raises:
+          InputError: a number is less than 1, or the model's mesh does not divide the rows.
+        """
+        sizes = {"max_batch": max_batch, "max_seq_len": max_seq_len, "max_queue": max_queue}
+        for name, value in sizes.items():
+            if value < 1:
+                raise InputError(f"{name} is {value}, but must be at least 1")
+        self.model = model
+        self.max_batch = max_batch
+        self.max_seq_len = min(max_seq_len, model.config.backbone.max_seq_len)
+        self.max_queue = max_queue
+        self._slots: list[_Slot | None] = [None] * max_batch
+        self._unread: deque[int] = deque()  # rows with a prompt to read, in their order
+        self._waiting: deque[_Slot] = deque()
+        self._frame_seconds = math.inf
+        self._changed = threading.Condition()
+        self._is_closing = False
+        self._make_batch()
+        self._thread = threading.Thread(target=self._run, name="csm_jax.Engine", daemon=True)
+        self._thread.start()
+        # An interpreter that ends under a computation crashes.
+        atexit.register(self.close)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        self.close(finish=kind is None)
+
+    def submit(
+        self, *arguments: Any, stream: bool = True, wait: bool = False, **named: Any
+    ) -> Ticket:
+        """Hands in a request; its context is encoded before this returns.
+
+        Args:
+          *arguments, **named: those of `Request`, or one `Request`.
+          stream: whether somebody listens while it is spoken; otherwise it is decoded in the end,
+            by whoever asks for the result, and the others are not kept waiting for it.
+          wait: for a place in the queue, instead of being refused.
+
+        Raises:
+          InputError: text or context that is empty, malformed or does not fit.
+          QueueFullError: as many requests wait as may.
+          CSMError: the engine is closed.
+        """
+        request = as_request(*arguments, **named)
+        # Before the work, and again after it.
+        self._claim_place(wait)
+        ticket = Ticket(request, self.model, stream)
+        speech = self.model.speech(request, ticket.notices.append, self.max_seq_len)
+        pace = Pace(self.model.config.frame_ms / 1000) if stream else None
+        slot = _Slot(ticket, speech, pace, speech.next_utterance(), self._no_frames())
+        with self._changed:
+            self._claim_place(wait)
+            self._waiting.append(slot)
+            self._changed.notify_all()
+        return ticket
+
+    def close(self, finish: bool = False) -> None:
+        """Stops the thread, after everything is spoken or with everything cancelled."""
+        with self._changed:
+            self._is_closing = True
+            if not finish:
+                for slot in [*self._waiting, *filter(None, self._slots)]:
+                    slot.ticket.cancel()
+            self._changed.notify_all()
+        self._thread.join()
+        atexit.unregister(self.close)
+
+    def _claim_place(self, wait: bool) -> None:
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: self._is_closing or not self._is_full())
+            if self._is_closing:
+                raise CSMError("the engine is closed: make another")
+            if self._is_full():
+                raise QueueFullError(
+                    f"{len(self._waiting)} requests are waiting, and at most {self.max_queue} may: "
+                    "try again later, or raise max_queue"
+                )
+
+    def _is_full(self) -> bool:
+        return len(self._waiting) >= self.max_queue
+
+    def _no_frames(self) -> np.ndarray:
+        return np.zeros((0, self.model.config.num_codebooks), np.int32)
+
+    # What follows runs in the engine's own thread.
+
+    def _run(self) -> None:
+        try:
+            while self._wait_for_work():
+                try:
+                    self._step()
+                except Exception as error:
+                    self._fail(error)
+        finally:
+            self._end()
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closing or self._waiting or any(self._slots))
+            return bool(self._waiting or any(self._slots))
+
+    def _step(self) -> None:
+        """Lets somebody in, runs some frames, and hands them out."""
+        self._drop_cancelled()
+        self._admit()
+        self._read_prompts()
+        speaking = [i for i, slot in enumerate(self._slots) if slot and not slot.next]
+        if not speaking:
+            return
+        started = time.perf_counter()
+        # A row that ends makes room for another.
+        codes, _ = self._batch.run(self._num_frames(speaking), pause=True)
+        self._frame_seconds = (time.perf_counter() - started) / max(1, codes.shape[1])
+        for index in speaking:
+            self._take_frames(index, codes[index])
+        self._decode()
+        for index in speaking:
+            if self._slots[index] and self._slots[index].is_said:
+                self._free(index)
+
+    def _drop_cancelled(self) -> None:
+        cancelled = CancelledError("the request was cancelled")
+        with self._changed:
+            dropped = [slot for slot in self._waiting if slot.ticket._is_cancelled]
+            for slot in dropped:
+                self._waiting.remove(slot)
+            self._changed.notify_all()
+        for slot in dropped:
+            slot.ticket._finish(cancelled)
+        for index, slot in enumerate(self._slots):
+            if slot and slot.ticket._is_cancelled:
+                self._free(index, cancelled)
+
+    def _admit(self) -> None:
+        """Gives those who wait the free rows."""
+        with self._changed:
+            while self._waiting and None in self._slots:
+                index = self._slots.index(None)
+                self._slots[index] = self._waiting.popleft()
+                self._unread.append(index)
+                self._decoder.restart(index)
+            self._changed.notify_all()
+
+    def _read_prompts(self) -> None:
+        """Prefills rows; as soon as somebody listens, one at a border."""
+        while self._unread:
+            index = self._unread.popleft()
+            slot = self._slots[index]
+            self._batch.join(index, slot.next)
+            slot.next = None
+            if any(slot and slot.pace and not slot.next for slot in self._slots):
+                return
+
+    def _num_frames(self, speaking: Sequence[int]) -> int:
+        """Frames up to the next border."""
+        if self._unread:
+            return 1
+        paces = [self._slots[index].pace for index in speaking]
+        wanted = min((pace.next_chunk() for pace in paces if pace), default=CHUNK_FRAMES)
+        return max(1, min(wanted, int(BORDER_SECONDS / self._frame_seconds)))
+
+    def _take_frames(self, index: int, codes: np.ndarray) -> None:
+        """Gives a row its frames [n, Q]."""
+        slot = self._slots[index]
+        try:
+            released, rewind, is_over = slot.speech.accept(codes)
+            slot.next = slot.speech.next_utterance() if is_over else None
+        except Exception as error:
+            # This request's own, as long as the batch is not touched.
+            self._free(index, _as_failure(error))
+            return
+        slot.ticket._frames.append(released)
+        if slot.pace:
+            slot.undecoded = np.concatenate([slot.undecoded, self.model.audible(released)])
+        if rewind is not None:
+            self._batch.rewind(index, rewind)
+        slot.is_said = is_over and not slot.next
+        if slot.next:
+            self._batch.leave(index)
+            self._unread.append(index)
+
+    def _decode(self) -> None:
+        """Decodes what was released to those who listen."""
+        slots = {index: slot for index, slot in enumerate(self._slots) if slot}
+        while longest := max((len(slot.undecoded) for slot in slots.values()), default=0):
+            size = LONG_CHUNK if longest >= LONG_CHUNK else 1
+            blocks = {}
+            for index, slot in slots.items():
+                if len(slot.undecoded) >= size:
+                    blocks[index], slot.undecoded = slot.undecoded[:size], slot.undecoded[size:]
+            for index, chunk in self._decoder.decode(blocks).items():
+                slots[index].ticket._add_chunk(chunk)
+                slots[index].pace.played(size)
+
+    def _free(self, index: int, error: CSMError | None = None) -> None:
+        slot, self._slots[index] = self._slots[index], None
+        if index in self._unread:
+            self._unread.remove(index)
+        self._batch.leave(index)
+        slot.ticket._finish(error)
+
+    def _fail(self, error: Exception) -> None:
+        """After an error of the machine: who has a row is told, who waits gets a new batch."""
+        failure = _as_failure(error)
+        for index, slot in enumerate(self._slots):
+            if slot:
+                self._slots[index] = None
+                slot.ticket._finish(failure)
+        self._unread.clear()
+        # First the old memory is freed.
+        self._batch = self._decoder = None
+        self._make_batch()
+
+    def _make_batch(self) -> None:
+        model = self.model
+        self._batch = Batch(
+            model.config, model.params, self.max_batch, self.max_seq_len, model.mesh
+        )
+        self._decoder = RowDecoder(model.codec, self.max_batch, rows_together(self.max_batch))
+
+    def _end(self) -> None:
+        """Nobody may be left waiting, whatever has happened."""
+        self._batch = self._decoder = None
+        with self._changed:
+            self._is_closing = True
+            left = [*self._waiting, *filter(None, self._slots)]
+            self._waiting.clear()
+            self._changed.notify_all()
+        for slot in left:
+            slot.ticket._finish(CSMError("the engine has stopped: make another"))
+
+
+def _as_failure(error: Exception) -> CSMError:
+    """What a ticket raises for an error of the model or the machine."""
+    if isinstance(error, CSMError):
+        return error
+    logger.error("the engine failed", exc_info=error)
+    failure = CSMError(f"the engine failed: {first_line(error)}; submit the request again")
+    failure.__cause__ = error
+    return failure
+
+
+def rows_together(num_rows: int) -> int:
+    """How many rows the codec is best given at once.
+
+    On a GPU or TPU eight rows take hardly longer than one. A CPU has enough to do with one: it
+    takes seven times as long for eight, whether they all have something to decode or not.
+    """
+    return 1 if jax.default_backend() == "cpu" else num_rows
+
+
+class RowDecoder:
+    """The codec at work on the streams of all rows of a batch."""
+
+    def __init__(self, codec: Codec, num_rows: int, together: int):
+        """Args: together: how many rows are decoded in one call; a divisor of `num_rows`."""
+        self._codec = codec
+        self._groups = np.arange(num_rows).reshape(-1, together)
+        self._states = [codec.decode_stream_state(together) for _ in self._groups]
+        self._is_new = np.ones(num_rows, bool)
+
+    def restart(self, row: int) -> None:
+        """Lets a new stream begin in a row."""
+        self._is_new[row] = True
+
+    def decode(self, blocks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
+        """Continues the streams of some rows.
+
+        Args:
+          blocks: for a row its codes, int32 [F, Q], with the same F for all.
+
+        Returns:
+          For each of these rows float32 [F * frame_size].
+        """
+        nothing = np.zeros_like(next(iter(blocks.values())))
+        audio = {}
+        for i, group in enumerate(self._groups):
+            active = np.isin(group, list(blocks))
+            if not active.any():
+                continue
+            codes = np.stack([blocks.get(row, nothing) for row in group])
+            samples, self._states[i] = self._codec.decode_rows(
+                codes, self._states[i], active, restart=active & self._is_new[group]
+            )
+            self._is_new[group[active]] = False
+            audio.update(zip(group[active].tolist(), np.asarray(samples)[active], strict=True))
+        return audio
+
+
+def speak_all(
+    model: "Generator",
+    requests: Sequence[Request],
+    max_batch: int,
+    notify: Callable[[int, Notice], None],
+) -> list[np.ndarray]:
+    """Audio of all requests, float32 [num_samples] each, in their order.
+
+    The batch has `max_batch` rows however many requests there are: one shape is compiled once,
+    and rounds in one way.
+
+    Args:
+      notify: told what a listener should know, with the index of the request.
+
+    Raises what `Engine.submit` raises; then nothing is spoken on.
+    """
+    with Engine(model, max_batch) as engine:
+        tickets = [engine.submit(request, stream=False, wait=True) for request in requests]
+        audio = [ticket.result() for ticket in tickets]
+    for index, ticket in enumerate(tickets):
+        for notice in ticket.notices:
+            notify(index, notice)
+    return audio

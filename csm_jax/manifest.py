@@ -1,0 +1,261 @@
+"""Many requests in a file: JSON lines in, a sound file for each out, and on with the rest.
+
+    {"text": "Hello.", "id": "greeting", "speaker": 0, "seed": 1, "temperature": 0.8,
+     "context": [{"speaker": 0, "text": "Before.", "audio": "before.wav"}]}
+
+Only "text" is needed. What is done already is not done again, so a run that was interrupted is
+started once more as it was.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from csm_jax.audio import load_audio, save_audio
+from csm_jax.engine import Engine
+from csm_jax.errors import CSMError, InputError
+from csm_jax.generator import Generator
+from csm_jax.prompt import Segment, check_text
+from csm_jax.script import Turn, parse_turn
+from csm_jax.speech import Notice, Request
+
+_NUMBER = (int, float)
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "text": str,
+    "id": str,
+    "speaker": int,
+    "seed": int,
+    "max_audio_length_ms": _NUMBER,
+    "guard": str,
+    "context": list,
+}
+_SAMPLING_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "temperature": _NUMBER,
+    "top_k": int,
+    "top_p": _NUMBER,
+    "min_p": _NUMBER,
+    "repetition_penalty": _NUMBER,
+    "greedy": bool,
+    "depth_temperature": _NUMBER,
+    "depth_top_k": int,
+}
+_KINDS = {str: "text", int: "a whole number", _NUMBER: "a number", bool: "true or false"}
+# File systems take 255, and the suffix is among them.
+_LONGEST_NAME = 240
+# Many lines share a voice: so many recordings are kept encoded.
+_KEPT_RECORDINGS = 64
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of a manifest.
+
+    Attributes:
+      where: file and line, for messages.
+      name: of its sound file, without the suffix.
+      request: without the context.
+      context: turns whose recordings are read when it is their turn.
+    """
+
+    where: str
+    name: str
+    request: Request
+    context: Sequence[Turn]
+
+
+def read_manifest(path: Path, default: Request) -> list[Line]:
+    """Reads and checks a manifest.
+
+    Args:
+      default: gives what a line does not say.
+
+    Raises:
+      InputError: the file or one of its lines is malformed; the line is named by its number.
+    """
+    try:
+        # Only a line feed ends a line: JSON allows other line ends of Unicode within a text.
+        texts = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise InputError(f"manifest {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InputError(f"manifest {path} cannot be read as UTF-8: {error}") from error
+    numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
+    if not numbered:
+        raise InputError(f"manifest {path} has no lines")
+    digits = len(str(numbered[-1][0]))
+    lines = [
+        _parse(text, f"{path}, line {number}", f"{number:0{digits}}", path.parent, default)
+        for number, text in numbered
+    ]
+    _check_names(lines)
+    return lines
+
+
+def check_lines(model: Generator, lines: Sequence[Line]) -> None:
+    """Raises `InputError` for the first line that this model cannot speak, be it without context:
+    its text takes too many positions, or its length is less than a frame."""
+    for line in lines:
+        try:
+            model.speech(line.request)
+        except InputError as error:
+            raise InputError(f"{line.where}: {error}") from error
+
+
+def speak_manifest(
+    model: Generator,
+    lines: Sequence[Line],
+    out_dir: Path,
+    suffix: str,
+    max_batch: int,
+    warn: Callable[[str], None],
+) -> list[str]:
+    """Speaks the lines that have no file yet, several side by side.
+
+    Args:
+      suffix: of the files, such as ".wav". A file appears when its line is done, and whole.
+      max_batch: rows of the batch. It has as many for the last line too, so that a run in pieces
+        says the same as a whole one.
+      warn: told what a listener should know of a line.
+
+    Returns:
+      What went wrong, a message for every line that has failed.
+    """
+    left = [(line, out_dir / f"{line.name}{suffix}") for line in lines]
+    left = [(line, file) for line, file in left if not file.exists()]
+    if not left:
+        return []
+    failed = []
+    # Twice as many as speak: some read their context, others write their file.
+    with ThreadPoolExecutor(2 * max_batch) as workers, Engine(model, max_batch) as engine:
+        speak = functools.partial(_speak, engine, _Recordings(model))
+        for (line, _), (notices, error) in zip(left, workers.map(speak, left), strict=True):
+            for notice in notices:
+                warn(f"{line.where}: {notice.message}")
+            if error is not None:
+                failed.append(f"{line.where}: {error}")
+    return failed
+
+
+def _speak(
+    engine: Engine, recordings: "_Recordings", job: tuple[Line, Path]
+) -> tuple[list[Notice], CSMError | None]:
+    line, file = job
+    try:
+        context = [recordings.segment(turn) for turn in line.context]
+        request = dataclasses.replace(line.request, context=context)
+        ticket = engine.submit(request, stream=False, wait=True)
+        save_audio(file, ticket.result(), engine.model.sample_rate)
+    except CSMError as error:
+        return [], error
+    return ticket.notices, None
+
+
+class _Recordings:
+    """Context as codes, for many lines at once: a recording that several name is encoded once."""
+
+    def __init__(self, model: Generator):
+        self._lock = threading.Lock()
+        self._codes = functools.lru_cache(_KEPT_RECORDINGS)(functools.partial(_encode, model))
+
+    def segment(self, turn: Turn) -> Segment:
+        with self._lock:
+            codes = turn.audio and self._codes(turn.audio)
+        return Segment(turn.speaker, turn.text, codes=codes)
+
+
+def _encode(model: Generator, path: Path) -> np.ndarray:
+    return model.codec.encode(load_audio(path, model.sample_rate), model.config.num_codebooks)
+
+
+def _parse(text: str, where: str, name: str, directory: Path, default: Request) -> Line:
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{where}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: expected an object with text")
+    _check_fields(values, where)
+    name = _checked_name(values.pop("id", name), where)
+    turns = values.pop("context", [])
+    context = [
+        _parse_context(turn, f"{where}, turn {i}", directory) for i, turn in enumerate(turns, 1)
+    ]
+    sampling = {field: values.pop(field) for field in _SAMPLING_FIELDS if field in values}
+    try:
+        sampled = dataclasses.replace(default.sampling, **sampling)
+        request = dataclasses.replace(default, sampling=sampled, **values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    return Line(where, name, request, context)
+
+
+def _parse_context(turn: object, where: str, directory: Path) -> Turn:
+    parsed = parse_turn(turn, where, directory)
+    try:
+        check_text(parsed.text)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
+    if parsed.audio is not None and not parsed.audio.is_file():
+        raise InputError(f"{where}: context audio {parsed.audio} does not exist")
+    return parsed
+
+
+def _check_fields(values: dict[str, Any], where: str) -> None:
+    known = _FIELDS | _SAMPLING_FIELDS
+    if unknown := sorted(values.keys() - known.keys()):
+        raise InputError(f"{where}: unknown field {unknown[0]}; known are {', '.join(known)}")
+    if "text" not in values:
+        raise InputError(f"{where}: field text is missing")
+    for name, value in values.items():
+        kind = known[name]
+        # bool is an int to Python, but no number to a reader.
+        is_right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not is_right or (kind in (int, _NUMBER) and not _is_finite(value)):
+            expected = _KINDS.get(kind, "a list of turns")
+            raise InputError(f"{where}: {name} is {_short(value)}, expected {expected}")
+
+
+def _is_finite(value: float) -> bool:
+    """Not so of NaN and Infinity, which Python's JSON knows, and of what no float can hold."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _checked_name(name: str, where: str) -> str:
+    """A file name, and no path out of the directory."""
+    if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
+        raise InputError(f"{where}: id is {name!r}, but it names a file: no path, no leading dot")
+    try:
+        num_bytes = len(os.fsencode(name))
+    except UnicodeEncodeError as error:
+        raise InputError(f"{where}: id is {name!r}, which is no Unicode") from error
+    if num_bytes > _LONGEST_NAME:
+        raise InputError(
+            f"{where}: id is {num_bytes} bytes long, but names a file: at most {_LONGEST_NAME}"
+        )
+    return name
+
+
+def _check_names(lines: Sequence[Line]) -> None:
+    seen: dict[str, str] = {}
+    for line in lines:
+        if line.name in seen:
+            raise InputError(f"{line.where}: {line.name} is the name of {seen[line.name]} too")
+        seen[line.name] = line.where

@@ -1,0 +1,57 @@
+"""What a command line tells while it works: a bar, and a summary."""
+
+import sys
+import time
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from csm_jax import cli
+from csm_jax.generator import Generator
+
+
+class Report:
+    """Progress and a summary for people at a terminal; nothing in a pipe."""
+
+    def __init__(self, model: Generator):
+        self._frame_s = model.config.frame_ms / 1000
+        self._started = time.perf_counter()
+
+    def turn(self) -> "_Bar":
+        return _Bar(self._frame_s)
+
+    def finish(self, out: str, num_frames: int) -> None:
+        if sys.stderr.isatty():
+            elapsed = time.perf_counter() - self._started
+            audio = num_frames * self._frame_s
+            cli.warn(
+                f"{out}: {num_frames} frames, {audio:.1f} s of audio, {_speed(elapsed, audio)}"
+            )
+
+
+class _Bar:
+    """A bar of frames over a turn; nothing where stderr is no terminal."""
+
+    def __init__(self, frame_s: float):
+        self._frame_s = frame_s
+        self._started = time.perf_counter()
+        self._bar = tqdm(unit="frame", disable=None, leave=False)
+
+    def __enter__(self) -> Callable[[int], None] | None:
+        return None if self._bar.disable else self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def _update(self, num_frames: int) -> None:
+        audio = num_frames * self._frame_s
+        elapsed = time.perf_counter() - self._started
+        self._bar.set_postfix_str(f"{audio:.1f} s of audio, {_speed(elapsed, audio)}", False)
+        self._bar.update(num_frames - self._bar.n)
+
+
+def _speed(elapsed: float, audio: float) -> str:
+    """Real-time factor and its inverse, by name: people quote either."""
+    if not audio:
+        return f"{elapsed:.1f} s"
+    return f"real-time factor {elapsed / audio:.2f} ({audio / elapsed:.2f} x real time)"

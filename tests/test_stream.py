@@ -1,0 +1,258 @@
+"""Speech that is written while it is made: to a pipe, to a file, and at what pace."""
+
+import io
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import soundfile
+from fixtures import CONFIG
+
+import csm_jax
+from csm_jax import InputError, OutputError, audio, streaming
+from csm_jax.generate import run
+from csm_jax.speech import Speech
+
+RATE = 24_000
+FRAME = CONFIG.codec.frame_size
+NOISE = "random:tiny: the weights are random, the sound is noise and not speech"
+COMMAND = [sys.executable, "-m", "csm_jax.generate"]
+FLAGS = ["--checkpoint=random:tiny", "--text=Hi.", "--seed=4", "--guard=off"]
+SHORT = [*FLAGS, "--max_audio_length_ms=960"]
+NUM_SAMPLES = 12 * FRAME
+
+
+@pytest.fixture(scope="module")
+def offline():
+    """What the flags of `SHORT` say, int16 [num_samples]."""
+    model = csm_jax.load("random:tiny")
+    speech = model.generate("Hi.", seed=4, guard="off", max_audio_length_ms=960)
+    assert len(speech) == NUM_SAMPLES
+    return np.frombuffer(audio.to_pcm(speech), "<i2").astype(int)
+
+
+def assert_is(pcm: bytes, offline: np.ndarray) -> None:
+    """The codec rounds a frame by itself a little differently."""
+    samples = np.frombuffer(pcm, "<i2").astype(int)
+    assert len(samples) == len(offline)
+    assert np.abs(samples - offline).max() <= 1
+
+
+# --- Pipes --------------------------------------------------------------------------------------
+
+
+def test_a_pipe_gets_a_header_and_samples_and_nothing_else(offline):
+    done = subprocess.run([*COMMAND, *SHORT, "--stream", "--out=-"], capture_output=True)
+    assert done.returncode == 0
+    said = done.stderr.decode().splitlines()
+    assert said[0] == NOISE
+    assert [line.split(" at ")[0] for line in said[1:]] == ["the speech was cut"]
+    assert done.stdout[:44] == audio.wav_header(RATE)
+    assert_is(done.stdout[44:], offline)
+
+
+@pytest.mark.parametrize("flags", [["--stream"], []])
+def test_a_pipe_of_bare_samples(flags, offline, capsysbinary):
+    assert run([*SHORT, *flags, "--out=-", "--format=pcm"]) == 0
+    assert_is(capsysbinary.readouterr().out, offline)
+
+
+def test_a_pipe_gets_a_whole_file_without_stream(offline, capsysbinary):
+    assert run([*SHORT, "--out=-"]) == 0
+    samples, rate = soundfile.read(io.BytesIO(capsysbinary.readouterr().out), dtype="int16")
+    assert rate == RATE
+    assert_is(samples.tobytes(), offline)
+
+
+def test_whoever_has_heard_enough_may_go():
+    """And has heard something before it all was made: the rest would take minutes."""
+    flags = [*FLAGS, "--max_audio_length_ms=70000", "--stream", "--out=-"]
+    process = subprocess.Popen(
+        [*COMMAND, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
+    )
+    head = b""
+    while len(head) < 44 + 2 * FRAME:
+        block = process.stdout.read(44 + 2 * FRAME - len(head))
+        assert block, process.stderr.read().decode()
+        head += block
+    assert process.poll() is None
+    assert head.startswith(audio.wav_header(RATE))
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    process.stderr.close()
+    assert (process.wait(60), said.splitlines()) == (0, [NOISE])
+
+
+@pytest.mark.parametrize("stream", [["--stream"], []])
+@pytest.mark.parametrize("form", ["mp3", "flac", "WAV", ""])
+def test_a_pipe_takes_no_other_format(form, stream, capsys):
+    assert run([*SHORT, *stream, "--out=-", f"--format={form}"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert f"--format is {form}, but --out=- takes wav or pcm" in line
+
+
+# --- Files --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".pcm", ".ogg"])
+def test_a_file_that_is_streamed_is_the_one_that_is_saved(tmp_path, suffix, offline):
+    out, codes = tmp_path / f"a{suffix}", tmp_path / "a.npy"
+    assert run([*SHORT, "--stream", f"--out={out}", f"--codes_out={codes}"]) == 0
+    samples = audio.load_audio(out, RATE)
+    assert set(tmp_path.iterdir()) == {codes, out}
+    assert np.load(codes).shape == (12, CONFIG.num_codebooks)
+    if suffix == ".ogg":  # whose losses are as they are
+        assert len(samples) == NUM_SAMPLES
+        error = samples - offline / 32_768
+        assert np.mean(error**2) < 0.2 * np.mean((offline / 32_768) ** 2)
+    else:
+        assert_is(audio.to_pcm(samples), offline)
+
+
+def fail_after(num_frames: int):
+    accept = Speech.accept
+
+    def fail(self, codes):
+        step = accept(self, codes)
+        if self._total > num_frames:
+            raise InputError("bad luck")
+        return step
+
+    return fail
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".mp3"])
+def test_an_error_midway_leaves_what_was_there(tmp_path, suffix, capsys, monkeypatch):
+    monkeypatch.setattr(Speech, "accept", fail_after(2))
+    old = tmp_path / f"old{suffix}"
+    old.write_bytes(b"precious")
+    for out in (old, tmp_path / f"new{suffix}"):
+        assert run([*SHORT, "--stream", f"--out={out}", f"--codes_out={tmp_path}/a.npy"]) == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert line == "csm_jax.generate: error: bad luck"
+    assert list(tmp_path.iterdir()) == [old]
+    assert old.read_bytes() == b"precious"
+
+
+def test_a_pipe_ends_with_an_error_midway(capfdbinary, monkeypatch):
+    monkeypatch.setattr(Speech, "accept", fail_after(2))
+    assert run([*SHORT, "--stream", "--out=-", "--format=pcm"]) == 2
+    said = capfdbinary.readouterr()
+    assert said.err.decode().splitlines()[-1] == "csm_jax.generate: error: bad luck"
+    assert len(said.out) in (2 * FRAME, 4 * FRAME)
+
+
+# --- audio.open_audio and audio.wav_header ------------------------------------------------------
+
+
+def test_the_header_is_of_a_wav_without_end():
+    header = audio.wav_header(RATE)
+    assert len(header) == 44
+    whole = header + audio.to_pcm(np.linspace(-1, 1, 1000))
+    form = soundfile.info(io.BytesIO(whole))
+    assert (form.format, form.subtype, form.channels, form.samplerate) == ("WAV", "PCM_16", 1, RATE)
+    samples, _ = soundfile.read(io.BytesIO(whole), frames=1000, dtype="int16")
+    np.testing.assert_array_equal(samples, np.frombuffer(whole[44:], "<i2"))
+    for start in (4, 40):  # the lengths of the file and of the samples
+        assert header[start : start + 4] == b"\xff\xff\xff\xff"
+
+
+def test_samples_are_little_endian_and_clipped():
+    samples = np.array([0, 0.5, 1, 2, -1, -2], np.float32)
+    expected = [0, 16384, 32767, 32767, -32768, -32768]
+    np.testing.assert_array_equal(np.frombuffer(audio.to_pcm(samples), "<i2"), expected)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm", ".raw"])
+def test_blocks_make_the_file_that_they_make_together(tmp_path, suffix):
+    tone = (0.5 * np.sin(np.arange(RATE) / 30)).astype(np.float32)
+    with audio.open_audio(tmp_path / f"a{suffix}", RATE) as write:
+        for block in np.split(tone, [1920, 1920, 9600]):
+            write(block)
+    audio.save_audio(tmp_path / f"b{suffix}", tone, RATE)
+    streamed, saved = (audio.load_audio(tmp_path / f"{name}{suffix}", RATE) for name in "ab")
+    atol = 0 if suffix in (".wav", ".flac", ".pcm", ".raw") else 0.02
+    np.testing.assert_allclose(streamed, saved, atol=atol)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm"])
+def test_no_blocks_make_an_empty_recording(tmp_path, suffix):
+    with audio.open_audio(tmp_path / f"a{suffix}", RATE):
+        pass
+    audio.save_audio(tmp_path / f"b{suffix}", np.zeros(0, np.float32), RATE)
+    saved = (tmp_path / f"b{suffix}").stat().st_size
+    assert (tmp_path / f"a{suffix}").stat().st_size == saved
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
+def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
+    (tmp_path / "a.wav").write_bytes(b"old")
+
+    def fail():
+        with audio.open_audio(tmp_path / "a.wav", RATE) as write:
+            write(np.zeros(FRAME, np.float32))
+            raise error("no more")
+
+    with pytest.raises(error, match="no more"):
+        fail()
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"old"]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "missing/a.wav", ""])
+def test_where_nothing_can_be_written_nothing_is_begun(tmp_path, name):
+    with pytest.raises(OutputError), audio.open_audio(tmp_path / name, RATE):
+        pytest.fail("the block was entered")
+    assert not list(tmp_path.iterdir())
+
+
+# --- Pace ---------------------------------------------------------------------------------------
+
+
+def played(monkeypatch, seconds_per_frame: float, num_frames: int) -> tuple[list[int], float]:
+    """Sizes of the chunks that a machine of some speed is asked for, and the longest silence."""
+    now = 100.0
+    monkeypatch.setattr(streaming, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    pace = streaming.Pace(0.08)
+    sizes, silence, until = [], 0.0, np.inf
+    while sum(sizes) < num_frames:
+        size = pace.next_chunk()
+        now += size * seconds_per_frame
+        silence = max(silence, now - until)
+        until = max(until, now) + size * 0.08 if sizes else now + size * 0.08
+        pace.played(size)
+        sizes.append(size)
+    return sizes, silence
+
+
+@pytest.mark.parametrize("seconds", [0.005, 0.02, 0.04, 0.06, 0.075])
+def test_a_machine_that_keeps_up_never_lets_the_listener_wait(seconds, monkeypatch):
+    sizes, silence = played(monkeypatch, seconds, 400)
+    assert sizes[0] == 1
+    assert set(sizes) <= {1, streaming.LONG_CHUNK}
+    assert silence <= 1e-9, f"{silence:.3f} s of silence in chunks of {sizes[:12]}"
+
+
+def test_a_fast_machine_is_asked_for_long_chunks(monkeypatch):
+    sizes, _ = played(monkeypatch, 0.01, 400)
+    assert sizes[0] == 1
+    assert streaming.LONG_CHUNK in sizes[:30]
+    assert sizes[-3:] == [streaming.LONG_CHUNK] * 3
+
+
+def test_a_slow_machine_is_asked_for_single_frames(monkeypatch):
+    sizes, _ = played(monkeypatch, 0.1, 100)
+    assert set(sizes) == {1}
+
+
+@pytest.mark.parametrize("num_frames", [0, 1, 7, 8, 9, 17, 25])
+def test_blocks_come_in_two_sizes(num_frames):
+    frames = np.arange(2 * num_frames).reshape(num_frames, 2)
+    blocks = list(streaming.blocks(frames))
+    assert {len(block) for block in blocks} <= {1, streaming.LONG_CHUNK}
+    np.testing.assert_array_equal(np.concatenate([frames[:0], *blocks]), frames)
