@@ -1,92 +1,62 @@
-"""How long XLA takes to compile the full-size model. Needs no weights, only their shapes.
+"""How long XLA takes to compile the full-size model, and the memory that it will take.
 
-    python examples/compile_full_size.py [--dtype=bfloat16] [--tpu]
+    python examples/compile_full_size.py [--dtype=bfloat16] [--quantize=int8] [--batch=32]
+    python examples/compile_full_size.py --tpu [--topology=v5e:2x2 --data=2 --model=2] ...
 
-Prints a JSON line per program: prefill of a 256-position prompt, and the frame loop after it. With
---tpu it compiles for a v5e chip, which needs the compiler of jax[tpu] but no TPU.
+Needs no weights, only their shapes. Prints a JSON line per program: prefill of a prompt, the frame
+loop with a cache of 2048 positions, and the codec's decoding of a frame. With --tpu it compiles
+for chips that need not be there, with the compiler that `pip install "jax[tpu]"` brings.
 """
 
 import argparse
-import functools
 import json
-import os
-import time
-from collections.abc import Callable
-from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 import csm_jax
-from csm_jax.checkpoint import param_shapes
-from csm_jax.generation import prefill, run_frames
-from csm_jax.sampling import Sampling, SamplingParams
+from csm_jax.ahead_of_time import Target, measure, tpu_mesh
+from csm_jax.precision import DTYPES, QUANTIZE, Precision, resolve
+from csm_jax.sharding import make_mesh
 
-PROMPT_LENGTH, CACHE_LENGTH = 256, 512
-
-
-def v5e() -> jax.Device:
-    """A chip to compile for; nothing is asked of the machine this runs on."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    os.environ.setdefault("TPU_WORKER_ID", "0")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:1x1", chips_per_host_bounds=[1, 1, 1]
-    )
-    return topology.devices[0]
+PROGRAMS = ("prefill", "frame_loop", "codec_step")
 
 
-def report(name: str, lower: Callable[[], jax.stages.Lowered]) -> Any:
-    """Prints times and memory of one program, and returns the shapes of what it computes."""
-    started = time.perf_counter()
-    lowered = lower()
-    traced = time.perf_counter()
-    memory = lowered.compile().memory_analysis()
-    figures = {
-        "program": name,
-        "trace_s": round(traced - started, 2),
-        "compile_s": round(time.perf_counter() - traced, 2),
-        "argument_gb": round(memory.argument_size_in_bytes / 1e9, 2),
-        "temporary_gb": round(memory.temp_size_in_bytes / 1e9, 2),
-    }
-    print(json.dumps(figures))
-    return lowered.out_info
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tpu", action="store_true", help="compile for TPUs")
+    parser.add_argument("--topology", default="v5e:1x1", help="v5e:2x2, v6e:1x1, ...")
+    parser.add_argument("--data", type=int, default=1, help="chips that share out the rows")
+    parser.add_argument("--model", type=int, default=1, help="chips that share out the weights")
+    parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
+    parser.add_argument("--quantize", default="none", choices=QUANTIZE)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=512, help="positions of the prompt")
+    parser.add_argument("--max_seq_len", type=int, default=2048, help="positions of the cache")
+    parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--tpu", action="store_true")
-    arguments = parser.parse_args()
-    device = v5e() if arguments.tpu else jax.devices()[0]
-    placed = jax.sharding.SingleDeviceSharding(device)
-
-    def on_device(shapes: Any) -> Any:
-        return jax.tree.map(
-            lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=placed), shapes
-        )
-
-    def shape(*dims: int, dtype: jnp.dtype = jnp.int32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(dims, dtype, sharding=placed)
-
-    config = csm_jax.csm_1b()
-    params = on_device(param_shapes(config, jnp.dtype(arguments.dtype))["csm"])
-    columns = config.num_codebooks + 1
-    prompt = (shape(1, PROMPT_LENGTH, columns), shape(1, PROMPT_LENGTH, columns, dtype=bool))
-    rows = (shape(1), shape(1, dtype=jnp.uint32))
-    lower_prefill = functools.partial(
-        prefill.lower, params, *prompt, *rows, config=config, cache_length=CACHE_LENGTH
+    flags = parse()
+    mesh = (
+        tpu_mesh(flags.topology, flags.data, flags.model)
+        if flags.tpu
+        else make_mesh(flags.data, flags.model)
     )
-    state = on_device(report("prefill", lower_prefill))
-    sampling = on_device(jax.tree.map(np.asarray, SamplingParams.stack([Sampling()])))
-    lower_loop = functools.partial(
-        run_frames.lower, params, state, sampling, shape(), config=config
+    dtype = jnp.dtype(flags.dtype)
+    precision = (
+        Precision(dtype, dtype, flags.quantize == "int8")
+        if flags.tpu
+        else resolve(flags.dtype, flags.quantize)
     )
-    report("frame loop", lower_loop)
+    target = Target(csm_jax.csm_1b(), precision, mesh)
+    lower = {
+        "prefill": lambda: target.prefill(flags.batch, flags.max_seq_len, flags.prompt),
+        "frame_loop": lambda: target.frame_loop(flags.batch, flags.max_seq_len),
+        "codec_step": lambda: target.codec_step(flags.batch, num_frames=1),
+    }
+    for program in flags.programs:
+        print(json.dumps({"program": program} | measure(lower[program])), flush=True)
 
 
 if __name__ == "__main__":

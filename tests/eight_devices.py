@@ -1,0 +1,196 @@
+"""A model on meshes of up to eight devices; `test_sharding.py` runs it where there are as many.
+
+XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/eight_devices.py
+"""
+
+import functools
+import math
+
+import jax
+import numpy as np
+import pytest
+
+import csm_jax
+from csm_jax.checkpoint import flatten
+from csm_jax.config import tiny
+from csm_jax.errors import InputError
+from csm_jax.generation import Batch, Rewind, Utterance
+from csm_jax.sampling import Sampling
+from csm_jax.sharding import make_mesh, param_sharding, state_sharding
+
+CONFIG = tiny()
+NUM_CODEBOOKS = CONFIG.num_codebooks
+MESHES = [(8, 1), (1, 2), (2, 2), (4, 2), (2, 4)]
+
+pytestmark = pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+
+compiled: list[str] = []
+
+
+def note_compilation(event: str, duration: float, **details) -> None:
+    if event == "/jax/core/compile/backend_compile_duration":
+        compiled.append(str(details.get("fun_name")))
+
+
+jax.monitoring.register_event_duration_secs_listener(note_compilation)
+
+
+def utterance(index: int) -> Utterance:
+    """Some text, some audio and text; greedy and sampled in turn."""
+    rng = np.random.default_rng(index)
+    length = 12 + 2 * index  # all padded to 32
+    is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
+    mask = is_audio[:, None] == (np.arange(NUM_CODEBOOKS + 1) < NUM_CODEBOOKS)
+    frames = np.where(mask, rng.integers(0, 35, mask.shape), 0).astype(np.int32)
+    return Utterance((frames, mask), Sampling(greedy=index % 2 == 0), seed=index, max_frames=60)
+
+
+@functools.cache
+def model(dtype: str, quantize: str, shape: tuple[int, int] | None = None) -> csm_jax.Generator:
+    return csm_jax.load("random:tiny", dtype, quantize, mesh=shape and make_mesh(*shape))
+
+
+def new_batch(model: csm_jax.Generator, size: int, max_seq_len: int = 128) -> Batch:
+    return Batch(CONFIG, model.params, size, max_seq_len, model.mesh)
+
+
+def life_of_a_batch(batch: Batch) -> np.ndarray:
+    """Codes [B, n, Q] of rows that join, go back, leave and are replaced."""
+    for index in range(8):
+        batch.join(index, utterance(index))
+    chunks = [batch.run(9)[0], batch.run(4)[0]]
+    batch.rewind(3, Rewind(chunks[0][3, :5], seed=99))
+    chunks.append(batch.run(6, pause=True)[0])
+    batch.leave(6)
+    chunks.append(batch.run(3)[0])
+    batch.join(6, utterance(1))
+    chunks.append(batch.run(9)[0])
+    return np.concatenate(chunks, axis=1)
+
+
+@functools.cache
+def codes_of_one_device(dtype: str, quantize: str) -> np.ndarray:
+    return life_of_a_batch(new_batch(model(dtype, quantize), 8))
+
+
+def test_there_are_eight():
+    assert len(jax.devices()) == 8
+
+
+def assert_in_place(batch: Batch, shape: tuple[int, int]) -> None:
+    """The state lies where it should, its keys among them, split as the mesh can."""
+    places = state_sharding(batch._state, make_mesh(*shape))
+    for leaf, place in zip(*map(jax.tree.leaves, (batch._state, places)), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    (data, axis), heads = shape, CONFIG.backbone.num_kv_heads
+    held = 8 // data, heads if heads % axis else heads // axis
+    key = batch._state.cache.layers[0].key
+    assert {shard.data.shape[:2] for shard in key.addressable_shards} == {held}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"), [("float32", shape) for shape in MESHES] + [("bfloat16", (2, 2))], ids=str
+)
+def test_same_codes_and_nothing_compiled_twice(dtype, shape):
+    batch = new_batch(model(dtype, "none", shape), 8)
+    assert_in_place(batch, shape)
+    compiled.clear()
+    codes = life_of_a_batch(batch)
+    assert sorted(set(compiled) - {"jit(set_row)"}) == ["jit(prefill)", "jit(run_frames)"]
+    assert len(set(compiled)) == len(compiled)
+    assert_in_place(batch, shape)
+    want = codes_of_one_device(dtype, "none")
+    assert len(np.unique(want)) > 20
+    np.testing.assert_array_equal(codes, want)
+
+
+def test_same_codes_in_int8():
+    """Sums in another order are 1e-7 apart, which once in a while rounds an activation to the next
+    whole number: a row may then go another way, as it may when others share its batch."""
+    codes = life_of_a_batch(new_batch(model("float32", "int8", (4, 2)), 8))
+    want = codes_of_one_device("float32", "int8")
+    np.testing.assert_array_equal(codes[:, :4], want[:, :4])
+    assert np.all(codes == want, axis=(1, 2)).sum() >= 5
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_parameters_are_really_split(quantize):
+    sharded = model("float32", quantize, (2, 2))
+    held = {path: leaf.addressable_shards for path, leaf in flatten(sharded.params).items()}
+    layer = "backbone/layers/0"
+    rows, mlp = 8 * (6 + 2 * 2) // 2, CONFIG.backbone.mlp_dim // 2
+    wanted = {
+        f"{layer}/attn/qkv/weight": (rows, 48),
+        f"{layer}/attn/o/weight": (48, 24),
+        f"{layer}/mlp/gate/weight": (mlp, 48),
+        f"{layer}/mlp/up/weight": (mlp, 48),
+        f"{layer}/mlp/down/weight": (48, mlp),
+        f"{layer}/attn_norm/scale": (48,),
+        "text_embedding": (263, 48),
+    }
+    if quantize == "int8":
+        wanted |= {f"{layer}/attn/qkv/weight_scale": (rows,), f"{layer}/attn/o/weight_scale": (48,)}
+    for path, shape in wanted.items():
+        assert [shard.data.shape for shard in held[path]] == [shape] * 4, path
+
+
+def bytes_by_device(model: csm_jax.Generator) -> dict[jax.Device, int]:
+    shards = [s for leaf in jax.tree.leaves(model.params) for s in leaf.addressable_shards]
+    devices = {shard.device for shard in shards}
+    return {d: sum(s.data.nbytes for s in shards if s.device == d) for d in devices}
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_devices_hold_less_the_more_there_are(quantize):
+    one, two = (bytes_by_device(model("float32", quantize, shape)) for shape in [(1, 1), (2, 2)])
+    assert (len(one), len(two)) == (1, 4)
+    shapes = flatten(model("float32", quantize).params)
+    split = sum(
+        leaf.nbytes
+        for path, leaf in shapes.items()
+        if "model" in param_sharding(f"csm/{path}", leaf.shape, CONFIG, make_mesh(2, 2)).spec
+    )
+    (whole,) = one.values()
+    assert 0.2 * whole < split
+    assert set(two.values()) == {whole - split // 2}
+
+
+@pytest.mark.parametrize("source", ["native", "huggingface"])
+@pytest.mark.parametrize("quantize", ["none", "int8"])
+def test_checkpoints_of_any_layout(request, source, quantize):
+    directory, mesh = request.getfixturevalue(source), make_mesh(2, 2)
+    plain, sharded = (csm_jax.load(directory, quantize=quantize, mesh=m) for m in (None, mesh))
+    got, want = flatten(sharded.params), flatten(plain.params)
+    assert got.keys() == want.keys()
+    for path, leaf in got.items():
+        place = param_sharding(f"csm/{path}", leaf.shape, CONFIG, mesh)
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim), path
+        np.testing.assert_array_equal(np.asarray(leaf), np.asarray(want[path]), path)
+
+
+def test_a_request_alone():
+    """One row, which no data axis divides."""
+    arguments = dict(max_audio_length_ms=1200, seed=3, guard="off")
+    one, many = (model("float32", "none", shape) for shape in (None, (4, 2)))
+    want = one.generate("Hello there.", **arguments)
+    np.testing.assert_allclose(many.generate("Hello there.", **arguments), want, atol=1e-5)
+
+
+def test_the_codec_is_compiled_once_for_all_frames():
+    codec = model("float32", "none", (2, 2)).codec
+    state, codes = codec.decode_stream_state(3), np.zeros((3, 1, NUM_CODEBOOKS), np.int32)
+    compiled.clear()
+    for _ in range(3):
+        _, state = codec.decode_frames(codes, state)
+    assert compiled == ["jit(_decode_step)"]
+
+
+def test_rows_that_the_mesh_cannot_divide():
+    with pytest.raises(InputError, match="3 rows cannot be divided by the mesh's data axis of 2"):
+        new_batch(model("float32", "none", (2, 2)), 3)
+
+
+def test_a_mesh_of_too_many():
+    with pytest.raises(InputError, match="of which there are 8"):
+        make_mesh(3, 3)
+    assert math.prod(make_mesh(2, 3).devices.shape) == 6
