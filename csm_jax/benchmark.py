@@ -1,0 +1,279 @@
+"""Measures this machine: how fast a model speaks, and what it takes.
+
+    python -m csm_jax.benchmark --checkpoint=random:csm_1b --batch=1,8 --quantize=none,int8
+
+A line per configuration; --json prints them as JSON. Figures are medians where something can be
+repeated. "Real-time factor" is seconds of work per second of audio, "speed" its inverse.
+"""
+
+import itertools
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from csm_jax import cli
+from csm_jax.errors import InputError
+from csm_jax.generation import CHUNK_FRAMES, Batch, Utterance
+from csm_jax.generator import Generator, load
+from csm_jax.layers import linear_float32
+from csm_jax.prompt import Segment
+from csm_jax.sampling import Sampling
+from csm_jax.speech import Request
+
+PROGRAM = "csm_jax.benchmark"
+TEXT = "The quick brown fox jumps over the lazy dog, and runs away."
+BANDWIDTH_BYTES = 2**29
+COLUMNS = {
+    "batch": "batch",
+    "dtype": "weights",
+    "quantize": "int8",
+    "seconds_per_frame": "s/frame",
+    "real_time_factor": "RTF",
+    "speed_x_real_time": "x real time",
+    "time_to_first_audio_ms": "first audio ms",
+    "prefill_ms": "prefill ms",
+    "compile_s": "compile s",
+    "compile_cached_s": "cached s",
+    "bandwidth_share": "of bandwidth",
+    "peak_rss_bytes": "peak RSS",
+    "peak_device_bytes": "peak device",
+}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    def define(kind: Callable, name: str, default: object, help: str) -> None:
+        kind(name, default, help, flag_values=values)
+
+    text, whole, listed = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_list
+    define(text, "checkpoint", "random:csm_1b", "hub name, directory or random weights")
+    define(listed, "batch", ["1"], "rows side by side; several with commas between them")
+    define(whole, "frames", 16, "frames per measurement")
+    define(whole, "repeats", 5, "measurements, of which the median counts")
+    define(listed, "dtype", ["auto"], "auto, float32, bfloat16, float16; or several")
+    define(listed, "quantize", ["none"], "none, int8; or both")
+    define(whole, "prompt_tokens", 16, "positions of the prompt")
+    define(flags.DEFINE_float, "context_s", 0.0, "seconds of context before the first audio")
+    define(flags.DEFINE_float, "audio_s", 10.0, "seconds that the codec encodes and decodes")
+    define(flags.DEFINE_boolean, "json", False, "JSON lines instead of a table")
+
+
+def main(values: flags.FlagValues) -> None:
+    if min(values.frames, values.repeats, values.prompt_tokens) < 1:
+        raise InputError("--frames, --repeats and --prompt_tokens must be at least 1")
+    batches = [_whole("batch", text) for text in values.batch]
+    with tempfile.TemporaryDirectory() as cache:
+        # An empty cache: the first compilation is a cold one, the second finds it.
+        jax.config.update("jax_compilation_cache_dir", cache)
+        for dtype, quantize in itertools.product(values.dtype, values.quantize):
+            model = load(values.checkpoint, dtype, quantize)
+            shared = _measure_model(model, values)
+            for batch in batches:
+                figures = _describe(model, values.checkpoint, quantize, batch)
+                figures |= _measure_frames(model, batch, values) | shared
+                _print(figures, as_json=values.json)
+
+
+def frame_loop_timer(
+    checkpoint: str, dtype: str, quantize: str, batch: int, prompt_tokens: int
+) -> Callable[[int], float]:
+    """A function that generates so many more frames, and returns the seconds that they took."""
+    timer, _ = _frame_loop(load(checkpoint, dtype, quantize), batch, prompt_tokens)
+    return timer
+
+
+def _frame_loop(
+    model: Generator, batch: int, prompt_tokens: int
+) -> tuple[Callable[[int], float], Batch]:
+    limit = model.config.backbone.max_seq_len
+    rows = Batch(model.config, model.params, batch, min(256, limit))
+    utterance = _utterance(model, prompt_tokens, rows.max_seq_len)
+
+    def run(num_frames: int) -> float:
+        # From the beginning every time, or the cache would run full. The end of speech is as
+        # likely as any other frame to random weights: it does not come.
+        for index in range(batch):
+            rows.join(index, utterance._replace(seed=index))
+        rows.run(1)
+        seconds, left = 0.0, num_frames
+        while left:
+            started = time.perf_counter()
+            codes, done = rows.run(min(left, CHUNK_FRAMES))
+            seconds += time.perf_counter() - started
+            left -= codes.shape[1]
+            if done.all():
+                raise InputError("all rows ended before the measurement did: use random weights")
+        return seconds
+
+    return run, rows
+
+
+def _utterance(model: Generator, prompt_tokens: int, max_seq_len: int) -> Utterance:
+    config = model.config
+    frames = np.zeros((prompt_tokens, config.num_codebooks + 1), np.int32)
+    frames[:, -1] = np.arange(prompt_tokens) % config.text_vocab_size
+    mask = np.zeros(frames.shape, bool)
+    mask[:, -1] = True
+    return Utterance((frames, mask), Sampling(), 0, max_seq_len - prompt_tokens - 1)
+
+
+def _measure_frames(model: Generator, batch: int, values: flags.FlagValues) -> dict[str, Any]:
+    """Figures of the compiled frame loop."""
+    compile_s = [_compile_seconds(model, batch, values), _compile_seconds(model, batch, values)]
+    timer, rows = _frame_loop(model, batch, values.prompt_tokens)
+    timer(1)
+    frames = min(values.frames, rows.max_seq_len - values.prompt_tokens - 2)
+    per_frame = statistics.median(timer(frames) for _ in range(values.repeats)) / frames
+    audio_s = model.config.frame_ms / 1000
+    read = _bytes_per_frame(model) / per_frame
+    return {
+        "seconds_per_frame": per_frame,
+        "real_time_factor": per_frame / audio_s / batch,
+        "speed_x_real_time": batch * audio_s / per_frame,
+        "compile_s": compile_s[0],
+        "compile_cached_s": compile_s[1],
+        "weights_gb_per_s": read / 1e9,
+        "bandwidth_share": read / 1e9 / _bandwidth_gb_per_s(),
+        "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def _compile_seconds(model: Generator, batch: int, values: flags.FlagValues) -> float:
+    """What the first call takes longer than the second, with nothing compiled in this process."""
+    jax.clear_caches()
+    timer, _ = _frame_loop(model, batch, values.prompt_tokens)
+    return _seconds(lambda: timer(1)) - _seconds(lambda: timer(1))
+
+
+def _measure_model(model: Generator, values: flags.FlagValues) -> dict[str, Any]:
+    """Figures of one listener, and of the codec."""
+    audio = _noise(model, values.audio_s)
+    codes = model.codec.encode(audio, model.config.num_codebooks)
+    context = [Segment(1, TEXT, _noise(model, values.context_s))] if values.context_s else []
+    request = Request(TEXT, context=context, guard="off", max_audio_length_ms=10_000)
+    frame, state = codes[None, :1], model.codec.decode_stream_state()
+
+    def decode_frame() -> None:
+        nonlocal state
+        decoded, state = model.codec.decode_frames(frame, state)
+        np.asarray(decoded)
+
+    def prefill() -> None:
+        _joined(model, values.prompt_tokens).wait()
+
+    repeats = values.repeats
+    return {
+        "time_to_first_audio_ms": 1000 * _median(lambda: next(model.stream(request)), repeats),
+        "context_s": values.context_s,
+        "prefill_ms": 1000 * _median(prefill, repeats),
+        "audio_s": values.audio_s,
+        "mimi_encode_s": _median(lambda: model.codec.encode(audio), repeats),
+        "mimi_decode_s": _median(lambda: model.codec.decode(codes), repeats),
+        "mimi_stream_frame_ms": 1000 * _median(decode_frame, 10 * repeats),
+    }
+
+
+def _joined(model: Generator, prompt_tokens: int) -> Batch:
+    rows = Batch(model.config, model.params, 1, min(256, model.config.backbone.max_seq_len))
+    rows.join(0, _utterance(model, prompt_tokens, rows.max_seq_len))
+    return rows
+
+
+def _median(run: Callable[[], Any], repeats: int) -> float:
+    """Seconds that `run` takes once it is warm."""
+    run()
+    return statistics.median(_seconds(run) for _ in range(repeats))
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def _noise(model: Generator, seconds: float) -> np.ndarray:
+    random = np.random.default_rng(0)
+    return 0.1 * random.standard_normal(int(seconds * model.sample_rate), np.float32)
+
+
+def _bytes_per_frame(model: Generator) -> int:
+    """Weights that one frame reads: the backbone once, the depth decoder for every codebook."""
+    params, passes = model.params, model.config.num_codebooks - 1
+    once = [params["backbone"], params["codebook0_head"], params["depth_heads"]]
+    every_pass = [params["projection"], params["depth_decoder"]]
+
+    def size(trees: list[Any]) -> int:
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(trees))
+
+    return size(once) + passes * size(every_pass)
+
+
+def _bandwidth_gb_per_s() -> float:
+    """What a matrix-vector product, which does little but read, gets out of this machine."""
+    rows = BANDWIDTH_BYTES // 4 // 8192
+    weight, vector = jnp.ones((rows, 8192), jnp.float32), jnp.ones((1, 8192), jnp.float32)
+    product = jax.jit(linear_float32)
+    seconds = _median(lambda: product(vector, weight).block_until_ready(), 5)
+    return BANDWIDTH_BYTES / seconds / 1e9
+
+
+def _describe(model: Generator, checkpoint: str, quantize: str, batch: int) -> dict[str, Any]:
+    device = jax.devices()[0]
+    return {
+        "checkpoint": checkpoint,
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "dtype": str(model.precision.weights),
+        "quantize": quantize,
+        "batch": batch,
+    }
+
+
+def _print(figures: dict[str, Any], as_json: bool) -> None:
+    rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
+    if as_json:
+        print(json.dumps(rounded), flush=True)
+        return
+    print(f"{rounded['checkpoint']} on {rounded['device']}, jax {rounded['jax']}")
+    for name, value in rounded.items():
+        if name in COLUMNS and value is not None:
+            print(f"  {COLUMNS[name]:16} {_readable(name, value)}")
+    print(
+        f"  Mimi, {rounded['audio_s']:g} s   encode {rounded['mimi_encode_s']:.3f} s, decode "
+        f"{rounded['mimi_decode_s']:.3f} s; one streamed frame "
+        f"{rounded['mimi_stream_frame_ms']:.1f} ms",
+        flush=True,
+    )
+
+
+def _readable(name: str, value: Any) -> str:
+    if name.endswith("_bytes"):
+        return f"{value / 1e9:.2f} GB"
+    if name.endswith("_share"):
+        return f"{value:.0%}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _whole(name: str, text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise InputError(f"--{name} is {text}, but must be a whole number of at least 1")
+    return int(text)
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return cli.run(PROGRAM, __doc__, define_flags, main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

@@ -1,0 +1,85 @@
+"""What narrow weights cost: logit errors, and how many greedy codes they leave unchanged.
+
+    python examples/quantization_cost.py [--checkpoint=random:csm_1b] [--frames=25]
+
+A float32 model speaks greedily; the same frames then go through the model in each narrow
+precision, which sees what the float32 model saw (teacher forcing), so that one early difference
+does not count again and again. Prints a JSON line per precision. Random weights say something of
+rounding, not of how a trained model sounds.
+"""
+
+import argparse
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import csm_jax
+from csm_jax.cache import KVCache
+from csm_jax.config import CSMConfig
+from csm_jax.model import bind
+from csm_jax.prompt import text_rows
+
+PRECISIONS = {"bfloat16": ("bfloat16", "none"), "int8": ("auto", "int8")}
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def frame_logits(params, frames, mask, codes, *, config: CSMConfig):
+    """Logits float32 [num_frames, Q, V] of the frames [num_frames, Q] after a prompt."""
+    model = bind(config, params)
+    cache = KVCache.create(config.backbone, 1, len(frames), model.dtype, num_lengths=1)
+    hidden, _ = model.backbone(model.embed(frames[None], mask[None]), cache)
+    hidden = hidden[0, -len(codes) - 1 : -1]
+    first = model.backbone_logits(hidden)[:, None]
+    return jnp.concatenate([first, model.depth_logits(hidden, codes)], axis=1)
+
+
+def spoken_rows(config: CSMConfig, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    frames = np.pad(codes, ((0, 0), (0, 1)))
+    mask = np.ones(frames.shape, bool)
+    mask[:, -1] = False
+    return frames, mask
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--checkpoint", default="random:csm_1b")
+    parser.add_argument("--frames", type=int, default=25)
+    parser.add_argument("--text", default="The quick brown fox jumps over the lazy dog.")
+    arguments = parser.parse_args()
+
+    model = csm_jax.load(arguments.checkpoint, "float32")
+    config, tokenizer = model.config, model.tokenizer
+    codes = model.generate_codes(
+        arguments.text,
+        sampling=csm_jax.Sampling(greedy=True),
+        max_audio_length_ms=arguments.frames * config.frame_ms,
+    )
+    parts = text_rows(arguments.text, 0, config, tokenizer), spoken_rows(config, codes)
+    frames, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    expected = np.asarray(frame_logits(model.params, frames, mask, codes, config=config))
+    del model  # 6.6 GB at full size
+
+    for name, (dtype, quantize) in PRECISIONS.items():
+        narrow = csm_jax.load(arguments.checkpoint, dtype, quantize).params
+        logits = np.asarray(frame_logits(narrow, frames, mask, codes, config=config))
+        error = np.abs(logits - expected)
+        unchanged = logits.argmax(-1) == expected.argmax(-1)
+        figures = {
+            "checkpoint": arguments.checkpoint,
+            "precision": name,
+            "frames": len(codes),
+            "logit_error_rms": float(np.sqrt(np.mean(error**2)) / expected.std()),
+            "logit_error_max": float(error.max() / np.abs(expected).max()),
+            "unchanged_codes": float(unchanged.mean()),
+            "unchanged_codebook0": float(unchanged[:, 0].mean()),
+        }
+        print(
+            json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()})
+        )
+
+
+if __name__ == "__main__":
+    main()
