@@ -288,11 +288,19 @@ def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.nd
             for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):
                 path = directory.absolute() / "params" / part
                 item = unflatten(dict(group), shapes)
-                yield from (_map(path, flatten(item)) or _restore(checkpointer, path, item)).items()
+                arrays = _map(path, flatten(item)) or _restore(checkpointer, path, item)
+                _check_shapes(arrays, flatten(item))
+                yield from arrays.items()
     except Exception as error:
         raise CheckpointError(
             f"{directory} is damaged ({first_line(error)}): convert the checkpoint again"
         ) from error
+
+
+def _check_shapes(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -> None:
+    for path, array in arrays.items():
+        if array.shape != wanted[path].shape:
+            raise ValueError(f"{path} is {array.shape}, the config wants {wanted[path].shape}")
 
 
 def _restore(checkpointer: ocp.Checkpointer, part: Path, item: Params) -> dict[str, np.ndarray]:

@@ -33,6 +33,8 @@ def check_out(out: str, form: str | None) -> None:
         return
     if form is not None and form not in PIPE_FORMATS:
         raise InputError(f"--format is {form}, but --out=- takes wav or pcm")
+    if sys.stdout is None:
+        raise OutputError("--out=- needs standard output, which is closed")
     if sys.stdout.isatty():
         raise InputError(
             "--out=- would fill the terminal with samples: pipe it into a player, such as "

@@ -178,7 +178,8 @@ class Speech:
         return Step(np.concatenate([verdict.released, held]), None, True)
 
     def _is_over(self, has_ended: bool) -> bool:
-        self._was_cut = not has_ended and not self._left
+        if not has_ended and not self._left:
+            self._report_full()
         return has_ended or not self._left
 
     def _keep(self, frames: np.ndarray) -> None:
@@ -201,6 +202,7 @@ class Speech:
         allowed = self._limit - self._total
         room = self._make_room(len(rows[0]), min(allowed, needed // 2))
         self._max_frames = min(allowed, room)
+        self._is_held_by_window = room < allowed
         self._guard = None
         if request.guard == "on" and not request.sampling.greedy:
             self._guard = Guard(needed, self._config.num_codebooks, self._silent_codes())
@@ -242,11 +244,22 @@ class Speech:
         message = f"the speech {verdict.reason} at {second:.1f} s: {what_was_done}"
         self._notify(Notice(kind, message))
 
+    def _report_full(self) -> None:
+        """The part has as many frames as it may have, and has not ended."""
+        if self._is_held_by_window:
+            message = (
+                f"part {self._part + 1} of the text was cut where the {self._window} positions of "
+                "the model end: use shorter sentences, or less context"
+            )
+            self._notify(Notice("cut", message))
+        else:
+            self._was_cut = True  # told in the end, with what is missing
+
     def _report_end(self, num_unspoken: int) -> None:
         if not self._total:
             message = f"the model said nothing for {self._request.text!r}: try another seed"
             self._notify(Notice("nothing_said", message))
-        if self._was_cut or num_unspoken:
+        if self._was_cut:
             second = self._total * self._config.frame_ms / 1000
             unspoken = f"{num_unspoken} of {len(self._parts)} parts of the text are missing"
             lack = unspoken if num_unspoken else "it may lack its end"

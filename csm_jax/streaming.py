@@ -26,12 +26,12 @@ class Pace:
 
     def next_chunk(self) -> int:
         """Frames to generate now."""
-        if self._started is None:
-            return 1
+        if self._num_played < 2:
+            return 1  # there is no time to tell from yet
         elapsed = time.perf_counter() - self._started
         lead = self._num_played * self._frame_s - elapsed
         # The first frame was there when the clock started.
-        per_frame = elapsed / max(1, self._num_played - 1)
+        per_frame = elapsed / (self._num_played - 1)
         return LONG_CHUNK if lead > MARGIN * LONG_CHUNK * per_frame else 1
 
     def played(self, num_frames: int) -> None:

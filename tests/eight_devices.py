@@ -20,7 +20,7 @@ from csm_jax.sharding import make_mesh, param_sharding, state_sharding
 
 CONFIG = tiny()
 NUM_CODEBOOKS = CONFIG.num_codebooks
-MESHES = [(8, 1), (1, 2), (2, 2), (4, 2), (2, 4)]
+MESHES = [(8, 1), (1, 2), (2, 2), (4, 2)]
 
 pytestmark = pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 
@@ -88,18 +88,16 @@ def assert_in_place(batch: Batch, shape: tuple[int, int]) -> None:
     assert {shard.data.shape[:2] for shard in key.addressable_shards} == {held}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape"), [("float32", shape) for shape in MESHES] + [("bfloat16", (2, 2))], ids=str
-)
-def test_same_codes_and_nothing_compiled_twice(dtype, shape):
-    batch = new_batch(model(dtype, "none", shape), 8)
+@pytest.mark.parametrize("shape", MESHES, ids=str)
+def test_same_codes_and_nothing_compiled_twice(shape):
+    batch = new_batch(model("float32", "none", shape), 8)
     assert_in_place(batch, shape)
     compiled.clear()
     codes = life_of_a_batch(batch)
     assert sorted(set(compiled) - {"jit(set_row)"}) == ["jit(prefill)", "jit(run_frames)"]
     assert len(set(compiled)) == len(compiled)
     assert_in_place(batch, shape)
-    want = codes_of_one_device(dtype, "none")
+    want = codes_of_one_device("float32", "none")
     assert len(np.unique(want)) > 20
     np.testing.assert_array_equal(codes, want)
 
@@ -115,7 +113,7 @@ def test_same_codes_in_int8():
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_parameters_are_really_split(quantize):
-    sharded = model("float32", quantize, (2, 2))
+    sharded = model("float32", quantize, (4, 2))
     held = {path: leaf.addressable_shards for path, leaf in flatten(sharded.params).items()}
     layer = "backbone/layers/0"
     rows, mlp = 8 * (6 + 2 * 2) // 2, CONFIG.backbone.mlp_dim // 2
@@ -131,7 +129,7 @@ def test_parameters_are_really_split(quantize):
     if quantize == "int8":
         wanted |= {f"{layer}/attn/qkv/weight_scale": (rows,), f"{layer}/attn/o/weight_scale": (48,)}
     for path, shape in wanted.items():
-        assert [shard.data.shape for shard in held[path]] == [shape] * 4, path
+        assert [shard.data.shape for shard in held[path]] == [shape] * 8, path
 
 
 def bytes_by_device(model: csm_jax.Generator) -> dict[jax.Device, int]:
@@ -142,13 +140,13 @@ def bytes_by_device(model: csm_jax.Generator) -> dict[jax.Device, int]:
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_devices_hold_less_the_more_there_are(quantize):
-    one, two = (bytes_by_device(model("float32", quantize, shape)) for shape in [(1, 1), (2, 2)])
-    assert (len(one), len(two)) == (1, 4)
+    one, two = (bytes_by_device(model("float32", quantize, shape)) for shape in [(1, 1), (4, 2)])
+    assert (len(one), len(two)) == (1, 8)
     shapes = flatten(model("float32", quantize).params)
     split = sum(
         leaf.nbytes
         for path, leaf in shapes.items()
-        if "model" in param_sharding(f"csm/{path}", leaf.shape, CONFIG, make_mesh(2, 2)).spec
+        if "model" in param_sharding(f"csm/{path}", leaf.shape, CONFIG, make_mesh(4, 2)).spec
     )
     (whole,) = one.values()
     assert 0.2 * whole < split
@@ -171,7 +169,7 @@ def test_checkpoints_of_any_layout(request, source, quantize):
 def test_a_request_alone():
     """One row, which no data axis divides."""
     arguments = dict(max_audio_length_ms=1200, seed=3, guard="off")
-    one, many = (model("float32", "none", shape) for shape in (None, (4, 2)))
+    one, many = (model("float32", "none", shape) for shape in (None, (2, 4)))
     want = one.generate("Hello there.", **arguments)
     np.testing.assert_allclose(many.generate("Hello there.", **arguments), want, atol=1e-5)
 

@@ -1,6 +1,10 @@
 """Continuous batching: a request says the same whoever shares the batch, and ends on its own."""
 
 import functools
+import itertools
+import os
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -237,6 +241,57 @@ def test_listeners_need_no_thread(model, alone):
         np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
 
 
+# --- Borders ------------------------------------------------------------------------------------
+
+
+class Watched:
+    """What a batch is asked for: "join", and numbers of frames. It runs when the gate is open."""
+
+    def __init__(self, monkeypatch, seconds_per_frame=0.0):
+        self.events, self.gate = [], threading.Event()
+        join, run = Batch.join, Batch.run
+
+        def note_join(batch, index, utterance):
+            self.events.append("join")
+            join(batch, index, utterance)
+
+        def note_run(batch, num_frames, pause=False):
+            assert self.gate.wait(WAIT_S)
+            self.events.append(num_frames)
+            time.sleep(seconds_per_frame * num_frames)
+            return run(batch, num_frames, pause)
+
+        monkeypatch.setattr(Batch, "join", note_join)
+        monkeypatch.setattr(Batch, "run", note_run)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_whoever_listens_waits_for_one_prompt_at_most(model, monkeypatch, stream):
+    watched = Watched(monkeypatch)
+    with Engine(model, max_batch=3) as engine:
+        tickets = [engine.submit(ENDLESS, stream=stream) for _ in range(3)]
+        watched.gate.set()
+        deadline = time.monotonic() + WAIT_S
+        while watched.events.count("join") < 3:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        for ticket in tickets:
+            ticket.cancel()
+    if stream:
+        assert watched.events[:5] == ["join", 1, "join", 1, "join"]
+    else:
+        assert ("join", "join") in itertools.pairwise(watched.events)
+
+
+def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
+    watched = Watched(monkeypatch, seconds_per_frame=0.1)
+    watched.gate.set()
+    with Engine(model, max_batch=3) as engine:
+        ticket = engine.submit(REQUESTS["another seed"], stream=False)
+        np.testing.assert_array_equal(ticket.codes(), alone["another seed"][0])
+    assert max(watched.events[1:]) <= engine_module.BORDER_SECONDS / 0.1
+
+
 # --- How it ends --------------------------------------------------------------------------------
 
 
@@ -416,3 +471,18 @@ def test_leaving_the_block_finishes_unless_by_an_error(model, alone):
         stumble()
     with pytest.raises(CancelledError):
         tickets[0].codes()
+
+
+def test_a_process_may_end_with_an_engine_at_work(own_cache):
+    """Without `close`, and in the middle of a computation, which crashes Python."""
+    program = """
+import csm_jax
+engine = csm_jax.Engine(csm_jax.load("random:tiny"), max_batch=1)
+ticket = engine.submit("Hi.", max_audio_length_ms=70_000, guard="off")
+print(len(next(iter(ticket))))
+"""
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(own_cache / "xla")}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{FRAME}\n", "")

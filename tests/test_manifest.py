@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import soundfile
@@ -298,6 +299,9 @@ BAD_FLAGS = {
     "coordinator without port": (["--coordinator=localhost"], "but must be host:port, or auto"),
     "coordinator of a strange port": (["--coordinator=localhost:x"], "must be host:port, or auto"),
     "no batch": (["--batch=0"], "--batch=0"),
+    "address": (["--coordinator=localhost"], "--coordinator is localhost, but must be host:port"),
+    "no port": (["--coordinator=localhost:http"], "but must be host:port, or auto"),
+    "no host": (["--coordinator=:7000"], "but must be host:port, or auto"),
 }
 
 
@@ -348,6 +352,20 @@ def test_two_processes_share_the_lines(tmp_path):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
     numbers = [sorted(line.split(":")[0][-1] for line in err.splitlines()[1:]) for _, err in said]
     assert numbers == [["1", "3", "5"], ["2", "4"]]
+
+
+def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
+    """jax gives them five minutes, and then aborts them all."""
+    asked = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **named: asked.append(named))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "1.wav").touch()
+    flags = [*FLAGS, f"--manifest={write(tmp_path, HELLO)}", f"--out_dir={tmp_path / 'out'}"]
+    assert run([*flags, "--coordinator=localhost:7000", "--num_processes=3"]) == 0
+    assert run([*flags, "--coordinator=auto"]) == 0
+    assert all(named.pop("shutdown_timeout_seconds") > 24 * 3600 for named in asked)
+    address = {"coordinator_address": "localhost:7000", "num_processes": 3, "process_id": 0}
+    assert asked == [address, {}]
 
 
 def test_a_share_needs_no_coordinator(tmp_path):

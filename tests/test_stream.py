@@ -95,6 +95,27 @@ def test_a_pipe_takes_no_other_format(form, stream, capsys):
     assert f"--format is {form}, but --out=- takes wav or pcm" in line
 
 
+@pytest.mark.parametrize("stream", [["--stream"], []])
+def test_a_full_disk_is_an_error_in_a_line(stream):
+    with open("/dev/full", "wb") as full:
+        command = [*COMMAND, *SHORT, *stream, "--out=-"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("csm_jax.generate: error: standard output cannot be written: No space")
+
+
+@pytest.mark.parametrize("stdout", ["terminal", "closed"])
+def test_samples_need_somewhere_to_go(stdout, monkeypatch, capsys):
+    if stdout == "terminal":
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    else:
+        monkeypatch.setattr(sys, "stdout", None)
+    assert run([*SHORT, "--out=-"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "pipe it into a player" in line or "is closed" in line
+
+
 # --- Files --------------------------------------------------------------------------------------
 
 
