@@ -94,8 +94,11 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
 
 
 def _write_to_pipe(data: bytes) -> None:
+    left = memoryview(data)
     try:
-        sys.stdout.buffer.write(data)
+        while left:
+            # Under PYTHONUNBUFFERED it may take only a part.
+            left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.buffer.flush()
     except BrokenPipeError:
         raise  # no fault: whoever listened has heard enough

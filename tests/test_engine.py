@@ -283,6 +283,20 @@ def test_whoever_listens_waits_for_one_prompt_at_most(model, monkeypatch, stream
         assert ("join", "join") in itertools.pairwise(watched.events)
 
 
+def test_whoever_waits_for_a_prompt_waits_a_frame(model, monkeypatch):
+    """Also when the others would have time for more."""
+    monkeypatch.setattr(engine_module.Pace, "next_chunk", lambda self: 8)
+    monkeypatch.setattr(engine_module, "BORDER_SECONDS", 1e9)
+    watched = Watched(monkeypatch)
+    with Engine(model, max_batch=3) as engine:
+        tickets = [engine.submit(ENDLESS) for _ in range(3)]
+        watched.gate.set()
+        first_chunk(tickets[2])
+        for ticket in tickets:
+            ticket.cancel()
+    assert watched.events[:6] == ["join", 1, "join", 1, "join", 8]
+
+
 def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
     watched = Watched(monkeypatch, seconds_per_frame=0.1)
     watched.gate.set()
@@ -290,6 +304,34 @@ def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
         ticket = engine.submit(REQUESTS["another seed"], stream=False)
         np.testing.assert_array_equal(ticket.codes(), alone["another seed"][0])
     assert max(watched.events[1:]) <= engine_module.BORDER_SECONDS / 0.1
+
+
+# --- The codec of a batch -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_rows_decode_as_if_alone(model, together):
+    """Streams of different lengths, one after another in four rows, which take turns."""
+    rng = np.random.default_rng(together)
+    decoder = engine_module.RowDecoder(model.codec, 4, together)
+    streams = [rng.integers(0, 32, (n, CONFIG.num_codebooks), np.int32) for n in range(4, 20, 2)]
+    waiting, speaking, chunks = list(range(8)), {}, [[] for _ in streams]
+    said = [0] * 8
+    while waiting or speaking:
+        for row in set(range(4)) - speaking.keys():
+            if waiting:
+                speaking[row] = waiting.pop(0)
+                decoder.restart(row)
+        rows = [row for row in speaking if rng.random() < 0.6] or list(speaking)[:1]
+        blocks = {row: streams[i][said[i] : said[i] + 2] for row, i in speaking.items()}
+        for row, chunk in decoder.decode({row: blocks[row] for row in rows}).items():
+            i = speaking[row]
+            chunks[i].append(chunk)
+            said[i] += 2
+            if said[i] == len(streams[i]):
+                del speaking[row]
+    for codes, parts in zip(streams, chunks, strict=True):
+        np.testing.assert_allclose(np.concatenate(parts), model.codec.decode(codes), atol=1e-5)
 
 
 # --- How it ends --------------------------------------------------------------------------------
@@ -416,6 +458,27 @@ def test_an_error_of_the_machine_ends_those_who_speak(model, alone, monkeypatch)
         later = engine.submit(REQUESTS["another seed"])
         np.testing.assert_array_equal(later.codes(), alone["another seed"][0])
         np.testing.assert_allclose(later.result(), model.decode(later.codes()), atol=1e-5)
+
+
+def test_an_error_of_the_machine_forgets_the_prompts_it_had_to_read(model, alone, monkeypatch):
+    run, gate, is_broken = Batch.run, threading.Event(), threading.Event()
+
+    def break_with_one_unread(batch, *arguments, **named):
+        assert gate.wait(WAIT_S)
+        if sum(row is not None for row in batch._occupants) == 2 and not is_broken.is_set():
+            is_broken.set()
+            raise RuntimeError("out of memory")
+        return run(batch, *arguments, **named)
+
+    monkeypatch.setattr(Batch, "run", break_with_one_unread)
+    with Engine(model, max_batch=3) as engine:
+        tickets = [engine.submit(ENDLESS) for _ in range(3)]
+        gate.set()
+        for ticket in tickets:
+            with pytest.raises(CSMError, match="the engine failed"):
+                ticket.codes()
+        later = engine.submit(REQUESTS["short"])
+        np.testing.assert_array_equal(later.codes(), alone["short"][0])
 
 
 def test_nobody_waits_for_an_engine_that_is_dead(model, monkeypatch):

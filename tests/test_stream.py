@@ -1,6 +1,7 @@
 """Speech that is written while it is made: to a pipe, to a file, and at what pace."""
 
 import io
+import os
 import subprocess
 import sys
 import types
@@ -95,11 +96,14 @@ def test_a_pipe_takes_no_other_format(form, stream, capsys):
     assert f"--format is {form}, but --out=- takes wav or pcm" in line
 
 
-@pytest.mark.parametrize("stream", [["--stream"], []])
-def test_a_full_disk_is_an_error_in_a_line(stream):
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_is_an_error_in_a_line(unbuffered):
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    command = [*COMMAND, *SHORT, "--stream", "--out=-"]
     with open("/dev/full", "wb") as full:
-        command = [*COMMAND, *SHORT, *stream, "--out=-"]
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(
+            command, env=environment, stdout=full, stderr=subprocess.PIPE, text=True
+        )
     assert done.returncode == 2
     line = done.stderr.splitlines()[-1]
     assert line.startswith("csm_jax.generate: error: standard output cannot be written: No space")
