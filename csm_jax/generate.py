@@ -26,7 +26,7 @@ from csm_jax.errors import CSMError, InputError, OutputError
 from csm_jax.generator import RANDOM, Generator, load
 from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
-from csm_jax.progress import Report
+from csm_jax.progress import Report, lines_bar
 from csm_jax.prompt import Segment, check_text
 from csm_jax.sampling import Sampling
 from csm_jax.script import Turn, read_script
@@ -248,7 +248,8 @@ def _speak_manifest(values: flags.FlagValues) -> None:
     model = _load(values)
     check_lines(model, lines)
     share = lines[index::count]
-    failed = speak_manifest(model, share, out_dir, suffix, values.batch, cli.warn)
+    with lines_bar(len(share)) as (warn, progress):
+        failed = speak_manifest(model, share, out_dir, suffix, values.batch, warn, progress)
     for message in failed:
         cli.warn(message)
     if failed:

@@ -118,6 +118,7 @@ def speak_manifest(
     suffix: str,
     max_batch: int,
     warn: Callable[[str], None],
+    progress: Callable[[int], object] = lambda num_lines: None,
 ) -> list[str]:
     """Speaks the lines that have no file yet, several side by side.
 
@@ -126,12 +127,14 @@ def speak_manifest(
       max_batch: rows of the batch. It has as many for the last line too, so that a run in pieces
         says the same as a whole one.
       warn: told what a listener should know of a line.
+      progress: told of every line that is over, in their order, and at once of those that were.
 
     Returns:
       What went wrong, a message for every line that has failed.
     """
     left = [(line, out_dir / f"{line.name}{suffix}") for line in lines]
     left = [(line, file) for line, file in left if not file.exists()]
+    progress(len(lines) - len(left))
     if not left:
         return []
     failed = []
@@ -143,6 +146,7 @@ def speak_manifest(
                 warn(f"{line.where}: {notice.message}")
             if error is not None:
                 failed.append(f"{line.where}: {error}")
+            progress(1)
     return failed
 
 

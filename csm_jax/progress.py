@@ -1,8 +1,10 @@
 """What a command line tells while it works: a bar, and a summary."""
 
+import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from tqdm import tqdm
 
@@ -27,6 +29,13 @@ class Report:
             cli.warn(
                 f"{out}: {num_frames} frames, {audio:.1f} s of audio, {_speed(elapsed, audio)}"
             )
+
+
+@contextlib.contextmanager
+def lines_bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], object]]]:
+    """A bar over the lines of a manifest: gives what warns beside it, and what moves it on."""
+    with tqdm(total=total, unit="line", disable=None, leave=False) as bar:
+        yield functools.partial(bar.write, file=sys.stderr), bar.update
 
 
 class _Bar:
