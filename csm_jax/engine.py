@@ -8,11 +8,10 @@ not depend on the others: the batch always has the same shape, and every row its
 import atexit
 import logging
 import math
-import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ from csm_jax.generation import CHUNK_FRAMES, Batch, Utterance
 from csm_jax.mimi.codec import Codec
 from csm_jax.speech import Notice, Request, Speech, as_request
 from csm_jax.streaming import LONG_CHUNK, Pace
+from csm_jax.ticket import Ticket
 
 if TYPE_CHECKING:
     from csm_jax.generator import Generator
@@ -32,109 +32,6 @@ if TYPE_CHECKING:
 BORDER_SECONDS = 0.25
 
 logger = logging.getLogger("csm_jax")
-
-
-class Ticket:
-    """A request that an `Engine` works on. Its methods may be called from any thread.
-
-    Attributes:
-      request: as it was submitted.
-      notices: what the listener should know; all of it when the request is over.
-    """
-
-    def __init__(self, request: Request, model: "Generator", streams: bool):
-        self.request = request
-        self.notices: list[Notice] = []
-        self._model = model
-        self._streams = streams
-        self._lock = threading.RLock()
-        self._over = threading.Event()
-        self._is_cancelled = False
-        self._frames: list[np.ndarray] = []
-        self._chunks: list[np.ndarray] = []
-        self._listeners: list[Callable[[np.ndarray | None], None]] = []
-        self._error: CSMError | None = None
-
-    def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields the speech as it is made, float32 [n]; from its beginning, for every iterator.
-
-        A request that was submitted without `stream` comes as one chunk.
-
-        Raises:
-          CancelledError: after `cancel`, or because the engine was closed.
-          CSMError: the request failed.
-        """
-        if not self._streams:
-            yield self.result()
-            return
-        chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
-        self.add_listener(chunks.put)
-        while (chunk := chunks.get()) is not None:
-            yield chunk
-        self._raise_error()
-
-    def codes(self) -> np.ndarray:
-        """Waits for the end; int32 [num_frames, Q]. Raises as iterating does."""
-        self._over.wait()
-        self._raise_error()
-        empty = np.zeros((0, self._model.config.num_codebooks), np.int32)
-        return np.concatenate([empty, *self._frames])
-
-    def result(self) -> np.ndarray:
-        """Waits for the end; float32 [num_samples]. Raises as iterating does."""
-        codes = self.codes()
-        if not self._streams:
-            return self._model.decode(codes)
-        return np.concatenate([np.zeros(0, np.float32), *self._chunks])
-
-    def cancel(self) -> None:
-        """Ends the request at the next frame border; nothing happens if it is over."""
-        self._is_cancelled = True
-
-    def add_listener(self, listener: Callable[[np.ndarray | None], None]) -> None:
-        """Hands over chunks without a thread that waits for them, as a server wants it.
-
-            ticket.add_listener(lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk))
-
-        Args:
-          listener: called with every chunk, float32 [n], of which those so far come at once, and
-            with None when the request is over; then `codes` and `result` do not wait. It runs in
-            the engine's thread and must not take long. If it raises, it is not called again.
-        """
-        with self._lock:
-            self._listeners.append(listener)
-            for chunk in self._chunks:
-                self._call(listener, chunk)
-            if self._over.is_set():
-                self._call(listener, None)
-
-    # What follows is for the engine.
-
-    def _add_chunk(self, chunk: np.ndarray) -> None:
-        with self._lock:
-            self._chunks.append(chunk)
-            for listener in list(self._listeners):
-                self._call(listener, chunk)
-
-    def _finish(self, error: CSMError | None = None) -> None:
-        with self._lock:
-            self._error = error
-            self._over.set()
-            for listener in list(self._listeners):
-                self._call(listener, None)
-
-    def _call(self, listener: Callable[[np.ndarray | None], None], chunk: np.ndarray | None):
-        if listener not in self._listeners:
-            return
-        try:
-            listener(chunk)
-        except Exception:
-            self._listeners.remove(listener)
-            logger.exception("a listener has failed, and is not called again")
-
-    def _raise_error(self) -> None:
-        if self._error is not None:
-            raise self._error
 
 
 @dataclass
@@ -307,14 +204,14 @@ class Engine:
     def _drop_cancelled(self) -> None:
         cancelled = CancelledError("the request was cancelled")
         with self._changed:
-            dropped = [slot for slot in self._waiting if slot.ticket._is_cancelled]
+            dropped = [slot for slot in self._waiting if slot.ticket.is_cancelled]
             for slot in dropped:
                 self._waiting.remove(slot)
             self._changed.notify_all()
         for slot in dropped:
-            slot.ticket._finish(cancelled)
+            slot.ticket.finish(cancelled)
         for index, slot in enumerate(self._slots):
-            if slot and slot.ticket._is_cancelled:
+            if slot and slot.ticket.is_cancelled:
                 self._free(index, cancelled)
 
     def _admit(self) -> None:
@@ -355,7 +252,7 @@ class Engine:
             # This request's own, as long as the batch is not touched.
             self._free(index, _as_failure(error))
             return
-        slot.ticket._frames.append(released)
+        slot.ticket.add_frames(released)
         if slot.pace:
             slot.undecoded = np.concatenate([slot.undecoded, self.model.audible(released)])
         if rewind is not None:
@@ -375,7 +272,7 @@ class Engine:
                 if len(slot.undecoded) >= size:
                     blocks[index], slot.undecoded = slot.undecoded[:size], slot.undecoded[size:]
             for index, chunk in self._decoder.decode(blocks).items():
-                slots[index].ticket._add_chunk(chunk)
+                slots[index].ticket.add_chunk(chunk)
                 slots[index].pace.played(size)
 
     def _free(self, index: int, error: CSMError | None = None) -> None:
@@ -383,7 +280,7 @@ class Engine:
         if index in self._unread:
             self._unread.remove(index)
         self._batch.leave(index)
-        slot.ticket._finish(error)
+        slot.ticket.finish(error)
 
     def _fail(self, error: Exception) -> None:
         """After an error of the machine: who has a row is told, who waits gets a new batch."""
@@ -391,7 +288,7 @@ class Engine:
         for index, slot in enumerate(self._slots):
             if slot:
                 self._slots[index] = None
-                slot.ticket._finish(failure)
+                slot.ticket.finish(failure)
         self._unread.clear()
         # First the old memory is freed.
         self._batch = self._decoder = None
@@ -413,7 +310,7 @@ class Engine:
             self._waiting.clear()
             self._changed.notify_all()
         for slot in left:
-            slot.ticket._finish(CSMError("the engine has stopped: make another"))
+            slot.ticket.finish(CSMError("the engine has stopped: make another"))
 
 
 def _as_failure(error: Exception) -> CSMError:

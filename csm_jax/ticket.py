@@ -1,0 +1,124 @@
+"""What whoever submits a request to an `Engine` holds of it."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from csm_jax.errors import CSMError
+from csm_jax.speech import Notice, Request
+
+if TYPE_CHECKING:
+    from csm_jax.generator import Generator
+
+logger = logging.getLogger("csm_jax")
+
+
+class Ticket:
+    """A request that an `Engine` works on. Its methods may be called from any thread.
+
+    Attributes:
+      request: as it was submitted.
+      notices: what the listener should know; all of it when the request is over.
+      is_cancelled: whether somebody wants it to end.
+    """
+
+    def __init__(self, request: Request, model: "Generator", streams: bool):
+        self.request = request
+        self.notices: list[Notice] = []
+        self._model = model
+        self._streams = streams
+        self._lock = threading.RLock()
+        self._over = threading.Event()
+        self.is_cancelled = False
+        self._frames: list[np.ndarray] = []
+        self._chunks: list[np.ndarray] = []
+        self._listeners: list[Callable[[np.ndarray | None], None]] = []
+        self._error: CSMError | None = None
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        """Yields the speech as it is made, float32 [n]; from its beginning, for every iterator.
+
+        A request that was submitted without `stream` comes as one chunk.
+
+        Raises:
+          CancelledError: after `cancel`, or because the engine was closed.
+          CSMError: the request failed.
+        """
+        if not self._streams:
+            yield self.result()
+            return
+        chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self.add_listener(chunks.put)
+        while (chunk := chunks.get()) is not None:
+            yield chunk
+        self._raise_error()
+
+    def codes(self) -> np.ndarray:
+        """Waits for the end; int32 [num_frames, Q]. Raises as iterating does."""
+        self._over.wait()
+        self._raise_error()
+        empty = np.zeros((0, self._model.config.num_codebooks), np.int32)
+        return np.concatenate([empty, *self._frames])
+
+    def result(self) -> np.ndarray:
+        """Waits for the end; float32 [num_samples]. Raises as iterating does."""
+        codes = self.codes()
+        if not self._streams:
+            return self._model.decode(codes)
+        return np.concatenate([np.zeros(0, np.float32), *self._chunks])
+
+    def cancel(self) -> None:
+        """Ends the request at the next frame border; nothing happens if it is over."""
+        self.is_cancelled = True
+
+    def add_listener(self, listener: Callable[[np.ndarray | None], None]) -> None:
+        """Hands over chunks without a thread that waits for them, as a server wants it.
+
+            ticket.add_listener(lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk))
+
+        Args:
+          listener: called with every chunk, float32 [n], of which those so far come at once, and
+            with None when the request is over; then `codes` and `result` do not wait. It runs in
+            the engine's thread and must not take long. If it raises, it is not called again.
+        """
+        with self._lock:
+            self._listeners.append(listener)
+            for chunk in self._chunks:
+                self._call(listener, chunk)
+            if self._over.is_set():
+                self._call(listener, None)
+
+    # What follows is for the engine.
+
+    def add_frames(self, codes: np.ndarray) -> None:
+        self._frames.append(codes)
+
+    def add_chunk(self, chunk: np.ndarray) -> None:
+        with self._lock:
+            self._chunks.append(chunk)
+            for listener in list(self._listeners):
+                self._call(listener, chunk)
+
+    def finish(self, error: CSMError | None = None) -> None:
+        with self._lock:
+            self._error = error
+            self._over.set()
+            for listener in list(self._listeners):
+                self._call(listener, None)
+
+    def _call(self, listener: Callable[[np.ndarray | None], None], chunk: np.ndarray | None):
+        if listener not in self._listeners:
+            return
+        try:
+            listener(chunk)
+        except Exception:
+            self._listeners.remove(listener)
+            logger.exception("a listener has failed, and is not called again")
+
+    def _raise_error(self) -> None:
+        if self._error is not None:
+            raise self._error
