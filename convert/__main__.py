@@ -2,6 +2,7 @@
 
 python -m csm_jax.convert --source=DIR_OR_HUB_NAME --out=DIR              any layout to native
 python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back
+python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with LoRA adapters in it
 """
 
 import sys
@@ -11,11 +12,12 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
-from csm_jax import checkpoint, cli, hub
+from csm_jax import checkpoint, cli, hub, lora
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, InputError
+from csm_jax.generator import open_source
 from csm_jax.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
@@ -31,6 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
+    define("adapters", None, "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT")
     define("quantize", "none", "none or int8")
     define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
 
@@ -53,6 +56,9 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
+    if values.adapters is not None:
+        _merge(values, out, dtype)
+        return
     source = _source(values.source)
     if checkpoint.is_native(source):
         raise CheckpointError(f"{source} is native already; --to=hf converts it back")
@@ -60,6 +66,18 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
     config = None if values.config is None else _read_config(Path(values.config))
     tokenizer = None if values.tokenizer is None else Path(values.tokenizer)
     write_native(source, out, codec, config, tokenizer, dtype, int8=values.quantize == "int8")
+
+
+def _merge(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
+    """A native checkpoint with the adapters in its weights."""
+    for name in ("codec", "tokenizer", "config"):
+        if values[name].value is not None:
+            raise InputError(f"--{name} and --adapters do not go together: convert first")
+    source = open_source(values.source)
+    tensors = lora.merged(source.tensors, source.config, Path(values.adapters), source.is_int8)
+    small = checkpoint.small_files(source.directory) if source.directory else []
+    int8 = values.quantize == "int8"
+    checkpoint.save(out, source.config, tensors, source.tokenizer, small, dtype, int8)
 
 
 def _source(name: str) -> Path:

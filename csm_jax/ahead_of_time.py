@@ -23,7 +23,7 @@ from csm_jax.generation import GenerationState, init_state, prefill, run_frames
 from csm_jax.mimi import codec
 from csm_jax.precision import Precision
 from csm_jax.sampling import Sampling, SamplingParams
-from csm_jax.sharding import make_mesh, param_sharding, rows_sharding, state_sharding
+from csm_jax.sharding import param_sharding, rows_sharding, state_sharding
 
 # What libtpu would ask the cloud machine for that it takes this one to be; without a lock and
 # logs in /tmp, which chips need that are there.
@@ -37,12 +37,11 @@ _ENVIRONMENT = {
 }
 
 
-def tpu_mesh(topology: str = "v5e:1x1", data: int = 1, model: int = 1) -> Mesh:
-    """A mesh of chips to compile for; nothing is asked of the machine this runs on.
+def tpu_devices(topology: str = "v5e:1x1") -> list[jax.Device]:
+    """Chips to compile for; nothing is asked of the machine this runs on.
 
     Args:
       topology: generation and chips, such as "v5e:2x2" or "v6e:1x1"; one host has them all.
-      data, model: as of `sharding.make_mesh`.
     """
     from jax.experimental import topologies
 
@@ -52,7 +51,7 @@ def tpu_mesh(topology: str = "v5e:1x1", data: int = 1, model: int = 1) -> Mesh:
     description = topologies.get_topology_desc(
         platform="tpu", topology_name=topology, chips_per_host_bounds=[*chips, 1]
     )
-    return make_mesh(data, model, description.devices)
+    return description.devices
 
 
 @dataclass(frozen=True)

@@ -255,24 +255,17 @@ def on_default_device(path: str, tensor: np.ndarray | jax.Array) -> jax.Array:
     return jax.device_put(tensor)
 
 
-def load_params(
-    directory: Path, config: CSMConfig, precision: Precision, place: Place = on_default_device
-) -> Params:
-    """Reads all parameters onto the device, a part at a time.
-
-    Args:
-      place: puts one array where it belongs.
-    """
-    return place_params(read_params(directory, config), config, precision, place)
-
-
 def place_params(
     tensors: Iterable[tuple[str, np.ndarray]],
     config: CSMConfig,
     precision: Precision,
     place: Place = on_default_device,
 ) -> Params:
-    """Parameters of a model from (path, array) pairs, in the types of `precision`."""
+    """Parameters of a model from (path, array) pairs, in the types of `precision`.
+
+    Args:
+      place: puts one array where it belongs.
+    """
     flat: dict[str, jax.Array] = {}
     for path, tensor in tensors:
         for name, array in prepare(path, place(path, tensor), precision).items():

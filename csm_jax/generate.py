@@ -9,17 +9,15 @@ order; a whole conversation by --script=turns.json; many texts by --manifest.
 """
 
 import dataclasses
-import socket
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import jax
 import numpy as np
 from absl import flags
 
-from csm_jax import cli
+from csm_jax import cli, processes
 from csm_jax.audio import check_output, load_audio
 from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError, OutputError
@@ -33,8 +31,6 @@ from csm_jax.script import Turn, read_script
 from csm_jax.speech import Notice, Request
 
 PROGRAM = "csm_jax.generate"
-# A process that is done waits for the others, and jax would give them five minutes: a week.
-SHUTDOWN_SECONDS = 7 * 24 * 3600
 MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_id")
 
 
@@ -74,9 +70,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "manifest", None, "JSON lines to speak instead of --text, a file for each")
     define(text, "out_dir", None, "where the files of --manifest go; those there are kept")
     define(whole, "batch", 8, "lines of --manifest that are spoken at once", lower_bound=1)
-    define(text, "coordinator", None, "host:port of process 0, if there are several; or auto")
-    define(whole, "num_processes", 1, "that share --manifest", lower_bound=1)
-    define(whole, "process_id", 0, "which of them this is, from 0", lower_bound=0)
+    processes.define_flags(values, "that share --manifest")
+    define(text, "adapters", None, "directory of LoRA adapters, of csm_jax.finetune or PEFT")
 
 
 def main(values: flags.FlagValues) -> None:
@@ -173,7 +168,7 @@ def _load(values: flags.FlagValues) -> Generator:
     name = values.checkpoint
     if name in RANDOM:
         cli.warn(f"{name}: the weights are random, the sound is noise and not speech")
-    return load(name, values.dtype, values.quantize)
+    return load(name, values.dtype, values.quantize, adapters=values.adapters)
 
 
 def _warn(notice: Notice) -> None:
@@ -244,7 +239,7 @@ def _speak_manifest(values: flags.FlagValues) -> None:
     """Speaks the lines of a manifest, or this process's share of them."""
     out_dir, suffix = _check_manifest_flags(values)
     lines = read_manifest(Path(values.manifest), _read_request(values))
-    index, count = _process(values)
+    index, count = processes.join(values)
     model = _load(values)
     check_lines(model, lines)
     share = lines[index::count]
@@ -274,41 +269,6 @@ def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
         raise OutputError(f"{out_dir} cannot be made: {error.strerror}") from error
     check_output(out_dir / f"line{suffix}")
     return out_dir, suffix
-
-
-def _process(values: flags.FlagValues) -> tuple[int, int]:
-    """Which process this is, and of how many."""
-    if values.process_id >= values.num_processes:
-        raise InputError(
-            f"--process_id is {values.process_id}, but must be under --num_processes, "
-            f"{values.num_processes}"
-        )
-    if values.coordinator is None:
-        return values.process_id, values.num_processes
-    arguments = {}
-    if values.coordinator != "auto":
-        _check_address(values.coordinator)
-        arguments = dict(
-            coordinator_address=values.coordinator,
-            num_processes=values.num_processes,
-            process_id=values.process_id,
-        )
-    try:
-        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"--coordinator {values.coordinator} cannot be joined: {error}") from error
-    return jax.process_index(), jax.process_count()
-
-
-def _check_address(address: str) -> None:
-    """Here, because jax aborts the process for what is wrong with it."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
-        raise InputError(f"--coordinator is {address}, but must be host:port, or auto")
-    try:
-        socket.getaddrinfo(host.strip("[]"), int(port))
-    except (OSError, OverflowError) as error:
-        raise InputError(f"--coordinator {address} cannot be found: {error}") from error
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -5,23 +5,23 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
-from csm_jax import checkpoint, hub
+from csm_jax import checkpoint, hub, lora
 from csm_jax import config as presets
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
-from csm_jax.convert.layouts import Checkpoint, open_checkpoint
+from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.engine import speak_all
 from csm_jax.errors import CheckpointError
 from csm_jax.generation import CHUNK_FRAMES, Batch, bucket
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import precision_of
 from csm_jax.precision import Precision, resolve
-from csm_jax.random_weights import random_params
+from csm_jax.random_weights import random_tensors
 from csm_jax.sharding import place_on
 from csm_jax.speech import Notice, Request, Speech, as_request
 from csm_jax.streaming import Pace, blocks
@@ -217,6 +217,7 @@ def load(
     dtype: str = "auto",
     quantize: str | None = None,
     mesh: Mesh | None = None,
+    adapters: str | Path | None = None,
 ) -> Generator:
     """Loads a model.
 
@@ -228,36 +229,62 @@ def load(
         it, float16 on older GPUs, float32 on a CPU. The codec is float32 always.
       quantize: "int8" or "none"; None is as the checkpoint is stored.
       mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
+      adapters: a directory of LoRA adapters (`lora.py`), which become part of the weights.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
     """
     precision = resolve(dtype, quantize or "none")
+    source = open_source(name)
+    if source.is_int8:
+        precision = _as_int8(str(name), dtype, quantize)
+    tensors = source.tensors
+    if adapters is not None:
+        tensors = lora.merged(tensors, source.config, Path(adapters), source.is_int8)
+    params = checkpoint.place_params(tensors, source.config, precision, _place(source.config, mesh))
+    return Generator(source.config, params, source.tokenizer, mesh)
+
+
+class Source(NamedTuple):
+    """A checkpoint that is ready to be read.
+
+    Attributes:
+      tensors: (path, array) of every parameter, once.
+      is_int8: whether matrices are stored as int8.
+      directory: where it lies; None for random weights.
+    """
+
+    config: CSMConfig
+    tokenizer: Tokenizer
+    tensors: Iterator[tuple[str, np.ndarray]]
+    is_int8: bool
+    directory: Path | None
+
+
+def open_source(name: str | Path) -> Source:
+    """Finds a checkpoint by what `load` takes as its name. Raises `CheckpointError` as it does."""
     if name in RANDOM:
         config = RANDOM[name]()
-        params = random_params(config, precision, place=_place(config, mesh))
-        return Generator(config, params, byte_tokenizer(config), mesh)
+        return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
     directory = _directory(str(name))
     if checkpoint.is_native(directory):
         config = checkpoint.load_config(directory)
-        if checkpoint.is_int8(directory):
-            precision = _as_int8(directory, dtype, quantize)
-        params = checkpoint.load_params(directory, config, precision, _place(config, mesh))
+        tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
     else:
         opened = open_checkpoint(directory)
-        config = opened.config
-        params = params_of(opened, precision, _place(config, mesh))
-    return Generator(config, params, load_tokenizer(directory, config), mesh)
+        config, is_int8 = opened.config, False
+        tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(config)))
+    return Source(config, load_tokenizer(directory, config), tensors, is_int8, directory)
 
 
 def _place(config: CSMConfig, mesh: Mesh | None) -> Place:
     return place_on(mesh, config) if mesh else on_default_device
 
 
-def _as_int8(directory: Path, dtype: str, quantize: str | None) -> Precision:
+def _as_int8(name: str, dtype: str, quantize: str | None) -> Precision:
     if quantize == "none":
         raise CheckpointError(
-            f"{directory} is stored as int8: for full precision convert the original again"
+            f"{name} is stored as int8: for full precision convert the original again"
         )
     return resolve(dtype, "int8")
 
@@ -272,9 +299,3 @@ def _directory(name: str) -> Path:
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
         f"of {', '.join(RANDOM)}"
     )
-
-
-def params_of(opened: Checkpoint, precision: Precision, place: Place = on_default_device) -> Params:
-    """Reads a published layout straight onto the device, without a native copy."""
-    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
-    return checkpoint.place_params(tensors, opened.config, precision, place)

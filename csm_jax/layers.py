@@ -34,7 +34,24 @@ class Int8Weight(NamedTuple):
     scale: Array
 
 
-def linear(x: Array, weight: Array | Int8Weight) -> Array:
+class LowRank(NamedTuple):
+    """An update `up @ down` of a matrix [out, in] (LoRA, Hu et al., 2021), scale included."""
+
+    down: Array  # [R, in]
+    up: Array  # [out, R]
+
+
+class Adapted(NamedTuple):
+    """A matrix and its update, kept apart so that the matrix needs no gradient of its own."""
+
+    base: "Array | Int8Weight"
+    update: LowRank
+
+
+Weight = Array | Int8Weight | Adapted
+
+
+def linear(x: Array, weight: Weight) -> Array:
     """`x @ weight.T`, accumulated in float32: the only matrix product with weights there is.
 
     Args:
@@ -47,8 +64,11 @@ def linear(x: Array, weight: Array | Int8Weight) -> Array:
     return linear_float32(x, weight).astype(x.dtype)
 
 
-def linear_float32(x: Array, weight: Array | Int8Weight) -> Array:
+def linear_float32(x: Array, weight: Weight) -> Array:
     """Like `linear`, with the float32 accumulator returned unrounded, as sampling wants logits."""
+    if isinstance(weight, Adapted):
+        down, up = weight.update
+        return linear_float32(x, weight.base) + linear_float32(linear(x, down), up)
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
     if isinstance(weight, Int8Weight):
         values, scale = quantize_int8(rows)
@@ -124,7 +144,10 @@ class Linear(nnx.Module):
     Attributes:
       weight: [*stack, out, in].
       weight_scale: float32 [*stack, out], if the weight is int8.
+      update: a low-rank update that is being trained; it is no parameter of the model.
     """
+
+    update: LowRank | None = None
 
     def __init__(
         self,
@@ -147,10 +170,11 @@ class Linear(nnx.Module):
             self.weight_scale = None
 
     @property
-    def matrix(self) -> Array | Int8Weight:
-        if self.weight_scale is None:
-            return self.weight[...]
-        return Int8Weight(self.weight[...], self.weight_scale[...])
+    def matrix(self) -> Weight:
+        base = self.weight[...]
+        if self.weight_scale is not None:
+            base = Int8Weight(base, self.weight_scale[...])
+        return base if self.update is None else Adapted(base, self.update)
 
     def __call__(self, x: Array) -> Array:
         return linear(x, self.matrix)

@@ -1,5 +1,7 @@
 """The Llama stack (Llama 3.2): backbone and depth decoder are two sizes of it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -86,7 +88,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
 
     def __call__(
-        self, x: Array, cache: KVCache, attended: int | None = None
+        self, x: Array, cache: KVCache, attended: int | None = None, remat: bool = False
     ) -> tuple[Array, KVCache]:
         """Appends T positions to every row.
 
@@ -97,6 +99,8 @@ class Llama(nnx.Module):
             anything there.
           attended: no row has more positions than these after the call, and attention reads no
             more of the cache; None is all of it.
+          remat: for a gradient, compute each block again instead of keeping what is inside it.
+          remat: for a gradient, compute every block again instead of keeping what is inside it.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
@@ -107,6 +111,8 @@ class Llama(nnx.Module):
         positions = cache.lengths[:, None] + offsets[None, :]
         layers = []
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x, layer_cache = block(x, layer_cache, positions, attended)
+            call = functools.partial(block, attended=attended)
+            call = jax.checkpoint(call) if remat else call
+            x, layer_cache = call(x, layer_cache, positions)
             layers.append(layer_cache)
         return self.norm(x), KVCache(tuple(layers), cache.lengths + length)

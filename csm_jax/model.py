@@ -137,12 +137,24 @@ class CSM(nnx.Module):
         _, rest = jax.lax.scan(body, (second, cache), codebooks[1:])
         return jnp.concatenate([first[None], second[None], rest]).T
 
-    def depth_logits(self, hidden: Array, codes: Array) -> Array:
+    def hidden(self, frames: Array, mask: Array, remat: bool = False) -> Array:
+        """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.
+
+        Args:
+          frames, mask: as for `embed`; padded on the right.
+          remat: as for `Llama.__call__`.
+        """
+        batch, length, _ = frames.shape
+        cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)
+        return self.backbone(self.embed(frames, mask), cache, remat=remat)[0]
+
+    def depth_logits(self, hidden: Array, codes: Array, remat: bool = False) -> Array:
         """Teacher-forced depth decoder.
 
         Args:
           hidden: [B, D] backbone states that predict the frames.
           codes: int32 [B, Q], the frames.
+          remat: as for `Llama.__call__`.
 
         Returns:
           float32 [B, Q - 1, V], logits of codebooks 1..Q-1 given those before.
@@ -153,7 +165,7 @@ class CSM(nnx.Module):
         cache = KVCache.create(
             self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype, num_lengths=1
         )
-        states, _ = self.depth_decoder(self.projection(inputs), cache)
+        states, _ = self.depth_decoder(self.projection(inputs), cache, remat=remat)
         by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
         heads = jax.tree.map(
             lambda table: lookup(table, jnp.arange(len(table))), self.depth_heads.matrix

@@ -2,21 +2,29 @@
 
     python examples/compile_full_size.py [--dtype=bfloat16] [--quantize=int8] [--batch=32]
     python examples/compile_full_size.py --tpu [--topology=v5e:2x2 --data=2 --model=2] ...
+    python examples/compile_full_size.py --tpu --programs train_step [--lora_rank=16] [--fsdp=4] ...
 
 Needs no weights, only their shapes. Prints a JSON line per program: prefill of a prompt, the frame
-loop with a cache of 2048 positions, and the codec's decoding of a frame. With --tpu it compiles
-for chips that need not be there, with the compiler that `pip install "jax[tpu]"` brings.
+loop with a cache of 2048 positions, and the codec's decoding of a frame; or a step of training.
+With --tpu it compiles for chips that need not be there, with the compiler that
+`pip install "jax[tpu]"` brings.
 """
 
 import argparse
 import json
 
+import jax
 import jax.numpy as jnp
 
 import csm_jax
-from csm_jax.ahead_of_time import Target, measure, tpu_mesh
+from csm_jax.ahead_of_time import Target, measure, tpu_devices
+from csm_jax.lora import LoRAConfig
 from csm_jax.precision import DTYPES, QUANTIZE, Precision, resolve
 from csm_jax.sharding import make_mesh
+from csm_jax.train import placement
+from csm_jax.train.ahead_of_time import lower_step
+from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.step import Recipe
 
 PROGRAMS = ("prefill", "frame_loop", "codec_step")
 
@@ -32,31 +40,46 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="positions of the prompt")
     parser.add_argument("--max_seq_len", type=int, default=2048, help="positions of the cache")
-    parser.add_argument("--programs", nargs="+", default=PROGRAMS, choices=PROGRAMS)
+    parser.add_argument(
+        "--programs", nargs="+", default=PROGRAMS, choices=[*PROGRAMS, "train_step"]
+    )
+    parser.add_argument("--length", type=int, default=1024, help="positions to train on")
+    parser.add_argument("--lora_rank", type=int, default=0, help="of adapters; 0 trains all")
+    parser.add_argument("--fsdp", type=int, default=1, help="chips that share what is trained")
     return parser.parse_args()
 
 
 def main() -> None:
     flags = parse()
-    mesh = (
-        tpu_mesh(flags.topology, flags.data, flags.model)
-        if flags.tpu
-        else make_mesh(flags.data, flags.model)
-    )
+    devices = tpu_devices(flags.topology) if flags.tpu else jax.devices()
     dtype = jnp.dtype(flags.dtype)
     precision = (
         Precision(dtype, dtype, flags.quantize == "int8")
         if flags.tpu
         else resolve(flags.dtype, flags.quantize)
     )
-    target = Target(csm_jax.csm_1b(), precision, mesh)
-    lower = {
+    programs = inference(flags, precision, devices) | {
+        "train_step": lambda: lower_step(
+            recipe(flags, precision, devices), flags.batch, flags.length
+        )
+    }
+    for program in flags.programs:
+        print(json.dumps({"program": program} | measure(programs[program])), flush=True)
+
+
+def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> dict:
+    target = Target(csm_jax.csm_1b(), precision, make_mesh(flags.data, flags.model, devices))
+    return {
         "prefill": lambda: target.prefill(flags.batch, flags.max_seq_len, flags.prompt),
         "frame_loop": lambda: target.frame_loop(flags.batch, flags.max_seq_len),
         "codec_step": lambda: target.codec_step(flags.batch, num_frames=1),
     }
-    for program in flags.programs:
-        print(json.dumps({"program": program} | measure(lower[program])), flush=True)
+
+
+def recipe(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> Recipe:
+    lora = LoRAConfig(rank=flags.lora_rank) if flags.lora_rank else None
+    mesh = placement.make_mesh(flags.fsdp, devices)
+    return Recipe(csm_jax.csm_1b(), OptimiserConfig(), precision, lora=lora, mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from huggingface_hub import constants
 _CHIPS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
 if importlib.util.find_spec("libtpu") and not _CHIPS:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -16,8 +16,10 @@ from safetensors.numpy import save_file
 from csm_jax import checkpoint
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
+from csm_jax.convert.layouts import Checkpoint
 from csm_jax.convert.rules import Table, invert
 from csm_jax.generation import CHUNK_FRAMES, Batch, Prompt, Utterance, bucket
+from csm_jax.precision import Precision
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling
 from csm_jax.tokenizer import byte_tokenizer
@@ -124,6 +126,17 @@ def write_codec(directory: Path, kind: str) -> Path:
 def write_native(directory: Path) -> Path:
     checkpoint.save(directory, CONFIG, params().items(), TOKENIZER)
     return directory
+
+
+def load_params(directory: Path, config: CSMConfig, precision: Precision) -> checkpoint.Params:
+    """All parameters of a native checkpoint."""
+    return checkpoint.place_params(checkpoint.read_params(directory, config), config, precision)
+
+
+def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
+    """All parameters of a published layout."""
+    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
+    return checkpoint.place_params(tensors, opened.config, precision)
 
 
 def assert_same_params(got: dict, want: dict) -> None:

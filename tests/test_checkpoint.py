@@ -33,7 +33,7 @@ def tensors_of(directory: Path, codec: Path | None = None) -> dict[str, np.ndarr
 
 
 def loaded(directory: Path, precision: Precision = FLOAT32) -> dict[str, jax.Array]:
-    return checkpoint.flatten(checkpoint.load_params(directory, CONFIG, precision))
+    return checkpoint.flatten(fixtures.load_params(directory, CONFIG, precision))
 
 
 def one_error(capsys) -> str:

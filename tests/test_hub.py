@@ -156,7 +156,7 @@ def test_downloads_and_converts_once(hub, run, tmp_path):
     wanted = ["config.json", "generation_config.json", "tokenizer.json"]
     wanted += [f"transformers-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert hub.downloaded() == [f"sesame/gated-csm/{name}" for name in wanted]
-    loaded = checkpoint.load_params(native, CONFIG, FLOAT32)
+    loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(checkpoint.flatten(loaded), params())
     assert (native / "generation_config.json").is_file()
 
@@ -182,7 +182,7 @@ def test_sesames_layout_takes_kyutais_codec(hub, run, tmp_path):
     own = [f"someone/tuned/{name}" for name in ("config.json", "model.safetensors")]
     codec = [f"kyutai/mimi/{name}" for name in ("config.json", "model.safetensors")]
     assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
-    loaded = checkpoint.load_params(native, CONFIG, FLOAT32)
+    loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(checkpoint.flatten(loaded), params())
 
 

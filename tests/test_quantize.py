@@ -184,16 +184,16 @@ def flat_params(model: Generator) -> dict:
 
 def test_matrices_and_nothing_else(native, directory):
     """As it is loaded, and as it is stored: each channel of each depth head for itself, too."""
-    assert_holds(checkpoint.flatten(checkpoint.load_params(native, CONFIG, INT8)))
+    assert_holds(checkpoint.flatten(fixtures.load_params(native, CONFIG, INT8)))
     assert checkpoint.is_int8(directory)
     assert not checkpoint.is_int8(native)
-    assert_holds(checkpoint.flatten(checkpoint.load_params(directory, CONFIG, INT8)))
+    assert_holds(checkpoint.flatten(fixtures.load_params(directory, CONFIG, INT8)))
     assert_holds(dict(checkpoint.read_params(directory, CONFIG)))
 
 
 def test_the_shapes_are_told_beforehand(directory):
     told = checkpoint.flatten(checkpoint.param_shapes(CONFIG, INT8))
-    got = checkpoint.flatten(checkpoint.load_params(directory, CONFIG, INT8))
+    got = checkpoint.flatten(fixtures.load_params(directory, CONFIG, INT8))
     assert {path: (x.shape, x.dtype) for path, x in got.items()} == {
         path: (x.shape, x.dtype) for path, x in told.items()
     }

@@ -5,6 +5,7 @@ kyutai-labs/moshi `models/compression.py`.
 """
 
 import functools
+import hashlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -174,6 +175,15 @@ class Codec:
     def num_codebooks(self) -> int:
         """Codes a frame, at most."""
         return self.config.num_codebooks
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal digest of the weights: the same codec makes the same codes."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for path, leaf in jax.tree.leaves_with_path(self._params):
+            digest.update(repr(path).encode())
+            digest.update(np.asarray(leaf).data)
+        return digest.hexdigest()
 
     def encode(
         self, audio: np.ndarray | Sequence[np.ndarray], num_codebooks: int | None = None

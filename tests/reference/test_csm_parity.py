@@ -10,14 +10,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("torchtune")
 
 import torch
-from fixtures import generate
+from fixtures import generate, params_of
 
 import csm_jax
 import oracles
 from csm_jax import checkpoint
 from csm_jax.cache import KVCache
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.generator import params_of
 from csm_jax.model import bind
 from csm_jax.precision import FLOAT32, Precision
 from csm_jax.sampling import Sampling

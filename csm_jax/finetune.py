@@ -1,0 +1,271 @@
+"""Trains a model on conversations.
+
+    python -m csm_jax.finetune --checkpoint=sesame/csm-1b --data=train.jsonl --out=run
+    python -m csm_jax.finetune ... --lora_rank=16
+    python -m csm_jax.finetune --checkpoint=run/model --data=test.jsonl --eval_only
+
+A line of the data is a conversation: [{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]. The
+same command again goes on where the last one was stopped, by whatever.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax
+from absl import flags
+from tqdm import tqdm
+
+from csm_jax import cli, processes
+from csm_jax.errors import InputError
+from csm_jax.hub import cache_directory
+from csm_jax.lora import DEFAULT_TARGETS, LoRAConfig
+from csm_jax.precision import resolve
+from csm_jax.speech import Request
+from csm_jax.train import placement
+from csm_jax.train.base import Base, load_base, new_adapters
+from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, split_holdout
+from csm_jax.train.codes import CodeCache
+from csm_jax.train.data import ON_BAD, read_conversations, report
+from csm_jax.train.examples import TURNS, Example, Selection, make_examples
+from csm_jax.train.log import plot_losses
+from csm_jax.train.loop import Run, Schedule, evaluate
+from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.result import Sampler, claim_directory, write_result
+from csm_jax.train.step import Recipe, init_state
+
+PROGRAM = "csm_jax.finetune"
+# Flags that a run may be gone on with in another way: they change nothing that is learnt.
+FREE_FLAGS = {"out", "eval_only", "log_every", "save_every", "keep", "eval_every", "sample_every"}
+FREE_FLAGS |= {"patience", "codes_cache", "fsdp", "coordinator", "num_processes", "process_id"}
+ADAPTER_RATE, WHOLE_RATE = 2e-4, 3e-5
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
+        kind(name, default, help, flag_values=values, **kwargs)
+
+    text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
+    define(text, "checkpoint", "sesame/csm-1b", "what to start from, as for csm_jax.generate")
+    define(text, "adapters", None, "LoRA adapters to add to its weights first")
+    define(flag, "from_scratch", False, "forget its weights: sizes, tokenizer and codec stay")
+    define(text, "data", None, "JSON lines of conversations; audio is relative to the file")
+    define(text, "out", None, "directory of the run: checkpoints, figures, the result")
+    define(text, "eval_data", None, "conversations to evaluate on, instead of --holdout")
+    define(real, "holdout", 0.05, "share of the conversations to evaluate on")
+    define(flag, "eval_only", False, "print the losses on --data as JSON, and train nothing")
+    define(text, "on_bad_data", "fail", "fail or skip, for what cannot be learnt from")
+    define(listed, "speakers", [], "learn these speakers only; default: all")
+    define(text, "turns", "all", "learn all turns of a conversation, or the last")
+    define(whole, "max_len", 2048, "positions of a conversation, at most", lower_bound=32)
+    define(text, "codes_cache", None, "where codes of recordings are kept; default: the cache")
+    define(whole, "lora_rank", 0, "of adapters; 0 trains all weights", lower_bound=0)
+    define(real, "lora_alpha", None, "adapters count alpha / rank; default: twice the rank")
+    define(listed, "lora_targets", list(DEFAULT_TARGETS), "projections that get one")
+    define(whole, "steps", 1000, "batches to learn from", lower_bound=1)
+    define(whole, "batch_size", 8, "conversations in a batch", lower_bound=1)
+    define(whole, "accumulate", 1, "parts that a batch is computed in", lower_bound=1)
+    rate = f"the highest; default: {ADAPTER_RATE} for adapters, else {WHOLE_RATE}"
+    define(real, "learning_rate", None, rate)
+    define(whole, "warmup", None, "steps until it is reached; default: a 20th, at most 100")
+    define(real, "weight_decay", 0.01, "of matrices", lower_bound=0.0)
+    define(real, "clip", 1.0, "largest norm of a gradient")
+    define(real, "depth_share", 1 / 16, "of the frames, those the depth decoder learns from")
+    define(real, "depth_weight", 1.0, "of the depth decoder's loss", lower_bound=0.0)
+    define(real, "ema", 0.0, "what a step keeps of a moving average of the weights; 0: none")
+    define(text, "dtype", "auto", "to compute in: auto, float32 or bfloat16")
+    define(flag, "remat", True, "compute again in the backward pass what memory need not hold")
+    define(whole, "seed", 0, "the same seed learns the same", lower_bound=0)
+    define(whole, "log_every", 10, "steps between lines of metrics.jsonl", lower_bound=1)
+    define(whole, "save_every", 200, "steps between checkpoints", lower_bound=1)
+    define(whole, "keep", 3, "checkpoints that are kept", lower_bound=1)
+    define(whole, "eval_every", 200, "steps between evaluations; 0 is never", lower_bound=0)
+    define(whole, "sample_every", 0, "steps between audio samples; 0 is never", lower_bound=0)
+    define(whole, "patience", 10, "steps in a row without a finite gradient", lower_bound=1)
+    define(whole, "fsdp", 1, "devices that share the parameters between them", lower_bound=1)
+    processes.define_flags(values, "that train together")
+
+
+def main(values: flags.FlagValues) -> None:
+    _check(values)
+    processes.join(values)
+    if values.eval_only:
+        _print_losses(values)
+    else:
+        _train(values)
+
+
+def _check(values: flags.FlagValues) -> None:
+    """What can be said before anything is loaded."""
+    if values.data is None:
+        raise InputError("--data is missing: name a file of conversations, a JSON list a line")
+    if values.out is None and not values.eval_only:
+        raise InputError("--out is missing: name the directory of the run")
+    for name, choices in {"on_bad_data": ON_BAD, "turns": TURNS}.items():
+        if (given := values[name].value) not in choices:
+            raise InputError(f"--{name} is {given}, but must be {' or '.join(choices)}")
+    if values.dtype not in ("auto", "float32", "bfloat16"):
+        # Gradients fall out of its range, and nothing here scales them.
+        raise InputError(f"--dtype is {values.dtype}, but must be auto, float32 or bfloat16")
+    if not 0 < values.depth_share <= 1:
+        raise InputError(f"--depth_share is {values.depth_share}, but must be over 0, up to 1")
+    for name in ("holdout", "ema"):
+        if not 0 <= (given := values[name].value) < 1:
+            raise InputError(f"--{name} is {given}, but must be 0 or more, and under 1")
+    for speaker in values.speakers:
+        if not speaker.removeprefix("-").isdecimal():
+            raise InputError(f"--speakers has {speaker}, but must be numbers with commas between")
+
+
+def _print_losses(values: flags.FlagValues) -> None:
+    recipe, base = _prepare(values, trains_all=True)
+    examples = _read_examples(values, base, Path(values.data))
+    losses = evaluate(base.params, None, _evaluated(examples, recipe), recipe)
+    if jax.process_index() == 0:
+        print(json.dumps(losses))
+
+
+def _train(values: flags.FlagValues) -> None:
+    recipe, base = _prepare(values, trains_all=not values.lora_rank)
+    placement.check_rows(values.batch_size, recipe.accumulate, recipe.mesh)
+    learnt, held_out = _read_data(values, base)
+    out = Path(values.out)
+    claim_directory(out, _settings(values))
+    params, frozen = base.params, None
+    if recipe.lora:
+        params, frozen = new_adapters(base, recipe.lora, values.seed, recipe.mesh), base.params
+    run = Run(
+        out=out,
+        recipe=recipe,
+        schedule=_schedule(values),
+        state=init_state(params, recipe),
+        frozen=frozen,
+        batches=shuffled_batches(learnt, values.batch_size, values.seed),
+        held_out=_evaluated(held_out, recipe),
+        seed=values.seed,
+        sample=Sampler(out, base, recipe.lora, recipe.precision, _request(learnt, held_out)),
+    )
+    del params  # the run uses them up
+    is_over = run.train()
+    if not is_over:
+        cli.warn(f"stopped after step {int(run.state.step)}: the same command goes on from there")
+        return
+    trained = placement.gather(run.averaged)
+    if jax.process_index() == 0:
+        plot_losses(out)
+        result = write_result(out, base, trained, recipe.lora, recipe.precision)
+        cli.warn(f"{result} is the result of {recipe.optimiser.steps} steps")
+
+
+def _read_data(values: flags.FlagValues, base: Base) -> tuple[list[Example], list[Example]]:
+    """What to learn from, and what to evaluate on."""
+    examples = _read_examples(values, base, Path(values.data))
+    if values.eval_data is not None:
+        return examples, _read_examples(values, base, Path(values.eval_data))
+    return split_holdout(examples, values.holdout, values.seed)
+
+
+def _read_examples(values: flags.FlagValues, base: Base, path: Path) -> list[Example]:
+    """The conversations of a file; all that is wrong with it is said before."""
+    conversations, problems = read_conversations(path)
+    directory = Path(values.codes_cache or cache_directory() / "codes")
+    cache = CodeCache(directory, base.codec, base.config.num_codebooks)
+    recordings = {turn.audio: None for each in conversations for turn in each.turns}
+    with tqdm(total=len(recordings), unit="recording", disable=None, leave=False) as bar:
+        codes = cache.codes(list(recordings), bar.update)
+    made, more = make_examples(
+        conversations, codes, base.config, base.tokenizer, _selection(values, base)
+    )
+    report(path, [*problems, *more], len(made), values.on_bad_data)
+    return made
+
+
+def _selection(values: flags.FlagValues, base: Base) -> Selection:
+    speakers = [int(speaker) for speaker in values.speakers] or None
+    max_len = min(values.max_len, base.config.backbone.max_seq_len)
+    return Selection(speakers, values.turns, max_len)
+
+
+def _evaluated(examples: Sequence[Example], recipe: Recipe) -> list[Batch]:
+    # With every frame in the depth decoder, a row a device is all that memory should hold.
+    return ordered_batches(examples, recipe.mesh.size if recipe.mesh else 1)
+
+
+def _request(learnt: Sequence[Example], held_out: Sequence[Example]) -> Request:
+    """What samples say: the last turn of a conversation that was held out, after the others."""
+    *context, turn = (held_out or learnt)[0].segments
+    return Request(turn.text, turn.speaker, tuple(context))
+
+
+def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[Recipe, Base]:
+    """How to train, and what."""
+    mesh = placement.make_mesh(values.fsdp) if jax.device_count() > 1 or values.fsdp > 1 else None
+    precision = resolve(values.dtype)
+    adapters = values.adapters and Path(values.adapters)
+    scratch_seed = values.seed if values.from_scratch else None
+    base = load_base(
+        values.checkpoint,
+        precision,
+        mesh,
+        frozen=not trains_all,
+        adapters=adapters,
+        scratch_seed=scratch_seed,
+    )
+    recipe = Recipe(
+        config=base.config,
+        optimiser=_optimiser(values),
+        precision=precision,
+        lora=None if trains_all else _lora(values),
+        depth_share=values.depth_share,
+        depth_weight=values.depth_weight,
+        remat=values.remat,
+        accumulate=values.accumulate,
+        ema=values.ema,
+        mesh=mesh,
+    )
+    return recipe, base
+
+
+def _optimiser(values: flags.FlagValues) -> OptimiserConfig:
+    rate = values.learning_rate
+    if rate is None:
+        rate = ADAPTER_RATE if values.lora_rank else WHOLE_RATE
+    return OptimiserConfig(
+        learning_rate=rate,
+        steps=values.steps,
+        warmup=min(values.steps // 20, 100) if values.warmup is None else values.warmup,
+        weight_decay=values.weight_decay,
+        clip=values.clip,
+    )
+
+
+def _lora(values: flags.FlagValues) -> LoRAConfig:
+    alpha = 2.0 * values.lora_rank if values.lora_alpha is None else values.lora_alpha
+    return LoRAConfig(values.lora_rank, alpha, tuple(values.lora_targets))
+
+
+def _schedule(values: flags.FlagValues) -> Schedule:
+    return Schedule(
+        save_every=values.save_every,
+        eval_every=values.eval_every,
+        sample_every=values.sample_every,
+        log_every=values.log_every,
+        keep=values.keep,
+        patience=values.patience,
+    )
+
+
+def _settings(values: flags.FlagValues) -> dict[str, object]:
+    """What a run is gone on with only if it is the same."""
+    names = [name for name in values if name not in FREE_FLAGS and not name.startswith("help")]
+    return {name: values[name].value for name in sorted(names)}
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return cli.run(PROGRAM, __doc__, define_flags, main, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(run())

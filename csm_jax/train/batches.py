@@ -1,0 +1,121 @@
+"""Examples in batches of few lengths, shuffled, from a place that can be kept."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from csm_jax.train.examples import Example
+
+SHORTEST = 32
+
+
+class Batch(NamedTuple):
+    """Rows of one length, padded on the right; rows without a target fill up the last of an epoch.
+
+    Attributes:
+      frames, mask: [B, T, Q + 1], int32 and bool.
+      targets: bool [B, T], what is to be learnt.
+    """
+
+    frames: np.ndarray
+    mask: np.ndarray
+    targets: np.ndarray
+
+
+def bucket(length: int) -> int:
+    """A power of two or three quarters of one, 32 at least: a shape is compiled for each."""
+    above = max(SHORTEST, 1 << (length - 1).bit_length())
+    between = above * 3 // 4
+    return between if length <= between and between > SHORTEST else above
+
+
+def make_batch(examples: Sequence[Example], num_rows: int) -> Batch:
+    """Examples as the first rows of a batch."""
+    length = bucket(max(len(example.frames) for example in examples))
+    columns = examples[0].frames.shape[1]
+    frames = np.zeros((num_rows, length, columns), np.int32)
+    mask = np.zeros(frames.shape, bool)
+    targets = np.zeros(frames.shape[:2], bool)
+    for row, example in enumerate(examples):
+        size = len(example.frames)
+        frames[row, :size] = example.frames
+        mask[row, :size] = example.mask
+        targets[row, :size] = example.targets
+    return Batch(frames, mask, targets)
+
+
+class ShuffledBatches:
+    """Batches of endless epochs, by their numbers: a data source of grain's.
+
+    Every example is in one batch of an epoch, together with others of about its length. Which
+    ones, and in which order, is drawn anew for every epoch from the seed and its number alone.
+    """
+
+    def __init__(self, examples: Sequence[Example], num_rows: int, seed: int):
+        self._examples = examples
+        self._num_rows = num_rows
+        self._seed = seed
+        self._buckets: dict[int, list[int]] = {}
+        for index, example in enumerate(examples):
+            self._buckets.setdefault(bucket(len(example.frames)), []).append(index)
+        self._plans: dict[int, list[np.ndarray]] = {}
+
+    @property
+    def num_batches(self) -> int:
+        """Of an epoch."""
+        return sum(-(-len(indices) // self._num_rows) for indices in self._buckets.values())
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+    def __getitem__(self, number: int) -> Batch:
+        epoch, index = divmod(int(number), self.num_batches)
+        return make_batch([self._examples[i] for i in self._plan(epoch)[index]], self._num_rows)
+
+    def _plan(self, epoch: int) -> list[np.ndarray]:
+        """The indices of the examples of every batch."""
+        if epoch not in self._plans:
+            random = np.random.default_rng((self._seed, epoch))
+            plan = []
+            for _, indices in sorted(self._buckets.items()):
+                shuffled = random.permutation(indices)
+                plan += np.split(shuffled, range(self._num_rows, len(shuffled), self._num_rows))
+            self._plans = {epoch: [plan[i] for i in random.permutation(len(plan))]}
+        return self._plans[epoch]
+
+
+def shuffled_batches(
+    examples: Sequence[Example], num_rows: int, seed: int
+) -> grain.DatasetIterator:
+    """Batches without an end. `get_state` and `set_state` keep and restore the place."""
+    source = ShuffledBatches(examples, num_rows, seed)
+    numbers = grain.MapDataset.range(0, 2**40)
+    return iter(numbers.map(source.__getitem__).to_iter_dataset(_IN_ORDER))
+
+
+# One thread that reads ahead: batches are slices of what is in memory.
+_IN_ORDER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+
+
+def ordered_batches(examples: Sequence[Example], num_rows: int) -> list[Batch]:
+    """Batches of one pass, by length: every example once."""
+    by_length = sorted(examples, key=lambda example: len(example.frames))
+    starts = range(0, len(by_length), num_rows)
+    return [make_batch(by_length[start : start + num_rows], num_rows) for start in starts]
+
+
+def split_holdout(
+    examples: Sequence[Example], share: float, seed: int
+) -> tuple[list[Example], list[Example]]:
+    """What to learn from, and what to hold out: a share of it, rounded, but at least one.
+
+    Nothing is held out of a single example.
+    """
+    if share == 0 or len(examples) < 2:
+        return list(examples), []
+    count = min(max(1, round(share * len(examples))), len(examples) - 1)
+    held = set(np.random.default_rng((seed, 1)).permutation(len(examples))[:count].tolist())
+    learnt = [example for i, example in enumerate(examples) if i not in held]
+    return learnt, [example for i, example in enumerate(examples) if i in held]

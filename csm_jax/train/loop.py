@@ -1,0 +1,221 @@
+"""A run: steps, and between them checkpoints, figures, evaluation and samples."""
+
+import contextlib
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from csm_jax.errors import CSMError
+from csm_jax.train.batches import Batch
+from csm_jax.train.checkpoints import Checkpoints
+from csm_jax.train.log import Log
+from csm_jax.train.optimiser import learning_rate
+from csm_jax.train.placement import place_rows
+from csm_jax.train.step import Metrics, Recipe, TrainState, eval_step, train_step
+
+Params = dict[str, Any]
+
+
+class Batches(Protocol):
+    """An endless iterator whose place can be kept, as grain's are."""
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When what happens, in steps; 0 is never.
+
+    Attributes:
+      keep: checkpoints that are kept.
+      patience: steps in a row without a finite gradient after which a run gives up.
+    """
+
+    save_every: int = 200
+    eval_every: int = 200
+    sample_every: int = 0
+    log_every: int = 10
+    keep: int = 3
+    patience: int = 10
+
+
+class Run:
+    """Training from wherever it was stopped to its last step.
+
+    Args:
+      out: the directory of the run.
+      state: as it begins; where there is a checkpoint, that is gone on from instead.
+      frozen, seed: as for `train_step`.
+      held_out: batches to evaluate on.
+      sample: writes what the model says, called with the step and the parameters.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        recipe: Recipe,
+        schedule: Schedule,
+        state: TrainState,
+        frozen: Params | None,
+        batches: Batches,
+        held_out: Sequence[Batch] = (),
+        seed: int = 0,
+        sample: Callable[[int, Any], None] | None = None,
+    ):
+        self.out = out
+        self.recipe = recipe
+        self.schedule = schedule
+        self.state = state
+        self._frozen = frozen
+        self._batches = batches
+        self._held_out = held_out
+        self._seed = np.uint32(seed % 2**32)
+        self._sample = sample
+        self._stop = threading.Event()
+        self._rate = learning_rate(recipe.optimiser)
+
+    def train(self) -> bool:
+        """Runs to the end, or to a SIGTERM; returns whether it is the end.
+
+        Raises:
+          CSMError: too many steps in a row had no finite gradient.
+        """
+        with (
+            Checkpoints(self.out / "checkpoints", self.schedule.keep) as checkpoints,
+            _listening(self._stop),
+        ):
+            if restored := checkpoints.restore(self.state):
+                self.state, position = restored
+                self._batches.set_state(position)
+            with self._open_log() as log, self._open_bar() as bar:
+                return self._run_steps(checkpoints, log, bar)
+
+    def _run_steps(self, checkpoints: Checkpoints, log: Log | None, bar: tqdm) -> bool:
+        last = self.recipe.optimiser.steps
+        for step in range(int(self.state.step) + 1, last + 1):
+            started = time.perf_counter()
+            batch = place_rows(next(self._batches), self.recipe.mesh)
+            self.state, metrics = train_step(
+                self.state, self._frozen, batch, self._seed, recipe=self.recipe
+            )
+            metrics = jax.device_get(metrics)
+            figures = self._describe(step, metrics, time.perf_counter() - started)
+            bar.update(1)
+            bar.set_postfix_str(f"loss {metrics.loss:.3f}")
+            self._check_patience(metrics, checkpoints)
+            if _is_due(step, self.schedule.eval_every, last) and self._held_out:
+                figures |= self._evaluate()
+            if log and (_is_due(step, self.schedule.log_every, last) or "eval_loss" in figures):
+                log.write(step, figures)
+            if self._sample and _is_due(step, self.schedule.sample_every, last):
+                self._sample(step, self.averaged)
+            is_stopped = self._stop.is_set() or checkpoints.was_told_to_stop(step)
+            if is_stopped or _is_due(step, self.schedule.save_every, last):
+                self._save(metrics, checkpoints)
+            if is_stopped and step < last:
+                return False
+        return True
+
+    @property
+    def averaged(self) -> Any:
+        """The parameters to use: their moving average, where there is one."""
+        return self.state.params if self.state.ema is None else self.state.ema
+
+    def _describe(self, step: int, metrics: Metrics, seconds: float) -> dict[str, Any]:
+        figures = {name: value.item() for name, value in metrics._asdict().items()}
+        rate = float(self._rate(step - 1 - figures["skipped"]))
+        return figures | {
+            "learning_rate": rate,
+            "frames_per_second": figures["num_frames"] / seconds,
+        }
+
+    def _check_patience(self, metrics: Metrics, checkpoints: Checkpoints) -> None:
+        if metrics.skipped_in_a_row >= self.schedule.patience:
+            good = checkpoints.latest()
+            where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
+            raise CSMError(
+                f"{metrics.skipped_in_a_row} steps in a row had a gradient that is not finite; "
+                f"{where}: lower --learning_rate, or look at the data"
+            )
+
+    def _save(self, metrics: Metrics, checkpoints: Checkpoints) -> None:
+        # Parameters are good even after a step that was skipped, but a run should not be
+        # resumed in the middle of its trouble.
+        if metrics.skipped_in_a_row == 0:
+            checkpoints.save(self.state, self._batches.get_state())
+
+    def _evaluate(self) -> dict[str, Any]:
+        return {
+            f"eval_{name}": value
+            for name, value in evaluate(
+                self.averaged, self._frozen, self._held_out, self.recipe
+            ).items()
+        }
+
+    @contextlib.contextmanager
+    def _open_log(self) -> Iterator[Log | None]:
+        if jax.process_index() > 0:
+            yield None
+            return
+        with contextlib.closing(Log(self.out, int(self.state.step))) as log:
+            yield log
+
+    def _open_bar(self) -> tqdm:
+        quiet = True if jax.process_index() > 0 else None
+        done, total = int(self.state.step), self.recipe.optimiser.steps
+        return tqdm(initial=done, total=total, unit="step", disable=quiet, leave=False)
+
+
+def _is_due(step: int, every: int, last: int) -> bool:
+    return every > 0 and (step % every == 0 or step == last)
+
+
+@contextlib.contextmanager
+def _listening(stop: threading.Event) -> Iterator[None]:
+    """SIGTERM, which a preempted machine sends, ends the run after the step at hand."""
+    is_main = threading.current_thread() is threading.main_thread()
+    # Of several processes all must stop at the same step: jax has a handler for that.
+    if not is_main or jax.process_count() > 1:
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def evaluate(
+    params: Any, frozen: Params | None, batches: Sequence[Batch], recipe: Recipe
+) -> dict[str, Any]:
+    """Losses with every frame counted, in nats a code.
+
+    Returns:
+      loss, backbone_loss, depth_decoder_loss; num_frames; by_codebook, a list of Q losses.
+    """
+    backbone, depth, num_frames = 0.0, np.zeros(recipe.config.num_codebooks - 1), 0
+    for batch in batches:
+        rows = place_rows(batch, recipe.mesh)
+        sums = jax.device_get(eval_step(params, frozen, rows, recipe=recipe))
+        backbone += float(sums.backbone)
+        depth += np.asarray(sums.depth, np.float64)
+        num_frames += int(sums.num_frames)
+    by_codebook = [float(value) / max(num_frames, 1) for value in [backbone, *depth]]
+    means = by_codebook[0], float(np.mean(by_codebook[1:]))
+    return {
+        "loss": means[0] + recipe.depth_weight * means[1],
+        "backbone_loss": means[0],
+        "depth_decoder_loss": means[1],
+        "num_frames": num_frames,
+        "by_codebook": by_codebook,
+    }
