@@ -164,14 +164,21 @@ def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
 
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
+    this = jax.process_index()
+    # Each process for itself: of several, one alone writes what they have trained.
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
+    )
     # A file per tensor instead of one OCDBT database, and no compression, which finds nothing in
     # weights: it writes several times as fast, and does not hold another copy while it does.
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False, use_compression=False)
+    handler = ocp.PyTreeCheckpointHandler(
+        use_ocdbt=False, use_compression=False, multiprocessing_options=alone
+    )
     verbosity = logging.get_verbosity()
     # Orbax warns about the database that is not there, for every part.
     logging.set_verbosity(min(verbosity, logging.ERROR))
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
+        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
             yield checkpointer
     finally:
         logging.set_verbosity(verbosity)

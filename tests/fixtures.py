@@ -14,6 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from csm_jax import checkpoint
+from csm_jax.audio import save_audio
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint
@@ -137,6 +138,24 @@ def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
     """All parameters of a published layout."""
     tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
     return checkpoint.place_params(tensors, opened.config, precision)
+
+
+def write_conversations(
+    directory: Path, lengths: Sequence[Sequence[int]] = ((3, 2), (4,), (2,), (3, 3))
+) -> Path:
+    """A manifest to train on: conversations of so many frames of noise in each turn."""
+    random = np.random.default_rng(1)
+    lines = []
+    for i, turns in enumerate(lengths):
+        conversation = []
+        for j, num_frames in enumerate(turns):
+            audio = 0.1 * random.standard_normal(num_frames * CONFIG.codec.frame_size)
+            save_audio(directory / f"{i}-{j}.wav", audio.astype(np.float32), 24_000)
+            conversation.append({"speaker": j, "text": f"{i} {j}", "audio": f"{i}-{j}.wav"})
+        lines.append(json.dumps(conversation))
+    path = directory / "data.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    return path
 
 
 def assert_same_params(got: dict, want: dict) -> None:

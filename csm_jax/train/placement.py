@@ -77,6 +77,8 @@ def place_rows(rows: Tree, mesh: Mesh | None) -> Tree:
 
 
 def _put(leaf: Any, where: NamedSharding) -> jax.Array:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return jax.device_put(leaf, where)  # it lies on the mesh already
     # Every process has the whole, and gives its devices their part.
     array = np.asarray(leaf)
     return jax.make_array_from_callback(array.shape, where, array.__getitem__)

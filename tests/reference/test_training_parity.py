@@ -10,14 +10,18 @@ pytest.importorskip("transformers")
 
 import fixtures
 import torch
+import transformers
 
 import csm_jax
 import oracles
-from csm_jax import checkpoint, lora
+from csm_jax import checkpoint, finetune, lora
+from csm_jax.convert import __main__ as convert
 from csm_jax.convert import csm
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.lora import LoRAConfig
 from csm_jax.precision import FLOAT32
+from csm_jax.prompt import text_rows
+from csm_jax.sampling import Sampling
 from csm_jax.train.batches import Batch
 from csm_jax.train.loss import choose_frames
 from csm_jax.train.optimiser import OptimiserConfig
@@ -205,3 +209,20 @@ def test_peft_reads_what_we_write(adapted, tmp_path):
         before = their_loss(oracles.hf_model(CONFIG, seed=3), batch, 1.0).loss
     assert got == pytest.approx(theirs.item(), rel=1e-6)
     assert abs(before - theirs) > 1e-3
+
+
+def test_what_was_tuned_says_the_same_there(tmp_path):
+    """It goes through the converter, and speaks greedily in transformers."""
+    data, out, exported = fixtures.write_conversations(tmp_path), tmp_path / "run", tmp_path / "hf"
+    flags = ["--checkpoint=random:tiny", f"--data={data}", f"--out={out}", "--max_len=512"]
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        assert finetune.run([*flags, "--steps=5", "--learning_rate=1e-2"]) == 0
+    assert convert.run([f"--source={out / 'model'}", f"--out={exported}", "--to=hf"]) == 0
+    load = transformers.CsmForConditionalGeneration.from_pretrained
+    reference = load(exported, dtype=torch.float32).eval()
+    model = csm_jax.load(out / "model")
+    prompt = text_rows("say this", 1, CONFIG, model.tokenizer)
+    theirs = oracles.hf_greedy(reference, prompt, 20)
+    assert oracles.greedy_margin(reference, prompt, theirs) > 1e-4
+    ours = fixtures.generate(CONFIG, model.params, [prompt], [Sampling(greedy=True)], [0], 20)[0]
+    np.testing.assert_array_equal(ours, fixtures.up_to_the_end(theirs.numpy()))

@@ -1,0 +1,239 @@
+"""Codes on disk: those of the codec, computed once, and again when anything has changed."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fixtures import CONFIG
+
+from csm_jax.errors import InputError
+from csm_jax.mimi.codec import Codec
+from csm_jax.random_weights import random_params
+from csm_jax.train import codes
+from csm_jax.train.codes import CodeCache
+
+FRAME = CONFIG.codec.frame_size
+Q = CONFIG.num_codebooks
+# In samples: of whole frames and not, and not in their order.
+LENGTHS = {"a": 5 * FRAME, "b": 1, "c": 2 * FRAME + 1, "d": 11 * FRAME - 1, "e": 2 * FRAME}
+
+
+class Counting(Codec):
+    """A codec that keeps the lengths of all that it has encoded, a list a call."""
+
+    def __init__(self, seed: int = 0):
+        super().__init__(CONFIG.codec, random_params(CONFIG, seed=seed)["codec"])
+        self.calls: list[list[int]] = []
+
+    def encode(self, audio, num_codebooks=None):
+        rows = [audio] if isinstance(audio, np.ndarray) else audio
+        self.calls.append([len(row) for row in rows])
+        return super().encode(audio, num_codebooks)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The codec itself, which no test counts."""
+    return Codec(CONFIG.codec, random_params(CONFIG)["codec"])
+
+
+@pytest.fixture
+def recordings(tmp_path):
+    """Paths of noise."""
+    random = np.random.default_rng(2)
+    paths = [tmp_path / f"{name}.wav" for name in LENGTHS]
+    for path, length in zip(paths, LENGTHS.values(), strict=True):
+        # Loud enough in its every sample: one of them has only one.
+        noise = 0.1 * random.choice([-1, 1], length) + 0.05 * random.standard_normal(length)
+        soundfile.write(path, noise, 24_000)
+    return paths
+
+
+def encoded(alone: Codec, path: Path, num_codebooks: int = Q) -> np.ndarray:
+    samples, rate = soundfile.read(path, dtype="float32")
+    assert rate == alone.sample_rate
+    return alone.encode(samples, num_codebooks)
+
+
+def stored(directory: Path) -> list[Path]:
+    """All files, whatever they are called."""
+    return sorted(path for path in directory.rglob("*") if path.is_file())
+
+
+def test_codes_are_those_of_the_recording_alone(alone, recordings, tmp_path):
+    """Encoded beside longer ones; and the same when they come from the disk."""
+    codec = Counting()
+    for _ in range(2):
+        found = CodeCache(tmp_path / "cache", codec, Q).codes(recordings)
+        assert set(found) == set(recordings)
+        for path, length in zip(recordings, LENGTHS.values(), strict=True):
+            assert found[path].dtype == np.int32
+            assert found[path].shape == (-(-length // FRAME), Q)
+            np.testing.assert_array_equal(found[path], encoded(alone, path))
+    assert [len(call) for call in codec.calls] == [len(LENGTHS)], "all at once, and once"
+    assert len(np.unique(found[recordings[0]])) > 5, "codes that do not vary would show nothing"
+
+
+def test_where_they_are_kept(alone, recordings, tmp_path):
+    """By weights, codebooks and content: int16, nothing beside."""
+    CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
+    (directory,) = (tmp_path / "cache").iterdir()
+    names = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in recordings}
+    assert {file.name for file in stored(directory)} == {f"{name}.npy" for name in names}
+    for name, path in names.items():
+        kept = np.load(directory / f"{name}.npy")
+        assert kept.dtype == np.int16
+        np.testing.assert_array_equal(kept, encoded(alone, path))
+
+
+def test_a_new_name_is_no_new_recording(recordings, tmp_path):
+    codec = Counting()
+    cache = CodeCache(tmp_path / "cache", codec, Q)
+    before = cache.codes(recordings)[recordings[0]]
+    renamed = recordings[0].rename(tmp_path / "renamed.wav")
+    np.testing.assert_array_equal(cache.codes([renamed])[renamed], before)
+    assert len(codec.calls) == 1
+
+
+def test_a_changed_recording_is_encoded_again(alone, recordings, tmp_path):
+    codec = Counting()
+    cache = CodeCache(tmp_path / "cache", codec, Q)
+    before = cache.codes(recordings)
+    changed = recordings[2]
+    samples, _ = soundfile.read(changed)
+    soundfile.write(changed, -samples, 24_000)
+    after = cache.codes(recordings)
+    assert codec.calls[1:] == [[LENGTHS["c"]]]
+    np.testing.assert_array_equal(after[changed], encoded(alone, changed))
+    assert not np.array_equal(after[changed], before[changed])
+
+
+def test_other_weights_and_other_codebooks_are_other_codes(alone, recordings, tmp_path):
+    directory, path = tmp_path / "cache", recordings[0]
+    first, same, other = Counting(), Counting(), Counting(seed=1)
+    ours = CodeCache(directory, first, Q).codes([path])[path]
+    theirs = CodeCache(directory, other, Q).codes([path])[path]
+    fewer = CodeCache(directory, same, 3).codes([path])[path]
+    assert [len(codec.calls) for codec in (first, other, same)] == [1, 1, 1]
+    assert not np.array_equal(ours, theirs)
+    np.testing.assert_array_equal(theirs, encoded(other, path))
+    np.testing.assert_array_equal(fewer, ours[:, :3])
+    np.testing.assert_array_equal(CodeCache(directory, same, Q).codes([path])[path], ours)
+    assert len(same.calls) == 1, "the same weights, loaded again"
+
+
+def test_one_weight_is_enough_to_be_another_codec(alone):
+    params = random_params(CONFIG)["codec"]
+    codebook = params["downsample"]["weight"]
+    params["downsample"]["weight"] = codebook.at[(0,) * codebook.ndim].add(1e-6)
+    assert Codec(CONFIG.codec, params).fingerprint != alone.fingerprint
+    assert Counting().fingerprint == alone.fingerprint
+
+
+DAMAGE = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "a byte short": lambda content: content[:-1],
+    "something else": lambda content: b"these are no codes",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_file_is_made_again(recordings, name, tmp_path):
+    codec = Counting()
+    cache = CodeCache(tmp_path / "cache", codec, Q)
+    before = cache.codes(recordings[:1])[recordings[0]]
+    (file,) = stored(tmp_path / "cache")
+    content = file.read_bytes()
+    file.write_bytes(DAMAGE[name](content))
+    np.testing.assert_array_equal(cache.codes(recordings[:1])[recordings[0]], before)
+    assert len(codec.calls) == 2
+    assert file.read_bytes() == content
+
+
+def test_codes_of_fewer_codebooks_are_no_codes_of_more(recordings, tmp_path):
+    codec = Counting()
+    cache = CodeCache(tmp_path / "cache", codec, Q)
+    before = cache.codes(recordings[:1])[recordings[0]]
+    (file,) = stored(tmp_path / "cache")
+    np.save(file, before[:, :3].astype(np.int16))
+    np.testing.assert_array_equal(cache.codes(recordings[:1])[recordings[0]], before)
+
+
+def test_a_bad_recording_stands_in_nobodys_way(alone, recordings, tmp_path):
+    bad = [tmp_path / name for name in ("gone.wav", "note.txt", "silent.wav")]
+    bad[1].write_text("this is not a recording")
+    soundfile.write(bad[2], np.zeros(FRAME), 24_000)
+    paths = [*bad, *recordings]
+    told = []
+    cache = CodeCache(tmp_path / "cache", alone, Q)
+    for _ in range(2):
+        found = cache.codes([*paths, *paths[::-1]], told.append)
+        assert set(found) == set(paths)
+        for path in bad:
+            assert isinstance(found[path], InputError)
+            assert str(path) in str(found[path])
+        for path in recordings:
+            np.testing.assert_array_equal(found[path], encoded(alone, path))
+        assert sum(told) == len(paths), "each of them once, also when it is named twice"
+        told.clear()
+    assert len(stored(tmp_path / "cache")) == len(recordings)
+
+
+@pytest.mark.parametrize("read_seconds", [0.5, 100.0])
+def test_batches_are_bounded_and_of_a_kind(alone, read_seconds, tmp_path, monkeypatch):
+    """Padding included; of one alone, whatever its length. However much is read at once."""
+    monkeypatch.setattr(codes, "BATCH_SECONDS", 1.0)
+    monkeypatch.setattr(codes, "READ_SECONDS", read_seconds)
+    random = np.random.default_rng(4)
+    lengths = [*random.integers(1000, 6000, 12).tolist(), 30_000]
+    paths = [tmp_path / f"{i}.wav" for i in range(len(lengths))]
+    for path, length in zip(paths, lengths, strict=True):
+        soundfile.write(path, 0.1 * random.standard_normal(length), 24_000)
+    codec = Counting()
+    told = []
+    found = CodeCache(tmp_path / "cache", codec, Q).codes(paths, told.append)
+    assert set(found) == set(paths)
+    assert sum(told) == len(paths)
+    for path in paths:
+        np.testing.assert_array_equal(found[path], encoded(alone, path))
+    assert sorted(length for call in codec.calls for length in call) == sorted(lengths)
+    assert all(len(call) == 1 or len(call) * max(call) <= 24_000 for call in codec.calls)
+    assert any(len(call) > 1 for call in codec.calls)
+    if read_seconds == 100:
+        in_order = [length for call in codec.calls for length in call]
+        assert in_order == sorted(lengths), "those of similar lengths together"
+        for call, following in zip(codec.calls, codec.calls[1:], strict=False):
+            assert (len(call) + 1) * following[0] > 24_000, "one more would have been too many"
+
+
+def test_what_was_encoded_before_an_interruption_is_kept(alone, recordings, tmp_path, monkeypatch):
+    monkeypatch.setattr(codes, "BATCH_SECONDS", 0.1)  # one by one
+
+    class Interrupted(Counting):
+        def encode(self, audio, num_codebooks=None):
+            if len(self.calls) == 2:
+                raise KeyboardInterrupt
+            return super().encode(audio, num_codebooks)
+
+    with pytest.raises(KeyboardInterrupt):
+        CodeCache(tmp_path / "cache", Interrupted(), Q).codes(recordings)
+    files = stored(tmp_path / "cache")
+    assert [file.suffix for file in files] == [".npy", ".npy"]
+    codec = Counting()
+    found = CodeCache(tmp_path / "cache", codec, Q).codes(recordings)
+    assert sorted(map(len, codec.calls)) == [1, 1, 1]
+    for path in recordings:
+        np.testing.assert_array_equal(found[path], encoded(alone, path))
+
+
+def test_a_file_is_whole_or_not_there(alone, recordings, tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError("the disk is gone")
+
+    monkeypatch.setattr("csm_jax.files.os.replace", fail)
+    with pytest.raises(OSError, match="the disk is gone"):
+        CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
+    assert stored(tmp_path / "cache") == []

@@ -1,0 +1,228 @@
+"""Conversations from a manifest: what is learnt of them, and every fault of a file at once."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from fixtures import CONFIG, TOKENIZER
+
+from csm_jax.errors import InputError
+from csm_jax.mimi.codec import Codec
+from csm_jax.random_weights import random_params
+from csm_jax.train.codes import CodeCache
+from csm_jax.train.data import Problem, read_conversations, report
+from csm_jax.train.examples import Example, Selection, make_examples
+
+FRAME = CONFIG.codec.frame_size
+Q = CONFIG.num_codebooks
+TURN = {"speaker": 0, "text": "Hi.", "audio": "voice.wav"}
+
+
+@pytest.fixture(scope="module")
+def codec():
+    return Codec(CONFIG.codec, random_params(CONFIG)["codec"])
+
+
+@pytest.fixture(autouse=True)
+def recordings(tmp_path):
+    """voice.wav has 3 frames, reply.wav 5."""
+    noise = 0.1 * np.random.default_rng(0).standard_normal(5 * FRAME)
+    soundfile.write(tmp_path / "voice.wav", noise[: 3 * FRAME], 24_000)
+    soundfile.write(tmp_path / "reply.wav", noise, 24_000)
+
+
+def write(directory: Path, *lines: object) -> Path:
+    """Each line as it is, or as JSON."""
+    texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (directory / "data.jsonl").write_text("".join(f"{text}\n" for text in texts))
+    return directory / "data.jsonl"
+
+
+def read(
+    codec: Codec, path: Path, selection: Selection | None = None
+) -> tuple[list[Example], list[Problem]]:
+    """All that happens to a manifest before training."""
+    conversations, problems = read_conversations(path)
+    cache = CodeCache(path.parent / "cache", codec, Q)
+    codes = cache.codes([turn.audio for each in conversations for turn in each.turns])
+    made, more = make_examples(conversations, codes, CONFIG, TOKENIZER, selection or Selection())
+    return made, problems + more
+
+
+# --- Faults -------------------------------------------------------------------------------------
+
+# What is wrong with the lines of one file, in their order; None is nothing.
+LINES = [
+    ([TURN], None),
+    ("  ", None),
+    ("[{", "not JSON"),
+    (TURN, "not a list of turns"),
+    ([], "not a list of turns"),
+    ([5], "turn 1: expected an object with speaker and text"),
+    ([TURN, TURN | {"txet": "b"}], "turn 2: unknown field txet"),
+    ([{"text": "b", "audio": "voice.wav"}], "turn 1: field speaker is missing"),
+    ([TURN | {"speaker": True}], "turn 1: speaker is True, expected int"),
+    ([{"speaker": 0, "audio": "voice.wav"}], "turn 1: field text is missing"),
+    ([TURN, TURN | {"text": " "}], "turn 2: the text is empty, so the recording has no transcript"),
+    ([TURN | {"text": "\ud800"}], "text has an invalid character"),
+    ([{"speaker": 0, "text": "b"}], "turn 1: field audio is missing"),
+    ([TURN | {"train": 1}], "turn 1: train is 1, expected true or false"),
+    ([TURN, TURN | {"audio": "gone.wav"}], "turn 2: {}/gone.wav: cannot be read (No such file"),
+    ([TURN | {"audio": "note.txt"}], "turn 1: {}/note.txt: not readable as audio"),
+    ([TURN | {"audio": "empty.wav"}], "turn 1: {}/empty.wav: no samples"),
+    ([TURN | {"audio": "nan.wav"}], "turn 1: {}/nan.wav: 1 of 1920 samples are NaN or infinite"),
+    ([TURN, TURN | {"audio": "silent.wav"}], "turn 2: {}/silent.wav: silent, its peak of 0.0e+00"),
+    # BOS, "[0]", 55 letters, EOS, 3 frames and the end of speech.
+    ([TURN | {"text": 55 * "a"}], "64 positions of text and audio, but at most 63 fit"),
+    ([TURN | {"train": False}], "nothing in it is to be learnt"),
+    ("[" * 100_000, "not JSON"),
+    ([TURN | {"text": 54 * "a"}], None),
+]
+
+
+def test_every_line_with_a_fault_is_named(codec, tmp_path):
+    """One call finds what is wrong with text, files, sound and lengths; the rest is kept."""
+    (tmp_path / "note.txt").write_text("this is not a recording")
+    soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24_000)
+    soundfile.write(tmp_path / "silent.wav", np.zeros(FRAME), 24_000)
+    broken = np.ones(FRAME, np.float32)
+    broken[7] = np.nan
+    soundfile.write(tmp_path / "nan.wav", broken, 24_000, subtype="FLOAT")
+    path = write(tmp_path, *(line for line, _ in LINES))
+    made, problems = read(codec, path, Selection(max_len=63))
+    said = {problem.line: problem.message for problem in problems}
+    wanted = {number: says for number, (_, says) in enumerate(LINES, 1) if says}
+    assert len(problems) == len(said)
+    assert said.keys() == wanted.keys()
+    for number, says in wanted.items():
+        assert says.format(tmp_path) in said[number]
+        assert "\n" not in said[number]
+    assert [len(example.frames) for example in made] == [12, 63]
+
+
+@pytest.mark.parametrize("content", [None, b"", b" \n\n", b"[\xff]"])
+def test_a_manifest_without_lines(content, tmp_path):
+    path = tmp_path / "data.jsonl"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=r"data\.jsonl (is empty|cannot be read)"):
+        read_conversations(path)
+
+
+@pytest.mark.parametrize(("level", "is_speech"), [(32, False), (33, True), (-33, True)])
+def test_silence_ends_at_a_thousandth(codec, level, is_speech, tmp_path):
+    """Of full scale, 32.768 of 16-bit samples; a peak downwards is as loud."""
+    samples = np.zeros(FRAME, np.int16)
+    samples[100] = level
+    soundfile.write(tmp_path / "voice.wav", samples, 24_000)
+    made, problems = read(codec, write(tmp_path, [TURN]))
+    assert (len(made), len(problems)) == ((1, 0) if is_speech else (0, 1))
+    if not is_speech:
+        assert problems[0].message.endswith("silent, its peak of 9.8e-04 is under 1e-03")
+
+
+PROBLEMS = [Problem(12, "b is bad"), Problem(3, "a is bad")]
+BOTH = "data.jsonl, line 3: a is bad\ndata.jsonl, line 12: b is bad\n"
+
+
+def test_faults_are_told_in_the_order_of_the_lines(capsys):
+    with pytest.raises(InputError, match="2 of 7 conversations") as caught:
+        report(Path("data.jsonl"), PROBLEMS, 5, "fail")
+    assert capsys.readouterr().err == BOTH
+    assert str(caught.value).endswith("leave them out with --on_bad_data=skip")
+
+
+def test_faults_may_be_left_out(capsys):
+    report(Path("data.jsonl"), PROBLEMS, 5, "skip")
+    assert capsys.readouterr().err == BOTH
+
+
+@pytest.mark.parametrize("on_bad", ["fail", "skip"])
+def test_nothing_wrong_is_nothing_said(on_bad, capsys):
+    report(Path("data.jsonl"), [], 1, on_bad)
+    assert capsys.readouterr().err == ""
+
+
+def test_nothing_left_is_an_error_also_if_faults_may_be_left_out(capsys):
+    with pytest.raises(InputError, match="nothing that can be learnt from"):
+        report(Path("data.jsonl"), PROBLEMS, 0, "skip")
+    assert capsys.readouterr().err == BOTH
+
+
+# --- Examples -----------------------------------------------------------------------------------
+
+
+def test_an_example_is_made_of_text_sound_and_its_end(codec, tmp_path):
+    """Row by row, as generator.py of SesameAILabs/csm lays them out."""
+    turns = [TURN | {"train": False}, {"speaker": 12, "text": "Yes", "audio": "reply.wav"}]
+    ((example,), problems) = read(codec, write(tmp_path, turns))
+    assert problems == []
+    text = [TOKENIZER.encode("[0]Hi."), TOKENIZER.encode("[12]Yes")]
+    codes = []
+    for name in ("voice.wav", "reply.wav"):
+        samples, _ = soundfile.read(tmp_path / name, dtype="float32")
+        codes.append(codec.encode(samples, Q))
+    rows = []
+    for turn_ids, turn_codes in zip(text, codes, strict=True):
+        rows += [[0] * Q + [number] for number in turn_ids]
+        rows += [[*frame, 0] for frame in turn_codes.tolist()]
+        rows.append([0] * (Q + 1))
+    np.testing.assert_array_equal(example.frames, rows)
+    is_text = 8 * [True] + 4 * [False] + 9 * [True] + 6 * [False]
+    np.testing.assert_array_equal(example.mask[:, -1], is_text)
+    np.testing.assert_array_equal(
+        example.mask[:, :-1], ~np.array(is_text)[:, None] & np.ones(Q, bool)
+    )
+    np.testing.assert_array_equal(example.targets, 21 * [False] + 6 * [True])
+    assert (example.frames.dtype, example.mask.dtype, example.targets.dtype) == (
+        np.int32,
+        bool,
+        bool,
+    )
+    said = [(segment.speaker, segment.text) for segment in example.segments]
+    assert said == [(0, "Hi."), (12, "Yes")]
+
+
+# Of turns of the speakers 0, 1, 0, 1, of which the third is only heard, those that are learnt.
+SELECTIONS = {
+    "all": (Selection(), [0, 1, 3]),
+    "one speaker": (Selection(speakers=[0]), [0]),
+    "both speakers": (Selection(speakers=[1, 0, 5]), [0, 1, 3]),
+    "the last": (Selection(turns="last"), [3]),
+    "the last of a speaker": (Selection(speakers=[1], turns="last"), [3]),
+    "nobody": (Selection(speakers=[]), None),
+    "another's last": (Selection(speakers=[0], turns="last"), None),
+}
+
+
+@pytest.mark.parametrize("name", SELECTIONS)
+def test_what_is_learnt_is_chosen(codec, name, tmp_path):
+    selection, learnt = SELECTIONS[name]
+    turns = [TURN | {"speaker": i % 2, "train": i != 2} for i in range(4)]
+    made, problems = read(codec, write(tmp_path, turns), selection)
+    if learnt is None:
+        assert made == []
+        (problem,) = problems
+        assert problem.line == 1
+        assert "nothing in it is to be learnt" in problem.message
+        return
+    assert problems == []
+    # BOS, "[0]Hi.", EOS; 3 frames and the end of speech.
+    wanted = [value for i in range(4) for value in 8 * [False] + 4 * [i in learnt]]
+    np.testing.assert_array_equal(made[0].targets, wanted)
+
+
+def test_the_last_turn_may_be_one_that_is_only_heard(codec, tmp_path):
+    path = write(tmp_path, [TURN, TURN | {"train": False}])
+    assert read(codec, path, Selection(turns="last"))[0] == []
+
+
+def test_recordings_lie_beside_the_file(codec, tmp_path, monkeypatch):
+    """Wherever the program was started."""
+    (tmp_path / "elsewhere").mkdir()
+    path = write(tmp_path, [TURN])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    made, problems = read(codec, path)
+    assert (len(made), problems) == (1, [])

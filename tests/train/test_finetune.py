@@ -1,0 +1,242 @@
+"""`python -m csm_jax.finetune`, from recordings to a model that says them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fixtures
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from safetensors.numpy import load_file
+
+import csm_jax
+from csm_jax import checkpoint, finetune
+from csm_jax.audio import load_audio
+from csm_jax.sampling import Sampling
+
+CONFIG = csm_jax.tiny()
+# Short runs of a tiny model; every test says what it needs beside.
+COMMON = ["--checkpoint=random:tiny", "--batch_size=2", "--max_len=512", "--log_every=1"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient():
+    """optax multiplies its int32 count of steps with floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return fixtures.write_conversations(tmp_path_factory.mktemp("data"))
+
+
+def run(*arguments: str) -> int:
+    return finetune.run([*COMMON, *arguments])
+
+
+def metrics(out: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    timed = ("frames_per_second",)
+    return [{name: v for name, v in line.items() if name not in timed} for line in lines]
+
+
+def state(out: Path, step: int) -> list[np.ndarray]:
+    """All arrays of a checkpoint."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore((out / "checkpoints" / str(step) / "state").absolute())
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(restored)]
+
+
+def assert_same_runs(one: Path, other: Path, step: int) -> None:
+    assert metrics(one) == metrics(other)
+    ours, theirs = state(one, step), state(other, step)
+    assert len(ours) == len(theirs) > 100
+    for mine, yours in zip(ours, theirs, strict=True):
+        np.testing.assert_array_equal(mine, yours)
+
+
+@pytest.fixture(scope="module")
+def whole_run(data, tmp_path_factory):
+    """6 steps without an interruption, and the flags that made them."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    flags = [f"--data={data}", "--steps=6", "--save_every=2", "--eval_every=3", "--ema=0.5"]
+    assert run(*flags, f"--out={out}") == 0
+    return out, flags
+
+
+def test_a_run_leaves_what_it_says(whole_run):
+    out, _ = whole_run
+    assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5, 6]
+    evaluated = [line for line in metrics(out) if "eval_loss" in line]
+    assert [line["step"] for line in evaluated] == [3, 6]
+    assert len(evaluated[0]["eval_by_codebook"]) == CONFIG.num_codebooks
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["2", "4", "6"]
+    assert (out / "loss.png").stat().st_size > 5000
+    assert any((out / "tensorboard").iterdir())
+    model = csm_jax.load(out / "model")
+    assert len(model.generate("x", max_audio_length_ms=160)) <= 2 * CONFIG.codec.frame_size
+
+
+def test_the_result_is_the_moving_average(whole_run):
+    """Not what the last step left; with 0.5, they are half a step apart at the least."""
+    out, _ = whole_run
+    kept = state(out, 6)
+    result = dict(checkpoint.read_params(out / "model", CONFIG))["csm/projection/weight"]
+    same = [leaf for leaf in kept if leaf.shape == result.shape and np.array_equal(leaf, result)]
+    assert len(same) == 1, "the checkpoint has parameters, moments and averages of this shape"
+
+
+def command(out: Path, flags: list[str]) -> list[str]:
+    return [sys.executable, "-m", "csm_jax.finetune", *COMMON, *flags, f"--out={out}"]
+
+
+def wait_for(done, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not done():
+        assert process.poll() is None, "the run ended by itself"
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def has_step(out: Path, step: int) -> bool:
+    path = out / "metrics.jsonl"
+    return path.is_file() and f'"step": {step},' in path.read_text()
+
+
+@pytest.mark.parametrize("step", [1, 3, 5])
+def test_killed_and_started_again(whole_run, tmp_path, step):
+    """At any moment: before the first checkpoint, between two, while one is written."""
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out, flags), stderr=subprocess.DEVNULL)
+    wait_for(lambda: has_step(out, step), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "model").exists()
+    assert run(*flags, f"--out={out}") == 0
+    assert_same_runs(out, whole, 6)
+
+
+def test_told_to_stop_it_saves_and_leaves(whole_run, tmp_path):
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    process = subprocess.Popen(command(out, flags), stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: has_step(out, 1), process)
+    process.terminate()
+    _, said = process.communicate()
+    assert process.returncode == 0
+    assert "goes on from there" in said
+    stopped = metrics(out)[-1]["step"]
+    assert 1 <= stopped < 6
+    assert str(stopped) in [path.name for path in (out / "checkpoints").iterdir()]
+    assert run(*flags, f"--out={out}") == 0
+    assert_same_runs(out, whole, 6)
+
+
+def test_other_settings_are_another_run(whole_run, capsys):
+    out, flags = whole_run
+    assert run(*flags, f"--out={out}", "--learning_rate=0.5") == 2
+    assert "--learning_rate" in capsys.readouterr().err
+
+
+def test_what_is_said_does_not_matter_for_what_is_learnt(whole_run, tmp_path):
+    """How often a run saves, evaluates and samples; and the parts of a batch, up to rounding."""
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    more = ["--accumulate=2", "--save_every=5", "--eval_every=0", "--sample_every=3"]
+    assert run(*flags, *more, f"--out={out}") == 0
+    losses, want = ([line["loss"] for line in metrics(path)] for path in (out, whole))
+    np.testing.assert_allclose(losses, want, rtol=1e-4)
+    assert {path.name for path in (out / "samples").iterdir()} == {
+        "step-000003.wav",
+        "step-000006.wav",
+    }
+
+
+def test_a_conversation_by_heart(tmp_path, capsys):
+    """It is learnt until greedy speech is its codes, and goes to the Hugging Face layout."""
+    data = fixtures.write_conversations(tmp_path, lengths=[(7,)])
+    out = tmp_path / "run"
+    flags = [f"--data={data}", "--depth_share=0.5", "--learning_rate=1e-2", "--weight_decay=0"]
+    assert run(*flags, "--steps=120", "--batch_size=1", f"--out={out}", "--log_every=20") == 0
+    capsys.readouterr()
+    assert finetune.run([f"--checkpoint={out / 'model'}", f"--data={data}", "--eval_only"]) == 0
+    losses = json.loads(capsys.readouterr().out)
+    assert losses["loss"] < 0.1
+    assert losses["num_frames"] == 8
+    assert losses["loss"] == pytest.approx(losses["backbone_loss"] + losses["depth_decoder_loss"])
+    model = csm_jax.load(out / "model")
+    codes = model.codec.encode(load_audio(tmp_path / "0-0.wav", 24_000), CONFIG.num_codebooks)
+    spoken = model.generate_codes("0 0", speaker=0, sampling=Sampling(greedy=True))
+    np.testing.assert_array_equal(spoken, codes)
+
+
+def test_a_run_that_has_lost_its_mind_ends(data, tmp_path, capsys):
+    """After a step of 1e30 nothing is finite any more; the checkpoint before is named."""
+    out = tmp_path / "run"
+    flags = [f"--data={data}", "--steps=20", "--save_every=1", "--warmup=0"]
+    assert run(*flags, "--learning_rate=1e30", "--patience=3", f"--out={out}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "3 steps in a row" in error
+    assert f"{out / 'checkpoints' / '1'}" in error
+    assert [line["skipped"] for line in metrics(out)][:3] == [0, 1, 2]
+
+
+def test_adapters_alone(data, tmp_path):
+    """They are stored alone, small, and merged on loading; the base is left as it was."""
+    out = tmp_path / "run"
+    flags = [f"--data={data}", "--steps=4", "--learning_rate=0.05", "--lora_targets=q,v,down"]
+    assert run(*flags, "--lora_rank=3", f"--out={out}") == 0
+    tensors = load_file(out / "adapters" / "adapter_model.safetensors")
+    layers = CONFIG.backbone.num_layers + CONFIG.depth_decoder.num_layers
+    assert len(tensors) == 2 * 3 * layers
+    base, tuned = (csm_jax.load("random:tiny", adapters=a) for a in (None, out / "adapters"))
+    for layer in range(CONFIG.backbone.num_layers):
+        block = tuned.params["backbone"]["layers"][layer]
+        before = base.params["backbone"]["layers"][layer]
+        assert not np.array_equal(block["attn"]["qkv"]["weight"], before["attn"]["qkv"]["weight"])
+        assert np.array_equal(block["attn"]["o"]["weight"], before["attn"]["o"]["weight"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--data=nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data={data}", "--depth_share=0"], "--depth_share is 0.0"),
+        (["--data={data}", "--depth_share=2"], "--depth_share is 2.0"),
+        (["--data={data}", "--batch_size=3", "--accumulate=2"], "multiple of 2"),
+        (["--data={data}", "--lora_rank=2", "--lora_targets=q,x"], "x is no target"),
+        (["--data={data}", "--dtype=float16"], "float16"),
+        (["--data={data}", "--turns=some"], "--turns is some"),
+        (["--data={data}", "--speakers=0,a"], "--speakers has a"),
+        (["--data={data}", "--speakers=7"], "4 of 4 conversations"),
+        (["--data={data}", "--holdout=1"], "--holdout is 1.0"),
+        (["--data={data}", "--checkpoint=/nowhere"], "/nowhere"),
+        (["--data={data}", "--fsdp=3"], "fsdp is 3"),
+        (["--data={data}", "--warmup=2000"], "warmup is 2000"),
+        (["--data={data}", "--learning_rate=-1"], "learning_rate is -1"),
+        (["--dta={data}"], "dta"),
+        ([], "--data is missing"),
+    ],
+)
+def test_bad_flags(flags, says, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert run(*(flag.format(data=data) for flag in flags), f"--out={out}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("csm_jax.finetune: error: ")
+    assert says in error
+    assert not out.exists()
+
+
+def test_a_directory_that_is_no_run(data, tmp_path, capsys):
+    (tmp_path / "precious").write_text("mine")
+    assert run(f"--data={data}", f"--out={tmp_path}") == 2
+    assert "no run" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["precious"]
