@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 import soxr
 
-from csm_jax.errors import InputError, OutputError
+from csm_jax.errors import InputError, OutputError, first_line
 from csm_jax.files import replace_file
 
 SAMPLE_RATE = 24_000
@@ -54,13 +54,23 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     raw with half a sample at its end.
     """
     path = Path(path)
+    return decode_audio(read_recording(path), path, sample_rate)
+
+
+def read_recording(path: Path) -> bytes:
+    """The bytes of a recording; raises `InputError` if it cannot be read."""
     try:
-        data = path.read_bytes()
-    except OSError as error:
+        return path.read_bytes()
+    except (OSError, ValueError) as error:  # a path may have no bytes, or a zero among them
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(
-            f"{path}: cannot be read ({error.strerror}); give a recording, such as a .wav file"
+            f"{path}: cannot be read ({reason}); give a recording, such as a .wav file"
         ) from error
-    if path.suffix.lower() in (".pcm", ".raw"):
+
+
+def decode_audio(data: bytes, path: Path, sample_rate: int) -> np.ndarray:
+    """`load_audio` of the bytes that were read from `path`."""
+    if is_headerless(path):
         return check_audio(_decode_raw(data, path), str(path))
     samples, file_rate = _decode(data, path)
     with np.errstate(invalid="ignore", over="ignore"):  # check_audio says it in one line
@@ -70,6 +80,11 @@ def load_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
         return samples
     resampled = soxr.resample(samples, file_rate, sample_rate, quality="HQ")
     return check_audio(resampled, f"{path} at {sample_rate} Hz")
+
+
+def is_headerless(path: Path) -> bool:
+    """Whether the suffix alone says what the bytes are."""
+    return path.suffix.lower() in (".pcm", ".raw")
 
 
 def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:

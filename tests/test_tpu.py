@@ -96,3 +96,20 @@ def test_four_chips_split_weights_of_int8():
     figures = compiled("frame_loop", *flags)
     assert figures["argument_bytes"] < 0.45 * (PARAMETERS["int8"] + 32 * ROW)
     assert figures["argument_bytes"] + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES
+
+
+@pytest.mark.long
+def test_adapters_are_trained_on_one_chip():
+    """bfloat16, blocks computed again, eight conversations of 1024 positions."""
+    figures = compiled("train_step", "--lora_rank=16", "--batch=8", "--length=1024")
+    assert figures["argument_bytes"] > PARAMETERS["none"]
+    assert figures["argument_bytes"] + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES
+
+
+@pytest.mark.long
+def test_everything_is_trained_on_four_chips():
+    """Float32 parameters and two moments of each, divided by four; bfloat16 to compute in."""
+    flags = "--topology=v5e:2x2", "--fsdp=4", "--batch=4", "--length=1024"
+    figures = compiled("train_step", *flags)
+    assert figures["argument_bytes"] == pytest.approx(3 * 2 * PARAMETERS["none"] / 4, rel=0.02)
+    assert figures["argument_bytes"] + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES

@@ -4,11 +4,12 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax.audio import load_audio
-from csm_jax.errors import InputError
+from csm_jax.audio import decode_audio, is_headerless, read_recording
+from csm_jax.errors import InputError, OutputError
 from csm_jax.files import replace_file
 from csm_jax.mimi.codec import Codec
 
@@ -39,76 +40,107 @@ class CodeCache:
 
         Args:
           progress: told of files as they are done.
+
+        Raises:
+          OutputError: the codes cannot be kept.
         """
         found: dict[Path, np.ndarray | InputError] = {}
-        missing: dict[Path, np.ndarray] = {}
+        missing: list[_Recording] = []
+        num_samples = 0
         for path in dict.fromkeys(paths):
-            kept = self._read(path)
-            if kept is not None:
-                found[path] = kept
-                progress(1)
-                continue
             try:
-                missing[path] = _load(path, self._codec.sample_rate)
+                read = self._read(path)
             except InputError as error:
-                found[path] = error
+                read = error
+            if isinstance(read, _Recording):
+                missing.append(read)
+                num_samples += len(read.samples)
+            else:
+                found[path] = read
                 progress(1)
-            if sum(map(len, missing.values())) > READ_SECONDS * self._codec.sample_rate:
+            if num_samples > READ_SECONDS * self._codec.sample_rate:
                 found |= self._encode(missing, progress)
-                missing = {}
+                missing, num_samples = [], 0
         return found | self._encode(missing, progress)
 
     def _encode(
-        self, recordings: dict[Path, np.ndarray], progress: Callable[[int], object]
+        self, recordings: Sequence["_Recording"], progress: Callable[[int], object]
     ) -> dict[Path, np.ndarray]:
         codes = {}
         for batch in _batches(recordings, self._codec.sample_rate):
-            rows = [recordings[path] for path in batch]
-            for path, row in zip(batch, self._codec.encode(rows, self._num_codebooks), strict=True):
-                self._write(path, row)
-                codes[path] = row
+            rows = self._codec.encode([each.samples for each in batch], self._num_codebooks)
+            for recording, row in zip(batch, rows, strict=True):
+                self._write(recording.file, row)
+                codes[recording.path] = row
             progress(len(batch))
         return codes
 
-    def _file(self, path: Path) -> Path | None:
-        """Where the codes of a recording are kept; None if it cannot be read."""
+    def _read(self, path: Path) -> "np.ndarray | _Recording":
+        """The codes that are kept of a recording, or what to encode."""
+        # Read once: were it read again for its name, it could have changed since.
+        data = read_recording(path)
+        # The same bytes are other samples where the suffix says so.
+        kind = "-headerless" if is_headerless(path) else ""
+        file = self._directory / f"{hashlib.sha256(data).hexdigest()}{kind}.npy"
+        kept = self._kept(file)
+        if kept is not None:
+            return kept
+        return _Recording(
+            path, file, _speech(decode_audio(data, path, self._codec.sample_rate), path)
+        )
+
+    def _kept(self, file: Path) -> np.ndarray | None:
         try:
-            return self._directory / f"{hashlib.sha256(path.read_bytes()).hexdigest()}.npy"
-        except OSError:
+            content = file.read_bytes()
+            codes = np.load(io.BytesIO(content), allow_pickle=False)
+        except Exception:
+            return None  # not there, or damaged, for which numpy has a dozen kinds of exceptions
+        is_right = isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.size
+        is_right = is_right and codes.shape[1] == self._num_codebooks and _content(codes) == content
+        if not is_right or not 0 <= codes.min() <= codes.max() < self._codec.config.codebook_size:
             return None
+        return codes.astype(np.int32)
 
-    def _read(self, path: Path) -> np.ndarray | None:
-        file = self._file(path)
+    def _write(self, file: Path, codes: np.ndarray) -> None:
         try:
-            codes = np.load(file, allow_pickle=False) if file else None
-        except (OSError, ValueError, EOFError):
-            return None  # not there, or damaged
-        is_right = codes is not None and codes.ndim == 2 and codes.shape[1] == self._num_codebooks
-        return codes.astype(np.int32) if is_right else None
-
-    def _write(self, path: Path, codes: np.ndarray) -> None:
-        buffer = io.BytesIO()
-        np.save(buffer, codes.astype(np.int16))
-        self._directory.mkdir(parents=True, exist_ok=True)
-        replace_file(self._file(path), buffer.getvalue())
+            self._directory.mkdir(parents=True, exist_ok=True)
+            replace_file(file, _content(codes))
+        except OSError as error:
+            raise OutputError(
+                f"codes cannot be kept in {self._directory} ({error.strerror}): choose a directory "
+                "that is writable and has space with --codes_cache"
+            ) from error
 
 
-def _load(path: Path, sample_rate: int) -> np.ndarray:
-    audio = load_audio(path, sample_rate)
+class _Recording(NamedTuple):
+    """What is to be encoded, and the file that its codes go to."""
+
+    path: Path
+    file: Path
+    samples: np.ndarray
+
+
+def _content(codes: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, codes.astype(np.int16))
+    return buffer.getvalue()
+
+
+def _speech(audio: np.ndarray, path: Path) -> np.ndarray:
     peak = float(np.abs(audio).max())
     if peak < SILENT_PEAK:
         raise InputError(f"{path}: silent, its peak of {peak:.1e} is under {SILENT_PEAK:.0e}")
     return audio
 
 
-def _batches(recordings: dict[Path, np.ndarray], sample_rate: int) -> Iterator[list[Path]]:
-    """Paths of recordings of similar lengths, few enough to be encoded together."""
-    batch: list[Path] = []
-    for path in sorted(recordings, key=lambda path: len(recordings[path])):
-        longest = len(recordings[path]) / sample_rate
+def _batches(recordings: Sequence[_Recording], sample_rate: int) -> Iterator[list[_Recording]]:
+    """Recordings of similar lengths, few enough to be encoded together."""
+    batch: list[_Recording] = []
+    for recording in sorted(recordings, key=lambda each: len(each.samples)):
+        longest = len(recording.samples) / sample_rate
         if batch and (len(batch) + 1) * longest > BATCH_SECONDS:
             yield batch
             batch = []
-        batch.append(path)
+        batch.append(recording)
     if batch:
         yield batch

@@ -1,16 +1,17 @@
 """Manifests of conversations: JSON lines in, what can be learnt from out, and what is wrong."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from csm_jax import cli
 from csm_jax.errors import InputError
 from csm_jax.script import Turn, parse_turn
 
 ON_BAD = ("fail", "skip")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,14 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
     Audio is relative to the file. A turn with `"train": false` is heard, but not learnt.
 
     Returns:
-      The conversations without a fault, and the first fault of each of the others.
+      The conversations without a fault, and the faults of the others.
 
     Raises:
       InputError: the file cannot be read, or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Only a line feed ends a line: JSON allows other line ends of Unicode within a text.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data {path} cannot be read: {error}") from error
     found: list[Conversation] = []
@@ -72,9 +74,24 @@ def _parse(text: str, line: int, directory: Path) -> Conversation:
         raise InputError(f"not JSON: {error}") from error
     if not isinstance(values, list) or not values:
         raise InputError("not a list of turns")
-    parsed = [_parse_turn(value, f"turn {i}", directory) for i, value in enumerate(values, 1)]
+    parsed = each_or_all_faults(
+        lambda i: _parse_turn(values[i], f"turn {i + 1}", directory), len(values)
+    )
     turns, learnt = zip(*parsed, strict=True)
     return Conversation(line, turns, learnt)
+
+
+def each_or_all_faults(make: Callable[[int], T], count: int) -> list[T]:
+    """What `make` makes of every turn, or one `InputError` with the faults of all."""
+    made, faults = [], []
+    for index in range(count):
+        try:
+            made.append(make(index))
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("; ".join(faults))
+    return made
 
 
 def _parse_turn(values: Any, where: str, directory: Path) -> tuple[Turn, bool]:

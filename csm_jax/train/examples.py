@@ -11,7 +11,7 @@ from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.prompt import Segment, join_rows, turn_rows
 from csm_jax.tokenizer import Tokenizer
-from csm_jax.train.data import Conversation, Problem
+from csm_jax.train.data import Conversation, Problem, each_or_all_faults
 
 TURNS = ("all", "last")
 
@@ -71,17 +71,20 @@ def _make(
     tokenizer: Tokenizer,
     selection: Selection,
 ) -> Example:
-    parts, targets, segments = [], [], []
-    for i, turn in enumerate(conversation.turns):
+    def heard(index: int) -> Segment:
+        turn = conversation.turns[index]
         found = codes[turn.audio]
         if isinstance(found, InputError):
-            raise InputError(f"turn {i + 1}: {found}")
-        segment = Segment(turn.speaker, turn.text, codes=found)
+            raise InputError(f"turn {index + 1}: {found}")
+        return Segment(turn.speaker, turn.text, codes=found)
+
+    segments = each_or_all_faults(heard, len(conversation.turns))
+    parts, targets = [], []
+    for i, segment in enumerate(segments):
         text, audio = turn_rows(segment, config, tokenizer)
         parts += [text, audio]
         is_learnt = _is_learnt(conversation, i, selection)
         targets += [np.zeros(len(text[0]), bool), np.full(len(audio[0]), is_learnt)]
-        segments.append(segment)
     example = Example(*join_rows(parts), np.concatenate(targets), tuple(segments))
     if len(example.frames) > selection.max_len:
         raise InputError(

@@ -135,6 +135,17 @@ def test_company_and_order_are_drawn_evenly():
     assert (abs(company[1:] - 200) < 46).all()
 
 
+def test_lengths_are_mixed():
+    """Every bucket comes first in as many of 600 epochs as it has batches (5 deviations)."""
+    source = ShuffledBatches(EXAMPLES, 4, seed=0)
+    lengths = [[batch.frames.shape[1] for batch in epoch(source, i)] for i in range(600)]
+    first = [of_epoch[0] for of_epoch in lengths]
+    for size in set(lengths[0]):
+        share = lengths[0].count(size) / len(lengths[0])
+        deviation = (600 * share * (1 - share)) ** 0.5
+        assert abs(first.count(size) - 600 * share) < 5 * deviation
+
+
 # --- The iterator -------------------------------------------------------------------------------
 
 NUM_BATCHES = ShuffledBatches(EXAMPLES, 4, 3).num_batches

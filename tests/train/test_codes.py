@@ -1,5 +1,6 @@
 """Codes on disk: those of the codec, computed once, and again when anything has changed."""
 
+import errno
 import hashlib
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 import soundfile
 from fixtures import CONFIG
 
-from csm_jax.errors import InputError
+from csm_jax.errors import InputError, OutputError
 from csm_jax.mimi.codec import Codec
 from csm_jax.random_weights import random_params
 from csm_jax.train import codes
@@ -137,6 +138,11 @@ DAMAGE = {
     "half": lambda content: content[: len(content) // 2],
     "a byte short": lambda content: content[:-1],
     "something else": lambda content: b"these are no codes",
+    "an archive": lambda content: b"PK\x03\x04" + content,
+    "its type": lambda content: content.replace(b"i2", b"u2"),
+    "its length": lambda content: content[:8] + b"(" + content[9:],
+    "fewer frames": lambda content: content.replace(b"(5, 7)", b"(4, 7)"),
+    "a code too many": lambda content: content[:-2] + b"\xff\x7f",
 }
 
 
@@ -231,9 +237,49 @@ def test_what_was_encoded_before_an_interruption_is_kept(alone, recordings, tmp_
 
 def test_a_file_is_whole_or_not_there(alone, recordings, tmp_path, monkeypatch):
     def fail(*_):
-        raise OSError("the disk is gone")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("csm_jax.files.os.replace", fail)
-    with pytest.raises(OSError, match="the disk is gone"):
+    with pytest.raises(OutputError, match=r"\(No space left on device\): .*--codes_cache"):
         CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
     assert stored(tmp_path / "cache") == []
+
+
+def test_a_directory_that_cannot_be_made(alone, recordings, tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(OutputError, match="Not a directory"):
+        CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
+
+
+@pytest.mark.parametrize("name", ["a\0.wav", "\ud800.wav"])
+def test_a_path_that_cannot_be(alone, recordings, name, tmp_path):
+    found = CodeCache(tmp_path / "cache", alone, Q).codes([tmp_path / name, *recordings])
+    assert isinstance(found.pop(tmp_path / name), InputError)
+    assert set(found) == set(recordings)
+
+
+def test_the_same_bytes_without_their_header(alone, recordings, tmp_path):
+    """Are samples themselves, the header too."""
+    cache = CodeCache(tmp_path / "cache", alone, Q)
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(recordings[0].read_bytes())
+    for _ in range(2):
+        found = cache.codes([recordings[0], raw])
+        assert (len(found[recordings[0]]), len(found[raw])) == (5, 6)
+
+
+def test_a_recording_that_changes_meanwhile(alone, recordings, tmp_path):
+    """Its codes are not kept as those of what it has become."""
+    path, other = recordings[:2]
+
+    class Slow(Counting):
+        def encode(self, audio, num_codebooks=None):
+            path.write_bytes(other.read_bytes())
+            return super().encode(audio, num_codebooks)
+
+    before = encoded(alone, path)
+    cache = tmp_path / "cache"
+    np.testing.assert_array_equal(CodeCache(cache, Slow(), Q).codes([path])[path], before)
+    np.testing.assert_array_equal(
+        CodeCache(cache, alone, Q).codes([path])[path], encoded(alone, other)
+    )

@@ -1,6 +1,7 @@
 """Conversations from a manifest: what is learnt of them, and every fault of a file at once."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,17 @@ def test_silence_ends_at_a_thousandth(codec, level, is_speech, tmp_path):
         assert problems[0].message.endswith("silent, its peak of 9.8e-04 is under 1e-03")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
+def test_only_a_line_feed_ends_a_line(character, tmp_path):
+    """JSON allows other line ends of Unicode within a text."""
+    line = json.dumps([TURN | {"text": f"One.{character}Two."}], ensure_ascii=False)
+    (tmp_path / "data.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8")
+    found, problems = read_conversations(tmp_path / "data.jsonl")
+    assert problems == []
+    assert [each.turns[0].text for each in found] == [f"One.{character}Two."] * 2
+    assert [each.line for each in found] == [1, 2]
+
+
 PROBLEMS = [Problem(12, "b is bad"), Problem(3, "a is bad")]
 BOTH = "data.jsonl, line 3: a is bad\ndata.jsonl, line 12: b is bad\n"
 
@@ -226,3 +238,12 @@ def test_recordings_lie_beside_the_file(codec, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     made, problems = read(codec, path)
     assert (len(made), problems) == (1, [])
+
+
+def test_every_fault_of_a_line_is_told(codec, tmp_path):
+    missing = [{**TURN, "audio": name} for name in ("one.wav", "two.wav")]
+    unspoken = [{**TURN, "text": ""}, TURN, {**TURN, "loud": 1}]
+    _, problems = read(codec, write(tmp_path, [*missing, TURN], unspoken))
+    of_line = {problem.line: problem.message for problem in problems}
+    assert re.search(r"turn 1: .*one\.wav.*; turn 2: .*two\.wav", of_line[1])
+    assert re.search(r"turn 1: the text is empty.*; turn 3: unknown field loud", of_line[2])
