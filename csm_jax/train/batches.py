@@ -9,7 +9,7 @@ import numpy as np
 from csm_jax.train.examples import Example
 
 SHORTEST = 32
-# Beside the numbers of epochs, so that its draw is not one of theirs.
+# No number of an epoch: its draw is not one of theirs.
 _HOLDOUT = 2**31
 
 
@@ -118,8 +118,7 @@ def split_holdout(
     if share == 0 or len(examples) < 2:
         return list(examples), []
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
-    held = set(
-        np.random.default_rng((seed, _HOLDOUT, 0)).permutation(len(examples))[:count].tolist()
-    )
+    random = np.random.default_rng((seed, _HOLDOUT))
+    held = set(random.permutation(len(examples))[:count].tolist())
     learnt = [example for i, example in enumerate(examples) if i not in held]
     return learnt, [example for i, example in enumerate(examples) if i in held]
