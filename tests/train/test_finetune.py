@@ -16,8 +16,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import csm_jax
-from csm_jax import checkpoint, finetune
+from csm_jax import checkpoint, finetune, generate
 from csm_jax.audio import load_audio
+from csm_jax.convert import __main__ as convert
 from csm_jax.sampling import Sampling
 
 CONFIG = csm_jax.tiny()
@@ -240,3 +241,69 @@ def test_a_directory_that_is_no_run(data, tmp_path, capsys):
     assert run(f"--data={data}", f"--out={tmp_path}") == 2
     assert "no run" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["precious"]
+
+
+def test_merged_once_or_on_every_loading(data, tmp_path):
+    """`convert --adapters` writes what `load(adapters=)` makes, and speaks like `--adapters`."""
+    adapters, merged = tmp_path / "run" / "adapters", tmp_path / "merged"
+    flags = [f"--data={data}", "--steps=2", "--learning_rate=0.05", f"--out={tmp_path / 'run'}"]
+    assert run(*flags, "--lora_rank=2") == 0
+    source = ["--source=random:tiny", f"--adapters={adapters}"]
+    assert convert.run([*source, f"--out={merged}"]) == 0
+    ours = checkpoint.flatten(csm_jax.load(merged).params)
+    fixtures.assert_same_params(
+        ours, checkpoint.flatten(csm_jax.load("random:tiny", adapters=adapters).params)
+    )
+    codes = []
+    for chosen in (
+        ["--checkpoint=random:tiny", f"--adapters={adapters}"],
+        [f"--checkpoint={merged}"],
+    ):
+        out = [f"--out={tmp_path / 'x.wav'}", f"--codes_out={tmp_path / 'x.npy'}"]
+        common = ["--text=Hello", "--max_audio_length_ms=800"]
+        assert generate.run([*chosen, *common, *out]) == 0
+        codes.append(np.load(tmp_path / "x.npy"))
+    np.testing.assert_array_equal(*codes)
+
+
+def test_from_scratch(data, tmp_path):
+    """Only the language model is new, and knows nothing: its loss is that of a guess, or more."""
+    out = tmp_path / "run"
+    assert run(f"--data={data}", "--steps=2", "--from_scratch", f"--out={out}") == 0
+    guess = 2 * np.log(CONFIG.audio_vocab_size)
+    assert 0.9 * guess < metrics(out)[0]["loss"] < 2 * guess
+    ours = dict(checkpoint.read_params(out / "model", CONFIG))
+    base = checkpoint.flatten({"csm": csm_jax.load("random:tiny").params})
+    assert not any(np.allclose(ours[path], leaf) for path, leaf in base.items() if leaf.ndim > 1)
+    codec = csm_jax.load("random:tiny").codec
+    assert csm_jax.load(out / "model").codec.fingerprint == codec.fingerprint
+
+
+def test_bad_data_ends_it_or_is_left_out(data, tmp_path, capsys):
+    mixed = data.with_name("mixed.jsonl")
+    mixed.write_text(
+        "{\n" + data.read_text() + '[{"speaker": 0, "text": "", "audio": "0-0.wav"}]\n'
+    )
+    out = tmp_path / "run"
+    assert run(f"--data={mixed}", "--steps=1", f"--out={out}") == 2
+    said = capsys.readouterr().err
+    assert f"{mixed}, line 1: not JSON" in said
+    assert f"{mixed}, line 6: turn 1: the text is empty" in said
+    assert "2 of 6 conversations" in said
+    assert not out.exists()
+    assert run(f"--data={mixed}", "--steps=1", f"--out={out}", "--on_bad_data=skip") == 0
+
+
+def test_losses_of_chosen_turns_add_up(data, capsys):
+    """Frames of all turns are those of each speaker; so are their losses, weighed by frames."""
+
+    def losses(*flags: str) -> dict:
+        capsys.readouterr()
+        assert run(f"--data={data}", "--eval_only", "--on_bad_data=skip", *flags) == 0
+        return json.loads(capsys.readouterr().out)
+
+    both, parts = losses(), [losses(f"--speakers={speaker}") for speaker in (0, 1)]
+    assert both["num_frames"] == sum(part["num_frames"] for part in parts) == 17 + 6
+    for name in ("backbone_loss", "depth_decoder_loss"):
+        weighed = sum(part[name] * part["num_frames"] for part in parts)
+        assert weighed == pytest.approx(both[name] * both["num_frames"], rel=1e-5)
