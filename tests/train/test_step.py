@@ -7,6 +7,7 @@ import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,7 +21,7 @@ from csm_jax.train import placement
 from csm_jax.train.batches import Batch
 from csm_jax.train.loss import choose_frames, num_depth_frames
 from csm_jax.train.optimiser import OptimiserConfig, learning_rate
-from csm_jax.train.step import Recipe, eval_step, init_state, mean_losses, train_step
+from csm_jax.train.step import Recipe, eval_step, init_state, losses, mean_losses, train_step
 
 CONFIG = csm_jax.tiny()
 RECIPE = Recipe(CONFIG, OptimiserConfig(learning_rate=1e-2, steps=10, warmup=0), FLOAT32)
@@ -105,6 +106,23 @@ def test_how_a_step_is_computed_changes_nothing(change):
     assert_close(other_metrics, metrics)
     # The first step of Adam is the sign of the gradient: compare its moments.
     assert_close(other.optimiser, state.optimiser, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_the_gradient_is_that_of_the_mean_loss(accumulate):
+    """With every frame in the depth decoder, nothing is left to chance."""
+    recipe = dataclasses.replace(
+        RECIPE, depth_share=1.0, depth_weight=0.7, accumulate=accumulate, remat=False
+    )
+
+    def loss(params):
+        sums = losses(params, None, random_batch(), keys(4), recipe=recipe)
+        backbone, depth = mean_losses(sums)
+        return backbone + 0.7 * depth
+
+    want = optax.global_norm(jax.jit(jax.grad(loss))(params()))
+    _, metrics = after_a_step(recipe, random_batch())
+    np.testing.assert_allclose(metrics.grad_norm, want, rtol=1e-4)
 
 
 def test_rows_without_a_target_change_nothing():
