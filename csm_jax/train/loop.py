@@ -115,7 +115,8 @@ class Run:
             self._check_patience(metrics, checkpoints)
             if _is_due(step, self.schedule.eval_every, last) and self._held_out:
                 figures |= self._evaluate()
-            if log and (_is_due(step, self.schedule.log_every, last) or "eval_loss" in figures):
+            is_logged = step == 1 or _is_due(step, self.schedule.log_every, last)
+            if log and (is_logged or "eval_loss" in figures):
                 log.write(step, figures)
             if self._sample and _is_due(step, self.schedule.sample_every, last):
                 self._sample(step, self.averaged)
