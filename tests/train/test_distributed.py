@@ -67,7 +67,7 @@ def assert_same(ours: dict[str, list[float]], theirs: dict[str, list[float]]) ->
         np.testing.assert_allclose(ours[name], values, rtol=1e-4, err_msg=name)
 
 
-@pytest.mark.parametrize("fsdp", [2, 8])
+@pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.long), 8])
 def test_eight_devices(data, alone, tmp_path, fsdp):
     out = tmp_path / "run"
     assert_same(curve(start(data, out, f"--fsdp={fsdp}", devices=8), out=out), alone)

@@ -96,7 +96,7 @@ def assert_close(ours, theirs, rtol=1e-4, atol=1e-6):
 
 @pytest.mark.parametrize(
     "change",
-    [{"accumulate": 2}, {"accumulate": 4}, {"remat": False}],
+    [{"accumulate": 4}, {"remat": False}],
     ids=lambda change: "-".join(map(str, change.values())),
 )
 def test_how_a_step_is_computed_changes_nothing(change):
