@@ -108,7 +108,7 @@ def test_how_a_step_is_computed_changes_nothing(change):
     assert_close(other.optimiser, state.optimiser, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
 def test_the_gradient_is_that_of_the_mean_loss(accumulate):
     """With every frame in the depth decoder, nothing is left to chance."""
     recipe = dataclasses.replace(
