@@ -31,7 +31,7 @@ from csm_jax.train.data import ON_BAD, read_conversations, report
 from csm_jax.train.examples import TURNS, Example, Selection, make_examples
 from csm_jax.train.log import plot_losses
 from csm_jax.train.loop import Run, Schedule, evaluate
-from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.optimiser import KINDS, OptimiserConfig
 from csm_jax.train.result import Sampler, claim_directory, write_result
 from csm_jax.train.step import Recipe, init_state
 
@@ -67,6 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(whole, "steps", 1000, "batches to learn from", lower_bound=1)
     define(whole, "batch_size", 8, "conversations in a batch", lower_bound=1)
     define(whole, "accumulate", 1, "parts that a batch is computed in", lower_bound=1)
+    define(text, "optimiser", "adamw", "adamw; or muon, which is faster --from_scratch")
     rate = f"the highest; default: {ADAPTER_RATE} for adapters, else {WHOLE_RATE}"
     define(real, "learning_rate", None, rate)
     define(whole, "warmup", None, "steps until it is reached; default: a 20th, at most 100")
@@ -103,7 +104,8 @@ def _check(values: flags.FlagValues) -> None:
         raise InputError("--data is missing: name a file of conversations, a JSON list a line")
     if values.out is None and not values.eval_only:
         raise InputError("--out is missing: name the directory of the run")
-    for name, choices in {"on_bad_data": ON_BAD, "turns": TURNS}.items():
+    choices_of = {"on_bad_data": ON_BAD, "turns": TURNS, "optimiser": KINDS}
+    for name, choices in choices_of.items():
         if (given := values[name].value) not in choices:
             raise InputError(f"--{name} is {given}, but must be {' or '.join(choices)}")
     if values.dtype not in ("auto", "float32", "bfloat16"):
@@ -233,6 +235,7 @@ def _optimiser(values: flags.FlagValues) -> OptimiserConfig:
     if rate is None:
         rate = ADAPTER_RATE if values.lora_rank else WHOLE_RATE
     return OptimiserConfig(
+        kind=values.optimiser,
         learning_rate=rate,
         steps=values.steps,
         warmup=min(values.steps // 20, 100) if values.warmup is None else values.warmup,

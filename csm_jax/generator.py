@@ -30,6 +30,8 @@ from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 Params = dict[str, Any]
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
+# Brought along with the package: `examples/demo_checkpoint/` tells how it was made.
+BUNDLED = {"demo": Path(__file__).with_name("demo")}
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
 SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
@@ -223,8 +225,9 @@ def load(
 
     Args:
       name: a Hugging Face repository such as "sesame/csm-1b", which is downloaded and converted
-        on the first call; a directory in any of the layouts; "random:tiny" or "random:csm_1b",
-        random weights that need no download and make noise.
+        on the first call; a directory in any of the layouts; "demo", a very small model that
+        comes with the package and speaks digits and simple sentences; "random:tiny" or
+        "random:csm_1b", random weights that make noise.
       dtype: "float32", "bfloat16", "float16", or "auto": bfloat16 where the hardware computes in
         it, float16 on older GPUs, float32 on a CPU. The codec is float32 always.
       quantize: "int8" or "none"; None is as the checkpoint is stored.
@@ -290,12 +293,12 @@ def _as_int8(name: str, dtype: str, quantize: str | None) -> Precision:
 
 
 def _directory(name: str) -> Path:
-    directory = Path(name).expanduser()
+    directory = BUNDLED.get(name) or Path(name).expanduser()
     if directory.is_dir():
         return directory
     if _HUB_NAME.fullmatch(name) and not name.startswith((".", "~")):
         return hub.native_copy(name)
     raise CheckpointError(
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
-        f"of {', '.join(RANDOM)}"
+        f"of {', '.join([*BUNDLED, *RANDOM])}"
     )

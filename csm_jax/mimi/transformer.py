@@ -40,11 +40,11 @@ class TransformerLayer(StreamingLayer):
         self.k = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
         self.v = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
         self.o = Linear(dim, dim, precision=FLOAT32, rngs=rngs)
-        self.attn_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
+        self.attn_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE, jnp.float32))
         self.mlp_norm = LayerNorm(dim, config.norm_eps, dtype=jnp.float32)
         self.up = Linear(dim, config.mlp_dim, precision=FLOAT32, rngs=rngs)
         self.down = Linear(config.mlp_dim, dim, precision=FLOAT32, rngs=rngs)
-        self.mlp_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE))
+        self.mlp_scale = nnx.Param(jnp.full((dim,), LAYER_SCALE, jnp.float32))
 
     def init_state(self, batch: int) -> WindowCache:
         config = self.config

@@ -1,0 +1,94 @@
+"""Lets a checkpoint speak, and judges it by what is heard."""
+
+import dataclasses
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from flite import VOICES, synthesise
+from hearing import count_errors, median_pitch, recognise_digits
+from texts import draw_digits
+
+import csm_jax
+from csm_jax.audio import load_audio
+from csm_jax.generator import Generator
+
+# Hz. Between the two voices: slt is at 173, rms at 97.
+BETWEEN = 130
+# What a speech that ended by itself has no notice of.
+ENDINGS = ("cut", "guard_cut", "resampled", "nothing_said")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spoken:
+    """One request and what came of it."""
+
+    request: csm_jax.Request
+    audio: np.ndarray
+    notices: tuple[str, ...]
+
+    @property
+    def words(self) -> list[str]:
+        return self.request.text.split()
+
+    @property
+    def errors(self) -> int:
+        return count_errors(self.words, recognise_digits(self.audio, 24_000))
+
+    @property
+    def ended(self) -> bool:
+        return not set(self.notices) & set(ENDINGS)
+
+
+def draw_requests(count: int, seed: int) -> list[csm_jax.Request]:
+    """Strings of 3 to 6 digits that were never learnt from, by both voices in turn."""
+    source = random.Random(f"strings {seed}")
+    texts = [draw_digits(source, 3, 6, held_out=True) for _ in range(count)]
+    return [csm_jax.Request(text, speaker=i % 2, seed=i) for i, text in enumerate(texts)]
+
+
+def with_other_voice(
+    requests: Sequence[csm_jax.Request], directory: Path, seed: int
+) -> list[csm_jax.Request]:
+    """The same, after a turn of the same speaker number in the other number's voice."""
+    source = random.Random(f"context {seed}")
+    moved = []
+    for i, request in enumerate(requests):
+        text = draw_digits(source, 3, 6, held_out=True)
+        voice = VOICES[1 - request.speaker]
+        audio = load_audio(synthesise(text, voice, directory / f"{seed}-{i}.wav"), 24_000)
+        turn = csm_jax.Segment(request.speaker, text, audio)
+        moved.append(dataclasses.replace(request, context=[turn]))
+    return moved
+
+
+def speak(model: Generator, requests: Sequence[csm_jax.Request], batch: int) -> list[Spoken]:
+    """All requests, `batch` at a time."""
+    notices: list[list[str]] = [[] for _ in requests]
+    audio = model.generate_batch(
+        requests, batch, notify=lambda i, notice: notices[i].append(notice.kind)
+    )
+    rows = zip(requests, audio, notices, strict=True)
+    return [Spoken(request, heard, tuple(kinds)) for request, heard, kinds in rows]
+
+
+def word_error_rate(spoken: Sequence[Spoken]) -> float:
+    return sum(each.errors for each in spoken) / sum(len(each.words) for each in spoken)
+
+
+def share_in_voice(spoken: Sequence[Spoken], voices: Sequence[int]) -> float:
+    """How many are in the voices that they should be in, by their pitch."""
+    pitches = [median_pitch(each.audio, 24_000) for each in spoken]
+    right = [
+        (pitch > BETWEEN) == (voice == 0) for pitch, voice in zip(pitches, voices, strict=True)
+    ]
+    return float(np.mean(np.array(right) & np.isfinite(pitches)))
+
+
+def largest_difference(model: Generator, requests: Sequence[csm_jax.Request]) -> float:
+    """Between speech as a stream and as a whole, of any sample."""
+    return max(
+        float(np.max(np.abs(np.concatenate(list(model.stream(each))) - model.generate(each))))
+        for each in requests
+    )

@@ -1,0 +1,54 @@
+"""Writes what was trained as it is shipped: transformers' layout, in bfloat16, in one file.
+
+python examples/demo_checkpoint/package.py --model=demo/run/model --out=csm_jax/demo
+"""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import app, flags, logging
+from flite import VOICES, synthesise
+from safetensors.numpy import load_file, save_file
+
+from csm_jax.audio import load_audio, save_audio
+from csm_jax.convert.export import export_huggingface
+
+MODEL = flags.DEFINE_string("model", "demo/run/model", "the native checkpoint of the run")
+# What the context may begin with, in each voice.
+PROMPTS = {"slt": "one five two nine", "rms": "six zero seven three"}
+
+OUT = flags.DEFINE_string("out", "csm_jax/demo", "directory to write into")
+
+
+def write_prompts(directory: Path) -> None:
+    """A recording of each voice, and what it says in a file beside it."""
+    directory.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory() as temporary:
+        for voice in VOICES:
+            recording = synthesise(PROMPTS[voice], voice, Path(temporary) / f"{voice}.wav")
+            save_audio(directory / f"{voice}.flac", load_audio(recording, 24_000), 24_000)
+            (directory / f"{voice}.txt").write_text(f"{PROMPTS[voice]}\n")
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    out = Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as directory:
+        exported = Path(directory) / "exported"
+        export_huggingface(Path(MODEL.value), exported, jnp.bfloat16)
+        tensors = {}
+        for shard in sorted(exported.glob("*.safetensors")):
+            # The codec is kept in float32 otherwise; here assemble.py has rounded it before.
+            tensors |= {name: t.astype(jnp.bfloat16) for name, t in load_file(shard).items()}
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        for name in ("config.json", "tokenizer.model"):
+            shutil.copyfile(exported / name, out / name)
+    write_prompts(out / "prompts")
+    print(f"{out}: {sum(file.stat().st_size for file in out.rglob('*.*')) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    app.run(main)

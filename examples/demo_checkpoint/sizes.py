@@ -1,0 +1,42 @@
+"""Sizes of the demo checkpoint: the modules of CSM-1B, a thousand times smaller."""
+
+from csm_jax.config import CSMConfig, LlamaConfig, MimiConfig, TextTokenIds
+
+TEXT_VOCAB = 256
+# 24 kHz and 12.5 frames a second, like the released codec.
+CODEC = MimiConfig(
+    num_filters=16,
+    embed_dim=128,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=256,
+    attention_window=50,
+    num_codebooks=8,
+    codebook_size=256,
+    codebook_dim=64,
+)
+MODEL = CSMConfig(
+    backbone=LlamaConfig(
+        num_layers=6,
+        embed_dim=192,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=32,
+        mlp_dim=448,
+        max_seq_len=1024,
+    ),
+    depth_decoder=LlamaConfig(
+        num_layers=3,
+        embed_dim=128,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        mlp_dim=256,
+        max_seq_len=9,
+    ),
+    codec=CODEC,
+    text_vocab_size=TEXT_VOCAB,
+    audio_vocab_size=259,
+    num_codebooks=8,
+    text_token_ids=TextTokenIds(bos=1, eos=2, audio=3, audio_eos=4),
+)

@@ -1,0 +1,199 @@
+"""Training of the codec: spectra, what comes back, and codebooks that follow what chooses them."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import csm_jax
+from csm_jax.mimi.codec import Mimi, bind
+from csm_jax.train import codec
+from csm_jax.train.codec import CodecRecipe, Usage, codec_step, init_codec_state, reconstruct
+from csm_jax.train.optimiser import OptimiserConfig, make_optimiser
+from csm_jax.train.spectral import SCALES, log_mel, mel_distance, mel_filters
+
+CONFIG = csm_jax.tiny().codec
+STEPS = 40
+RECIPE = CodecRecipe(
+    CONFIG, OptimiserConfig(kind="muon", learning_rate=1e-2, steps=STEPS, warmup=4)
+)
+SEED = np.uint32(3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lenient():
+    """optax multiplies its int32 count of steps with floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def mimi():
+    return Mimi(CONFIG, rngs=nnx.Rngs(0))
+
+
+def tones(rows: int, num_frames: int) -> np.ndarray:
+    """A buzz of another pitch in every row, [rows, samples]."""
+    time = np.arange(num_frames * CONFIG.frame_size) / CONFIG.sample_rate
+    pitches = 90 + 37 * np.arange(rows)[:, None]
+    buzz = sum(np.sin(2 * np.pi * k * pitches * time) / k for k in range(1, 12))
+    return (0.2 * buzz * np.sin(2 * np.pi * 3 * time) ** 2).astype(np.float32)
+
+
+@pytest.mark.parametrize(("window", "num_mels"), SCALES)
+def test_the_spectrum_is_that_of_transformers(window, num_mels):
+    audio_utils = pytest.importorskip("transformers.audio_utils")
+    audio = tones(1, 3)[0]
+    filters = audio_utils.mel_filter_bank(
+        window // 2 + 1, num_mels, 0, 12_000, 24_000, mel_scale="htk"
+    )
+    theirs = audio_utils.spectrogram(
+        audio,
+        np.hanning(window + 1)[:-1] * (4 / window),
+        window,
+        window // 4,
+        power=1.0,
+        center=False,
+        mel_filters=filters,
+        mel_floor=1e-3,
+        log_mel="log",
+    )
+    ours = log_mel(audio[None], 24_000, window, num_mels)[0]
+    np.testing.assert_allclose(mel_filters(24_000, window, num_mels), filters, atol=1e-6)
+    np.testing.assert_allclose(ours, theirs.T, atol=1e-3)
+
+
+def test_sounds_are_as_far_apart_as_they_differ_in_loudness():
+    audio = tones(2, 3) + 0.5  # loud enough to be over the floor nowhere but in a few bands
+    loud = np.random.default_rng(0).standard_normal(audio.shape).astype(np.float32)
+    assert mel_distance(loud, loud, 24_000) == 0
+    assert mel_distance(loud, 2 * loud, 24_000) == pytest.approx(np.log(2), rel=1e-2)
+
+
+def test_what_comes_back_in_training_is_what_the_codec_gives_back(mimi):
+    audio = tones(2, 5)
+    heard, _, _ = reconstruct(mimi, audio, jnp.array([CONFIG.num_codebooks, 3]))
+    codes = mimi.encode(audio, CONFIG.num_codebooks)
+    np.testing.assert_allclose(heard[:1], mimi.decode(codes[:1])[..., 0], atol=1e-5)
+    np.testing.assert_allclose(heard[1:], mimi.decode(codes[1:, :, :3])[..., 0], atol=1e-5)
+
+
+def test_the_gradient_passes_the_codebooks_as_if_they_were_not_there(mimi):
+    quantizer = mimi.quantizer.acoustic
+    random = np.random.default_rng(0)
+    latent = random.standard_normal((2, 3, CONFIG.embed_dim)).astype(np.float32)
+    weight = random.standard_normal(latent.shape).astype(np.float32)
+    kept = jnp.array([6, 2])
+
+    through = jax.grad(lambda x: jnp.sum(codec._quantise(quantizer, x, kept)[0] * weight))(latent)
+    around = jax.grad(lambda x: jnp.sum(quantizer.out_proj(quantizer.in_proj(x)) * weight))(latent)
+    np.testing.assert_allclose(through, around, rtol=1e-4, atol=1e-5)
+
+
+def test_codebooks_follow_as_those_of_moshi():
+    torch = pytest.importorskip("torch")
+    core_vq = pytest.importorskip("moshi.quantization.core_vq")
+    size, dim = CONFIG.codebook_size, CONFIG.codebook_dim
+    random = np.random.default_rng(1)
+    count = random.uniform(1, 3, size).astype(np.float32)
+    book = random.standard_normal((size, dim)).astype(np.float32)
+    theirs = core_vq.EuclideanCodebook(dim, size, decay=RECIPE.decay, check_unused_every=10**6)
+    theirs._initialized.fill_(1)
+    theirs.cluster_usage.copy_(torch.tensor(count))
+    theirs.embedding_sum.copy_(torch.tensor(book * count[:, None]))
+    theirs.train()
+
+    usage = Usage(jnp.array(count), jnp.array(book * count[:, None]))
+    for step in range(3):
+        vectors = random.standard_normal((50, dim)).astype(np.float32)
+        codes = codec.nearest(vectors[None], jnp.array(book))[0]
+        usage, book = codec._follow_one(
+            usage, codec._Choice(jnp.array(vectors), codes), jax.random.key(step), RECIPE
+        )
+        with torch.no_grad():
+            theirs(torch.tensor(vectors)[None])
+    np.testing.assert_allclose(usage.count, theirs.cluster_usage, rtol=1e-5)
+    np.testing.assert_allclose(book, theirs.embedding.numpy(), atol=1e-5)
+
+
+def test_an_entry_that_nobody_chooses_starts_anew_at_a_vector_of_the_batch():
+    size, dim = CONFIG.codebook_size, CONFIG.codebook_dim
+    vectors = np.random.default_rng(0).standard_normal((40, dim)).astype(np.float32)
+    count = np.full(size, 2.0, np.float32)
+    count[[4, 9]] = 0.2 * 40 / size * 0.99  # after another step without a vector, too few
+    usage = Usage(jnp.array(count), jnp.zeros((size, dim)))
+    choice = codec._Choice(jnp.array(vectors), jnp.zeros(40, jnp.int32))
+    _, book = codec._follow_one(usage, choice, jax.random.key(0), RECIPE)
+    is_vector = np.isclose(book[:, None], vectors[None], atol=1e-5).all(axis=-1).any(axis=-1)
+    assert is_vector.nonzero()[0].tolist() == [4, 9]
+
+
+def test_it_learns():
+    audio = tones(4, 4)
+    state = init_codec_state(RECIPE, 0)
+    before = state.params["quantizer"]["acoustic"]["codebooks"][5].copy()
+    distances = []
+    for _ in range(STEPS):
+        state, metrics = codec_step(state, audio, SEED, recipe=RECIPE)
+        distances.append(float(metrics.mel))
+    everything = jnp.full(len(audio), CONFIG.num_codebooks)
+    heard, _, _ = reconstruct(bind(CONFIG, state.params), audio, everything)
+    assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
+    assert not np.array_equal(before, state.params["quantizer"]["acoustic"]["codebooks"][5])
+    assert 1 < metrics.perplexity <= CONFIG.codebook_size
+
+
+def test_a_step_is_compiled_once():
+    recipe = dataclasses.replace(RECIPE, wave_weight=0.5)  # a program of its own
+    state, before = init_codec_state(recipe, 0), codec_step._cache_size()
+    for _ in range(2):
+        state, _ = codec_step(state, tones(2, 2), SEED, recipe=recipe)
+    assert codec_step._cache_size() == before + 1
+
+
+def test_rows_make_do_with_fewer_codebooks_as_often_as_they_should():
+    recipe = dataclasses.replace(RECIPE, dropout=0.3)
+    kept = np.asarray(codec._draw_kept(jax.random.key(0), 4000, recipe))
+    assert set(kept) == set(range(1, CONFIG.num_codebooks + 1))
+    assert np.mean(kept < CONFIG.num_codebooks) == pytest.approx(0.3, abs=0.04)
+
+
+def test_muon_updates_matrices_by_orthogonal_ones_and_leaves_tables_to_adamw():
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return jnp.array(random.standard_normal(shape), jnp.float32)
+
+    params = {
+        "linear": {"weight": draw(12, 20)},
+        "conv": {"weight": draw(3, 8, 10)},
+        "transposed": {"weight": draw(2, 8, 4, 5)},
+        "depthwise": {"weight": draw(2, 8, 4, 1)},
+        "codebook0_head": {"weight": draw(12, 20)},
+        "text_embedding": draw(12, 20),
+        "norm": {"scale": draw(12)},
+    }
+    gradients = jax.tree.map(lambda leaf: draw(*leaf.shape), params)
+    config = OptimiserConfig(
+        learning_rate=1e-2, steps=10, warmup=0, weight_decay=0.0, clip=1e9, kind="muon"
+    )
+    updates = {}
+    for kind in ("muon", "adamw"):
+        optimiser = make_optimiser(dataclasses.replace(config, kind=kind))
+        updates[kind] = optimiser.update(gradients, optimiser.init(params), params)[0]
+    matrices = {"linear": (12, 20), "conv": (24, 10), "transposed": (16, 20)}
+    for name, shape in matrices.items():
+        update = np.asarray(updates["muon"][name]["weight"]).reshape(shape)
+        values = np.linalg.svd(update, compute_uv=False)
+        # Five iterations make them one to within a third.
+        assert values.max() / values.min() < 2
+        assert np.sqrt(np.mean(update**2)) == pytest.approx(0.2 * 1e-2, rel=0.3)
+    for name in params.keys() - matrices.keys():
+        jax.tree.map(
+            lambda ours, theirs: np.testing.assert_allclose(ours, theirs, rtol=1e-4),
+            updates["muon"][name],
+            updates["adamw"][name],
+        )
