@@ -21,7 +21,7 @@ from csm_jax import cli, processes
 from csm_jax.audio import check_output, load_audio
 from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError, OutputError
-from csm_jax.generator import RANDOM, Generator, load
+from csm_jax.generator import BUNDLED, NAMES, RANDOM, Generator, load
 from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.progress import Report, lines_bar
@@ -45,7 +45,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "out", None, out)
     define(flag, "stream", False, "write the speech while it is made, frame by frame")
     define(text, "format", None, "of --out=- (wav, pcm) and of --manifest's files; default: wav")
-    define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(RANDOM)}")
+    define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(NAMES)}")
     define(whole, "speaker", 0, "whose turn it is, any number")
     cap = "the speech is cut there; default: 10000, or what the text can need if that is more"
     define(real, "max_audio_length_ms", None, cap)
@@ -168,6 +168,10 @@ def _load(values: flags.FlagValues) -> Generator:
     name = values.checkpoint
     if name in RANDOM:
         cli.warn(f"{name}: the weights are random, the sound is noise and not speech")
+    if name in BUNDLED:
+        cli.warn(
+            f"{name}: a very small model of digits and simple sentences; it guesses other words"
+        )
     return load(name, values.dtype, values.quantize, adapters=values.adapters)
 
 

@@ -32,6 +32,7 @@ Params = dict[str, Any]
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
 # Brought along with the package: `examples/demo_checkpoint/` tells how it was made.
 BUNDLED = {"demo": Path(__file__).with_name("demo")}
+NAMES = (*BUNDLED, *RANDOM)
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
 SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
@@ -300,5 +301,5 @@ def _directory(name: str) -> Path:
         return hub.native_copy(name)
     raise CheckpointError(
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
-        f"of {', '.join([*BUNDLED, *RANDOM])}"
+        f"of {', '.join(NAMES)}"
     )

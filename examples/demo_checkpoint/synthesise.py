@@ -12,7 +12,7 @@ from flite import THIRD_VOICE, VOICES, synthesise_all
 from texts import draw_text
 
 OUT = flags.DEFINE_string("out", "demo/speech", "directory for the recordings")
-TEXTS = flags.DEFINE_integer("texts", 14_000, "to draw; those that differ are spoken by both voices")
+TEXTS = flags.DEFINE_integer("texts", 14_000, "to draw; both voices speak those that differ")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts")
 
 

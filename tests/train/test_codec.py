@@ -135,10 +135,11 @@ def test_it_learns():
     audio = tones(4, 4)
     state = init_codec_state(RECIPE, 0)
     before = state.params["quantizer"]["acoustic"]["codebooks"][5].copy()
-    distances = []
+    distances, compiled = [], codec_step._cache_size()
     for _ in range(STEPS):
         state, metrics = codec_step(state, audio, SEED, recipe=RECIPE)
         distances.append(float(metrics.mel))
+    assert codec_step._cache_size() == compiled + 1
     everything = jnp.full(len(audio), CONFIG.num_codebooks)
     heard, _, _ = reconstruct(bind(CONFIG, state.params), audio, everything)
     assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
@@ -146,12 +147,17 @@ def test_it_learns():
     assert 1 < metrics.perplexity <= CONFIG.codebook_size
 
 
-def test_a_step_is_compiled_once():
-    recipe = dataclasses.replace(RECIPE, wave_weight=0.5)  # a program of its own
-    state, before = init_codec_state(recipe, 0), codec_step._cache_size()
-    for _ in range(2):
-        state, _ = codec_step(state, tones(2, 2), SEED, recipe=recipe)
-    assert codec_step._cache_size() == before + 1
+def test_a_run_that_begins_with_weights_keeps_their_codebooks():
+    state = init_codec_state(RECIPE, 0)
+    params = nnx.to_pure_dict(nnx.state(Mimi(CONFIG, rngs=nnx.Rngs(5))))
+    state = codec.with_weights(state, params)
+    semantic, acoustic = state.usage
+    assert (len(semantic), len(acoustic)) == (1, CONFIG.num_codebooks - 1)
+    for usage, book in zip(
+        acoustic, params["quantizer"]["acoustic"]["codebooks"].values(), strict=True
+    ):
+        np.testing.assert_allclose(usage.total / usage.count[:, None], book)
+    jax.tree.map(np.testing.assert_array_equal, state.params, params)
 
 
 def test_rows_make_do_with_fewer_codebooks_as_often_as_they_should():

@@ -1,0 +1,157 @@
+"""The checkpoint that comes with the package, by ear: a short form of the evaluation in examples/.
+
+What is wrong anywhere in model, codec, sampling or conversion is heard here as wrong words.
+"""
+
+import dataclasses
+import random
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from hearing import count_errors, median_pitch, recognise_digits
+from judge import draw_requests, largest_difference, share_in_voice, speak, word_error_rate
+from texts import draw_text, is_held_out, spell
+
+import csm_jax
+from csm_jax import generate
+from csm_jax.audio import load_audio
+from csm_jax.generator import BUNDLED
+
+DIRECTORY = BUNDLED["demo"]
+BATCH = 10
+# The rate over 200 strings is 0.15 (BENCHMARKS.md; the aim is 0.1). Of 20 strings, 90 words, it is
+# within 0.1 of that; what is broken is far beyond.
+WORST = 0.25
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_strictness():
+    """As a user has it."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.fixture(scope="module")
+def model():
+    return csm_jax.load("demo", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def spoken(model):
+    return speak(model, draw_requests(20, seed=7), BATCH)
+
+
+def read_prompt(voice: str) -> csm_jax.Segment:
+    path = DIRECTORY / "prompts" / f"{voice}.flac"
+    return csm_jax.Segment(
+        0, path.with_suffix(".txt").read_text().strip(), load_audio(path, 24_000)
+    )
+
+
+def test_it_is_small():
+    size = sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file())
+    assert 1e6 < size <= 12e6
+
+
+def test_digits_are_understood(spoken):
+    assert word_error_rate(spoken) <= WORST
+
+
+def test_speech_ends_by_itself(spoken):
+    assert sum(each.ended for each in spoken) >= 19
+
+
+def test_speakers_have_their_own_voices(spoken):
+    assert share_in_voice(spoken, [each.request.speaker for each in spoken]) >= 0.95
+
+
+@pytest.mark.parametrize(("voice", "number"), [("slt", 0), ("rms", 1)])
+def test_the_context_decides_the_voice(model, voice, number):
+    """A turn of one speaker's number in the other's voice: the next one is in that voice too."""
+    turn = dataclasses.replace(read_prompt(voice), speaker=1 - number)
+    requests = [
+        dataclasses.replace(request, speaker=1 - number, context=[turn])
+        for request in draw_requests(10, seed=8)
+    ]
+    heard = speak(model, requests, BATCH)
+    assert share_in_voice(heard, [number] * len(heard)) >= 0.9
+    assert word_error_rate(heard) <= WORST
+
+
+def test_a_stream_is_what_the_whole_is(model):
+    assert largest_difference(model, draw_requests(2, seed=9)) < 1e-4
+
+
+@pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "none"), ("float32", "int8")])
+def test_narrow_weights_are_understood_as_well(dtype, quantize):
+    narrow = csm_jax.load("demo", dtype=dtype, quantize=quantize)
+    assert word_error_rate(speak(narrow, draw_requests(10, seed=10), BATCH)) <= WORST
+
+
+def test_the_codec_gives_back_what_the_recogniser_hears(model):
+    for voice in ("slt", "rms"):
+        turn = read_prompt(voice)
+        back = model.codec.decode(model.codec.encode(turn.audio))
+        assert recognise_digits(back, 24_000) == turn.text.split()
+
+
+def test_the_command_line_speaks_it(tmp_path, capsys):
+    out = tmp_path / "said.wav"
+    arguments = ["--checkpoint=demo", "--text=Three one four", "--speaker=1", f"--out={out}"]
+    assert generate.run(arguments) == 0
+    assert "a very small model" in capsys.readouterr().err
+    audio = load_audio(out, 24_000)
+    assert recognise_digits(audio, 24_000) == ["three", "one", "four"]
+    assert 80 < median_pitch(audio, 24_000) < 120
+
+
+# The ears themselves.
+
+
+def test_pitch_is_that_of_a_buzz():
+    time = np.arange(24_000) / 24_000
+    for pitch in (85, 120, 210):
+        buzz = sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 9))
+        assert median_pitch(np.float32(0.1 * buzz), 24_000) == pytest.approx(pitch, rel=0.02)
+    assert np.isnan(median_pitch(np.zeros(24_000, np.float32), 24_000))
+
+
+def test_the_recogniser_hears_no_digits_in_noise_and_other_digits_in_other_recordings():
+    noise = np.random.default_rng(0).standard_normal(24_000).astype(np.float32)
+    assert len(recognise_digits(0.1 * noise, 24_000)) < 4
+    heard = [recognise_digits(read_prompt(voice).audio, 24_000) for voice in ("slt", "rms")]
+    assert heard[0] != heard[1]
+
+
+@pytest.mark.parametrize(
+    ("said", "heard", "errors"),
+    [("one two", "one two", 0), ("one two", "", 2), ("one two", "two", 1), ("one", "two one", 1)],
+)
+def test_errors_are_counted_by_word(said, heard, errors):
+    assert count_errors(said.split(), heard.split()) == errors
+
+
+def test_what_is_judged_by_was_never_learnt_from():
+
+    source = random.Random(0)
+    learnt = {draw_text(source) for _ in range(3000)}
+    judged = {request.text for seed in range(3) for request in draw_requests(200, seed)}
+    assert not learnt & judged
+    assert all(is_held_out(text.split()) for text in judged)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(0, "zero"), (17, "seventeen"), (40, "forty"), (305, "three hundred five"),
+     (9021, "nine thousand twenty one")],
+)  # fmt: skip
+def test_numbers_are_spelled(number, words):
+    assert spell(number) == words
+
+
+def test_a_directory_of_that_name_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("demo").mkdir()
+    assert csm_jax.load("demo").sample_rate == 24_000
