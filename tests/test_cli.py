@@ -150,7 +150,10 @@ BAD_INPUT = {
     "unknown guard": ([HI, "--guard=perhaps"], "guard is perhaps, but must be on or off"),
     # Checkpoints.
     "unknown name": ([HI, "--checkpoint=csm"], "neither a directory nor a hub name"),
-    "unknown random": ([HI, "--checkpoint=random:huge"], "nor one of demo, random:tiny, random:csm_1b"),
+    "unknown random": (
+        [HI, "--checkpoint=random:huge"],
+        "nor one of demo, random:tiny, random:csm_1b",
+    ),
     "unknown directory": ([HI, "--checkpoint=./some/where"], "neither a directory nor a hub name"),
     "unknown repository": (
         [HI, "--checkpoint=nobody/nothing"],

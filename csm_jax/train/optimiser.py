@@ -17,7 +17,7 @@ KINDS = ("adamw", "muon")
 class OptimiserConfig:
     """Attributes:
     kind: of `KINDS`. Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, and
-      leaves what is no matrix to AdamW at the same rate; from scratch it needs fewer steps.
+      leaves what is no matrix to AdamW with Nesterov's momentum; from scratch it needs fewer steps.
     learning_rate: the highest.
     steps: of the whole run; the rate falls along half a cosine to `final_rate` of the highest.
     warmup: steps over which it rises from zero.
