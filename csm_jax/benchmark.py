@@ -22,8 +22,9 @@ import numpy as np
 from absl import flags
 
 from csm_jax import cli
+from csm_jax.batch import Batch, Utterance
 from csm_jax.errors import InputError
-from csm_jax.generation import CHUNK_FRAMES, Batch, Utterance
+from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.generator import Generator, load
 from csm_jax.layers import linear_float32
 from csm_jax.prompt import Segment

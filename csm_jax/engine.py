@@ -11,16 +11,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
+from csm_jax.batch import Batch, Utterance
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
-from csm_jax.generation import CHUNK_FRAMES, Batch, Utterance
-from csm_jax.mimi.codec import Codec
+from csm_jax.generation import CHUNK_FRAMES
+from csm_jax.row_decoder import RowDecoder, rows_together
 from csm_jax.speech import Notice, Request, Speech, as_request
 from csm_jax.streaming import LONG_CHUNK, Pace
 from csm_jax.ticket import Ticket
@@ -43,6 +43,7 @@ class _Slot:
       next: the utterance whose prompt is to be read next; None while one is spoken, and in the
         end.
       undecoded: int32 [n, Q], frames that a listener has not got yet.
+      since: when it began to wait.
     """
 
     ticket: Ticket
@@ -50,6 +51,7 @@ class _Slot:
     pace: Pace | None
     next: Utterance | None
     undecoded: np.ndarray
+    since: float
     is_said: bool = False
 
 
@@ -76,7 +78,7 @@ class Engine:
           max_batch: rows, the requests that speak at once. A step takes as long for one request
             as for all of them.
           max_seq_len: positions of a row, prompt and speech together; the model has a limit too.
-          max_queue: requests that may wait for a row.
+          max_queue: requests that may wait for a row; so many again in the background.
 
         Raises:
           InputError: a number is less than 1, or the model's mesh does not divide the rows.
@@ -92,6 +94,7 @@ class Engine:
         self._slots: list[_Slot | None] = [None] * max_batch
         self._unread: deque[int] = deque()  # rows with a prompt to read, in their order
         self._waiting: deque[_Slot] = deque()
+        self._background: deque[_Slot] = deque()
         self._frame_seconds = math.inf
         self._changed = threading.Condition()
         self._is_closing = False
@@ -107,8 +110,23 @@ class Engine:
     def __exit__(self, kind: type | None, *_: Any) -> None:
         self.close(finish=kind is None)
 
+    @property
+    def num_speaking(self) -> int:
+        """Rows that are taken."""
+        return sum(slot is not None for slot in self._slots)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests without a row, those in the background included."""
+        return len(self._waiting) + len(self._background)
+
     def submit(
-        self, *arguments: Any, stream: bool = True, wait: bool = False, **named: Any
+        self,
+        *arguments: Any,
+        stream: bool = True,
+        wait: bool = False,
+        background: bool = False,
+        **named: Any,
     ) -> Ticket:
         """Hands in a request; its context is encoded before this returns.
 
@@ -117,6 +135,7 @@ class Engine:
           stream: whether somebody listens while it is spoken; otherwise it is decoded in the end,
             by whoever asks for the result, and the others are not kept waiting for it.
           wait: for a place in the queue, instead of being refused.
+          background: let all others go first, and leave a row free for whoever comes.
 
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
@@ -124,15 +143,19 @@ class Engine:
           CSMError: the engine is closed.
         """
         request = as_request(*arguments, **named)
+        queue = self._background if background else self._waiting
         # Before the work, and again after it.
-        self._claim_place(wait)
-        ticket = Ticket(request, self.model, stream)
+        self._claim_place(queue, wait)
+        ticket = Ticket(request, self.model, stream, background)
+        started = time.perf_counter()
         speech = self.model.speech(request, ticket.notices.append, self.max_seq_len)
         pace = Pace(self.model.config.frame_ms / 1000) if stream else None
-        slot = _Slot(ticket, speech, pace, speech.next_utterance(), self._no_frames())
+        now = time.perf_counter()
+        ticket.timing.context = now - started
+        slot = _Slot(ticket, speech, pace, speech.next_utterance(), self._no_frames(), now)
         with self._changed:
-            self._claim_place(wait)
-            self._waiting.append(slot)
+            self._claim_place(queue, wait)
+            queue.append(slot)
             self._changed.notify_all()
         return ticket
 
@@ -141,26 +164,29 @@ class Engine:
         with self._changed:
             self._is_closing = True
             if not finish:
-                for slot in [*self._waiting, *filter(None, self._slots)]:
+                for slot in self._all_slots():
                     slot.ticket.cancel()
             self._changed.notify_all()
         self._thread.join()
         atexit.unregister(self.close)
 
-    def _claim_place(self, wait: bool) -> None:
+    def _claim_place(self, queue: deque[_Slot], wait: bool) -> None:
+        def is_full() -> bool:
+            return len(queue) >= self.max_queue
+
         with self._changed:
             if wait:
-                self._changed.wait_for(lambda: self._is_closing or not self._is_full())
+                self._changed.wait_for(lambda: self._is_closing or not is_full())
             if self._is_closing:
                 raise CSMError("the engine is closed: make another")
-            if self._is_full():
+            if is_full():
                 raise QueueFullError(
-                    f"{len(self._waiting)} requests are waiting, and at most {self.max_queue} may: "
+                    f"{len(queue)} requests are waiting, and at most {self.max_queue} may: "
                     "try again later, or raise max_queue"
                 )
 
-    def _is_full(self) -> bool:
-        return len(self._waiting) >= self.max_queue
+    def _all_slots(self) -> list[_Slot]:
+        return [*self._waiting, *self._background, *filter(None, self._slots)]
 
     def _no_frames(self) -> np.ndarray:
         return np.zeros((0, self.model.config.num_codebooks), np.int32)
@@ -179,8 +205,8 @@ class Engine:
 
     def _wait_for_work(self) -> bool:
         with self._changed:
-            self._changed.wait_for(lambda: self._is_closing or self._waiting or any(self._slots))
-            return bool(self._waiting or any(self._slots))
+            self._changed.wait_for(lambda: self._is_closing or self._all_slots())
+            return bool(self._all_slots())
 
     def _step(self) -> None:
         """Lets somebody in, runs some frames, and hands them out."""
@@ -193,8 +219,10 @@ class Engine:
         started = time.perf_counter()
         # A row that ends makes room for another.
         codes, _ = self._batch.run(self._num_frames(speaking), pause=True)
-        self._frame_seconds = (time.perf_counter() - started) / max(1, codes.shape[1])
+        elapsed = time.perf_counter() - started
+        self._frame_seconds = elapsed / max(1, codes.shape[1])
         for index in speaking:
+            self._slots[index].ticket.timing.frames += elapsed
             self._take_frames(index, codes[index])
         self._decode()
         for index in speaking:
@@ -204,9 +232,12 @@ class Engine:
     def _drop_cancelled(self) -> None:
         cancelled = CancelledError("the request was cancelled")
         with self._changed:
-            dropped = [slot for slot in self._waiting if slot.ticket.is_cancelled]
-            for slot in dropped:
-                self._waiting.remove(slot)
+            dropped = []
+            for queue in (self._waiting, self._background):
+                leaving = [slot for slot in queue if slot.ticket.is_cancelled]
+                dropped += leaving
+                for slot in leaving:
+                    queue.remove(slot)
             self._changed.notify_all()
         for slot in dropped:
             slot.ticket.finish(cancelled)
@@ -217,19 +248,33 @@ class Engine:
     def _admit(self) -> None:
         """Gives those who wait the free rows."""
         with self._changed:
-            while self._waiting and None in self._slots:
+            while queue := self._next_queue():
                 index = self._slots.index(None)
-                self._slots[index] = self._waiting.popleft()
+                slot = self._slots[index] = queue.popleft()
+                slot.ticket.timing.queue = time.perf_counter() - slot.since
                 self._unread.append(index)
                 self._decoder.restart(index)
             self._changed.notify_all()
+
+    def _next_queue(self) -> deque[_Slot] | None:
+        """Whose turn it is to get a row; None while nobody's."""
+        num_free = self.max_batch - self.num_speaking
+        if self._waiting and num_free:
+            return self._waiting
+        # The last row is kept for who does not want to wait, where there is more than one.
+        if self._background and num_free > (self.max_batch > 1):
+            return self._background
+        return None
 
     def _read_prompts(self) -> None:
         """Prefills rows; as soon as somebody listens, one at a border."""
         while self._unread:
             index = self._unread.popleft()
             slot = self._slots[index]
+            started = time.perf_counter()
             self._batch.join(index, slot.next)
+            self._batch.wait()
+            slot.ticket.timing.prefill += time.perf_counter() - started
             slot.next = None
             if any(slot and slot.pace and not slot.next for slot in self._slots):
                 return
@@ -271,7 +316,11 @@ class Engine:
             for index, slot in slots.items():
                 if len(slot.undecoded) >= size:
                     blocks[index], slot.undecoded = slot.undecoded[:size], slot.undecoded[size:]
-            for index, chunk in self._decoder.decode(blocks).items():
+            started = time.perf_counter()
+            decoded = self._decoder.decode(blocks)
+            elapsed = time.perf_counter() - started
+            for index, chunk in decoded.items():
+                slots[index].ticket.timing.codec += elapsed
                 slots[index].ticket.add_chunk(chunk)
                 slots[index].pace.played(size)
 
@@ -306,8 +355,9 @@ class Engine:
         self._batch = self._decoder = None
         with self._changed:
             self._is_closing = True
-            left = [*self._waiting, *filter(None, self._slots)]
+            left = self._all_slots()
             self._waiting.clear()
+            self._background.clear()
             self._changed.notify_all()
         for slot in left:
             slot.ticket.finish(CSMError("the engine has stopped: make another"))
@@ -321,53 +371,6 @@ def _as_failure(error: Exception) -> CSMError:
     failure = CSMError(f"the engine failed: {first_line(error)}; submit the request again")
     failure.__cause__ = error
     return failure
-
-
-def rows_together(num_rows: int) -> int:
-    """How many rows the codec is best given at once.
-
-    On a GPU or TPU eight rows take hardly longer than one. A CPU has enough to do with one: it
-    takes seven times as long for eight, whether they all have something to decode or not.
-    """
-    return 1 if jax.default_backend() == "cpu" else num_rows
-
-
-class RowDecoder:
-    """The codec at work on the streams of all rows of a batch."""
-
-    def __init__(self, codec: Codec, num_rows: int, together: int):
-        """Args: together: how many rows are decoded in one call; a divisor of `num_rows`."""
-        self._codec = codec
-        self._groups = np.arange(num_rows).reshape(-1, together)
-        self._states = [codec.decode_stream_state(together) for _ in self._groups]
-        self._is_new = np.ones(num_rows, bool)
-
-    def restart(self, row: int) -> None:
-        """Lets a new stream begin in a row."""
-        self._is_new[row] = True
-
-    def decode(self, blocks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
-        """Continues the streams of some rows.
-
-        Args:
-          blocks: for a row its codes, int32 [F, Q], with the same F for all.
-
-        Returns:
-          For each of these rows float32 [F * frame_size].
-        """
-        nothing = np.zeros_like(next(iter(blocks.values())))
-        audio = {}
-        for i, group in enumerate(self._groups):
-            active = np.isin(group, list(blocks))
-            if not active.any():
-                continue
-            codes = np.stack([blocks.get(row, nothing) for row in group])
-            samples, self._states[i] = self._codec.decode_rows(
-                codes, self._states[i], active, restart=active & self._is_new[group]
-            )
-            self._is_new[group[active]] = False
-            audio.update(zip(group[active].tolist(), np.asarray(samples)[active], strict=True))
-        return audio
 
 
 def speak_all(

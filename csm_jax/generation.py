@@ -1,4 +1,4 @@
-"""Prefill, the frame step, the compiled frame loop, and the running batch around them.
+"""Prefill, the frame step and the compiled frame loop: pure functions of the state.
 
 The step is advance-then-sample: it feeds the last row (the end of the prompt, or the frame
 before) to the backbone and samples the next frame. So prefill is the prompt without its last
@@ -7,7 +7,6 @@ share one step.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +17,12 @@ from jax.sharding import Mesh
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
 from csm_jax.model import CSM, bind
-from csm_jax.sampling import Sampling, SamplingParams
-from csm_jax.sharding import check_rows, keep_sharded, place_rows
+from csm_jax.sampling import SamplingParams
+from csm_jax.sharding import keep_sharded
 
 Array = jax.Array
 Params = dict[str, Any]
+# Frames int32 [T, Q + 1] and mask bool [T, Q + 1].
 Prompt = tuple[np.ndarray, np.ndarray]
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
@@ -128,6 +128,7 @@ def prefill(
     frames: Array,
     mask: Array,
     index: Array,
+    prefix: KVCache | None = None,
     *,
     config: CSMConfig,
     mesh: Mesh | None = None,
@@ -138,16 +139,45 @@ def prefill(
       frames, mask: [T, Q + 1], int32 and bool, padded on the right. The last row of a prompt
         need not be there: the first step feeds it.
       index: int32 [], the row of the batch.
+      prefix: of `read_prefix`, what the prompt begins with; `frames` are what follows.
     """
-    model = bind(config, params)
-    empty = KVCache.create(config.backbone, 1, len(frames), model.dtype, num_lengths=1)
-    _, read = model.backbone(model.embed(frames[None], mask[None]), empty)
+    read = _read(bind(config, params), frames, mask, prefix)
 
     def place(whole: Array, part: Array) -> Array:
-        return jax.lax.dynamic_update_slice(whole, part, (index, 0, 0, 0))
+        # Padding may reach beyond the row.
+        fitting = part[tuple(slice(size) for size in whole.shape)]
+        return jax.lax.dynamic_update_slice(whole, fitting, (index, 0, 0, 0))
 
     layers = jax.tree.map(place, state.cache.layers, read.layers)
     return keep_sharded(state._replace(cache=state.cache._replace(layers=layers)), mesh)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def read_prefix(
+    params: Params, frames: Array, mask: Array, length: Array, *, config: CSMConfig
+) -> KVCache:
+    """Keys and values of what many prompts begin with.
+
+    Args:
+      frames, mask: [T, Q + 1], int32 and bool, padded on the right.
+      length: int32 [], of these without the padding.
+    """
+    read = _read(bind(config, params), frames, mask, None)
+    return read._replace(lengths=length[None])
+
+
+def _read(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVCache:
+    """The cache of one row that holds `prefix` and `frames`, as long as both with their padding."""
+    room = len(frames) + (prefix.layers[0].value.shape[2] if prefix else 0)
+    cache = KVCache.create(model.config.backbone, 1, room, model.dtype, num_lengths=1)
+    if prefix:
+        layers = jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0, 0, 0, 0)),
+            cache.layers,
+            prefix.layers,
+        )
+        cache = KVCache(layers, prefix.lengths)
+    return model.backbone(model.embed(frames[None], mask[None]), cache)[1]
 
 
 @functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
@@ -209,184 +239,3 @@ def run_frames(
     carry = state, buffer, jnp.zeros((), jnp.int32)
     state, buffer, count = jax.lax.while_loop(unfinished, body, carry)
     return keep_sharded(state, mesh), buffer, count
-
-
-class Utterance(NamedTuple):
-    """One stretch of generation.
-
-    Attributes:
-      prompt: what the backbone reads first, frames int32 [T, Q + 1] and mask bool [T, Q + 1].
-      sampling: how codes are drawn.
-      seed: a whole number, of which the lowest 32 bits count.
-      max_frames: it is over after so many frames.
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    seed: int
-    max_frames: int
-
-
-class Rewind(NamedTuple):
-    """Where an utterance goes on from: `codes` [n, Q], its first frames, with another seed."""
-
-    codes: np.ndarray
-    seed: int
-
-
-@dataclass
-class _Occupant:
-    """The utterance that a row of a batch is speaking, and its frames so far."""
-
-    utterance: Utterance
-    num_frames: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.utterance.max_frames - self.num_frames
-
-
-class Batch:
-    """Rows that speak side by side, and join and leave at frame borders.
-
-    The one mutable thing of generation: it owns the state that the compiled functions pass on.
-    Not thread-safe.
-
-    Attributes:
-      size: rows.
-      max_seq_len: positions of a row, prompt and frames together.
-    """
-
-    def __init__(
-        self,
-        config: CSMConfig,
-        params: Params,
-        size: int,
-        max_seq_len: int,
-        mesh: Mesh | None = None,
-    ):
-        """Raises `InputError` if the data axis of `mesh`, where `params` lie, does not divide a
-        size of more than 1."""
-        check_rows(size, mesh)
-        self.config = config
-        self.size = size
-        self.max_seq_len = max_seq_len
-        self._params = params
-        self._mesh = mesh
-        self._state = init_state(
-            config=config,
-            batch=size,
-            max_seq_len=max_seq_len,
-            dtype=bind(config, params).dtype,
-            mesh=mesh,
-        )
-        self._occupants: list[_Occupant | None] = [None] * size
-        self._stack_sampling()
-
-    def join(self, index: int, utterance: Utterance) -> None:
-        """Reads the prompt of an utterance into a free row."""
-        frames, mask = utterance.prompt
-        if len(frames) + utterance.max_frames > self.max_seq_len:
-            raise ValueError(
-                f"{len(frames)} + {utterance.max_frames} positions in {self.max_seq_len}"
-            )
-        padded = min(bucket(len(frames)), self.max_seq_len)
-        arguments = _pad(frames, padded), _pad(mask, padded), np.int32(index)
-        self._state = prefill(
-            self._params, self._state, *arguments, config=self.config, mesh=self._mesh
-        )
-        self._occupants[index] = _Occupant(utterance)
-        self._stack_sampling()
-        self.rewind(
-            index, Rewind(np.zeros((0, self.config.num_codebooks), np.int32), utterance.seed)
-        )
-
-    def rewind(self, index: int, to: Rewind) -> None:
-        """Lets a row go on from one of its own frames."""
-        occupant, num_frames = self._occupants[index], len(to.codes)
-        frames, mask = occupant.utterance.prompt
-        frame, columns = frames[-1], mask[-1]
-        if num_frames:
-            frame = np.append(to.codes[-1], 0).astype(np.int32)
-            columns = np.arange(len(frame)) < len(frame) - 1
-        seen = np.zeros((self.config.audio_vocab_size,), bool)
-        seen[to.codes[:, 0]] = True
-        row = Row(
-            length=np.int32(len(frames) - 1 + num_frames),
-            frame=frame,
-            mask=columns,
-            seed=np.uint32(to.seed % 2**32),
-            num_frames=np.int32(num_frames),
-            seen=seen,
-            done=np.bool_(False),
-        )
-        self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
-        occupant.num_frames = num_frames
-
-    def leave(self, index: int) -> None:
-        """Frees a row."""
-        self._occupants[index] = None
-        columns = self.config.num_codebooks + 1
-        nothing = Row(
-            length=np.int32(0),
-            frame=np.zeros((columns,), np.int32),
-            mask=np.zeros((columns,), bool),
-            seed=np.uint32(0),
-            num_frames=np.int32(0),
-            seen=np.zeros((self.config.audio_vocab_size,), bool),
-            done=np.bool_(True),
-        )
-        self._state = set_row(self._state, np.int32(index), nothing, mesh=self._mesh)
-        self._stack_sampling()
-
-    def run(self, num_frames: int, pause: bool = False) -> tuple[np.ndarray, np.ndarray]:
-        """Up to `num_frames` frames of all rows; fewer if they end, or one is at its limit.
-
-        Args:
-          pause: stop as soon as any row ends.
-
-        Returns:
-          Codes int32 [B, n, Q], zeros from a row's end on; and bool [B], the rows that have ended.
-        """
-        occupants = [row for row in self._occupants if row]
-        wanted = min(num_frames, CHUNK_FRAMES, *(row.left for row in occupants))
-        self._state, codes, count = run_frames(
-            self._params,
-            self._state,
-            self._sampling,
-            np.int32(wanted),
-            np.bool_(pause),
-            config=self.config,
-            attended=self._attended(),
-            mesh=self._mesh,
-        )
-        codes, done, count = jax.device_get((codes, self._state.done, count))
-        for row in occupants:
-            row.num_frames += int(count)
-        return codes[:, :count], done
-
-    def wait(self) -> None:
-        """Returns when everything asked for has been computed."""
-        jax.block_until_ready(self._state)
-
-    def _attended(self) -> int:
-        """Positions that attention has to look at, by what the rows may come to."""
-        ends = [
-            len(row.utterance.prompt[0]) + row.utterance.max_frames
-            for row in self._occupants
-            if row
-        ]
-        return min(bucket(max(ends, default=1)), self.max_seq_len)
-
-    def _stack_sampling(self) -> None:
-        rows = [row.utterance.sampling if row else Sampling() for row in self._occupants]
-        self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
-
-
-def _pad(rows: np.ndarray, length: int) -> np.ndarray:
-    return np.pad(rows, ((0, length - len(rows)), (0, 0)))
-
-
-def bucket(length: int) -> int:
-    """The next power of two, 32 at least: a handful of compiled shapes serve every length."""
-    return max(32, 1 << (length - 1).bit_length())

@@ -12,12 +12,13 @@ from jax.sharding import Mesh
 
 from csm_jax import checkpoint, hub, lora
 from csm_jax import config as presets
+from csm_jax.batch import Batch, bucket
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.engine import speak_all
 from csm_jax.errors import CheckpointError
-from csm_jax.generation import CHUNK_FRAMES, Batch, bucket
+from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import precision_of
 from csm_jax.precision import Precision, resolve

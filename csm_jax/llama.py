@@ -100,7 +100,6 @@ class Llama(nnx.Module):
           attended: no row has more positions than these after the call, and attention reads no
             more of the cache; None is all of it.
           remat: for a gradient, compute each block again instead of keeping what is inside it.
-          remat: for a gradient, compute every block again instead of keeping what is inside it.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.

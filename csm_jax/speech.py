@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from csm_jax.batch import Rewind, Utterance
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.generation import Prompt, Rewind, Utterance
+from csm_jax.generation import Prompt
 from csm_jax.guard import Action, Guard, Verdict
 from csm_jax.prompt import Encode, Segment, check_text, join_rows, text_rows, turn_rows
 from csm_jax.sampling import Sampling
@@ -42,6 +43,8 @@ class Request:
       seed: the same seed and arguments give the same speech.
       guard: "on" stops speech that repeats itself, falls silent or will not end; "off" leaves it
         alone, as greedy sampling always does.
+      shared_turns: how many of the first turns of the context other requests have too, such as the
+        sample of a voice: an `Engine` reads them once.
     """
 
     text: str
@@ -51,11 +54,16 @@ class Request:
     max_audio_length_ms: float | None = None
     seed: int = 0
     guard: str = "on"
+    shared_turns: int = 0
 
     def __post_init__(self):
         check_text(self.text)
         if self.guard not in GUARD:
             raise InputError(f"guard is {self.guard}, but must be {' or '.join(GUARD)}")
+        if not 0 <= self.shared_turns <= len(self.context):
+            raise InputError(
+                f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
+            )
 
 
 def as_request(*arguments: Any, **named: Any) -> Request:
@@ -131,6 +139,8 @@ class Speech:
         self._turns = [
             join_rows(turn_rows(turn, config, tokenizer, encode)) for turn in request.context
         ]
+        # What is shared, unless the first of it has to be left out.
+        self._shared = sum(len(frames) for frames, _ in self._turns[: request.shared_turns])
         self._part = -1
         self._total = 0
         self._was_cut = False
@@ -211,7 +221,7 @@ class Speech:
         self._left = self._max_frames
         seed = _derive(request.seed, self._part, 0)
         prompt = join_rows([*self._turns, rows])
-        return Utterance(prompt, request.sampling, seed, self._max_frames)
+        return Utterance(prompt, request.sampling, seed, self._max_frames, self._shared)
 
     def _make_room(self, length: int, num_frames: int) -> int:
         """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
@@ -221,6 +231,7 @@ class Speech:
         while free < num_frames and self._turns:
             free += len(self._turns.pop(0)[0])
         if dropped := num_turns - len(self._turns):
+            self._shared = 0
             self._notify(
                 Notice(
                     "context_dropped",

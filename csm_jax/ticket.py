@@ -4,6 +4,7 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,17 +18,42 @@ if TYPE_CHECKING:
 logger = logging.getLogger("csm_jax")
 
 
+@dataclass
+class Timing:
+    """What the time of a request went to so far, in seconds.
+
+    Attributes:
+      context: encoding the turns that were heard, before the request could wait.
+      queue: waiting for a row.
+      prefill: reading its prompts.
+      frames: generating, together with all others that speak.
+      codec: decoding to samples for whoever listens.
+    """
+
+    context: float = 0.0
+    queue: float = 0.0
+    prefill: float = 0.0
+    frames: float = 0.0
+    codec: float = 0.0
+
+
 class Ticket:
     """A request that an `Engine` works on. Its methods may be called from any thread.
 
     Attributes:
       request: as it was submitted.
+      is_background: whether it lets others go first.
+      timing: what its time went to; complete when it is over.
       notices: what the listener should know; all of it when the request is over.
       is_cancelled: whether somebody wants it to end.
     """
 
-    def __init__(self, request: Request, model: "Generator", streams: bool):
+    def __init__(
+        self, request: Request, model: "Generator", streams: bool, is_background: bool = False
+    ):
         self.request = request
+        self.is_background = is_background
+        self.timing = Timing()
         self.notices: list[Notice] = []
         self._model = model
         self._streams = streams

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 
 import csm_jax
+from csm_jax.batch import Batch, Rewind, Utterance
 from csm_jax.checkpoint import flatten
 from csm_jax.config import tiny
 from csm_jax.errors import InputError
-from csm_jax.generation import Batch, Rewind, Utterance
 from csm_jax.sampling import Sampling
 from csm_jax.sharding import make_mesh, param_sharding, state_sharding
 

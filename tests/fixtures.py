@@ -15,11 +15,12 @@ from safetensors.numpy import save_file
 
 from csm_jax import checkpoint
 from csm_jax.audio import save_audio
+from csm_jax.batch import Batch, Utterance, bucket
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint
 from csm_jax.convert.rules import Table, invert
-from csm_jax.generation import CHUNK_FRAMES, Batch, Prompt, Utterance, bucket
+from csm_jax.generation import CHUNK_FRAMES, Prompt
 from csm_jax.precision import Precision
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling

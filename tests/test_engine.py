@@ -21,13 +21,13 @@ from csm_jax import (
     Request,
     Sampling,
     Segment,
-    generation,
+    batch,
     generator,
     speech,
 )
 from csm_jax import engine as engine_module
+from csm_jax.batch import Batch, bucket
 from csm_jax.errors import CancelledError, QueueFullError
-from csm_jax.generation import Batch, bucket
 from csm_jax.guard import Action, Verdict
 from csm_jax.speech import Speech
 from csm_jax.text import split_text
@@ -43,7 +43,7 @@ WAIT_S = 60
 def small():
     """Texts are cut at 12 characters and take no more than 2 s, and few shapes are compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (generation, generator):
+        for module in (batch, generator):
             patch.setattr(module, "bucket", lambda length: max(128, bucket(length)))
         patch.setattr(speech, "split_text", functools.partial(split_text, max_characters=12))
         patch.setattr(speech, "needed_seconds", lambda text: 2.0)
@@ -549,3 +549,69 @@ print(len(next(iter(ticket))))
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, f"{FRAME}\n", "")
+
+
+def test_what_requests_share_is_read_once_and_changes_nothing(model, monkeypatch):
+    """The same codes as if the whole prompt had been read, for all rows that begin alike."""
+    reads = []
+    real = batch.read_prefix
+    monkeypatch.setattr(batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k))
+    voice = Segment(1, "Well.", codes=CODES)
+    requests = [Request(text, 1, [voice], seed=5) for text in ("Hi.", "No.", "Well.")]
+    with Engine(model, max_batch=2, max_seq_len=256) as engine:
+        alone = [engine.submit(request).codes() for request in requests]
+        assert not reads
+        shared = [engine.submit(request, shared_turns=1).codes() for request in requests]
+    assert len(reads) == 1
+    for one, other in zip(alone, shared, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_so_many_beginnings_are_remembered(model, monkeypatch):
+    monkeypatch.setattr(batch, "MAX_PREFIXES", 2)
+    reads = []
+    real = batch.read_prefix
+    monkeypatch.setattr(batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k))
+    voices = [Segment(1, text, codes=CODES) for text in ("One.", "Two.", "Three.")]
+    with Engine(model, max_batch=1, max_seq_len=256) as engine:
+        for which in (0, 1, 0, 2, 0, 1):
+            request = Request("Hi.", 1, [voices[which]], max_audio_length_ms=80, shared_turns=1)
+            engine.submit(request).codes()
+    # The second had to go for the third, as it was not asked for as long as the first.
+    assert len(reads) == 4
+
+
+def test_a_background_request_lets_others_go_first(model):
+    """It waits while only one row is free, and whoever comes later overtakes it."""
+    over = []
+    with Engine(model, max_batch=2, max_seq_len=1024) as engine:
+        speaking = engine.submit(ENDLESS)
+        background = engine.submit(REQUESTS["one frame"], background=True)
+        background.add_listener(lambda chunk: chunk is None and over.append("background"))
+        live = [engine.submit(REQUESTS["short"]) for _ in range(3)]
+        for each in live:
+            each.add_listener(lambda chunk: chunk is None and over.append("live"))
+            each.codes()
+        assert engine.num_waiting == 1
+        speaking.cancel()
+        background.codes()
+    assert over == ["live"] * 3 + ["background"]
+
+
+def test_the_time_of_a_request_is_told(model):
+    with Engine(model, max_batch=1, max_seq_len=256) as engine:
+        started = time.perf_counter()
+        tickets = [engine.submit(REQUESTS["short"]) for _ in range(2)]
+        first, second = (ticket.codes() is not None and ticket.timing for ticket in tickets)
+        elapsed = time.perf_counter() - started
+    spent = [each.context + each.prefill + each.frames + each.codec for each in (first, second)]
+    assert min(first.prefill, first.frames, first.codec) > 0
+    # The second waits while the first speaks.
+    assert second.queue > spent[0] - first.context
+    assert sum(spent) < elapsed
+
+
+@pytest.mark.parametrize("count", [-1, 2])
+def test_no_more_turns_are_shared_than_there_are(count):
+    with pytest.raises(InputError, match=f"shared_turns is {count}, but there are 1 turns"):
+        Request("Hi.", context=[Segment(0, "Well.", codes=CODES)], shared_turns=count)

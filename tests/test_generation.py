@@ -9,14 +9,12 @@ from fixtures import generate, up_to_the_end
 from scipy import stats
 
 from csm_jax import config
+from csm_jax.batch import Batch, Rewind, Utterance
 from csm_jax.cache import KVCache
 from csm_jax.generation import (
     CHUNK_FRAMES,
-    Batch,
     GenerationState,
-    Rewind,
     Row,
-    Utterance,
     init_state,
     prefill,
     run_frames,

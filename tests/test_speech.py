@@ -8,7 +8,7 @@ from fixtures import CONFIG as TINY
 from fixtures import TOKENIZER
 
 from csm_jax import InputError, Request, Sampling, Segment
-from csm_jax.generation import Utterance
+from csm_jax.batch import Utterance
 from csm_jax.prompt import join_rows, text_rows, turn_rows
 from csm_jax.speech import Speech
 from csm_jax.text import needed_seconds, split_text
