@@ -29,6 +29,13 @@ def own_cache(tmp_path_factory):
     return directory
 
 
+@pytest.fixture(scope="module")
+def lenient():
+    """As a user has it: optax multiplies its int32 count of steps with floats."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 @pytest.fixture(scope="session")
 def sesame(tmp_path_factory):
     return fixtures.write_sesame(tmp_path_factory.mktemp("sesame"))

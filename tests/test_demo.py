@@ -7,7 +7,6 @@ import dataclasses
 import random
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from hearing import count_errors, median_pitch, recognise_digits
@@ -21,16 +20,12 @@ from csm_jax.generator import BUNDLED
 
 DIRECTORY = BUNDLED["demo"]
 BATCH = 10
-# The rate over 200 strings is 0.15 (BENCHMARKS.md; the aim is 0.1). Of 20 strings, 90 words, it is
-# within 0.1 of that; what is broken is far beyond.
-WORST = 0.25
+# What was aimed at over 200 strings; there the rate is 0.07 (BENCHMARKS.md).
+WORST = 0.1
+# Of 10 strings, 45 words, it is within two standard errors of 0.07.
+WORST_OF_FEW = 0.15
 
-
-@pytest.fixture(scope="module", autouse=True)
-def no_strictness():
-    """As a user has it."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +40,8 @@ def spoken(model):
 
 def read_prompt(voice: str) -> csm_jax.Segment:
     path = DIRECTORY / "prompts" / f"{voice}.flac"
-    return csm_jax.Segment(
-        0, path.with_suffix(".txt").read_text().strip(), load_audio(path, 24_000)
-    )
+    text = path.with_suffix(".txt").read_text().splitlines()[-1]
+    return csm_jax.Segment(0, text, load_audio(path, 24_000))
 
 
 def test_it_is_small():
@@ -67,6 +61,15 @@ def test_speakers_have_their_own_voices(spoken):
     assert share_in_voice(spoken, [each.request.speaker for each in spoken]) >= 0.95
 
 
+def test_a_full_stop_and_capitals_change_nothing(model):
+    requests = draw_requests(10, seed=11)
+    heard = speak(
+        model, [dataclasses.replace(each, text=f"{each.text.title()}.") for each in requests], BATCH
+    )
+    plain = [dataclasses.replace(h, request=r) for h, r in zip(heard, requests, strict=True)]
+    assert word_error_rate(plain) <= WORST_OF_FEW
+
+
 @pytest.mark.parametrize(("voice", "number"), [("slt", 0), ("rms", 1)])
 def test_the_context_decides_the_voice(model, voice, number):
     """A turn of one speaker's number in the other's voice: the next one is in that voice too."""
@@ -77,7 +80,7 @@ def test_the_context_decides_the_voice(model, voice, number):
     ]
     heard = speak(model, requests, BATCH)
     assert share_in_voice(heard, [number] * len(heard)) >= 0.9
-    assert word_error_rate(heard) <= WORST
+    assert word_error_rate(heard) <= WORST_OF_FEW
 
 
 def test_a_stream_is_what_the_whole_is(model):
@@ -87,7 +90,7 @@ def test_a_stream_is_what_the_whole_is(model):
 @pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "none"), ("float32", "int8")])
 def test_narrow_weights_are_understood_as_well(dtype, quantize):
     narrow = csm_jax.load("demo", dtype=dtype, quantize=quantize)
-    assert word_error_rate(speak(narrow, draw_requests(10, seed=10), BATCH)) <= WORST
+    assert word_error_rate(speak(narrow, draw_requests(10, seed=10), BATCH)) <= WORST_OF_FEW
 
 
 def test_the_codec_gives_back_what_the_recogniser_hears(model):

@@ -23,8 +23,8 @@ from csm_jax import finetune
 
 CHECKPOINT = flags.DEFINE_string("base", "demo", "what to start from")
 OUT = flags.DEFINE_string("out", "demo/awb", "directory for the recordings and the run")
-RECORDINGS = flags.DEFINE_integer("recordings", 300, "to learn from")
-STEPS = flags.DEFINE_integer("steps", 300, "batches to learn from")
+RECORDINGS = flags.DEFINE_integer("recordings", 1500, "to learn from")
+STEPS = flags.DEFINE_integer("steps", 1500, "batches to learn from")
 HEARD = flags.DEFINE_integer("heard", 40, "strings of digits to judge by")
 
 
@@ -63,7 +63,9 @@ def main(_: list[str]) -> None:
         f"--data={data}",
         f"--out={out / 'run'}",
         f"--steps={STEPS.value}",
-        "--lora_rank=16",
+        "--lora_rank=32",
+        # The codes of the new voice are others: the head too has to learn them.
+        "--lora_targets=q,k,v,o,gate,up,down,projection,codebook0_head",
         "--batch_size=8",
         "--learning_rate=2e-3",
         "--depth_share=0.25",

@@ -12,7 +12,8 @@ import numpy as np
 import sentencepiece
 from absl import app, flags, logging
 from safetensors.numpy import load_file
-from sizes import MODEL, TEXT_VOCAB
+from sizes import CODEC_WEIGHTS, MODEL, TEXT_VOCAB
+from texts import ENDINGS
 
 from csm_jax import checkpoint
 from csm_jax.random_weights import random_tensors
@@ -39,7 +40,7 @@ def train_tokenizer(texts: list[str]) -> SentencePieceTokenizer:
         unk_id=0,
         bos_id=ids.bos,
         eos_id=ids.eos,
-        user_defined_symbols=["<audio>", "<audio_eos>", *(f"[{i}]" for i in range(10))],
+        user_defined_symbols=["<audio>", "<audio_eos>", *(f"[{i}]" for i in range(10)), *ENDINGS],
         hard_vocab_limit=False,
         minloglevel=2,
     )
@@ -54,7 +55,7 @@ def rounded(weight: np.ndarray) -> np.ndarray:
 def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     texts = (Path(SPEECH.value) / "texts.txt").read_text().splitlines()
-    weights = load_file(Path(CODEC.value) / "codec.safetensors")
+    weights = load_file(Path(CODEC.value) / CODEC_WEIGHTS)
     # As they will be shipped, so that the model learns the codes of the codec that it will have.
     codec = {f"codec/{path}": rounded(weight) for path, weight in weights.items()}
     tensors = {path: codec.get(path, tensor) for path, tensor in random_tensors(MODEL)}

@@ -11,7 +11,7 @@ from hearing import count_errors, median_pitch, recognise_digits
 from texts import draw_digits
 
 import csm_jax
-from csm_jax.audio import load_audio
+from csm_jax.audio import SAMPLE_RATE, load_audio
 from csm_jax.generator import Generator
 
 # Hz. Between the two voices: slt is at 173, rms at 97.
@@ -34,7 +34,7 @@ class Spoken:
 
     @property
     def errors(self) -> int:
-        return count_errors(self.words, recognise_digits(self.audio, 24_000))
+        return count_errors(self.words, recognise_digits(self.audio, SAMPLE_RATE))
 
     @property
     def ended(self) -> bool:
@@ -57,7 +57,7 @@ def with_other_voice(
     for i, request in enumerate(requests):
         text = draw_digits(source, 3, 6, held_out=True)
         voice = VOICES[1 - request.speaker]
-        audio = load_audio(synthesise(text, voice, directory / f"{seed}-{i}.wav"), 24_000)
+        audio = load_audio(synthesise(text, voice, directory / f"{seed}-{i}.wav"), SAMPLE_RATE)
         turn = csm_jax.Segment(request.speaker, text, audio)
         moved.append(dataclasses.replace(request, context=[turn]))
     return moved
@@ -79,7 +79,7 @@ def word_error_rate(spoken: Sequence[Spoken]) -> float:
 
 def share_in_voice(spoken: Sequence[Spoken], voices: Sequence[int]) -> float:
     """How many are in the voices that they should be in, by their pitch."""
-    pitches = [median_pitch(each.audio, 24_000) for each in spoken]
+    pitches = [median_pitch(each.audio, SAMPLE_RATE) for each in spoken]
     right = [
         (pitch > BETWEEN) == (voice == 0) for pitch, voice in zip(pitches, voices, strict=True)
     ]

@@ -26,10 +26,11 @@ def write_prompts(directory: Path) -> None:
     """A recording of each voice, and what it says in a file beside it."""
     directory.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
-        for voice in VOICES:
+        for speaker, voice in enumerate(VOICES):
             recording = synthesise(PROMPTS[voice], voice, Path(temporary) / f"{voice}.wav")
             save_audio(directory / f"{voice}.flac", load_audio(recording, 24_000), 24_000)
-            (directory / f"{voice}.txt").write_text(f"{PROMPTS[voice]}\n")
+            transcript = f"speaker: {speaker}\n{PROMPTS[voice]}\n"
+            (directory / f"{voice}.txt").write_text(transcript)
 
 
 def main(_: list[str]) -> None:

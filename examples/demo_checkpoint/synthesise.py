@@ -9,11 +9,17 @@ from pathlib import Path
 
 from absl import app, flags
 from flite import THIRD_VOICE, VOICES, synthesise_all
-from texts import draw_text
+from texts import draw_ending, draw_text
 
 OUT = flags.DEFINE_string("out", "demo/speech", "directory for the recordings")
-TEXTS = flags.DEFINE_integer("texts", 14_000, "to draw; both voices speak those that differ")
+TEXTS = flags.DEFINE_integer("texts", 40_000, "to draw; both voices speak those that differ")
+CONVERSATIONS = flags.DEFINE_integer("conversations", 170_000, "of these recordings, to learn from")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts")
+
+
+def recordings(voice: str, texts: list[str]) -> list[dict]:
+    """What a voice says, and the file of each, as a turn of a conversation has them."""
+    return [{"text": text, "audio": f"{voice}/{i:05}.wav"} for i, text in enumerate(texts)]
 
 
 def draw_conversation(source: random.Random, spoken: dict[str, list[dict]]) -> list[dict]:
@@ -24,7 +30,9 @@ def draw_conversation(source: random.Random, spoken: dict[str, list[dict]]) -> l
     """
 
     def say(voice: str, speaker: int, **more: object) -> dict:
-        return {"speaker": speaker, **source.choice(spoken[voice]), **more}
+        said = source.choice(spoken[voice])
+        text = said["text"] + draw_ending(source)
+        return {"speaker": speaker, "text": text, "audio": said["audio"], **more}
 
     kind, voice = source.random(), source.choice(VOICES)
     own = VOICES.index(voice)
@@ -41,21 +49,15 @@ def main(_: list[str]) -> None:
     source = random.Random(SEED.value)
     out = Path(OUT.value)
     texts = list(dict.fromkeys(draw_text(source) for _ in range(TEXTS.value)))
-    jobs = [
-        (text, voice, out / voice / f"{i:05}.wav")
-        for i, text in enumerate(texts)
-        for voice in VOICES
-    ]
     # The third voice speaks to the codec only.
-    third = [(text, THIRD_VOICE, out / THIRD_VOICE / f"{i:05}.wav") for i, text in enumerate(texts)]
-    synthesise_all(jobs + third[: len(texts) // 4])
+    texts_of = dict.fromkeys(VOICES, texts) | {THIRD_VOICE: texts[: len(texts) // 8]}
+    spoken = {voice: recordings(voice, said) for voice, said in texts_of.items()}
+    synthesise_all(
+        [(each["text"], voice, out / each["audio"]) for voice in spoken for each in spoken[voice]]
+    )
     (out / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
-    spoken = {
-        voice: [{"text": text, "audio": f"{voice}/{i:05}.wav"} for i, text in enumerate(texts)]
-        for voice in VOICES
-    }
     with (out / "train.jsonl").open("w") as file:
-        for _ in range(3 * len(texts)):
+        for _ in range(CONVERSATIONS.value):
             file.write(json.dumps(draw_conversation(source, spoken)) + "\n")
 
 

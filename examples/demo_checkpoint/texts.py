@@ -22,6 +22,8 @@ TEENS = [
 ]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
+ENDINGS = [".", "?", "!"]
+
 # A sentence is a template; a word in capitals is replaced by one of its list, or by a template.
 GRAMMAR = {
     "SENTENCE": [
@@ -73,6 +75,11 @@ def draw_text(source: random.Random) -> str:
     if kind < 0.6:
         return draw_number(source)
     return draw_sentence(source)
+
+
+def draw_ending(source: random.Random) -> str:
+    """What stands after a text: nothing in half of the cases. The voices say all of them alike."""
+    return source.choice(["", "", "", *ENDINGS])
 
 
 def draw_digits(source: random.Random, fewest: int, most: int, held_out: bool) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from absl import app, flags
 from flax import nnx
 from safetensors.numpy import load_file, save_file
-from sizes import CODEC
+from sizes import CODEC, CODEC_WEIGHTS
 from tqdm import tqdm
 
 from csm_jax.audio import load_audio, save_audio
@@ -22,7 +22,6 @@ from csm_jax.mimi.codec import Codec, abstract
 from csm_jax.train.codec import CodecRecipe, codec_step, init_codec_state, with_weights
 from csm_jax.train.optimiser import OptimiserConfig
 
-WEIGHTS = "codec.safetensors"
 
 SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesise.py")
 OUT = flags.DEFINE_string("out", "demo/codec", "directory for the weights and figures")
@@ -94,13 +93,15 @@ def main(_: list[str]) -> None:
 
 def read_weights(directory: Path) -> dict:
     """The parameters that a run has left."""
-    return unflatten(load_file(directory / WEIGHTS), nnx.to_pure_dict(nnx.state(abstract(CODEC))))
+    return unflatten(
+        load_file(directory / CODEC_WEIGHTS), nnx.to_pure_dict(nnx.state(abstract(CODEC)))
+    )
 
 
 def save(out: Path, params: dict, speech: list[np.ndarray]) -> None:
     """The weights, and a recording of each voice as it comes back."""
     params = jax.device_get(params)
-    save_file(flatten(params), out / WEIGHTS)
+    save_file(flatten(params), out / CODEC_WEIGHTS)
     codec = Codec(CODEC, params)
     for i, audio in enumerate(speech[:: RECORDINGS.value]):
         save_audio(out / f"heard-{i}.wav", codec.decode(codec.encode(audio)), codec.sample_rate)

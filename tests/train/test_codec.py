@@ -24,11 +24,7 @@ RECIPE = CodecRecipe(
 SEED = np.uint32(3)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lenient():
-    """optax multiplies its int32 count of steps with floats."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture(scope="module")

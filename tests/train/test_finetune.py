@@ -26,11 +26,7 @@ CONFIG = csm_jax.tiny()
 COMMON = ["--checkpoint=random:tiny", "--batch_size=2", "--max_len=512", "--log_every=1"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lenient():
-    """optax multiplies its int32 count of steps with floats."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 @pytest.fixture(scope="module")

@@ -28,11 +28,7 @@ RECIPE = Recipe(CONFIG, OptimiserConfig(learning_rate=1e-2, steps=10, warmup=0),
 SEED = np.uint32(7)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def lenient():
-    """optax multiplies its int32 count of steps with floats."""
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield
+pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def params():
