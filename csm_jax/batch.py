@@ -24,6 +24,8 @@ from csm_jax.model import bind
 from csm_jax.sampling import Sampling, SamplingParams
 from csm_jax.sharding import check_rows, place_rows
 
+# The shortest prompt that anything is compiled for.
+MIN_BUCKET = 32
 # Beginnings of prompts that are remembered, with their keys and values.
 MAX_PREFIXES = 8
 
@@ -233,5 +235,5 @@ def _pad(rows: np.ndarray, length: int) -> np.ndarray:
 
 
 def bucket(length: int) -> int:
-    """The next power of two, 32 at least: a handful of compiled shapes serve every length."""
-    return max(32, 1 << (length - 1).bit_length())
+    """The next power of two: a handful of compiled shapes serve every length."""
+    return max(MIN_BUCKET, 1 << (length - 1).bit_length())

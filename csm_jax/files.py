@@ -1,8 +1,11 @@
-"""Writing a file whole or not at all."""
+"""Writing a file whole or not at all; where to write."""
 
 import os
 import secrets
+import tempfile
 from pathlib import Path
+
+from csm_jax.errors import OutputError
 
 
 def replace_file(path: Path, data: bytes) -> None:
@@ -18,3 +21,16 @@ def replace_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def make_directory(path: Path) -> None:
+    """A directory that can be written to, with its parents; raises `OutputError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        # Trying is the only test that also knows of read-only disks, quotas and root.
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise OutputError(
+            f"{path} cannot be written to ({error.strerror}): name another"
+        ) from error

@@ -80,6 +80,16 @@ def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:
     return [part.strip() for part in parts if part]
 
 
+def take_sentences(text: str) -> tuple[list[str], str]:
+    """The sentences that have ended of a text that is still being written, and what follows.
+
+    Where a sentence ends is known once something follows: "No. 5" does not end after its dot.
+    """
+    *ended, rest = _sentences(text.strip())
+    has_space = text[-1:].isspace()
+    return [part.strip() for part in ended if part.strip()], rest + " " * has_space
+
+
 def _spoken_letters(character: str) -> int:
     category = unicodedata.category(character)
     return _SPOKEN_PUNCTUATION.get(character, _SPOKEN_LETTERS.get(category, 1))

@@ -87,6 +87,10 @@ class Ticket:
         """Waits for the end; int32 [num_frames, Q]. Raises as iterating does."""
         self._over.wait()
         self._raise_error()
+        return self.codes_so_far()
+
+    def codes_so_far(self) -> np.ndarray:
+        """What has been generated until now; int32 [num_frames, Q]."""
         empty = np.zeros((0, self._model.config.num_codebooks), np.int32)
         return np.concatenate([empty, *self._frames])
 

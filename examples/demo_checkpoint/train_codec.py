@@ -22,7 +22,6 @@ from csm_jax.mimi.codec import Codec, abstract
 from csm_jax.train.codec import CodecRecipe, codec_step, init_codec_state, with_weights
 from csm_jax.train.optimiser import OptimiserConfig
 
-
 SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesise.py")
 OUT = flags.DEFINE_string("out", "demo/codec", "directory for the weights and figures")
 STEPS = flags.DEFINE_integer("steps", 5000, "batches to learn from")

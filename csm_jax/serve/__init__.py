@@ -1,0 +1,5 @@
+"""A speech server: the APIs that people already use, and one `Engine` behind them.
+
+pip install "csm-jax[serve]"
+python -m csm_jax.serve --checkpoint=demo --port=8000
+"""

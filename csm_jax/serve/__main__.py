@@ -1,0 +1,172 @@
+"""Serves speech over HTTP.
+
+    python -m csm_jax.serve --checkpoint=demo --port=8000
+    curl localhost:8000/v1/audio/speech -H "Content-Type: application/json" \\
+        -d '{"model": "csm-1b", "input": "one two three", "voice": "alloy"}' -o speech.mp3
+
+Keys of those who may ask stand in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, one
+a line; what webhooks are signed with in CSM_JAX_WEBHOOK_SECRET. Without keys everybody may ask.
+"""
+
+import logging
+import os
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from absl import flags
+
+from csm_jax import cli
+from csm_jax.errors import CSMError, InputError
+from csm_jax.files import make_directory
+from csm_jax.generator import NAMES
+from csm_jax.sampling import Sampling
+
+PROGRAM = "csm_jax.serve"
+# Seconds that those who are being answered get when the server is told to end.
+DRAIN_SECONDS = 60
+# Connections there may be; those who come then are told to come again.
+MAX_CONNECTIONS = 1000
+# Connections that may wait to be let in.
+BACKLOG = 2048
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
+        kind(name, default, help, flag_values=values, **kwargs)
+
+    text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
+    define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(NAMES)}")
+    define(text, "adapters", None, "directory of LoRA adapters")
+    define(text, "dtype", "auto", "auto, float32, bfloat16 or float16")
+    define(text, "quantize", None, "none or int8; default: as the checkpoint is stored")
+    define(text, "host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")
+    define(whole, "port", 8000, "port to listen at", lower_bound=0, upper_bound=65535)
+    define(text, "ssl_certfile", None, "certificate, to speak https")
+    define(text, "ssl_keyfile", None, "its private key")
+    define(text, "model_name", "csm-1b", "what the APIs call the model")
+    define(whole, "max_batch", 8, "requests that speak at once", lower_bound=1)
+    define(whole, "max_seq_len", 2048, "positions of each, context and speech", lower_bound=32)
+    define(whole, "max_queue", 64, "requests that may wait", lower_bound=1)
+    define(real, "temperature", 0.9, "of requests that say nothing of it")
+    define(whole, "top_k", 50, "the same")
+    define(real, "top_p", 1.0, "the same")
+    define(real, "min_p", 0.0, "the same")
+    define(real, "repetition_penalty", 1.0, "the same")
+    define(text, "voices", None, "directory of presets: NAME.flac and NAME.txt, its transcript")
+    define(text, "data", None, "directory of what outlives the process; default: nothing does")
+    define(text, "api_keys_file", None, "keys of those who may ask, one a line")
+    define(whole, "requests_per_minute", 0, "of one key or address; 0 is any", lower_bound=0)
+    define(flag, "fetch_urls", False, "fetch recordings from addresses in requests")
+    define(flag, "allow_private", False, "also from private networks; webhooks too")
+    define(listed, "cors_origins", [], "whose web pages may ask; * is all")
+
+
+def main(values: flags.FlagValues) -> None:
+    try:
+        import uvicorn
+
+        from csm_jax.serve.app import load_app
+    except ImportError as error:
+        message = f"{error.name} is missing: pip install 'csm-jax[serve]'"
+        raise CSMError(message) from error
+    settings = _settings(values)
+    _check_files(values)
+    listening = _listen(values.host, values.port)
+    for directory in filter(None, (settings.voices, settings.data)):
+        make_directory(directory)
+    app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
+    _log_to_stderr()
+    server = uvicorn.Server(
+        uvicorn.Config(
+            app,
+            ssl_certfile=values.ssl_certfile,
+            ssl_keyfile=values.ssl_keyfile,
+            log_config=None,
+            # `Trace` writes a line for each.
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_SECONDS,
+            server_header=False,
+            limit_concurrency=MAX_CONNECTIONS,
+        )
+    )
+    try:
+        server.run([listening])
+    finally:
+        app.state.service.engine.close()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Before the model is loaded, which takes a while."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(
+            f"cannot listen at {host}, port {port} ({reason}): name another"
+        ) from error
+
+
+def _settings(values: flags.FlagValues):
+    from csm_jax.serve.settings import Settings
+
+    return Settings(
+        model_name=values.model_name,
+        sampling=Sampling(
+            values.temperature,
+            values.top_k,
+            values.top_p,
+            values.min_p,
+            values.repetition_penalty,
+        ),
+        max_batch=values.max_batch,
+        max_seq_len=values.max_seq_len,
+        max_queue=values.max_queue,
+        voices=Path(values.voices) if values.voices else None,
+        data=Path(values.data) if values.data else None,
+        api_keys=_keys(values),
+        requests_per_minute=values.requests_per_minute,
+        fetch_urls=values.fetch_urls,
+        allow_private=values.allow_private,
+        cors_origins=tuple(values.cors_origins),
+        webhook_secret=os.environ.get("CSM_JAX_WEBHOOK_SECRET", ""),
+    )
+
+
+def _log_to_stderr() -> None:
+    """The server's own lines and uvicorn's; absl has the root's handler, and says other things."""
+    handler = logging.StreamHandler(sys.stderr)
+    for name in ("csm_jax.serve", "uvicorn.error"):
+        logger = logging.getLogger(name)
+        logger.setLevel(logging.INFO)
+        logger.addHandler(handler)
+        logger.propagate = False
+
+
+def _keys(values: flags.FlagValues) -> tuple[str, ...]:
+    found = os.environ.get("CSM_JAX_API_KEYS", "").split(",")
+    if values.api_keys_file is not None:
+        try:
+            found += Path(values.api_keys_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{values.api_keys_file} cannot be read: {error}") from error
+        if not any(key.strip() for key in found):
+            # Or everybody could ask where somebody wanted that nobody can.
+            raise InputError(f"{values.api_keys_file} has no key: write one a line")
+    return tuple(key.strip() for key in found if key.strip())
+
+
+def _check_files(values: flags.FlagValues) -> None:
+    """What can be said before the model is loaded."""
+    if (values.ssl_certfile is None) != (values.ssl_keyfile is None):
+        raise InputError("--ssl_certfile and --ssl_keyfile go together: give both")
+    for name in ("ssl_certfile", "ssl_keyfile"):
+        if values[name].value and not Path(values[name].value).is_file():
+            raise InputError(f"--{name} is {values[name].value}, which is no file")
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(PROGRAM, __doc__, define_flags, main))

@@ -1,0 +1,106 @@
+"""The application: all routes around one service, and the layers around them."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import version
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import RedirectResponse
+
+from csm_jax.files import make_directory
+from csm_jax.generator import Generator, load, open_source
+from csm_jax.serve import (
+    batches,
+    deepinfra,
+    errors,
+    fal,
+    guard,
+    health,
+    openai,
+    page,
+    realtime,
+    voice_routes,
+    voxserve,
+)
+from csm_jax.serve.batch_store import BatchStore
+from csm_jax.serve.service import Service
+from csm_jax.serve.settings import Settings
+from csm_jax.serve.trace import Trace
+
+DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
+one engine. Do not use it to impersonate anybody without consent, to deceive, or for anything
+illegal or harmful."""
+
+
+def load_app(
+    checkpoint: str,
+    settings: Settings,
+    dtype: str = "auto",
+    quantize: str | None = None,
+    adapters: str | None = None,
+) -> FastAPI:
+    """The application of a checkpoint, with the voices in its directory `prompts`.
+
+    Args and errors: those of `csm_jax.load`.
+    """
+    model = load(checkpoint, dtype, quantize, adapters=adapters)
+    directory = open_source(checkpoint).directory
+    prompts = directory / "prompts" if directory else None
+    return create_app(model, settings, [prompts] if prompts and prompts.is_dir() else [])
+
+
+def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -> FastAPI:
+    """An ASGI application, with its `Service` as `app.state.service`.
+
+    Args:
+      presets: directories of voices that come with the model.
+    """
+    service = Service(model, settings, list(presets))
+    worker = batches.Worker(service, BatchStore(_database(settings)))
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        service.warmed = asyncio.create_task(service.warm_up())
+        tasks = [service.warmed, asyncio.create_task(worker.run())]
+        yield
+        service.is_closing = True
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        await service.close()
+
+    app = FastAPI(
+        title="csm-jax", version=version("csm-jax"), description=DESCRIPTION, lifespan=lifespan
+    )
+    app.state.service = service
+    for module in (health, voxserve, openai, deepinfra, fal, realtime, voice_routes):
+        app.include_router(module.router(service))
+    app.include_router(batches.router(service, worker))
+    app.add_api_route("/", lambda: RedirectResponse(guard.PAGE), include_in_schema=False)
+    page.mount(app, service)
+    errors.install(app)
+    # The last is the outermost.
+    app.add_middleware(guard.BodyLimit, limit=settings.limits.body_bytes)
+    app.add_middleware(
+        guard.Keys, keys=settings.api_keys, requests_per_minute=settings.requests_per_minute
+    )
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(Trace, metrics=service.metrics)
+    return app
+
+
+def _database(settings: Settings) -> Path | None:
+    """Where batches are remembered; None is in memory."""
+    if settings.data is None:
+        return None
+    make_directory(settings.data)
+    return settings.data / "batches.sqlite"

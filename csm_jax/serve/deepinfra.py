@@ -1,0 +1,146 @@
+"""DeepInfra's API: `POST /v1/inference/sesame/csm-1b`.
+
+curl localhost:8000/v1/inference/sesame/csm-1b -F text="Hello." -F response_format=mp3
+"""
+
+import base64
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from csm_jax.prompt import Segment
+from csm_jax.serve.answers import speak_whole, unless_gone
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import (
+    Options,
+    Recording,
+    Text,
+    both_kinds,
+    make_request,
+    read_fields,
+    read_recording,
+)
+from csm_jax.serve.formats import FORMATS
+from csm_jax.serve.jobs import Job
+from csm_jax.serve.service import Service
+from csm_jax.serve.trace import request_id
+from csm_jax.speech import Request
+
+PATH = "/v1/inference/sesame/csm-1b"
+PRESETS = ["conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd")]
+NO_PRESET = "none"
+
+
+class Inference(Options):
+    """As DeepInfra has it; any voice of the server is a preset too."""
+
+    text: Text
+    response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
+    preset_voice: str = Field(PRESETS[0], max_length=64)
+    temperature: float | None = Field(0.9, ge=0, le=5)
+    max_audio_length_ms: float | None = Field(10_000, ge=80, le=86_400_000)
+    speaker_audio: Recording | None = Field(
+        None, description="a voice to speak in: a file, or base64 in JSON"
+    )
+    speaker_transcript: str | None = Field(None, description="what is said in it")
+    webhook: str | None = Field(None, max_length=2048, description="where the answer is posted")
+
+
+class InferenceStatus(BaseModel):
+    status: Literal["queued", "succeeded", "failed"]
+    runtime_ms: int = 0
+    cost: float = 0.0
+    tokens_generated: int = Field(0, description="frames of 80 ms")
+    tokens_input: int = Field(0, description="of the text")
+
+
+class Answer(BaseModel):
+    audio: str | None = Field(None, description="a data: URI")
+    input_character_length: int
+    output_format: str
+    words: list[Any] = Field([], description="always empty: the model aligns no words")
+    request_id: str
+    inference_status: InferenceStatus
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["DeepInfra"])
+
+    @routes.post(PATH, openapi_extra=both_kinds(Inference), responses={202: {"model": Answer}})
+    async def inference(http: HTTPRequest) -> Answer:
+        fields = await read_fields(http, Inference)
+        if fields.webhook:
+            return await _answer_later(service, fields)
+        return await unless_gone(http, _answer(service, fields, request_id()))
+
+    return routes
+
+
+async def _answer(service: Service, fields: Inference, name: str) -> Answer:
+    request = await _request(service, fields)
+    started = time.perf_counter()
+    spoken = await speak_whole(service, request, fields.response_format)
+    media_type = FORMATS[fields.response_format].media_type
+    return Answer(
+        audio=f"data:{media_type};base64,{base64.b64encode(spoken.data).decode()}",
+        input_character_length=len(fields.text),
+        output_format=fields.response_format,
+        request_id=name,
+        inference_status=InferenceStatus(
+            status="succeeded",
+            runtime_ms=round(1000 * (time.perf_counter() - started)),
+            tokens_generated=spoken.live.num_frames,
+            tokens_input=spoken.live.num_tokens,
+        ),
+    )
+
+
+async def _answer_later(service: Service, fields: Inference) -> JSONResponse:
+    """Says at once that it is queued; the answer goes to the webhook."""
+    service.webhooks.check(fields.webhook)
+    name = request_id()
+
+    async def work(job: Job) -> dict[str, Any]:
+        return (await _answer(service, fields, name)).model_dump()
+
+    def tell(job: Job) -> None:
+        if job.error:
+            failed = _without_audio(fields, name, "failed").model_dump()
+            service.webhooks.post(fields.webhook, failed | job.error.body)
+        else:
+            service.webhooks.post(fields.webhook, job.result)
+
+    service.jobs.submit(work, tell)
+    return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+
+
+def _without_audio(fields: Inference, name: str, status: str) -> Answer:
+    return Answer(
+        input_character_length=len(fields.text),
+        output_format=fields.response_format,
+        request_id=name,
+        inference_status=InferenceStatus(status=status),
+    )
+
+
+async def _request(service: Service, fields: Inference) -> Request:
+    if fields.speaker_audio is not None:
+        turn = await _given_voice(service, fields)
+        return make_request(service, fields.text, 0, fields, [turn])
+    if fields.preset_voice == NO_PRESET:
+        return make_request(service, fields.text, 0, fields)
+    voice = service.voices.find_as(fields.preset_voice, PRESETS)
+    speaker = voice.speaker if voice else PRESETS.index(fields.preset_voice)
+    return make_request(service, fields.text, speaker, fields, voice=voice)
+
+
+async def _given_voice(service: Service, fields: Inference) -> Segment:
+    if not (fields.speaker_transcript or "").strip():
+        message = "speaker_audio needs speaker_transcript, what is said in it"
+        raise ApiError(400, message, param="speaker_transcript")
+    audio = await read_recording(service, fields.speaker_audio, "speaker_audio")
+    return Segment(0, fields.speaker_transcript, audio)

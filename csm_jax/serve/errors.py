@@ -1,0 +1,107 @@
+"""Errors as answers: one body that the clients of all the APIs understand.
+
+    {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "detail": ...}
+
+OpenAI's clients read `error`, fal's and DeepInfra's `detail`.
+"""
+
+import logging
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError
+
+logger = logging.getLogger("csm_jax.serve")
+
+_TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
+_TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
+# Seconds after which a place in the queue is likely to be free.
+RETRY_AFTER = 1
+
+
+class ApiError(Exception):
+    """What a request gets instead of its answer.
+
+    Attributes:
+      status: of HTTP.
+      param: the field that is wrong, if one is.
+      code: for programs.
+      retry_after: seconds after which it is worth trying again; None for never.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ):
+        super().__init__(message)
+        self.status = status
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def body(self) -> dict:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "api_error")
+        message = str(self)
+        error = {"message": message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error, "detail": message}
+
+    @property
+    def response(self) -> JSONResponse:
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        if self.status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status, headers)
+
+
+class ClientGoneError(Exception):
+    """Nobody is there to be answered."""
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of any error."""
+    match error:
+        case ApiError():
+            return error
+        case QueueFullError():
+            return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
+        case InputError():
+            return ApiError(400, str(error))
+        case RequestValidationError():
+            return _as_bad_field(error)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+        case ClientGoneError() | CancelledError():
+            # 499 is nginx's for it; only the log sees it.
+            return ApiError(499, "the client closed the connection", code="client_gone")
+        case CSMError():
+            return ApiError(503, str(error), code="unavailable", retry_after=RETRY_AFTER)
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "the server failed; its log says why", code="internal_error")
+
+
+def _as_bad_field(error: RequestValidationError) -> ApiError:
+    """The first of what pydantic found."""
+    first = error.errors()[0]
+    # "body" is where it was, not what it is called.
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return ApiError(400, message, param=where or None, code=first["type"])
+
+
+def install(app: FastAPI) -> None:
+    """Lets an application answer all errors alike."""
+
+    def answer(request: Request, error: Exception) -> JSONResponse:
+        return as_api_error(error).response
+
+    for kind in (ApiError, CSMError, ClientGoneError, RequestValidationError, HTTPException):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(Exception, answer)

@@ -1,0 +1,207 @@
+"""fal's API: `POST /fal-ai/csm-1b`, and the same behind a queue as `fal-client` speaks it.
+
+    FAL_RUN_HOST=localhost:8000 FAL_QUEUE_RUN_HOST=localhost:8000/queue FAL_KEY=... python ...
+
+The client speaks https only: give the server a certificate.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any
+
+import numpy as np
+from fastapi import APIRouter, Query, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, Field
+
+from csm_jax.prompt import Segment
+from csm_jax.serve.answers import unless_gone
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import Options, Speaker, Text
+from csm_jax.serve.formats import FORMATS, encode
+from csm_jax.serve.jobs import Job, Status
+from csm_jax.serve.scene import Line, speak_scene
+from csm_jax.serve.service import Service
+from csm_jax.serve.uploads import decode_base64, decode_recording
+
+APP = "fal-ai/csm-1b"
+# For all of a recording that is fetched.
+FETCH_SECONDS = 20.0
+_POLL_SECONDS = 0.2
+
+
+class SceneTurn(BaseModel):
+    text: Text
+    speaker_id: Speaker = 0
+
+
+class ContextTurn(BaseModel):
+    prompt: Text = Field(description="what is said in the recording")
+    audio_url: str = Field(description="http(s), where the server allows that, or a data: URI")
+    speaker_id: Speaker = 0
+
+
+class Scene(Options):
+    scene: list[SceneTurn] = Field(min_length=1)
+    context: list[ContextTurn] = Field([])
+
+
+class AudioFile(BaseModel):
+    url: str
+    content_type: str
+    file_name: str
+    file_size: int
+
+
+class Spoken(BaseModel):
+    audio: AudioFile
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["fal"])
+    queue = f"/queue/{APP}"
+
+    @routes.post(f"/{APP}")
+    async def run(http: HTTPRequest, fields: Scene) -> Spoken:
+        return await unless_gone(http, _speak(service, fields, str(http.base_url)))
+
+    @routes.get("/files/{name}", response_class=Response)
+    def download(name: str) -> Response:
+        file = service.files.find(name)
+        if file is None:
+            raise ApiError(404, "there is no such file any more", code="not_found")
+        return Response(file.data, media_type=file.media_type)
+
+    @routes.post(queue)
+    async def submit(
+        http: HTTPRequest, fields: Scene, fal_webhook: Annotated[str | None, Query()] = None
+    ) -> dict[str, Any]:
+        base = str(http.base_url)
+        if fal_webhook:
+            service.webhooks.check(fal_webhook)
+
+        async def work(job: Job) -> dict:
+            return (await _speak(service, fields, base, job.log)).model_dump()
+
+        def tell(job: Job) -> None:
+            if fal_webhook:
+                service.webhooks.post(fal_webhook, _outcome(job))
+
+        job = service.jobs.submit(work, tell)
+        return _state(service, job, f"{base}queue/{APP}/requests/{job.id}")
+
+    @routes.get(queue + "/requests/{job_id}/status")
+    def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:
+        job = service.jobs.find(job_id)
+        code = 200 if job.status is Status.OVER else 202
+        return JSONResponse(_state(service, job, _where(http, job), logs), code)
+
+    @routes.get(queue + "/requests/{job_id}/status/stream", response_class=Response)
+    def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
+        job = service.jobs.find(job_id)
+        states = _follow(service, job, _where(http, job), logs)
+        return StreamingResponse(states, media_type="text/event-stream")
+
+    @routes.get(queue + "/requests/{job_id}")
+    def result(job_id: str) -> Spoken:
+        job = service.jobs.find(job_id)
+        if job.status is not Status.OVER:
+            raise ApiError(400, "Request is still in progress", code="in_progress")
+        if job.error:
+            raise job.error
+        return Spoken(**job.result)
+
+    @routes.put(queue + "/requests/{job_id}/cancel", status_code=202)
+    def cancel(job_id: str) -> JSONResponse:
+        job = service.jobs.find(job_id)
+        if job.status is Status.OVER:
+            return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
+        service.jobs.cancel(job)
+        return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
+
+    return routes
+
+
+async def _speak(
+    service: Service, fields: Scene, base: str, progress: Callable[[str], None] = lambda _: None
+) -> Spoken:
+    """Speaks a scene into a file that can be fetched below the address `base`."""
+    limits = service.settings.limits
+    if len(fields.context) > limits.turns:
+        message = f"{len(fields.context)} turns of context, but at most {limits.turns} are read"
+        raise ApiError(400, message, param="context")
+    context = [
+        Segment(turn.speaker_id, turn.prompt, await _recording(service, turn.audio_url))
+        for turn in fields.context
+    ]
+    lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
+    audio = await speak_scene(service, lines, context, fields, progress)
+    data = await service.in_thread(encode, audio, service.model.sample_rate, "wav")
+    file = service.files.add(data, FORMATS["wav"].media_type, "wav")
+    return Spoken(
+        audio=AudioFile(
+            url=f"{base}files/{file.name}",
+            content_type=file.media_type,
+            file_name=file.name,
+            file_size=len(data),
+        )
+    )
+
+
+async def _recording(service: Service, url: str) -> np.ndarray:
+    limits = service.settings.limits
+    if url.startswith("data:"):
+        data = decode_base64(url, limits, "audio_url")
+    elif service.settings.fetch_urls:
+        data = await service.outgoing.fetch(url, limits.audio_bytes, FETCH_SECONDS)
+    else:
+        message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
+        raise ApiError(400, message, param="audio_url", code="fetching_off")
+    return await service.in_thread(decode_recording, data, limits, "audio_url")
+
+
+def _where(http: HTTPRequest, job: Job) -> str:
+    return f"{http.base_url}queue/{APP}/requests/{job.id}"
+
+
+def _state(service: Service, job: Job, where: str, logs: bool = False) -> dict[str, Any]:
+    """What fal's clients are told of a job."""
+    state = {
+        "status": job.status.value,
+        "request_id": job.id,
+        "response_url": where,
+        "status_url": f"{where}/status",
+        "cancel_url": f"{where}/cancel",
+        "logs": job.logs if logs else None,
+    }
+    if job.status is Status.QUEUED:
+        state["queue_position"] = service.jobs.position(job)
+    if job.status is Status.OVER:
+        state["metrics"] = {"inference_time": round(job.seconds, 3)}
+        if job.error:
+            state |= {"error": str(job.error), "error_type": job.error.code}
+    return state
+
+
+async def _follow(service: Service, job: Job, where: str, logs: bool) -> AsyncIterator[str]:
+    """Its states as events, until it is over."""
+    told = None
+    while True:
+        state = _state(service, job, where, logs)
+        if state != told:
+            told = state
+            yield f"data: {json.dumps(state)}\n\n"
+        if job.status is Status.OVER:
+            return
+        await asyncio.sleep(_POLL_SECONDS)
+
+
+def _outcome(job: Job) -> dict[str, Any]:
+    """What is posted to a webhook."""
+    if job.error:
+        outcome = {"status": "ERROR", "error": str(job.error), "payload": None}
+    else:
+        outcome = {"status": "OK", "payload": job.result}
+    return {"request_id": job.id, "gateway_request_id": job.id, **outcome}

@@ -1,0 +1,145 @@
+"""Fields that requests of several APIs have, and how they are read out of JSON and forms."""
+
+import json
+import random
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+from fastapi import Request as HTTPRequest
+from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.datastructures import UploadFile
+
+from csm_jax.prompt import Segment
+from csm_jax.sampling import Sampling
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.service import Service
+from csm_jax.serve.uploads import decode_base64, decode_recording
+from csm_jax.serve.voices import Voice
+from csm_jax.speech import Request
+
+# Numbers that int32 and JSON's readers agree on.
+Speaker = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+# A file of a form, or base64 in JSON.
+Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})]
+
+
+class Options(BaseModel):
+    """How speech is drawn. What is left out is as the server was told at its start."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    temperature: float | None = Field(None, ge=0, le=5, description="0 takes the likeliest")
+    top_k: int | None = Field(None, ge=1, le=100_000)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, gt=0.01, le=100)
+    seed: Seed | None = Field(None, description="the same seed says the same; default: random")
+    max_audio_length_ms: float | None = Field(None, ge=80, le=86_400_000)
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """These values, and `default` for those that are left out."""
+        given = self.model_dump(include=_SAMPLING, exclude_none=True)
+        if given.get("temperature") == 0:
+            given = {"greedy": True}
+        return Sampling(**(vars(default) | given))
+
+
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+T = TypeVar("T", bound=BaseModel)
+
+
+def make_request(
+    service: Service,
+    text: str,
+    speaker: int,
+    options: Options,
+    context: list[Segment] = (),
+    voice: Voice | None = None,
+) -> Request:
+    """The one request that all APIs make of their own.
+
+    Args:
+      voice: whose recording `speaker` begins with.
+
+    Raises:
+      ApiError, InputError: something is beyond a limit.
+    """
+    limits = service.settings.limits
+    if len(text) > limits.text_characters:
+        message = f"the text has {len(text)} characters, but at most {limits.text_characters}"
+        raise ApiError(400, f"{message} are spoken", param="text", code="too_long")
+    if len(context) > limits.turns:
+        message = f"{len(context)} turns of context, but at most {limits.turns} are read"
+        raise ApiError(400, message, param="context", code="too_long")
+    shared = [voice.turn(speaker)] if voice else []
+    return Request(
+        text,
+        speaker,
+        [*shared, *context],
+        options.sampling(service.settings.sampling),
+        options.max_audio_length_ms,
+        random.getrandbits(32) if options.seed is None else options.seed,
+        shared_turns=len(shared),
+    )
+
+
+async def read_recording(service: Service, given: str | bytes, name: str) -> np.ndarray:
+    """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
+    limits = service.settings.limits
+
+    def work() -> np.ndarray:
+        data = decode_base64(given, limits, name) if isinstance(given, str) else given
+        return decode_recording(data, limits, name)
+
+    return await service.in_thread(work)
+
+
+async def read_fields(http: HTTPRequest, model: type[T]) -> T:
+    """A pydantic model from JSON or from a form, whose files become bytes.
+
+    Raises:
+      RequestValidationError: a field is missing or wrong.
+      ApiError: it is neither JSON nor a form.
+    """
+    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
+        values = await _read_form(http)
+    elif kind == "application/json":
+        values = _parse_json(await http.body())
+    else:
+        raise ApiError(415, f"the content type is {kind[:80]}; send JSON or a form")
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise RequestValidationError(
+            error.errors(include_url=False, include_context=False)
+        ) from error
+
+
+def _parse_json(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="bad_json") from error
+
+
+async def _read_form(http: HTTPRequest) -> dict[str, Any]:
+    async with http.form(max_files=64, max_fields=256) as form:
+        return {
+            name: await value.read() if isinstance(value, UploadFile) else value
+            for name, value in form.items()
+            # An empty field of a form is one that was not filled in.
+            if isinstance(value, UploadFile) or value != ""
+        }
+
+
+def both_kinds(model: type[BaseModel]) -> dict[str, Any]:
+    """What the OpenAPI document says of an endpoint that reads its fields by `read_fields`."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    kinds = ("application/json", "multipart/form-data")
+    body = {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
+    return {"requestBody": body}

@@ -1,0 +1,141 @@
+"""Who may ask, how often, and how much: layers around the application."""
+
+import hashlib
+import hmac
+from collections import OrderedDict
+from collections.abc import Sequence
+from time import monotonic
+
+from starlette.requests import HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from csm_jax.serve.errors import ApiError
+
+PAGE = "/page"
+# What needs no key: probes and figures; the page, which asks for one itself; and files, whose names
+# nobody knows who was not told.
+OPEN_PATHS = ("/healthz", "/readyz", "/metrics", "/", PAGE)
+OPEN_DIRECTORIES = (f"{PAGE}/", "/files/")
+# Callers whose rate is remembered, at most.
+_MAX_CALLERS = 10_000
+
+
+class BodyLimit:
+    """Ends requests that are larger than they may be, while they come."""
+
+    def __init__(self, app: ASGIApp, limit: int):
+        self._app = app
+        self._limit = limit
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        num_bytes = 0
+        has_started = False
+
+        async def receive_counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self._limit:
+                raise _TooLargeError
+            return message
+
+        async def send_noted(message: Message) -> None:
+            nonlocal has_started
+            has_started = True
+            await send(message)
+
+        announced = dict(scope["headers"]).get(b"content-length", b"0")
+        try:
+            # It may be a lie, or not be there.
+            if announced.isdigit() and int(announced) > self._limit:
+                raise _TooLargeError
+            await self._app(scope, receive_counted, send_noted)
+        except _TooLargeError:
+            if not has_started:
+                error = ApiError(413, f"the request has more than {self._limit} bytes")
+                await error.response(scope, receive, send)
+
+
+class _TooLargeError(BaseException):
+    """Not an `Exception`: nobody between may answer it."""
+
+
+class Keys:
+    """Lets those in who have a key, as often as they may."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], requests_per_minute: int):
+        self._app = app
+        self._digests = [_digest(key) for key in keys]
+        self._rates = _Rates(requests_per_minute)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket") or _is_open(scope["path"]):
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._rates.count(self._caller(HTTPConnection(scope)))
+        except ApiError as error:
+            if scope["type"] == "websocket":
+                await WebSocketClose(1008, str(error))(scope, receive, send)
+            else:
+                await error.response(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _caller(self, connection: HTTPConnection) -> str:
+        """The key, or the address where there are no keys."""
+        if not self._digests:
+            return connection.client.host if connection.client else ""
+        given = _digest(_key(connection))
+        # All of them, in the same time for each.
+        if not sum(hmac.compare_digest(given, digest) for digest in self._digests):
+            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="bad_key")
+        return given.hex()
+
+
+def _is_open(path: str) -> bool:
+    return path in OPEN_PATHS or path.startswith(OPEN_DIRECTORIES)
+
+
+def _key(connection: HTTPConnection) -> str:
+    """As OpenAI's and DeepInfra's clients (Bearer) and fal's (Key) send it, or as `x-api-key`.
+
+    A page in a browser cannot set headers of a WebSocket: there `?api_key=` does.
+    """
+    kind, _, value = connection.headers.get("authorization", "").partition(" ")
+    if kind.lower() in ("bearer", "key"):
+        return value.strip()
+    if connection.scope["type"] == "websocket" and "api_key" in connection.query_params:
+        return connection.query_params["api_key"]
+    return connection.headers.get("x-api-key", "")
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class _Rates:
+    """A bucket of tokens for each caller, full at first, that fills up within a minute."""
+
+    def __init__(self, per_minute: int):
+        self._per_minute = per_minute
+        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
+
+    def count(self, caller: str) -> None:
+        """Takes a token, or raises `ApiError`."""
+        if not self._per_minute:
+            return
+        now = monotonic()
+        tokens, since = self._buckets.pop(caller, (float(self._per_minute), now))
+        tokens = min(self._per_minute, tokens + (now - since) * self._per_minute / 60)
+        self._buckets[caller] = (tokens - 1 if tokens >= 1 else tokens, now)
+        if len(self._buckets) > _MAX_CALLERS:
+            self._buckets.popitem(last=False)
+        if tokens < 1:
+            wait = max(1, round((1 - tokens) * 60 / self._per_minute))
+            message = f"more than {self._per_minute} requests a minute; wait {wait} s"
+            raise ApiError(429, message, code="rate_limited", retry_after=wait)

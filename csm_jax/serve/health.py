@@ -1,0 +1,30 @@
+"""For probes and Prometheus."""
+
+from fastapi import APIRouter, Response
+
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.metrics import CONTENT_TYPE
+from csm_jax.serve.service import Service
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["Health"])
+
+    @routes.get("/healthz")
+    def healthz() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @routes.get("/readyz")
+    def readyz() -> dict[str, str]:
+        """The frame loop is compiled, a request has been spoken, and nobody is closing."""
+        if not service.is_ready:
+            why = "closing" if service.is_closing else "warming up"
+            raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
+        return {"status": "ready"}
+
+    @routes.get("/metrics", response_class=Response)
+    def metrics() -> Response:
+        return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+    return routes

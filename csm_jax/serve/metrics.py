@@ -1,0 +1,59 @@
+"""Figures for Prometheus."""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from csm_jax.engine import Engine
+from csm_jax.ticket import Timing
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
+_FACTORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
+
+
+class Metrics:
+    """All figures of one server."""
+
+    def __init__(self):
+        registry = self._registry = CollectorRegistry()
+
+        def make(kind: type, name: str, help: str, labels: tuple[str, ...] = (), **more: object):
+            return kind(f"csm_{name}", help, labels, registry=registry, **more)
+
+        self.requests = make(
+            Counter, "http_requests", "answered, by path and status", ("path", "status")
+        )
+        self.errors = make(Counter, "speech_errors", "speech that failed, by reason", ("reason",))
+        self.audio_seconds = make(Counter, "audio_seconds", "seconds of speech made")
+        self.first_audio = make(
+            Histogram,
+            "time_to_first_audio_seconds",
+            "from the request to the first chunk of streams",
+            buckets=_SECONDS,
+        )
+        self.real_time_factor = make(
+            Histogram, "real_time_factor", "seconds of work a second of speech", buckets=_FACTORS
+        )
+        self.stages = make(
+            Histogram, "stage_seconds", "what requests spend time on", ("stage",), buckets=_SECONDS
+        )
+        self._queue = make(Gauge, "queue_length", "requests that wait for a row of the batch")
+        self._speaking = make(Gauge, "batch_occupancy", "rows of the batch that speak")
+        self._rows = make(Gauge, "batch_size", "rows of the batch")
+
+    def watch(self, engine: Engine) -> None:
+        """Reads the gauges off an engine from now on."""
+        self._queue.set_function(lambda: engine.num_waiting)
+        self._speaking.set_function(lambda: engine.num_speaking)
+        self._rows.set(engine.max_batch)
+
+    def spoke(self, timing: Timing, elapsed: float, audio_seconds: float) -> None:
+        """A request is over."""
+        self.audio_seconds.inc(audio_seconds)
+        if audio_seconds:
+            self.real_time_factor.observe((elapsed - timing.queue) / audio_seconds)
+        for stage, seconds in vars(timing).items():
+            self.stages.labels(stage).observe(seconds)
+
+    def text(self) -> bytes:
+        """In Prometheus's format."""
+        return generate_latest(self._registry)

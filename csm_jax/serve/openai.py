@@ -1,0 +1,115 @@
+"""OpenAI's API: `POST /v1/audio/speech` and `GET /v1/models`.
+
+    curl localhost:8000/v1/audio/speech -H "Content-Type: application/json" \\
+        -d '{"model": "csm-1b", "input": "Hello.", "voice": "alloy"}' -o hello.mp3
+"""
+
+import base64
+import json
+from collections.abc import AsyncIterator
+from typing import Literal
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import BaseModel, Field
+
+from csm_jax.serve.answers import speak_streamed
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import Options, Text, make_request
+from csm_jax.serve.formats import FORMATS
+from csm_jax.serve.service import Live, Service
+from csm_jax.speech import Request
+
+# What OpenAI's clients call voices and models. A voice stands for one of the presets, in their
+# order, or where there are none for the speaker of that number.
+VOICES = ["alloy", "ash", "ballad", "coral", "echo", "fable", "nova", "onyx", "sage", "shimmer"]
+EVENTS = "text/event-stream"
+MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
+
+
+class VoiceId(BaseModel):
+    """A voice as an object, which newer clients send."""
+
+    id: str = Field(max_length=64)
+
+
+class Speech(Options):
+    """As OpenAI has it; sampling, seed and length go in `extra_body`."""
+
+    model: str = Field(max_length=256)
+    input: Text
+    voice: str | VoiceId = Field(description="a name of /v1/audio/voices, OpenAI's, or a number")
+    response_format: Literal[tuple(FORMATS)] = "mp3"
+    speed: float = Field(1.0, ge=0.25, le=4.0)
+    stream_format: Literal["audio", "sse"] = "audio"
+    instructions: str | None = Field(None, description="not followed: the model has none")
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"] = "model"
+    created: int = 0
+    owned_by: str = "sesame"
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1", tags=["OpenAI"])
+    names = (service.settings.model_name, *MODELS)
+
+    @routes.post("/audio/speech", response_class=Response)
+    async def speech(http: HTTPRequest, fields: Speech) -> Response:
+        if fields.model not in names:
+            raise _no_model(fields.model)
+        request = as_request(service, fields)
+        form = fields.response_format, fields.speed
+        if fields.stream_format == "sse":
+            return await speak_streamed(service, http, request, *form, _events, EVENTS)
+        answer = await speak_streamed(service, http, request, *form)
+        if fields.instructions:
+            answer.headers["X-Notices"] = "instructions_ignored"
+        return answer
+
+    @routes.get("/models")
+    def models() -> Models:
+        return Models(data=[Model(id=service.settings.model_name)])
+
+    @routes.get("/models/{name}")
+    def model(name: str) -> Model:
+        if name not in names:
+            raise _no_model(name)
+        return Model(id=name)
+
+    return routes
+
+
+def _no_model(name: str) -> ApiError:
+    return ApiError(404, f"there is no model {name[:80]!r}", "model", "model_not_found")
+
+
+def as_request(service: Service, fields: Speech) -> Request:
+    """What a `Speech` asks for. Raises `InputError` and `ApiError`."""
+    name = fields.voice if isinstance(fields.voice, str) else fields.voice.id
+    if name not in service.voices and name.isdecimal() and len(name) < 10:
+        return make_request(service, fields.input, int(name), fields)
+    voice = service.voices.find_as(name, VOICES)
+    speaker = voice.speaker if voice else VOICES.index(name)
+    return make_request(service, fields.input, speaker, fields, voice=voice)
+
+
+async def _events(live: Live, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The same bytes as server-sent events."""
+    async for piece in pieces:
+        audio = base64.b64encode(piece).decode()
+        yield _event({"type": "speech.audio.delta", "audio": audio})
+    read, made = live.num_tokens, live.num_frames
+    usage = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
+    yield _event({"type": "speech.audio.done", "usage": usage})
+
+
+def _event(data: dict) -> bytes:
+    return f"data: {json.dumps(data)}\n\n".encode()

@@ -1,0 +1,154 @@
+"""Connections that a request asks the server to make: to public addresses only.
+
+A host is resolved once, every address that it has must be public, and the address that was checked
+is the one that is dialled. A redirect is a connection like any other.
+"""
+
+import asyncio
+import contextlib
+import ipaddress
+import socket
+from collections.abc import AsyncIterator, Iterable
+from urllib.parse import urljoin, urlsplit
+
+import httpcore
+
+from csm_jax.errors import InputError, first_line
+
+MAX_REDIRECTS = 3
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
+_REDIRECTS = (301, 302, 303, 307, 308)
+_TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
+
+
+class Outgoing:
+    """An HTTP client for addresses that strangers choose."""
+
+    def __init__(self, allow_private: bool = False):
+        """Args: allow_private: also dial addresses of private networks and of this machine."""
+        self._pool = httpcore.AsyncConnectionPool(
+            network_backend=_Checked(allow_private), max_connections=16, max_keepalive_connections=0
+        )
+
+    async def close(self) -> None:
+        await self._pool.aclose()
+
+    async def fetch(self, url: str, max_bytes: int, seconds: float) -> bytes:
+        """What lies at an address.
+
+        Raises:
+          InputError: it cannot be fetched, or is beyond a limit.
+        """
+        try:
+            async with asyncio.timeout(seconds):
+                for _ in range(MAX_REDIRECTS + 1):
+                    data, url = await self._get(url, max_bytes)
+                    if data is not None:
+                        return data
+            raise InputError(f"{url[:200]}: more than {MAX_REDIRECTS} redirects")
+        except TimeoutError as error:
+            raise InputError(f"{url[:200]}: took more than {seconds:g} s") from error
+        except _FAILURES as error:
+            raise InputError(f"{url[:200]}: cannot be fetched ({first_line(error)})") from error
+
+    async def post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
+        """Posts JSON, and returns the status. Redirects are not followed. Raises `InputError`."""
+        check_url(url)
+        headers = {"Content-Type": "application/json", **headers}
+        try:
+            answer = await self._pool.request(
+                "POST", url, headers=headers, content=body, extensions=_TIMEOUTS
+            )
+        except _FAILURES as error:
+            raise InputError(f"{url[:200]}: cannot be reached ({first_line(error)})") from error
+        return answer.status
+
+    async def _get(self, url: str, max_bytes: int) -> tuple[bytes | None, str]:
+        """The bytes, or None and where they are instead."""
+        check_url(url)
+        async with self._open(url) as answer:
+            headers = {name.lower(): value for name, value in answer.headers}
+            if answer.status in _REDIRECTS and b"location" in headers:
+                return None, urljoin(url, headers[b"location"].decode("latin-1"))
+            if answer.status != 200:
+                raise InputError(f"{url[:200]}: answered with status {answer.status}")
+            data = bytearray()
+            async for piece in answer.aiter_stream():
+                data += piece
+                if len(data) > max_bytes:
+                    raise InputError(f"{url[:200]}: more than {max_bytes} bytes")
+        return bytes(data), url
+
+    @contextlib.asynccontextmanager
+    async def _open(self, url: str) -> AsyncIterator[httpcore.Response]:
+        # Compressed answers would unpack to any size.
+        headers = {"Accept-Encoding": "identity", "User-Agent": "csm-jax"}
+        async with self._pool.stream("GET", url, headers=headers, extensions=_TIMEOUTS) as answer:
+            yield answer
+
+
+_FAILURES = (
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+    httpcore.UnsupportedProtocol,
+    OSError,
+    UnicodeError,
+)
+
+
+def check_url(url: str) -> None:
+    """Raises `InputError` for what is no http(s) address, or has a name and password in it."""
+    try:
+        parts = urlsplit(url)
+        is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        is_good = False
+    if not is_good or "@" in parts.netloc or not url.isascii() or len(url) > 2048:
+        raise InputError(f"{url[:200]!r} is no http or https address that can be used")
+
+
+async def public_address(host: str, port: int, allow_private: bool) -> str:
+    """The address to dial. Raises `InputError` unless every address of the host is public."""
+    loop = asyncio.get_running_loop()
+    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    addresses = [entry[4][0] for entry in found]
+    if not allow_private:
+        _check_public(host, addresses)
+    return addresses[0]
+
+
+def _check_public(host: str, addresses: Iterable[str]) -> None:
+    for text in addresses:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        for each in (address, *_within(address)):
+            if not each.is_global or each.is_multicast or each.is_reserved:
+                raise InputError(f"{host} is not a public address")
+
+
+def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
+    """IPv4 addresses that an IPv6 address leads to."""
+    if address.version == 4:
+        return []
+    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
+    if address in _NAT64:
+        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+    return [each for each in found if each is not None]
+
+
+class _Checked(httpcore.AsyncNetworkBackend):
+    """Dials what `public_address` allows."""
+
+    def __init__(self, allow_private: bool):
+        self._allow_private = allow_private
+        self._inner = httpcore.AnyIOBackend()
+
+    async def connect_tcp(self, host: str, port: int, *args: object, **kwargs: object):
+        address = await public_address(host, port, self._allow_private)
+        return await self._inner.connect_tcp(address, port, *args, **kwargs)
+
+    async def connect_unix_socket(self, *_: object, **__: object):
+        raise httpcore.UnsupportedProtocol("sockets of this machine are not dialled")
+
+    async def sleep(self, seconds: float) -> None:
+        await self._inner.sleep(seconds)

@@ -1,0 +1,240 @@
+"""A page to try it on: two speakers, their voices, lines of dialogue, and what becomes of them."""
+
+import asyncio
+import contextlib
+import hmac
+import os
+import re
+import secrets
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from pathlib import Path
+
+# Nothing of this machine is told to anybody; read when gradio is imported.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import numpy as np
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+from pydantic import ValidationError
+
+from csm_jax.audio import to_pcm
+from csm_jax.errors import CSMError, InputError, first_line
+from csm_jax.prompt import Segment
+from csm_jax.sampling import Sampling
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import Options, make_request
+from csm_jax.serve.formats import Encoder
+from csm_jax.serve.guard import PAGE
+from csm_jax.serve.scene import Line
+from csm_jax.serve.service import Service
+from csm_jax.serve.uploads import decode_recording
+
+SPEAKERS = ("A", "B")
+NO_VOICE, OWN_VOICE = "(none: the model's choice)", "(my recording)"
+TERMS = """Do not use this model to impersonate anybody without their explicit consent, to deceive \
+or to misinform, or for anything illegal or harmful. Do not pass its speech off as a recording."""
+EXAMPLE = "A: one two three\nB: four five six\nA: seven eight nine"
+_LINE = re.compile(r"\s*(?:([ABab])\s*:)?\s*(.*)")
+
+
+def mount(app: FastAPI, service: Service) -> None:
+    """Adds the page to an application. With API keys, one of them is its password."""
+    keys = service.settings.api_keys
+    broadcast = Broadcast(service.model.sample_rate)
+
+    def is_known(_: str, password: str) -> bool:
+        given = password.encode()
+        return bool(sum(hmac.compare_digest(given, key.encode()) for key in keys))
+
+    @app.get(f"{PAGE}/live/{{name}}", include_in_schema=False)
+    def live(name: str) -> StreamingResponse:
+        return StreamingResponse(broadcast.listen(name), media_type="audio/mpeg")
+
+    gr.mount_gradio_app(
+        app,
+        build(service, broadcast),
+        PAGE,
+        auth=is_known if keys else None,
+        auth_message="Any name; the password is an API key." if keys else None,
+        max_file_size=service.settings.limits.audio_bytes,
+        footer_links=[],
+    )
+
+
+class Broadcast:
+    """Speech on its way to players that are told where to listen.
+
+    Gradio's own streams need the program ffmpeg; a browser plays an mp3 while it comes.
+    """
+
+    def __init__(self, sample_rate: int):
+        self._sample_rate = sample_rate
+        self._queues: dict[str, asyncio.Queue[bytes | None]] = {}
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[tuple[str, Callable[[np.ndarray], None]]]:
+        """Gives a name that nobody guesses, and a function that sends float32 [n] samples."""
+        name, queue = secrets.token_urlsafe(16), asyncio.Queue()
+        self._queues[name] = queue
+        encoder = Encoder("mp3", self._sample_rate)
+        try:
+            yield name, lambda samples: queue.put_nowait(encoder.add(samples))
+            queue.put_nowait(encoder.finish())
+        finally:
+            queue.put_nowait(None)
+            # Whoever listens already has the queue.
+            del self._queues[name]
+
+    async def listen(self, name: str) -> AsyncIterator[bytes]:
+        """The bytes of an mp3 from its beginning, for the first who asks; nothing for others."""
+        queue = self._queues.get(name)
+        while queue and (data := await queue.get()) is not None:
+            yield data
+
+
+def build(service: Service, broadcast: Broadcast) -> gr.Blocks:
+    """The page and what its buttons do."""
+    names = [voice.name for voice in service.voices.all()]
+    default = service.settings.sampling
+    with gr.Blocks(title="csm-jax", delete_cache=(600, 3600)) as page:
+        gr.Markdown(f"# csm-jax\n{TERMS}")
+        with gr.Row():
+            voices = [_voice_inputs(i, names) for i in range(len(SPEAKERS))]
+        lines = gr.Textbox(
+            EXAMPLE, lines=6, label="Dialogue", info="A line for each turn: A: ... or B: ..."
+        )
+        with gr.Accordion("Advanced", open=False), gr.Row():
+            options = _option_inputs(default)
+        with gr.Row():
+            start, stop = gr.Button("Speak", variant="primary"), gr.Button("Stop")
+        status = gr.Markdown()
+        player = gr.HTML(label="While it is made")
+        whole = gr.Audio(label="All of it", format="wav", interactive=False)
+        inputs = [lines, *options, *(part for voice in voices for part in voice)]
+        speak = _speaker(service, broadcast)
+        speaking = start.click(speak, inputs, [player, whole, status], api_visibility="private")
+        stop.click(None, cancels=[speaking])
+    return page
+
+
+def _option_inputs(default: Sampling) -> list[gr.components.Component]:
+    return [
+        gr.Slider(0, 2, default.temperature, label="Temperature", info="0: the likeliest"),
+        gr.Slider(1, 500, default.top_k, step=1, label="Top k"),
+        gr.Slider(0.01, 1, default.top_p, label="Top p"),
+        gr.Slider(0, 0.99, default.min_p, label="Min p"),
+        gr.Slider(0.5, 3, default.repetition_penalty, label="Repetition penalty"),
+        gr.Number(None, precision=0, label="Seed", info="empty: another every time"),
+    ]
+
+
+def _voice_inputs(number: int, names: list[str]) -> list[gr.components.Component]:
+    """A voice of the list, or a recording and what is said in it."""
+    with gr.Column():
+        chosen = names[number % len(names)] if names else NO_VOICE
+        voice = gr.Dropdown([*names, OWN_VOICE, NO_VOICE], value=chosen, label=SPEAKERS[number])
+        with gr.Group(visible=False) as own:
+            recording = gr.Audio(
+                sources=["upload", "microphone"], type="filepath", label="My recording"
+            )
+            transcript = gr.Textbox(label="What is said in my recording")
+        voice.change(
+            lambda name: gr.update(visible=name == OWN_VOICE),
+            voice,
+            own,
+            api_visibility="private",
+        )
+    return [voice, recording, transcript]
+
+
+def _speaker(service: Service, broadcast: Broadcast) -> Callable[..., AsyncIterator]:
+    """What the button does: a player, how far it is, and at last all of the speech."""
+
+    async def speak(text: str, temperature, top_k, top_p, min_p, penalty, seed, *voices):
+        rate, pieces = service.model.sample_rate, [np.zeros(0, np.float32)]
+        try:
+            options = Options(
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                min_p=min_p,
+                repetition_penalty=penalty,
+                seed=seed,
+            )
+            lines = parse_lines(text)
+            turns = await _voice_turns(service, voices)
+            with broadcast.open() as (name, send):
+                player = f"<audio controls autoplay src='{PAGE}/live/{name}'></audio>"
+                for number, line in enumerate(lines, 1):
+                    yield player, None, f"Line {number} of {len(lines)}"
+                    async for chunk in _speak_line(service, line, turns, options):
+                        pieces.append(chunk)
+                        send(chunk)
+        except (CSMError, ApiError, ValidationError) as error:
+            raise gr.Error(first_line(error), print_exception=False) from error
+        audio = np.concatenate(pieces)
+        whole = np.frombuffer(to_pcm(audio), "<i2")
+        yield gr.skip(), (rate, whole), f"{len(audio) / rate:.1f} s of speech"
+
+    return speak
+
+
+async def _speak_line(
+    service: Service, line: Line, turns: list[Segment], options: Options
+) -> AsyncIterator[np.ndarray]:
+    """Speaks a line, and adds it to the turns."""
+    request = make_request(service, line.text, line.speaker, options, turns)
+    live = await service.speak(request, stream=True)
+    try:
+        async for chunk in live.chunks():
+            yield chunk
+    finally:
+        live.cancel()
+    turns.append(Segment(line.speaker, line.text, codes=live.codes()))
+
+
+async def _voice_turns(service: Service, inputs: Sequence) -> list[Segment]:
+    """The turns that give the speakers their voices; three inputs for each."""
+    count = len(inputs) // len(SPEAKERS)
+    turns = [
+        await _voice_turn(service, i, *inputs[count * i : count * (i + 1)])
+        for i in range(len(SPEAKERS))
+    ]
+    return [turn for turn in turns if turn is not None]
+
+
+async def _voice_turn(
+    service: Service, speaker: int, name: str, recording: str | None, transcript: str
+) -> Segment | None:
+    """The turn that gives a speaker a voice."""
+    if name == NO_VOICE:
+        return None
+    if name != OWN_VOICE:
+        return service.voices.find(name).turn(speaker)
+    if not recording or not transcript.strip():
+        raise InputError(
+            f"{SPEAKERS[speaker]} has no recording, or it is not said what is said in it"
+        )
+    limits = service.settings.limits
+    data = await service.in_thread(Path(recording).read_bytes)
+    audio = await service.in_thread(decode_recording, data, limits)
+    return Segment(speaker, transcript, codes=await service.encode(audio))
+
+
+def parse_lines(text: str) -> list[Line]:
+    """The turns of a dialogue; a line without a name is the other's turn.
+
+    Raises:
+      InputError: there are none.
+    """
+    lines: list[Line] = []
+    for each in text.splitlines():
+        name, said = _LINE.fullmatch(each).groups()
+        if not said.strip():
+            continue
+        other = 1 - lines[-1].speaker if lines else 0
+        lines.append(Line(said.strip(), SPEAKERS.index(name.upper()) if name else other))
+    if not lines:
+        raise InputError("there is no line to say")
+    return lines

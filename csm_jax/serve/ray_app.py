@@ -1,0 +1,68 @@
+"""The same application on Ray Serve: as many replicas as are needed, behind one address.
+
+serve run csm_jax.serve.ray_app:build checkpoint=demo max_batch=8 min_replicas=1 max_replicas=4
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.serve.config import AutoscalingConfig
+
+from csm_jax.serve.app import load_app
+from csm_jax.serve.settings import Settings
+
+# Arguments that are no `Settings`, and what they are if they are not given.
+DEFAULTS = {
+    "checkpoint": "sesame/csm-1b",
+    "dtype": "auto",
+    "quantize": None,
+    "min_replicas": 1,
+    "max_replicas": 1,
+    "num_gpus": 0,
+}
+
+
+def build(arguments: dict[str, Any]) -> serve.Application:
+    """A deployment that scales with how many requests wait.
+
+    Args:
+      arguments: those of `DEFAULTS`, where `num_gpus` is of a replica, and numbers and names of
+        `Settings`. Ray's command line has strings for all of them.
+
+    Raises:
+      ValueError: there is no such argument, or it is no such number.
+    """
+    values = DEFAULTS | {k: v for k, v in arguments.items() if k in DEFAULTS}
+    settings = _settings({k: v for k, v in arguments.items() if k not in DEFAULTS})
+
+    def make_app() -> FastAPI:
+        checkpoint, dtype, quantize = (values[k] for k in ("checkpoint", "dtype", "quantize"))
+        return load_app(checkpoint, settings, dtype, quantize)
+
+    scaling = AutoscalingConfig(
+        min_replicas=int(values["min_replicas"]),
+        max_replicas=int(values["max_replicas"]),
+        target_ongoing_requests=settings.max_batch,
+    )
+    deployment = serve.deployment(
+        serve.ingress(make_app)(),
+        name="csm_jax",
+        ray_actor_options={"num_gpus": float(values["num_gpus"])},
+        autoscaling_config=scaling,
+        # More than that wait before the replicas, where new ones can take them.
+        max_ongoing_requests=settings.max_batch + settings.max_queue,
+    )
+    return deployment.bind()
+
+
+def _settings(given: dict[str, Any]) -> Settings:
+    kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
+    simple = {name: kind for name, kind in kinds.items() if kind in (int, str)}
+    simple |= {"voices": Path, "api_keys": lambda keys: tuple(keys.split(","))}
+    if unknown := sorted(given.keys() - simple.keys()):
+        known = ", ".join([*DEFAULTS, *simple])
+        raise ValueError(f"unknown argument {unknown[0]}; known are {known}")
+    return Settings(**{name: simple[name](value) for name, value in given.items()})

@@ -1,0 +1,54 @@
+"""Several turns, spoken one after another, each heard by the next."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from csm_jax.prompt import Segment
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import Options, make_request
+from csm_jax.serve.service import Service
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a speaker says."""
+
+    text: str
+    speaker: int
+
+
+async def speak_scene(
+    service: Service,
+    lines: list[Line],
+    context: list[Segment],
+    options: Options,
+    progress: Callable[[str], None] = lambda message: None,
+) -> np.ndarray:
+    """All lines as one recording, float32 [num_samples].
+
+    Args:
+      progress: told in words how far it is.
+
+    Raises:
+      ApiError, CSMError: a line cannot be spoken.
+    """
+    if len(lines) > service.settings.limits.turns:
+        most = service.settings.limits.turns
+        raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
+    heard, audio = list(context), []
+    for number, line in enumerate(lines, 1):
+        seed = None if options.seed is None else (options.seed + number - 1) % 2**32
+        asked = options.model_copy(update={"seed": seed})
+        turns = heard[-service.settings.limits.turns :]
+        live = await service.speak(
+            make_request(service, line.text, line.speaker, asked, turns), stream=False
+        )
+        try:
+            audio.append(await live.audio())
+        finally:
+            live.cancel()
+        heard.append(Segment(line.speaker, line.text, codes=live.codes()))
+        progress(f"line {number} of {len(lines)} spoken")
+    return np.concatenate([np.zeros(0, np.float32), *audio])

@@ -1,0 +1,73 @@
+"""What is known of each request: its id, and one line of JSON in the log when it is over."""
+
+import contextvars
+import json
+import logging
+import re
+import time
+import uuid
+from typing import Any
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from csm_jax.serve.metrics import Metrics
+
+logger = logging.getLogger("csm_jax.serve")
+
+_HEADER = b"x-request-id"
+# What callers may call their requests.
+_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+_current: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("request")
+
+
+def note(**fields: object) -> None:
+    """Adds to the log line of the request that is being answered, if one is."""
+    if (known := _current.get(None)) is not None:
+        known.update(fields)
+
+
+def request_id() -> str:
+    """Of the request that is being answered."""
+    return _current.get({}).get("request_id", "")
+
+
+class Trace:
+    """The outermost layer: names requests, counts and logs their answers."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics):
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        fields = {
+            "request_id": _given_id(scope) or uuid.uuid4().hex,
+            "method": scope.get("method", "WEBSOCKET"),
+            "path": scope["path"],
+            "status": 0,
+        }
+        _current.set(fields)
+
+        async def send_named(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.accept"):
+                fields["status"] = message.get("status", 101)
+                name = (_HEADER, fields["request_id"].encode())
+                message = {**message, "headers": [*message.get("headers", ()), name]}
+            await send(message)
+
+        started = time.perf_counter()
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            fields["total_s"] = round(time.perf_counter() - started, 4)
+            # Of paths that nobody serves there is no end.
+            path = getattr(scope.get("route"), "path", "other")
+            self._metrics.requests.labels(path, fields["status"]).inc()
+            logger.info(json.dumps(fields))
+
+
+def _given_id(scope: Scope) -> str | None:
+    given = dict(scope["headers"]).get(_HEADER, b"")
+    return given.decode() if _ID.fullmatch(given) else None

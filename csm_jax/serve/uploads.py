@@ -1,0 +1,86 @@
+"""Recordings out of requests: bounded while they are read, not after.
+
+A compressed file of a few megabytes can unpack to gigabytes, so decoding stops where the limits
+end. libsndfile does it: it opens nothing but what it is given.
+"""
+
+import base64
+import binascii
+import io
+
+import numpy as np
+import soundfile
+import soxr
+
+from csm_jax.audio import SAMPLE_RATE
+from csm_jax.errors import InputError, first_line
+from csm_jax.serve.settings import Limits
+
+MAX_CHANNELS = 8
+MAX_RATE = 192_000
+MIN_RATE = 4_000
+# What is decoded at once.
+_BLOCK_SECONDS = 1
+# Quieter than this all through (-60 dBFS) is no speech.
+_SILENT_PEAK = 1e-3
+
+
+def decode_base64(text: str, limits: Limits, name: str = "audio") -> bytes:
+    """The bytes of base64, with or without `data:...;base64,` before it."""
+    if text.startswith("data:"):
+        head, comma, text = text.partition(",")
+        if not comma or not head.endswith(";base64"):
+            raise InputError(f"{name}: a data URI must be data:audio/...;base64,...")
+    # Four characters are three bytes; before decoding, which would take memory for all of it.
+    if len(text) // 4 * 3 > limits.audio_bytes:
+        raise InputError(_too_large(name, limits))
+    try:
+        return base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise InputError(f"{name}: not base64 ({first_line(error)})") from error
+
+
+def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.ndarray:
+    """A recording of any format that libsndfile reads, as float32 [num_samples] at 24 kHz, mono.
+
+    Raises:
+      InputError: it is no audio, empty, silent, or beyond a limit.
+    """
+    if len(data) > limits.audio_bytes:
+        raise InputError(_too_large(name, limits))
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            samples = _read(file, limits, name)
+            rate = file.samplerate
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InputError(f"{name}: not readable as audio ({first_line(error)})") from error
+    if not len(samples) or not np.isfinite(samples).all():
+        raise InputError(f"{name}: no samples, or some that are not finite")
+    if rate != SAMPLE_RATE:
+        samples = soxr.resample(samples, rate, SAMPLE_RATE)
+    if not len(samples) or np.abs(samples).max() < _SILENT_PEAK:
+        raise InputError(f"{name}: silent; record it louder")
+    return samples
+
+
+def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
+    """Mono float32 at the file's own rate."""
+    if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
+        raise InputError(
+            f"{name}: {file.channels} channels at {file.samplerate} Hz, but at most {MAX_CHANNELS} "
+            f"at {MIN_RATE} to {MAX_RATE} can be read"
+        )
+    most = int(limits.audio_seconds * file.samplerate)
+    blocks, total = [], 0
+    # What the head says of the length may be a lie: what comes is counted.
+    while len(block := file.read(_BLOCK_SECONDS * file.samplerate, "float32", always_2d=True)):
+        total += len(block)
+        if total > most:
+            raise InputError(f"{name}: longer than {limits.audio_seconds:g} s; cut it")
+        with np.errstate(invalid="ignore", over="ignore"):
+            blocks.append(block.mean(axis=1))
+    return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def _too_large(name: str, limits: Limits) -> str:
+    return f"{name}: more than {limits.audio_bytes} bytes; compress or cut it"

@@ -1,0 +1,76 @@
+"""Voices over HTTP: list, hear, add, delete."""
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import BaseModel, Field
+
+from csm_jax.audio import SAMPLE_RATE, encode_audio
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import Recording, Speaker, Text, both_kinds, read_fields, read_recording
+from csm_jax.serve.service import Service
+from csm_jax.serve.voices import Voice, check_name
+
+
+class VoiceEntry(BaseModel):
+    name: str
+    speaker: int
+    text: str = Field(description="transcript of the recording")
+    seconds: float
+    deletable: bool
+
+
+class VoiceList(BaseModel):
+    voices: list[VoiceEntry]
+
+
+class NewVoice(BaseModel):
+    name: str = Field(max_length=64)
+    speaker: Speaker = 0
+    text: Text = Field(description="what is said in the recording")
+    audio: Recording = Field(description="the recording: a file, or base64 in JSON")
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1/audio/voices", tags=["Voices"])
+    voices = service.voices
+
+    @routes.get("")
+    def listed() -> VoiceList:
+        return VoiceList(voices=[_entry(voice) for voice in voices.all()])
+
+    @routes.post("", status_code=201, openapi_extra=both_kinds(NewVoice))
+    async def add(http: HTTPRequest) -> VoiceEntry:
+        fields = await read_fields(http, NewVoice)
+        check_name(fields.name)
+        audio = await read_recording(service, fields.audio, "audio")
+        voice = await service.in_thread(voices.add, fields.name, fields.speaker, fields.text, audio)
+        return _entry(voice)
+
+    @routes.get("/{name}", response_class=Response)
+    async def hear(name: str) -> Response:
+        voice = _find(service, name)
+        data = await service.in_thread(encode_audio, voice.audio, SAMPLE_RATE, ".wav")
+        return Response(data, media_type="audio/wav")
+
+    @routes.delete("/{name}", status_code=204)
+    async def delete(name: str) -> None:
+        _find(service, name)
+        await service.in_thread(voices.delete, name)
+
+    return routes
+
+
+def _find(service: Service, name: str) -> Voice:
+    if name not in service.voices:
+        raise ApiError(404, f"there is no voice {name[:80]!r}", "voice", "voice_not_found")
+    return service.voices.find(name)
+
+
+def _entry(voice: Voice) -> VoiceEntry:
+    return VoiceEntry(
+        name=voice.name,
+        speaker=voice.speaker,
+        text=voice.text,
+        seconds=round(len(voice.audio) / SAMPLE_RATE, 2),
+        deletable=voice.is_own,
+    )

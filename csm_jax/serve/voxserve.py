@@ -1,0 +1,63 @@
+"""VoxServe's API: `POST /generate`.
+
+curl -F text="Hello." -F speaker=0 -F streaming=true localhost:8000/generate | ffplay -
+"""
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import Field
+
+from csm_jax.prompt import Segment
+from csm_jax.serve.answers import speak_streamed, speak_whole, unless_gone
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.fields import (
+    Options,
+    Recording,
+    Speaker,
+    Text,
+    both_kinds,
+    make_request,
+    read_fields,
+    read_recording,
+)
+from csm_jax.serve.service import Service
+
+
+class Generate(Options):
+    """Beyond VoxServe's own fields: sampling, seed and length of each request, and a voice."""
+
+    text: Text
+    speaker: Speaker = 0
+    streaming: bool = False
+    voice: str | None = Field(None, max_length=64, description="a name of /v1/audio/voices")
+    audio: Recording | None = Field(
+        None, description="a turn of the same speaker heard before: a file, or base64 in JSON"
+    )
+    audio_text: str | None = Field(None, description="its transcript")
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["VoxServe"])
+
+    @routes.post("/generate", openapi_extra=both_kinds(Generate), response_class=Response)
+    async def generate(http: HTTPRequest) -> Response:
+        fields = await read_fields(http, Generate)
+        context = await _context(service, fields)
+        voice = service.voices.find(fields.voice) if fields.voice else None
+        request = make_request(service, fields.text, fields.speaker, fields, context, voice)
+        if fields.streaming:
+            return await speak_streamed(service, http, request, "wav")
+        spoken = await unless_gone(http, speak_whole(service, request, "wav"))
+        headers = {"X-Notices": spoken.live.notice_kinds}
+        return Response(spoken.data, media_type="audio/wav", headers=headers)
+
+    return routes
+
+
+async def _context(service: Service, fields: Generate) -> list[Segment]:
+    if fields.audio is None:
+        return []
+    if not (fields.audio_text or "").strip():
+        raise ApiError(400, "audio needs audio_text, what is said in it", param="audio_text")
+    audio = await read_recording(service, fields.audio, "audio")
+    return [Segment(fields.speaker, fields.audio_text, audio)]

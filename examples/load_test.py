@@ -1,0 +1,136 @@
+"""Many streams at once against a server: who is answered, with what, and how soon.
+
+    python -m csm_jax.serve --checkpoint=demo --max_batch=16 --max_queue=64 &
+    python examples/load_test.py --streams=64 --requests=256 --pid=$!
+    python examples/load_test.py --streams=64 --requests=2000 --leave=0.2 --pid=$!
+
+Every answer is compared with what the library says to the same request on its own. Prints a JSON
+object; the exit code is 1 if an answer was lost or was another's.
+"""
+
+import asyncio
+import json
+import random
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import httpx
+import numpy as np
+from absl import app, flags, logging
+
+import csm_jax
+
+URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "what it serves")
+STREAMS = flags.DEFINE_integer("streams", 64, "at once")
+REQUESTS = flags.DEFINE_integer("requests", 256, "in all")
+DIFFERENT = flags.DEFINE_integer("different", 64, "texts and seeds, asked for in turn")
+LEAVE = flags.DEFINE_float("leave", 0.0, "share of the clients that hang up on the way")
+PID = flags.DEFINE_integer("pid", None, "of the server, for its memory")
+SEED = flags.DEFINE_integer("seed", 0, "of the texts and of who leaves")
+
+SAMPLE_RATE = 24_000
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+
+
+class Outcome(NamedTuple):
+    """Of one request.
+
+    Attributes:
+      kind: "good", "lost", "mixed up" or "left".
+      first_s: seconds until the first samples.
+      seconds: of speech.
+    """
+
+    kind: str
+    first_s: float
+    seconds: float
+
+
+def draw_requests(count: int, seed: int) -> list[csm_jax.Request]:
+    source = random.Random(seed)
+    return [
+        csm_jax.Request(" ".join(source.choices(WORDS, k=source.randint(1, 6))), i % 2, seed=i)
+        for i in range(count)
+    ]
+
+
+async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: int) -> tuple:
+    """The samples of an answer, and when the first of them came; hangs up after so many bytes."""
+    body = {"text": request.text, "speaker": request.speaker, "seed": request.seed}
+    started, first, data = time.perf_counter(), None, b""
+    url = f"{URL.value}/generate"
+    async with client.stream("POST", url, json=body | {"streaming": True}) as answer:
+        answer.raise_for_status()
+        async for piece in answer.aiter_raw():
+            first = first or time.perf_counter() - started
+            data += piece
+            if len(data) > leave_after:
+                break
+    return np.frombuffer(data[44 : len(data) // 2 * 2], "<i2"), first
+
+
+async def run_one(client: httpx.AsyncClient, request, expected: np.ndarray, leaves: int) -> Outcome:
+    try:
+        samples, first = await ask(client, request, leaves)
+    except httpx.HTTPError as error:
+        logging.error("%s: %r", request.text, error)
+        return Outcome("lost", 0.0, 0.0)
+    if leaves < 2 * len(expected):
+        return Outcome("left", first, len(samples) / SAMPLE_RATE)
+    # Chunks of different sizes round differently in the last place.
+    is_same = len(samples) == len(expected) and np.abs(samples - expected).max(initial=0) <= 1
+    kind = "good" if is_same else "mixed up"
+    return Outcome(kind, first, len(samples) / SAMPLE_RATE)
+
+
+async def run_all(requests: list, expected: list[np.ndarray]) -> list[Outcome]:
+    source = random.Random(SEED.value)
+    limit = asyncio.Semaphore(STREAMS.value)
+    limits = httpx.Limits(max_connections=STREAMS.value)
+    async with httpx.AsyncClient(timeout=600, limits=limits) as client:
+
+        async def one(index: int) -> Outcome:
+            known = index % len(requests)
+            whole = 2 * len(expected[known])
+            leaves = source.randrange(whole) if source.random() < LEAVE.value else whole + 10**9
+            async with limit:
+                return await run_one(client, requests[known], expected[known], leaves)
+
+        return await asyncio.gather(*(one(index) for index in range(REQUESTS.value)))
+
+
+def memory_mb() -> float | None:
+    """Of the server, resident."""
+    if PID.value is None:
+        return None
+    pages = int(Path(f"/proc/{PID.value}/statm").read_text().split()[1])
+    return pages * 4096 / 1e6
+
+
+def as_int16(audio: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int32)
+
+
+def main(_: list[str]) -> None:
+    model = csm_jax.load(CHECKPOINT.value)
+    requests = draw_requests(DIFFERENT.value, SEED.value)
+    expected = [as_int16(model.generate(request)) for request in requests]
+    before, started = memory_mb(), time.perf_counter()
+    outcomes = asyncio.run(run_all(requests, expected))
+    elapsed = time.perf_counter() - started
+    kinds = [outcome.kind for outcome in outcomes]
+    first = [outcome.first_s for outcome in outcomes if outcome.kind in ("good", "left")]
+    figures = {kind: kinds.count(kind) for kind in ("good", "left", "lost", "mixed up")}
+    for share in (50, 95, 99):
+        figures[f"first_audio_p{share}_s"] = round(float(np.percentile(first, share)), 3)
+    figures["requests_a_second"] = round(len(outcomes) / elapsed, 2)
+    figures["speech_a_second"] = round(sum(outcome.seconds for outcome in outcomes) / elapsed, 2)
+    figures |= {"memory_before_mb": before, "memory_after_mb": memory_mb()}
+    print(json.dumps(figures))
+    raise SystemExit(bool(figures["lost"] or figures["mixed up"]))
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,74 @@
+"""`python -m csm_jax.serve`: what it says when it cannot serve."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from csm_jax import cli
+from csm_jax.serve import __main__ as command
+
+
+@pytest.fixture
+def refuse(capsys):
+    """What it says to flags that it does not serve with: one line."""
+
+    def run(*flags: str) -> str:
+        code = cli.run(command.PROGRAM, command.__doc__, command.define_flags, command.main, flags)
+        said = capsys.readouterr()
+        assert (code, said.out) == (2, "")
+        assert said.err.count("\n") == 1
+        return said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prot=80"], "Unknown command line flag 'prot'"),
+        (["demo"], "unexpected argument demo"),
+        (["--port=99999"], "port"),
+        (["--max_batch=0"], "max_batch"),
+        (["--checkpoint=nowhere"], "checkpoint nowhere is neither"),
+        (["--checkpoint=demo", "--temperature=0"], "temperature is 0"),
+        (["--checkpoint=demo", "--ssl_certfile=a.pem"], "give both"),
+        (["--checkpoint=demo", "--ssl_certfile=a", "--ssl_keyfile=b"], "a, which is no file"),
+        (["--checkpoint=demo", "--api_keys_file=nowhere"], "nowhere cannot be read"),
+        (["--checkpoint=demo", "--voices=/proc/none"], "/proc/none"),
+    ],
+)
+def test_what_is_wrong_is_one_line(refuse, flags, message):
+    assert message in refuse(*flags)
+
+
+def test_a_file_of_keys_without_a_key_opens_to_nobody(refuse, tmp_path):
+    """It is no server without keys."""
+    (tmp_path / "keys").write_text("\n  \n")
+    assert "has no key" in refuse("--checkpoint=demo", f"--api_keys_file={tmp_path / 'keys'}")
+
+
+def test_a_port_that_is_taken(refuse):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        said = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")
+    assert "cannot listen at 127.0.0.1" in said
+
+
+def test_without_the_extra_it_says_what_to_install(tmp_path):
+    (tmp_path / "uvicorn.py").write_text("raise ImportError('gone', name='uvicorn')")
+    done = subprocess.run(
+        [sys.executable, "-m", "csm_jax.serve", "--checkpoint=demo"],
+        env={"PYTHONPATH": str(tmp_path), "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "uvicorn is missing: pip install 'csm-jax[serve]'" in done.stderr
+
+
+def test_help_lists_the_flags(capsys):
+    assert cli.run(command.PROGRAM, command.__doc__, command.define_flags, None, ["--help"]) == 0
+    listed = capsys.readouterr().out
+    for flag in ("--port", "--api_keys_file", "--voices", "--max_queue"):
+        assert flag in listed

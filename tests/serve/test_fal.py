@@ -1,0 +1,197 @@
+"""The real `fal-client` against a server with a certificate: it speaks https only."""
+
+import base64
+import json
+import os
+import ssl
+import subprocess
+import sys
+import textwrap
+
+import httpx
+import numpy as np
+import pytest
+import trustme
+from hearing import count_errors, median_pitch, recognise_digits
+from serving import SMALL, as_samples, serve
+
+from csm_jax.serve.settings import Settings
+
+pytestmark = pytest.mark.long
+
+APP = "fal-ai/csm-1b"
+SCENE = [{"text": "one two three", "speaker_id": 0}, {"text": "four five six", "speaker_id": 1}]
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(directory / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    return directory
+
+
+@pytest.fixture(scope="module")
+def secure(model, certificates):
+    files = {f"ssl_{name}file": str(certificates / f"{name}.pem") for name in ("cert", "key")}
+    with serve(model, Settings(**SMALL, api_keys=("id:secret",)), **files) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def call(secure, certificates):
+    """Runs lines of Python with `fal_client` in a process of its own, which prints JSON."""
+    host = secure.url.removeprefix("https://")
+    environment = os.environ | {
+        "FAL_RUN_HOST": host,
+        "FAL_QUEUE_RUN_HOST": f"{host}/queue",
+        "FAL_KEY": "id:secret",
+        "SSL_CERT_FILE": str(certificates / "ca.pem"),
+    }
+
+    def run(lines: str, **values):
+        code = f"import fal_client, json, httpx\nAPP = {APP!r}\n"
+        code += "".join(f"{name} = {value!r}\n" for name, value in values.items())
+        code += textwrap.dedent(lines)
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout)
+
+    return run
+
+
+def download(url: str, certificates) -> bytes:
+    """Without a key: the address is the key."""
+    trust = ssl.create_default_context(cafile=certificates / "ca.pem")
+    answer = httpx.get(url, verify=trust)
+    assert answer.status_code == 200
+    return answer.content
+
+
+def test_run(call, certificates):
+    answer = call("print(json.dumps(fal_client.run(APP, arguments=ARGS)))", ARGS={"scene": SCENE})
+    audio = answer["audio"]
+    data = download(audio["url"], certificates)
+    assert audio["file_size"] == len(data)
+    assert audio["content_type"] == "audio/wav"
+    assert audio["file_name"].endswith(".wav")
+    said = " ".join(turn["text"] for turn in SCENE).split()
+    assert count_errors(said, recognise_digits(as_samples(data), 24_000)) <= 2
+
+
+def test_the_queue(call, certificates):
+    """Submit, follow with logs, fetch: as the client does it."""
+    answer = call(
+        """
+        handle = fal_client.submit(APP, arguments=ARGS)
+        states = [type(state).__name__ for state in handle.iter_events(with_logs=True)]
+        last = handle.status(with_logs=True)
+        print(json.dumps({"states": states, "logs": last.logs, "metrics": last.metrics,
+                          "result": handle.get()}))
+        """,
+        ARGS={"scene": SCENE, "seed": 3},
+    )
+    assert answer["states"][-1] == "Completed"
+    assert set(answer["states"]) <= {"Queued", "InProgress", "Completed"}
+    messages = [log["message"] for log in answer["logs"]]
+    assert messages[1:] == ["line 1 of 2 spoken", "line 2 of 2 spoken", "done"]
+    assert answer["metrics"]["inference_time"] > 0
+    assert len(as_samples(download(answer["result"]["audio"]["url"], certificates))) > 20_000
+
+
+def test_subscribe_with_a_context(call, certificates, recording, transcript):
+    """The voice of the context is the voice of the answer."""
+    url = "data:audio/flac;base64," + base64.b64encode(recording).decode()
+    context = [{"prompt": transcript, "audio_url": url, "speaker_id": 0}]
+    answer = call(
+        "print(json.dumps(fal_client.subscribe(APP, arguments=ARGS)))",
+        ARGS={"scene": SCENE[:1], "context": context, "seed": 1},
+    )
+    audio = as_samples(download(answer["audio"]["url"], certificates))
+    assert median_pitch(audio, 24_000) < 130
+
+
+def test_cancel(call, secure):
+    answer = call(
+        """
+        handle = fal_client.submit(APP, arguments=ARGS)
+        handle.cancel()
+        try:
+            handle.get()
+        except fal_client.client.FalClientHTTPError as error:
+            print(json.dumps([error.status_code, str(error)]))
+        """,
+        ARGS={"scene": [{"text": "one two three " * 20, "speaker_id": 0}] * 8},
+    )
+    assert answer[0] == 400
+    assert "cancelled" in answer[1]
+    secure.wait_until_idle(seconds=5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"scene": []}, "scene"),
+        ({"scene": [{"text": "", "speaker_id": 0}]}, "text"),
+        ({"scene": SCENE, "context": [{"prompt": "a", "audio_url": "http://x/"}]}, "not fetched"),
+        ({"scene": SCENE, "context": [{"prompt": "a", "audio_url": "data:,a"}]}, "data URI"),
+        ({"scene": SCENE * 40}, "at most 64"),
+    ],
+)
+def test_errors_are_fal_s(call, arguments, message):
+    lines = """
+    try:
+        fal_client.run(APP, arguments=ARGS)
+    except fal_client.client.FalClientHTTPError as error:
+        print(json.dumps([error.status_code, str(error)]))
+    """
+    status, said = call(lines, ARGS=arguments)
+    assert status == 400
+    assert message in said
+
+
+def test_without_the_key_nothing_is_said(secure, certificates):
+    for headers in ({}, {"Authorization": "Key id:wrong"}, {"Authorization": "id:secret"}):
+        answer = httpx.post(
+            f"{secure.url}/{APP}",
+            json={"scene": SCENE},
+            headers=headers,
+            verify=ssl.create_default_context(cafile=certificates / "ca.pem"),
+        )
+        assert answer.status_code == 401
+
+
+def test_a_scene_is_heard_by_its_next_line(server):
+    """With the first line before it, the second is another than alone, whatever the seed."""
+    fields = {"scene": SCENE, "seed": 5}
+    url = server.post(f"/{APP}", json=fields).json()["audio"]["url"]
+    whole = as_samples(httpx.get(url).content)
+    first = server.post("/generate", json={"text": SCENE[0]["text"], "seed": 5}).content
+    np.testing.assert_allclose(whole[: len(as_samples(first))], as_samples(first), atol=1e-4)
+    second = {"text": SCENE[1]["text"], "speaker": 1, "seed": 6}
+    alone = as_samples(server.post("/generate", json=second).content)
+    rest = whole[len(as_samples(first)) :]
+    assert len(rest) != len(alone) or np.abs(rest - alone).max() > 0.01
+
+
+def test_states_can_be_followed(server):
+    answer = server.post(f"/queue/{APP}", json={"scene": SCENE}).json()
+    with httpx.stream("GET", f"{answer['status_url']}/stream?logs=1", timeout=60) as events:
+        states = [json.loads(line[6:]) for line in events.iter_lines() if line]
+    assert states[-1]["status"] == "COMPLETED"
+    assert httpx.get(answer["response_url"]).json()["audio"]["file_size"] > 20_000
+    assert httpx.put(answer["cancel_url"]).status_code == 400
+
+
+def test_what_is_not_there(server):
+    for path in (f"/queue/{APP}/requests/x", f"/queue/{APP}/requests/x/status", "/files/x.wav"):
+        assert server.get(path).status_code == 404

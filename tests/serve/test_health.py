@@ -1,0 +1,169 @@
+"""Probes, figures, and what happens when there is too much to do or the server is told to end."""
+
+import asyncio
+import threading
+import time
+
+import httpx
+import jax
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from serving import SMALL, as_samples, serve
+
+from csm_jax import Request
+from csm_jax.serve.settings import Settings
+from csm_jax.speech import Speech
+
+pytestmark = pytest.mark.long
+
+# Speaks until somebody ends it, or 20 s are over.
+LONG = {"text": "one two three four five six " * 4, "temperature": 5, "max_audio_length_ms": 20_000}
+
+
+def figures(server) -> dict[str, float]:
+    return {
+        sample.name + "".join(f",{v}" for v in sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(server.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.long
+def test_it_is_alive_before_it_is_ready(model):
+    with serve(model, Settings(**SMALL), warm=None) as running:
+        assert running.get("/healthz").json() == {"status": "ok"}
+        while (answer := running.get("/readyz")).status_code == 503:
+            assert answer.json()["error"]["code"] == "not_ready"
+            time.sleep(0.05)
+        assert answer.json() == {"status": "ready"}
+
+
+@pytest.mark.long
+def test_when_it_is_ready_nothing_is_compiled_any_more(model, caplog):
+    """The first request is as fast as the second."""
+    body = {"text": "one two three", "voice": "slt", "seed": 1}
+    with serve(model, Settings(**SMALL), warm=True) as running, jax.log_compiles():
+        running.post("/generate", json=body)
+        running.post("/generate", json=body | {"streaming": True})
+    assert not [record for record in caplog.records if "Compiling" in record.message]
+
+
+def test_figures(server):
+    before = figures(server)
+    answer = server.post("/generate", json={"text": "one two", "streaming": True})
+    seconds = len(as_samples(answer.content)) / 24_000
+    server.post("/generate", json={"text": ""})
+    after = figures(server)
+
+    def change(name: str) -> float:
+        return after.get(name, 0) - before.get(name, 0)
+
+    assert change("csm_http_requests_total,/generate,200") == 1
+    assert change("csm_http_requests_total,/generate,400") == 1
+    assert change("csm_audio_seconds_total") == pytest.approx(seconds)
+    assert change("csm_time_to_first_audio_seconds_count") == 1
+    assert change("csm_real_time_factor_count") == 1
+    for stage in ("context", "queue", "prefill", "frames", "codec"):
+        assert change(f"csm_stage_seconds_count,{stage}") == 1
+    assert change("csm_stage_seconds_sum,frames") > 0
+    assert after["csm_batch_size"] == SMALL["max_batch"]
+    assert after["csm_batch_occupancy"] == after["csm_queue_length"] == 0
+
+
+def test_paths_of_strangers_are_no_labels(server):
+    for i in range(5):
+        server.get(f"/nowhere-{i}")
+    assert not [name for name in figures(server) if "nowhere" in name]
+    assert figures(server)["csm_http_requests_total,other,404"] >= 5
+
+
+async def hold(url: str, until: asyncio.Event, started: list) -> int:
+    """Asks for something long, and leaves when it is told to."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        body = LONG | {"streaming": True}
+        async with client.stream("POST", f"{url}/generate", json=body) as answer:
+            started.append(answer.status_code)
+            if answer.status_code == 200:
+                await until.wait()
+            return answer.status_code
+
+
+def test_a_full_queue_is_said(model):
+    """Who comes when all rows and places are taken is told to come again."""
+    settings = Settings(**SMALL, max_queue=2)
+
+    async def scenario(running) -> list[int]:
+        until, started = asyncio.Event(), []
+        waiting = [asyncio.create_task(hold(running.url, until, started)) for _ in range(6)]
+        engine = running.service.engine
+        while engine.num_speaking + engine.num_waiting < 6:
+            await asyncio.sleep(0.02)
+        async with httpx.AsyncClient() as client:
+            refused = await client.post(f"{running.url}/generate", json=LONG)
+        until.set()
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+        return refused
+
+    with serve(model, settings) as running:
+        refused = asyncio.run(scenario(running))
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) >= 1
+        assert refused.json()["error"]["code"] == "queue_full"
+        running.wait_until_idle(seconds=5)
+
+
+def test_a_slow_reader_holds_nobody_up(server):
+    """Whoever does not read what is sent keeps neither the others nor his row for long."""
+    with httpx.stream("POST", f"{server.url}/generate", json=LONG | {"streaming": True}) as slow:
+        assert slow.status_code == 200
+        started = time.monotonic()
+        for _ in range(3):
+            assert server.post("/generate", json={"text": "one"}).status_code == 200
+        assert time.monotonic() - started < 10
+        server.wait_until_idle()
+        assert len(b"".join(slow.iter_bytes())) > 100_000
+
+
+def test_who_is_being_answered_is_answered_to_the_end(model):
+    """When the server is told to end, it lets nobody in, and nobody down."""
+    answers = []
+    with serve(model, Settings(**SMALL)) as running:
+
+        def ask() -> None:
+            answers.append(running.post("/generate", json=LONG | {"streaming": True}))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while not running.service.engine.num_speaking:
+            time.sleep(0.01)
+    thread.join()
+    assert answers[0].status_code == 200
+    assert len(as_samples(answers[0].content)) / 24_000 > 1
+
+
+def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
+    """Its error is its own, and the server goes on."""
+    accept = Speech.accept
+
+    def accept_or_fail(self, codes):
+        if self._request.text == "seven":
+            raise RuntimeError("broken")
+        return accept(self, codes)
+
+    monkeypatch.setattr(Speech, "accept", accept_or_fail)
+    expected = server.service.model.generate(Request("one two", seed=2))
+    answers = {}
+
+    def ask(text: str) -> None:
+        answers[text] = server.post("/generate", json={"text": text, "seed": 2})
+
+    threads = [threading.Thread(target=ask, args=(text,)) for text in ("one two", "seven")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers["seven"].status_code == 503
+    assert "broken" in answers["seven"].json()["detail"]
+    assert len(as_samples(answers["one two"].content)) == len(expected)

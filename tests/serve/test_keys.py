@@ -1,0 +1,168 @@
+"""Who may ask, how often, and how much."""
+
+import socket
+
+import httpx
+import pytest
+from serving import SMALL, serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from csm_jax.serve import guard
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.guard import _Rates
+from csm_jax.serve.settings import Limits, Settings
+
+pytestmark = pytest.mark.long
+
+KEYS = ("first-key", "second-key")
+BODY_BYTES = 50_000
+
+
+@pytest.fixture(scope="module")
+def guarded(model):
+    settings = Settings(
+        **SMALL, api_keys=KEYS, requests_per_minute=40, limits=Limits(body_bytes=BODY_BYTES)
+    )
+    with serve(model, settings) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def nobody_has_asked_yet(monkeypatch):
+    """Rates are of each test alone."""
+    monkeypatch.setattr(guard, "monotonic", iter(range(0, 10**9, 100)).__next__)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer first-key"},
+        {"Authorization": "bearer second-key"},
+        {"Authorization": "Key first-key"},
+        {"X-API-Key": "second-key"},
+    ],
+)
+def test_a_key_opens(guarded, headers):
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer first-ke"},
+        {"Authorization": "Bearer first-key,second-key"},
+        {"Authorization": "Basic first-key"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "\xff"},
+    ],
+)
+def test_nothing_else_does(guarded, headers):
+    for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
+        answer = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["type"] == "authentication_error"
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_probes_need_none(guarded):
+    assert guarded.get("/healthz").status_code == 200
+    assert guarded.get("/metrics").status_code == 200
+    assert guarded.get("/readyz").status_code in (200, 503)
+
+
+def test_sockets_need_one_too(guarded):
+    url = guarded.url.replace("http", "ws") + "/v1/realtime"
+    with pytest.raises((InvalidStatus, ConnectionClosed)), connect(url):
+        pass
+    for more in ({"additional_headers": {"Authorization": "Bearer first-key"}}, {}):
+        target = url if more else f"{url}?api_key=first-key"
+        with connect(target, **more) as talk:
+            talk.send('{"type": "cancel"}')
+            assert "cancelled" in talk.recv(timeout=10)
+
+
+def test_rates_are_of_each_key(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(guard, "monotonic", lambda: now[0])
+    rates = _Rates(3)
+    for _ in range(3):
+        rates.count("a")
+    with pytest.raises(ApiError) as raised:
+        rates.count("a")
+    assert (raised.value.status, raised.value.retry_after) == (429, 20)
+    rates.count("b")
+    now[0] = 20.0
+    rates.count("a")
+    with pytest.raises(ApiError):
+        rates.count("a")
+    now[0] = 1e6
+    for _ in range(3):
+        rates.count("a")
+    with pytest.raises(ApiError):
+        rates.count("a")
+
+
+def test_callers_are_forgotten(monkeypatch):
+    """Somebody with many addresses does not fill the memory."""
+    monkeypatch.setattr(guard, "_MAX_CALLERS", 10)
+    rates = _Rates(3)
+    for caller in range(1000):
+        rates.count(str(caller))
+    assert len(rates._buckets) == 10
+
+
+def test_too_often_is_429(guarded, monkeypatch):
+    monkeypatch.setattr(guard, "monotonic", lambda: 1e9)
+    headers = {"Authorization": "Bearer second-key"}
+    statuses = [guarded.get("/v1/models", headers=headers).status_code for _ in range(41)]
+    assert statuses == [200] * 40 + [429]
+    refused = guarded.get("/v1/models", headers=headers)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+AUTHORISED = {"Authorization": "Bearer first-key"}
+
+
+def test_a_large_body_is_refused_by_its_announcement(guarded):
+    """Before any of it is read."""
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer first-key\r\n"
+        connection.sendall(f"{head}Content-Length: 99999999999\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(1000)
+
+
+@pytest.mark.parametrize("path", ["/generate", "/v1/audio/speech", "/fal-ai/csm-1b", "/v1/files"])
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data; boundary=x"])
+def test_a_large_body_is_refused_while_it_comes(guarded, path, kind):
+    """However it is sent: in pieces its length is not announced."""
+
+    def pieces():
+        yield b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
+        for _ in range(100):
+            yield b"a" * 1000
+
+    headers = AUTHORISED | {"Content-Type": kind}
+    answer = httpx.post(guarded.url + path, content=pieces(), headers=headers, timeout=30)
+    assert answer.status_code == 413
+    assert str(BODY_BYTES) in answer.json()["detail"]
+
+
+def test_other_pages_may_not_ask(server):
+    """CORS is closed unless it is opened."""
+    headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/generate", headers=headers)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_those_that_are_named_may(model):
+    settings = Settings(**SMALL, cors_origins=("https://example.com",), api_keys=KEYS)
+    with serve(model, settings) as running:
+        for origin, allowed in {"https://example.com": True, "https://other.com": False}.items():
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = httpx.options(f"{running.url}/generate", headers=headers)
+            assert ("access-control-allow-origin" in answer.headers) == allowed

@@ -1,0 +1,168 @@
+"""The real `openai` client against the server, unchanged."""
+
+import base64
+import io
+import itertools
+import json
+
+import av
+import numpy as np
+import openai
+import pytest
+from hearing import count_errors, recognise_digits
+from serving import as_samples, same
+
+from csm_jax import Request
+
+TEXT = "one two three four"
+# What the model says is the same for the same seed.
+SEED = {"seed": 4}
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+def create(client, **fields):
+    fields = {"model": "csm-1b", "input": TEXT, "voice": "slt", "extra_body": SEED} | fields
+    return client.audio.speech.create(**fields)
+
+
+@pytest.fixture(scope="module")
+def expected(server):
+    """What the library says to the same request."""
+    voice = server.service.voices.find("slt")
+    return server.service.model.generate(
+        Request(TEXT, voice.speaker, [voice.turn()], seed=4, max_audio_length_ms=10_000)
+    )
+
+
+def test_it_says_what_the_library_says(client, expected):
+    audio = np.frombuffer(create(client, response_format="pcm").content, "<i2") / 32768
+    assert len(audio) == len(expected)
+    np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
+    heard = recognise_digits(audio.astype(np.float32), 24_000)
+    assert count_errors(TEXT.split(), heard) <= 1
+
+
+def decode(data: bytes, form: str) -> np.ndarray:
+    """By ffmpeg, which reads all of them; float32 [num_samples] at 24 kHz."""
+    if form == "pcm":
+        return np.frombuffer(data, "<i2") / 32768
+    resampler = av.AudioResampler("flt", "mono", 24_000)
+    with av.open(io.BytesIO(data)) as file:
+        assert file.streams.audio[0].codec_context.name.startswith(form.replace("wav", "pcm"))
+        frames = [part for each in file.decode(audio=0) for part in resampler.resample(each)]
+    frames += resampler.resample(None)
+    return np.concatenate([frame.to_ndarray()[0] for frame in frames])
+
+
+@pytest.mark.parametrize("form", ["mp3", "opus", "aac", "flac", "wav", "pcm"])
+def test_formats(client, expected, form):
+    answer = create(client, response_format=form)
+    audio = decode(answer.content, form)
+    # Coders add a little before and after, and change the waveform, but not its loudness.
+    assert 0 <= len(audio) - len(expected) < 0.15 * 24_000
+    loudness = [np.sqrt(np.mean(np.square(each))) for each in (audio, expected)]
+    assert loudness[0] == pytest.approx(loudness[1], rel=0.15)
+
+
+def test_the_client_can_stream(client, expected):
+    """Pieces come while it is spoken, and together are the whole."""
+    with client.audio.speech.with_streaming_response.create(
+        model="csm-1b", input=TEXT, voice="slt", response_format="pcm", extra_body=SEED
+    ) as answer:
+        pieces = list(answer.iter_bytes())
+    assert len(pieces) > 2
+    audio = np.frombuffer(b"".join(pieces), "<i2") / 32768
+    np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
+
+
+def test_events_carry_the_same_bytes(server, client):
+    body = {"model": "tts-1", "input": TEXT, "voice": "slt", "response_format": "wav", **SEED}
+    answer = server.post("/v1/audio/speech", json=body | {"stream_format": "sse"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line]
+    pieces = [base64.b64decode(event["audio"]) for event in events[:-1]]
+    assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
+    whole = server.post("/v1/audio/speech", json=body).content
+    assert same(b"".join(pieces), whole)
+    usage = events[-1]["usage"]
+    assert events[-1]["type"] == "speech.audio.done"
+    assert usage["output_tokens"] == len(as_samples(whole)) / 1920
+    assert usage["total_tokens"] == usage["input_tokens"] + usage["output_tokens"]
+
+
+@pytest.mark.parametrize("speed", [0.25, 0.5, 2.0, 4.0])
+def test_speed(client, expected, speed):
+    answer = create(client, response_format="pcm", speed=speed)
+    assert len(answer.content) / 2 == pytest.approx(len(expected) / speed, rel=0.03)
+
+
+def test_voices(server, client):
+    """Presets, OpenAI's names for them, objects, and numbers without a preset."""
+
+    def speech(voice):
+        return create(client, voice=voice, response_format="pcm").content
+
+    slt, rms, one, other = (speech(voice) for voice in ("slt", "rms", "0", "1"))
+    assert same(slt, speech("ash"))  # the second of rms and slt
+    assert same(slt, speech({"id": "slt"}))
+    assert same(rms, speech("alloy"))
+    assert not any(same(*pair) for pair in itertools.combinations([slt, rms, one, other], 2))
+
+
+def test_models(client):
+    assert [model.id for model in client.models.list()] == ["csm-1b"]
+    assert client.models.retrieve("csm-1b").id == "csm-1b"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("whisper-1")
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "param"),
+    [
+        ({"input": ""}, openai.BadRequestError, "input"),
+        ({"input": "   "}, openai.BadRequestError, None),
+        ({"input": "a" * 10_001}, openai.BadRequestError, "text"),
+        ({"voice": "nobody"}, openai.BadRequestError, None),
+        ({"speed": 5}, openai.BadRequestError, "speed"),
+        ({"response_format": "midi"}, openai.BadRequestError, "response_format"),
+        ({"model": "whisper-1"}, openai.NotFoundError, "model"),
+        ({"extra_body": {"temperature": -1}}, openai.BadRequestError, "temperature"),
+        ({"extra_body": {"top_k": 0}}, openai.BadRequestError, "top_k"),
+        ({"extra_body": {"seed": "x"}}, openai.BadRequestError, "seed"),
+        ({"extra_body": {"max_audio_length_ms": 7e5}}, openai.BadRequestError, None),
+    ],
+)
+def test_errors_are_openai_s(client, fields, kind, param):
+    with pytest.raises(kind) as raised:
+        create(client, **fields)
+    assert raised.value.param == param
+    assert raised.value.body["message"]
+    assert raised.value.type in ("invalid_request_error", "not_found_error")
+    assert raised.value.request_id
+
+
+def test_a_client_that_leaves_frees_its_row(server, client):
+    """Within a frame or so, although there was much left to say."""
+    body = {"max_audio_length_ms": 60_000, "temperature": 5}
+    with client.audio.speech.with_streaming_response.create(
+        model="csm-1b", input=TEXT * 20, voice="slt", response_format="pcm", extra_body=body
+    ) as answer:
+        next(answer.iter_bytes())
+        assert server.service.engine.num_speaking == 1
+    server.wait_until_idle(seconds=2)
+
+
+def test_curl_as_in_the_documentation(server, tmp_path, run):
+    out = tmp_path / "speech.mp3"
+    run(
+        f"curl -s {server.url}/v1/audio/speech -H 'Authorization: Bearer none' "
+        "-H 'Content-Type: application/json' -d "
+        '\'{"model": "gpt-4o-mini-tts", "input": "one two", "voice": "coral"}\' '
+        f"--output {out}"
+    )
+    assert len(as_samples(out.read_bytes())) > 10_000

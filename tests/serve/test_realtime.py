@@ -1,0 +1,160 @@
+"""A conversation over a WebSocket, by a client that nobody here wrote (`websockets`)."""
+
+import base64
+import json
+import time
+
+import numpy as np
+import pytest
+from hearing import median_pitch
+from websockets.sync.client import connect
+
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture
+def talk(server):
+    with connect(server.url.replace("http", "ws") + "/v1/realtime") as socket:
+        yield Talk(socket)
+
+
+class Talk:
+    """One conversation; keeps what was heard."""
+
+    def __init__(self, socket):
+        self.socket = socket
+
+    def send(self, kind: str, **fields) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def receive(self):
+        message = self.socket.recv(timeout=60)
+        return message if isinstance(message, bytes) else json.loads(message)
+
+    def ask(self, kind: str, **fields) -> dict:
+        self.send(kind, **fields)
+        return self.receive()
+
+    def listen(self) -> tuple[dict, np.ndarray, dict]:
+        """One sentence: what was said when it began, its samples, what was said when it ended."""
+        started, pieces = self.receive(), []
+        assert started["type"] == "started", started
+        while isinstance(message := self.receive(), bytes):
+            pieces.append(message)
+        assert message["type"] == "done"
+        audio = np.frombuffer(b"".join(pieces), "<i2").astype(np.float32) / 32768
+        assert message["seconds"] == pytest.approx(len(audio) / 24_000, abs=1e-3)
+        return started, audio, message
+
+
+def test_text_in_speech_out(talk, server):
+    """What the library says to the same request."""
+    talk.ask("session", voice="slt", seed=3)
+    talk.send("text", text="one two three")
+    talk.send("flush")
+    started, audio, done = talk.listen()
+    assert started["text"] == "one two three"
+    assert not done["cancelled"]
+    turn = server.service.voices.find("slt").turn()
+    expected = server.service.model.generate("one two three", 0, [turn], seed=3)
+    np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
+
+
+def test_words_as_a_language_model_writes_them(talk):
+    """A sentence is said as soon as the next one begins."""
+    for word in ["one", " two", " thr", "ee", ". ", "fo", "ur", " five.", " six"]:
+        talk.send("text", text=word)
+    assert talk.listen()[0]["text"] == "one two three."
+    assert talk.listen()[0]["text"] == "four five."
+    talk.send("flush")
+    assert talk.listen()[0]["text"] == "six"
+
+
+def test_the_turns_are_kept(talk, recording, transcript):
+    """What the user said in another's voice under the same number is gone on with."""
+    audio = base64.b64encode(recording).decode()
+    heard = talk.ask("turn", speaker=0, text=transcript, audio=audio)
+    assert heard == {"type": "turn", "turns": 1}
+    talk.send("text", text="one two three four")
+    talk.send("flush")
+    assert median_pitch(talk.listen()[1], 24_000) < 130
+    assert talk.ask("turn", speaker=1, text="nine")["turns"] == 3
+
+
+def test_barge_in(talk, server):
+    """Speech stops within a frame; what was not said is forgotten; what was is remembered."""
+    talk.ask("session", temperature=5)
+    for _ in range(3):
+        talk.send("text", text="one two three four five six seven eight nine. ")
+    talk.send("flush")
+    assert talk.receive()["type"] == "started"
+    assert isinstance(talk.receive(), bytes)
+    asked = time.monotonic()
+    talk.send("cancel")
+    while isinstance(message := talk.receive(), bytes):
+        pass
+    assert message["type"] == "done"
+    assert message["cancelled"]
+    assert talk.receive() == {"type": "cancelled"}
+    assert time.monotonic() - asked < 1
+    server.wait_until_idle(seconds=1)
+    # Nothing of the other sentences comes, and the conversation goes on.
+    assert talk.ask("turn", speaker=1, text="nine")["turns"] == 2
+
+
+def test_cancel_when_nothing_is_said(talk):
+    assert talk.ask("cancel") == {"type": "cancelled"}
+
+
+def test_cancel_before_anything_is_heard(talk):
+    """However close together the two come."""
+    for _ in range(20):
+        talk.send("text", text="one two three")
+        talk.send("flush")
+        talk.send("cancel")
+        while (message := talk.receive()) != {"type": "cancelled"}:
+            assert isinstance(message, bytes) or message["type"] in ("started", "done")
+
+
+def test_the_voice_can_change(talk):
+    assert talk.ask("session", voice="rms")["speaker"] == 1
+    talk.send("text", text="one two three four")
+    talk.send("flush")
+    assert median_pitch(talk.listen()[1], 24_000) < 130
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("{", "JSON"),
+        ('{"type": "dance"}', "dance"),
+        ('{"text": "a"}', "type"),
+        ('{"type": "session", "temperature": "hot"}', "temperature"),
+        ('{"type": "session", "voice": "nobody"}', "no voice"),
+        ('{"type": "turn", "speaker": 0, "text": "a", "audio": "?"}', "base64"),
+        ('{"type": "turn", "speaker": 0, "text": ""}', "text"),
+        (json.dumps({"type": "text", "text": "a" * 20_000}), "characters without an end"),
+    ],
+)
+def test_what_is_wrong_is_said_and_the_conversation_goes_on(talk, message, said):
+    talk.socket.send(message)
+    error = talk.receive()
+    assert error["type"] == "error"
+    assert said in error["message"]
+    assert talk.ask("session", speaker=3)["speaker"] == 3
+
+
+def test_a_client_that_leaves_frees_its_row(talk, server):
+    talk.ask("session", temperature=5)
+    talk.send("text", text="one two three four five six seven eight nine")
+    talk.send("flush")
+    talk.receive()
+    talk.receive()
+    talk.socket.close()
+    server.wait_until_idle(seconds=2)
+
+
+def test_bytes_are_no_message(talk):
+    """The connection may end, but nothing else."""
+    talk.socket.send(b"\x00\x01")
+    assert talk.receive()["type"] == "error"

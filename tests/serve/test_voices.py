@@ -1,0 +1,120 @@
+"""Voices by name: presets, those added over HTTP, and what may not become a file."""
+
+import base64
+import logging
+from pathlib import Path
+
+import httpx
+import pytest
+from hearing import median_pitch
+from serving import PRESETS, SMALL, as_samples, serve
+
+from csm_jax.errors import InputError
+from csm_jax.serve.settings import Settings
+from csm_jax.serve.voices import Voices, check_name
+
+pytestmark = pytest.mark.long
+
+PATH = "/v1/audio/voices"
+
+
+def add(server, recording, transcript, name="mine", **fields):
+    fields = {"name": name, "text": transcript} | fields
+    return server.post(PATH, data=fields, files={"audio": ("a.flac", recording)})
+
+
+def names(server) -> list[str]:
+    return [voice["name"] for voice in server.get(PATH).json()["voices"]]
+
+
+def speak(server, voice):
+    answer = server.post("/generate", json={"text": "one two three", "voice": voice, "seed": 1})
+    return as_samples(answer.content)
+
+
+def test_presets_are_listed_and_heard(server):
+    voices = {voice["name"]: voice for voice in server.get(PATH).json()["voices"]}
+    assert voices["slt"]["speaker"] == 0
+    assert voices["rms"]["speaker"] == 1
+    assert voices["rms"]["text"] == "six zero seven three"
+    assert not voices["rms"]["deletable"]
+    audio = as_samples(server.get(f"{PATH}/rms").content)
+    assert len(audio) / 24_000 == pytest.approx(voices["rms"]["seconds"], abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["form", "json"])
+def test_add_speak_delete(server, recording, transcript, kind):
+    if kind == "form":
+        answer = add(server, recording, transcript, speaker=0)
+    else:
+        audio = base64.b64encode(recording).decode()
+        body = {"name": "mine", "speaker": 0, "text": transcript, "audio": audio}
+        answer = server.post(PATH, json=body)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["deletable"]
+    assert "mine" in names(server)
+    assert median_pitch(speak(server, "mine"), 24_000) < 130
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+    assert "mine" not in names(server)
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 404
+
+
+def test_a_preset_stays(server, recording, transcript):
+    assert httpx.delete(f"{server.url}{PATH}/rms").status_code == 400
+    assert add(server, recording, transcript, name="rms").status_code == 400
+    assert "rms" in names(server)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a.b", "a" * 65, "a b", "ä", "-a"]
+)
+def test_no_name_leads_out_of_the_directory(server, recording, transcript, name):
+    before = sorted(PRESETS[0].iterdir())
+    assert add(server, recording, transcript, name=name).status_code == 400
+    assert sorted(PRESETS[0].iterdir()) == before
+    with pytest.raises(InputError):
+        check_name(name)
+
+
+@pytest.mark.parametrize("path", ["..%2f..%2fconfig.json", "%2e%2e", "rms.flac", "nobody"])
+def test_what_is_no_voice_is_not_found(server, path):
+    assert server.get(f"{PATH}/{path}").status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"text": ""}, "text"), ({"text": "  "}, "transcript"), ({"speaker": "x"}, "speaker")],
+)
+def test_what_is_wrong_is_said(server, recording, transcript, fields, message):
+    answer = add(server, recording, transcript, **fields)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+    assert "mine" not in names(server)
+
+
+def test_they_outlive_the_process(model, tmp_path, recording, transcript):
+    settings = Settings(**SMALL, voices=tmp_path)
+    with serve(model, settings) as first:
+        add(first, recording, transcript, speaker=7)
+    assert {path.name for path in tmp_path.iterdir()} == {"mine.flac", "mine.txt"}
+    with serve(model, settings) as second:
+        found = {voice["name"]: voice for voice in second.get(PATH).json()["voices"]}
+        assert (found["mine"]["speaker"], found["mine"]["text"]) == (7, transcript)
+        assert found["mine"]["deletable"]
+
+
+def test_there_are_not_too_many(model, recording, transcript):
+    voices = Voices(model, [], None, most=1)
+    audio = as_samples(recording)
+    voices.add("a", 0, transcript, audio)
+    voices.add("a", 1, transcript, audio)
+    with pytest.raises(InputError, match="there are 1 voices already"):
+        voices.add("b", 0, transcript, audio)
+    assert voices.find("a").speaker == 1
+
+
+def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording, caplog):
+    Path(tmp_path / "a.flac").write_bytes(recording)
+    with caplog.at_level(logging.WARNING):
+        assert Voices(model, [tmp_path], None).all() == []
+    assert "a.txt" in caplog.text
