@@ -8,6 +8,8 @@ import pytest
 from hearing import median_pitch
 from serving import as_samples, same
 
+pytestmark = pytest.mark.long
+
 FIELDS = {"text": "one two three", "speaker": 0, "seed": 5}
 
 
@@ -121,8 +123,9 @@ def test_a_request_has_a_name(server):
 
 def test_the_log_line_has_the_latencies(server, caplog):
     with caplog.at_level("INFO", logger="csm_jax.serve"):
-        generate(server)
-    line = json.loads(caplog.records[-1].message)
+        name = generate(server).headers["x-request-id"]
+    lines = [json.loads(record.message) for record in caplog.records]
+    [line] = [each for each in lines if each["request_id"] == name]
     assert line["path"] == "/generate"
     assert line["status"] == 200
     parts = [line[f"{part}_s"] for part in ("queue", "prefill", "frames", "codec", "encode")]

@@ -128,6 +128,7 @@ def test_an_entry_that_nobody_chooses_starts_anew_at_a_vector_of_the_batch():
     assert is_vector.nonzero()[0].tolist() == [4, 9]
 
 
+@pytest.mark.long
 def test_it_learns():
     audio = tones(4, 4)
     state = init_codec_state(RECIPE, 0)
