@@ -146,7 +146,7 @@ class Engine:
         queue = self._background if background else self._waiting
         # Before the work, and again after it.
         self._claim_place(queue, wait)
-        ticket = Ticket(request, self.model, stream, background)
+        ticket = Ticket(request, self.model, stream)
         started = time.perf_counter()
         speech = self.model.speech(request, ticket.notices.append, self.max_seq_len)
         pace = Pace(self.model.config.frame_ms / 1000) if stream else None

@@ -42,17 +42,13 @@ class Ticket:
 
     Attributes:
       request: as it was submitted.
-      is_background: whether it lets others go first.
       timing: what its time went to; complete when it is over.
       notices: what the listener should know; all of it when the request is over.
       is_cancelled: whether somebody wants it to end.
     """
 
-    def __init__(
-        self, request: Request, model: "Generator", streams: bool, is_background: bool = False
-    ):
+    def __init__(self, request: Request, model: "Generator", streams: bool):
         self.request = request
-        self.is_background = is_background
         self.timing = Timing()
         self.notices: list[Notice] = []
         self._model = model

@@ -47,11 +47,10 @@ async def _wait_until_gone(http: HTTPRequest) -> None:
 
 
 class Whole(NamedTuple):
-    """Speech that is over, as a file; `seconds` of it."""
+    """Speech that is over, as a file."""
 
     data: bytes
     live: Live
-    seconds: float
 
 
 async def speak_whole(
@@ -67,7 +66,7 @@ async def speak_whole(
     started = time.perf_counter()
     data = await service.in_thread(encode, audio, rate, form, speed)
     note(encode_s=round(time.perf_counter() - started, 4), notices=live.notice_kinds)
-    return Whole(data, live, len(audio) / rate)
+    return Whole(data, live)
 
 
 async def speak_streamed(

@@ -19,12 +19,11 @@ from pydantic import BaseModel, Field
 from csm_jax.prompt import Segment
 from csm_jax.serve.answers import unless_gone
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import Options, Speaker, Text
+from csm_jax.serve.fields import Options, Speaker, Text, read_recording
 from csm_jax.serve.formats import FORMATS, encode
 from csm_jax.serve.jobs import Job, Status
 from csm_jax.serve.scene import Line, speak_scene
 from csm_jax.serve.service import Service
-from csm_jax.serve.uploads import decode_base64, decode_recording
 
 APP = "fal-ai/csm-1b"
 # For all of a recording that is fetched.
@@ -151,15 +150,17 @@ async def _speak(
 
 
 async def _recording(service: Service, url: str) -> np.ndarray:
-    limits = service.settings.limits
-    if url.startswith("data:"):
-        data = decode_base64(url, limits, "audio_url")
-    elif service.settings.fetch_urls:
-        data = await service.outgoing.fetch(url, limits.audio_bytes, FETCH_SECONDS)
-    else:
+    given: str | bytes = url
+    if not url.startswith("data:"):
+        given = await _fetch(service, url)
+    return await read_recording(service, given, "audio_url")
+
+
+async def _fetch(service: Service, url: str) -> bytes:
+    if not service.settings.fetch_urls:
         message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
         raise ApiError(400, message, param="audio_url", code="fetching_off")
-    return await service.in_thread(decode_recording, data, limits, "audio_url")
+    return await service.outgoing.fetch(url, service.settings.limits.audio_bytes, FETCH_SECONDS)
 
 
 def _where(http: HTTPRequest, job: Job) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import hmac
 import os
 import re
 import secrets
@@ -23,12 +22,11 @@ from csm_jax.errors import CSMError, InputError, first_line
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import Options, make_request
+from csm_jax.serve.fields import Options, make_request, read_recording
 from csm_jax.serve.formats import Encoder
-from csm_jax.serve.guard import PAGE
+from csm_jax.serve.guard import PAGE, is_key
 from csm_jax.serve.scene import Line
 from csm_jax.serve.service import Service
-from csm_jax.serve.uploads import decode_recording
 
 SPEAKERS = ("A", "B")
 NO_VOICE, OWN_VOICE = "(none: the model's choice)", "(my recording)"
@@ -43,10 +41,6 @@ def mount(app: FastAPI, service: Service) -> None:
     keys = service.settings.api_keys
     broadcast = Broadcast(service.model.sample_rate)
 
-    def is_known(_: str, password: str) -> bool:
-        given = password.encode()
-        return bool(sum(hmac.compare_digest(given, key.encode()) for key in keys))
-
     @app.get(f"{PAGE}/live/{{name}}", include_in_schema=False)
     def live(name: str) -> StreamingResponse:
         return StreamingResponse(broadcast.listen(name), media_type="audio/mpeg")
@@ -55,7 +49,7 @@ def mount(app: FastAPI, service: Service) -> None:
         app,
         build(service, broadcast),
         PAGE,
-        auth=is_known if keys else None,
+        auth=(lambda _, password: is_key(password, keys)) if keys else None,
         auth_message="Any name; the password is an API key." if keys else None,
         max_file_size=service.settings.limits.audio_bytes,
         footer_links=[],
@@ -216,9 +210,8 @@ async def _voice_turn(
         raise InputError(
             f"{SPEAKERS[speaker]} has no recording, or it is not said what is said in it"
         )
-    limits = service.settings.limits
     data = await service.in_thread(Path(recording).read_bytes)
-    audio = await service.in_thread(decode_recording, data, limits)
+    audio = await read_recording(service, data, "audio")
     return Segment(speaker, transcript, codes=await service.encode(audio))
 
 

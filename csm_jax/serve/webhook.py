@@ -31,7 +31,7 @@ class Webhooks:
     def check(self, url: str) -> None:
         """Raises `ApiError` or `InputError` if a result could not be posted to `url`."""
         if not self._secret:
-            message = "webhooks are off: start the server with --webhook_secret"
+            message = "webhooks are off: start the server with CSM_JAX_WEBHOOK_SECRET"
             raise ApiError(400, message, param="webhook", code="webhooks_off")
         check_url(url)
         if len(self._tasks) >= _MAX_PENDING:
