@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +36,6 @@ NAMES = (*BUNDLED, *RANDOM)
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
 SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 logger = logging.getLogger("csm_jax")
 
@@ -298,7 +296,7 @@ def _directory(name: str) -> Path:
     directory = BUNDLED.get(name) or Path(name).expanduser()
     if directory.is_dir():
         return directory
-    if _HUB_NAME.fullmatch(name) and not name.startswith((".", "~")):
+    if hub.is_name(name):
         return hub.native_copy(name)
     raise CheckpointError(
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "

@@ -1,6 +1,7 @@
 """Checkpoints by name: downloaded once, converted once, then read from the native copy."""
 
 import os
+import re
 from pathlib import Path
 
 import huggingface_hub
@@ -13,6 +14,10 @@ from csm_jax.errors import CheckpointError, OutputError, first_line
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
+# What is looked for in a repository: recordings of voices, and parameters.
+_PROMPTS = re.compile(r"^prompts/")
+_WEIGHTS = re.compile(r"\.(safetensors|pt)$")
+_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cache_directory() -> Path:
@@ -21,6 +26,11 @@ def cache_directory() -> Path:
         return Path(os.environ["CSM_JAX_CACHE"])
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(root) / "csm-jax"
+
+
+def is_name(name: str) -> bool:
+    """Whether this can be the name of a repository."""
+    return bool(_NAME.fullmatch(name)) and not name.startswith((".", "~"))
 
 
 def native_copy(repository: str) -> Path:
@@ -56,15 +66,27 @@ def download(repository: str) -> Path:
     return config.parent
 
 
+def download_prompts(repository: str) -> list[Path]:
+    """Downloads the files in a repository's `prompts/`. Raises `CheckpointError`."""
+    snapshot = _fetch(repository, "config.json").parent
+    files = [file for file in _list(repository, snapshot, _PROMPTS) if _PROMPTS.search(file)]
+    return [_fetch(repository, file) for file in files]
+
+
+def _list(repository: str, snapshot: Path, wanted: re.Pattern) -> list[str]:
+    """The files of a repository; offline those in the cache, if what is wanted is among them."""
+    try:
+        return huggingface_hub.HfApi().list_repo_files(repository)
+    except Exception as error:
+        files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
+        if not any(wanted.search(file) for file in files):
+            raise _unreachable(repository, "the list of files", error) from error
+        return files
+
+
 def _wanted(repository: str, snapshot: Path) -> list[str]:
     """The files of a repository that this package reads: of two checkpoints side by side, one."""
-    try:
-        files = huggingface_hub.HfApi().list_repo_files(repository)
-    except Exception as error:
-        # Offline with a filled cache: what is there has to do.
-        files = [file.name for file in snapshot.iterdir()]
-        if not any(file.endswith((".safetensors", ".pt")) for file in files):
-            raise _unreachable(repository, "the list of files", error) from error
+    files = _list(repository, snapshot, _WEIGHTS)
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     split = [file for file in weights if file.startswith("transformers")]
     weights = split or weights or [file for file in files if file.endswith(".pt")]

@@ -10,6 +10,7 @@ object; the exit code is 1 if an answer was lost or was another's.
 
 import asyncio
 import json
+import os
 import random
 import time
 from pathlib import Path
@@ -31,6 +32,8 @@ PID = flags.DEFINE_integer("pid", None, "of the server, for its memory")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts and of who leaves")
 
 SAMPLE_RATE = 24_000
+# Of a wav file, before its samples.
+HEAD_BYTES = 44
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
@@ -39,12 +42,12 @@ class Outcome(NamedTuple):
 
     Attributes:
       kind: "good", "lost", "mixed up" or "left".
-      first_s: seconds until the first samples.
+      first_s: seconds until the first samples; None of who left before.
       seconds: of speech.
     """
 
     kind: str
-    first_s: float
+    first_s: float | None
     seconds: float
 
 
@@ -64,11 +67,12 @@ async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: 
     async with client.stream("POST", url, json=body | {"streaming": True}) as answer:
         answer.raise_for_status()
         async for piece in answer.aiter_raw():
-            first = first or time.perf_counter() - started
             data += piece
+            if first is None and len(data) > HEAD_BYTES:
+                first = time.perf_counter() - started
             if len(data) > leave_after:
                 break
-    return np.frombuffer(data[44 : len(data) // 2 * 2], "<i2"), first
+    return np.frombuffer(data[HEAD_BYTES : len(data) // 2 * 2], "<i2"), first
 
 
 async def run_one(client: httpx.AsyncClient, request, expected: np.ndarray, leaves: int) -> Outcome:
@@ -76,16 +80,21 @@ async def run_one(client: httpx.AsyncClient, request, expected: np.ndarray, leav
         samples, first = await ask(client, request, leaves)
     except httpx.HTTPError as error:
         logging.error("%s: %r", request.text, error)
-        return Outcome("lost", 0.0, 0.0)
-    if leaves < 2 * len(expected):
-        return Outcome("left", first, len(samples) / SAMPLE_RATE)
-    # Chunks of different sizes round differently in the last place.
-    is_same = len(samples) == len(expected) and np.abs(samples - expected).max(initial=0) <= 1
-    kind = "good" if is_same else "mixed up"
+        return Outcome("lost", None, 0.0)
+    left = leaves < 2 * len(expected)
+    kind = "left" if left else "good"
+    if not is_same(samples, expected[: len(samples)] if left else expected):
+        kind = "mixed up"
     return Outcome(kind, first, len(samples) / SAMPLE_RATE)
 
 
-async def run_all(requests: list, expected: list[np.ndarray]) -> list[Outcome]:
+def is_same(samples: np.ndarray, expected: np.ndarray) -> bool:
+    # Chunks of different sizes round differently in the last place.
+    return len(samples) == len(expected) and np.abs(samples - expected).max(initial=0) <= 1
+
+
+async def run_all(requests: list, expected: list[np.ndarray], memory: list) -> list[Outcome]:
+    """Adds the server's memory at every quarter of the requests to `memory`."""
     source = random.Random(SEED.value)
     limit = asyncio.Semaphore(STREAMS.value)
     limits = httpx.Limits(max_connections=STREAMS.value)
@@ -96,6 +105,8 @@ async def run_all(requests: list, expected: list[np.ndarray]) -> list[Outcome]:
             whole = 2 * len(expected[known])
             leaves = source.randrange(whole) if source.random() < LEAVE.value else whole + 10**9
             async with limit:
+                if index % -(-REQUESTS.value // 4) == 0:
+                    memory.append(memory_mb())
                 return await run_one(client, requests[known], expected[known], leaves)
 
         return await asyncio.gather(*(one(index) for index in range(REQUESTS.value)))
@@ -106,7 +117,7 @@ def memory_mb() -> float | None:
     if PID.value is None:
         return None
     pages = int(Path(f"/proc/{PID.value}/statm").read_text().split()[1])
-    return pages * 4096 / 1e6
+    return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
 
 
 def as_int16(audio: np.ndarray) -> np.ndarray:
@@ -117,17 +128,17 @@ def main(_: list[str]) -> None:
     model = csm_jax.load(CHECKPOINT.value)
     requests = draw_requests(DIFFERENT.value, SEED.value)
     expected = [as_int16(model.generate(request)) for request in requests]
-    before, started = memory_mb(), time.perf_counter()
-    outcomes = asyncio.run(run_all(requests, expected))
+    memory, started = [], time.perf_counter()
+    outcomes = asyncio.run(run_all(requests, expected, memory))
     elapsed = time.perf_counter() - started
     kinds = [outcome.kind for outcome in outcomes]
-    first = [outcome.first_s for outcome in outcomes if outcome.kind in ("good", "left")]
+    first = [outcome.first_s for outcome in outcomes if outcome.first_s is not None]
     figures = {kind: kinds.count(kind) for kind in ("good", "left", "lost", "mixed up")}
     for share in (50, 95, 99):
         figures[f"first_audio_p{share}_s"] = round(float(np.percentile(first, share)), 3)
     figures["requests_a_second"] = round(len(outcomes) / elapsed, 2)
     figures["speech_a_second"] = round(sum(outcome.seconds for outcome in outcomes) / elapsed, 2)
-    figures |= {"memory_before_mb": before, "memory_after_mb": memory_mb()}
+    figures["memory_at_quarters_mb"] = [*memory, memory_mb()]
     print(json.dumps(figures))
     raise SystemExit(bool(figures["lost"] or figures["mixed up"]))
 

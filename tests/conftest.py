@@ -13,6 +13,13 @@ if importlib.util.find_spec("libtpu") and not _CHIPS:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
+# Four fifths of the time of a test go into compiling programs that run for milliseconds. 0 is
+# what users run; it holds for the processes that tests start too.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+jax.config.update(
+    "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
+)
+
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -52,6 +53,15 @@ def speech(path: Path, num_samples: int) -> np.ndarray:
     # Whole frames: transformers pads a part of one in another way than kyutai and we do.
     save_audio(path, audio[: len(audio) // 1920 * 1920], 24_000)
     return load_audio(path, 24_000)
+
+
+@pytest.fixture(autouse=True)
+def optimized(monkeypatch):
+    """Figures are those of programs that users run."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(scope="module")

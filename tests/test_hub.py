@@ -65,13 +65,14 @@ class Handler(BaseHTTPRequestHandler):
         elif "gated" in parts[1] and self.headers["Authorization"] != f"Bearer {TOKEN}":
             self.refuse(401, "GatedRepo", "Access to this model is restricted")
         elif path.startswith("/api/"):
-            names = sorted(file.name for file in directory.iterdir())
+            files = (path for path in directory.rglob("*") if path.is_file())
+            names = sorted(path.relative_to(directory).as_posix() for path in files)
             tree = [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
             info = {"id": "/".join(parts[:2]), "sha": COMMIT}
             siblings = [{"rfilename": name} for name in names]
             self.send(json.dumps(tree if "tree" in parts else info | {"siblings": siblings}))
-        elif (directory / parts[-1]).is_file():
-            self.send((directory / parts[-1]).read_bytes(), parts[-1])
+        elif (file := directory.joinpath(*parts[4:])).is_file():
+            self.send(file.read_bytes(), parts[-1])
         else:
             self.refuse(404, "EntryNotFound", "Entry not found")
 
@@ -105,6 +106,10 @@ def hub(tmp_path_factory):
     (both / "generation_config.json").write_text("{}")
     fixtures.write_sesame(root / "someone" / "tuned")
     fixtures.write_codec(root / "kyutai" / "mimi", "huggingface_codec")
+    (both / "prompts").mkdir()
+    for name in ("read_speech_c.wav", "mine.wav"):
+        (both / "prompts" / name).write_bytes(b"a recording of " + name.encode())
+    (both / "prompts" / "mine.txt").write_text("What I say.")
     (root / "someone" / "else").mkdir()
     with Hub(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -117,7 +122,7 @@ def run(hub, tmp_path):
     """Looks up names in a process with caches of its own; returns a line about each."""
     hub.seen.clear()
     # The library waits up to 23 s for a network that is gone.
-    code = """
+    native = """
         import sys, time
         time.sleep = lambda seconds: None
         from csm_jax import hub
@@ -129,7 +134,7 @@ def run(hub, tmp_path):
                 print("error:", error)
     """
 
-    def run(*names: str, **environment: str) -> list[str]:
+    def run(*names: str, code: str = native, **environment: str) -> list[str]:
         paths = {"HF_HOME": str(tmp_path / "hf"), "CSM_JAX_CACHE": str(tmp_path / "ours")}
         settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
         done = subprocess.run(
@@ -184,6 +189,41 @@ def test_sesames_layout_takes_kyutais_codec(hub, run, tmp_path):
     assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(checkpoint.flatten(loaded), params())
+
+
+def test_voices_of_a_repository(hub, run, tmp_path):
+    """Its recordings with a transcript beside each: the repository's, or ours of those we know."""
+    code = """
+        import sys
+        from pathlib import Path
+        from csm_jax.serve.presets import find_presets
+        for directory in find_presets(sys.argv[1], Path(sys.argv[2])):
+            print("presets:", directory)
+    """
+    native = tmp_path / "native"
+    native.mkdir()
+    assert run("sesame/gated-csm", str(native), code=code) == [f"presets: {native / 'prompts'}"]
+    names = ["config.json", "prompts/mine.txt", "prompts/mine.wav", "prompts/read_speech_c.wav"]
+    assert hub.downloaded() == [f"sesame/gated-csm/{name}" for name in names]
+    prompts = native / "prompts"
+    assert sorted(path.name for path in prompts.iterdir()) == [
+        "mine.txt",
+        "mine.wav",
+        "read_speech_c.txt",
+        "read_speech_c.wav",
+    ]
+    assert (prompts / "mine.txt").read_text() == "What I say."
+    assert "the Tree quite forgot" in (prompts / "read_speech_c.txt").read_text()
+    assert (prompts / "read_speech_c.wav").read_bytes() == b"a recording of read_speech_c.wav"
+
+    # Once is enough, and who has no network has no voices.
+    hub.seen.clear()
+    assert run("sesame/gated-csm", str(native), code=code) == [f"presets: {prompts}"]
+    assert hub.seen == []
+    shutil.rmtree(prompts)
+    shutil.rmtree(tmp_path / "hf")
+    assert run("sesame/gated-csm", str(native), code=code, HF_HUB_OFFLINE="1") == []
+    assert list(native.iterdir()) == []
 
 
 def test_what_the_hub_refuses(hub, run, tmp_path):

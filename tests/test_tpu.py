@@ -36,7 +36,7 @@ CODEC_BYTES = 0.385e9 + 0.4e9
 def compiled(program: str, *flags: str) -> dict:
     """Figures of one program of the full-size model, compiled in a process of its own."""
     command = [sys.executable, SCRIPT, "--tpu", *flags, "--programs", program]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     print(done.stdout)

@@ -26,6 +26,7 @@ from csm_jax.serve import (
     voxserve,
 )
 from csm_jax.serve.batch_store import BatchStore
+from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.trace import Trace
@@ -47,9 +48,7 @@ def load_app(
     Args and errors: those of `csm_jax.load`.
     """
     model = load(checkpoint, dtype, quantize, adapters=adapters)
-    directory = open_source(checkpoint).directory
-    prompts = directory / "prompts" if directory else None
-    return create_app(model, settings, [prompts] if prompts and prompts.is_dir() else [])
+    return create_app(model, settings, find_presets(checkpoint, open_source(checkpoint).directory))
 
 
 def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -> FastAPI:

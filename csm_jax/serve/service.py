@@ -3,6 +3,7 @@
 import asyncio
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +31,8 @@ from csm_jax.text import needed_seconds
 from csm_jax.ticket import Ticket
 
 T = TypeVar("T")
+
+logger = logging.getLogger("csm_jax.serve")
 
 # Threads that encode contexts, decode and compress: what they call leaves Python's lock.
 _THREADS = 4
@@ -72,10 +75,17 @@ class Service:
 
     async def warm_up(self) -> None:
         """Speaks in all the shapes that requests come in, so that nobody waits for a compiler."""
-        for request in (*self._all_lengths(), *self._all_voices()):
-            for stream in (True, False):
-                live = await self.speak(request, stream=stream)
-                await live.audio()
+        started = time.perf_counter()
+        try:
+            for request in (*self._all_lengths(), *self._all_voices()):
+                for stream in (True, False):
+                    live = await self.speak(request, stream=stream)
+                    await live.audio()
+        except Exception:
+            # Whoever asks /readyz hears no to the end; why, stands here.
+            logger.exception("the warm-up failed: this server will not be ready")
+            raise
+        logger.info("ready after %.1f s of warming up", time.perf_counter() - started)
         self.is_ready = True
 
     def _all_lengths(self) -> Iterator[Request]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import textwrap
@@ -42,7 +43,9 @@ SCENARIO = """
 
 
 def test_two_replicas_say_the_same(tmp_path):
-    code = textwrap.dedent(SCENARIO).replace("%PORT%", "8765")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    code = textwrap.dedent(SCENARIO).replace("%PORT%", port)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600

@@ -1,0 +1,56 @@
+"""The voices that come with a checkpoint: recordings in its directory `prompts`."""
+
+import logging
+import shutil
+import tempfile
+from pathlib import Path
+
+from csm_jax import hub
+from csm_jax.errors import CheckpointError
+
+# What is said in the recordings that Sesame published, whose repository does not tell.
+# Source: `SPEAKER_PROMPTS` of the model's space on the Hugging Face hub.
+TRANSCRIPTS = Path(__file__).with_name("transcripts")
+
+logger = logging.getLogger("csm_jax.serve")
+
+
+def find_presets(checkpoint: str, directory: Path | None) -> list[Path]:
+    """Directories of voices that come with a checkpoint.
+
+    Those of a hub repository are downloaded once, into its native copy; a server without a
+    network starts without them.
+
+    Args:
+      checkpoint: what `csm_jax.load` took as its name.
+      directory: where it lies; None for random weights.
+    """
+    if directory is None:
+        return []
+    prompts = directory / "prompts"
+    if not prompts.is_dir() and hub.is_name(checkpoint) and not Path(checkpoint).is_dir():
+        _download(checkpoint, prompts)
+    return [prompts] if prompts.is_dir() else []
+
+
+def _download(repository: str, target: Path) -> None:
+    """Makes `target`, whole or not at all: recordings, and a transcript beside each."""
+    try:
+        recordings = hub.download_prompts(repository)
+        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
+            made = Path(temporary) / target.name
+            made.mkdir()
+            for recording in recordings:
+                shutil.copy(recording, made)
+                _add_transcript(made / recording.name)
+            made.rename(target)
+    except (CheckpointError, OSError) as error:
+        logger.warning("the voices of %s are not there: %s", repository, error)
+
+
+def _add_transcript(recording: Path) -> None:
+    known, beside = (
+        directory / f"{recording.stem}.txt" for directory in (TRANSCRIPTS, recording.parent)
+    )
+    if known.is_file() and not beside.exists():
+        shutil.copy(known, beside)
