@@ -77,8 +77,8 @@ def main(values: flags.FlagValues) -> None:
     listening = _listen(values.host, values.port)
     for directory in filter(None, (settings.voices, settings.data)):
         make_directory(directory)
-    _log_to_stderr()
     app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
+    _log_to_stderr()
     server = uvicorn.Server(
         uvicorn.Config(
             app,

@@ -16,8 +16,6 @@ from serving import SMALL, as_samples, serve
 
 from csm_jax.serve.settings import Settings
 
-pytestmark = pytest.mark.long
-
 
 def lines(count: int, **more) -> bytes:
     body = {"model": "csm-1b", "voice": "slt", "response_format": "wav", "seed": 1} | more

@@ -14,8 +14,6 @@ from serving import SMALL, as_samples, serve
 from csm_jax.serve import webhook
 from csm_jax.serve.settings import Settings
 
-pytestmark = pytest.mark.long
-
 PATH = "/v1/inference/sesame/csm-1b"
 FIELDS = {"text": "one two three four", "seed": 3}
 SECRET = "a secret"

@@ -17,8 +17,6 @@ from serving import SMALL, as_samples, serve
 
 from csm_jax.serve.settings import Settings
 
-pytestmark = pytest.mark.long
-
 APP = "fal-ai/csm-1b"
 SCENE = [{"text": "one two three", "speaker_id": 0}, {"text": "four five six", "speaker_id": 1}]
 

@@ -14,8 +14,6 @@ from csm_jax import Request
 from csm_jax.serve.settings import Settings
 from csm_jax.speech import Speech
 
-pytestmark = pytest.mark.long
-
 # Speaks until somebody ends it, or 20 s are over.
 LONG = {"text": "one two three four five six " * 4, "temperature": 5, "max_audio_length_ms": 20_000}
 
@@ -28,7 +26,6 @@ def figures(server) -> dict[str, float]:
     }
 
 
-@pytest.mark.long
 def test_it_is_alive_before_it_is_ready(model):
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").json() == {"status": "ok"}
@@ -38,7 +35,6 @@ def test_it_is_alive_before_it_is_ready(model):
         assert answer.json() == {"status": "ready"}
 
 
-@pytest.mark.long
 def test_when_it_is_ready_nothing_is_compiled_any_more(model, caplog):
     """The first request is as fast as the second."""
     body = {"text": "one two three", "voice": "slt", "seed": 1}
@@ -93,11 +89,14 @@ def test_a_full_queue_is_said(model):
     settings = Settings(**SMALL, max_queue=2)
 
     async def scenario(running) -> list[int]:
-        until, started = asyncio.Event(), []
-        waiting = [asyncio.create_task(hold(running.url, until, started)) for _ in range(6)]
+        until, started, waiting = asyncio.Event(), [], []
         engine = running.service.engine
-        while engine.num_speaking + engine.num_waiting < 6:
-            await asyncio.sleep(0.02)
+        # One after the other: six at once could fill the queue before the rows.
+        for count in range(1, 7):
+            waiting.append(asyncio.create_task(hold(running.url, until, started)))
+            async with asyncio.timeout(30):
+                while engine.num_speaking + engine.num_waiting < count:
+                    await asyncio.sleep(0.02)
         async with httpx.AsyncClient() as client:
             refused = await client.post(f"{running.url}/generate", json=LONG)
         until.set()

@@ -14,8 +14,6 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.guard import _Rates
 from csm_jax.serve.settings import Limits, Settings
 
-pytestmark = pytest.mark.long
-
 KEYS = ("first-key", "second-key")
 BODY_BYTES = 50_000
 # Seconds; every look at it is long after the last.

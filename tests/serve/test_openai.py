@@ -14,8 +14,6 @@ from serving import as_samples, same
 
 from csm_jax import Request
 
-pytestmark = pytest.mark.long
-
 TEXT = "one two three four"
 # What the model says is the same for the same seed.
 SEED = {"seed": 4}

@@ -13,8 +13,6 @@ from csm_jax.serve.page import parse_lines
 from csm_jax.serve.scene import Line
 from csm_jax.serve.settings import Settings
 
-pytestmark = pytest.mark.long
-
 playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [

@@ -1,5 +1,6 @@
 """The application on a local Ray cluster, with two replicas."""
 
+import base64
 import json
 import os
 import socket
@@ -8,13 +9,14 @@ import sys
 import textwrap
 
 import pytest
+from serving import same
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 
 # In a process of its own: a cluster leaves threads and signal handlers behind.
 SCENARIO = """
-    import asyncio, json, httpx, ray
+    import asyncio, base64, json, pathlib, sys, httpx, ray
     from ray import serve
     from csm_jax.serve.ray_app import build
 
@@ -28,7 +30,7 @@ SCENARIO = """
     async def ask(client, i):
         body = {"text": "one two three", "seed": i % 4, "streaming": bool(i % 2)}
         answer = await client.post(url + "/generate", json=body)
-        return i % 4, answer.status_code, len(answer.content)
+        return i % 4, answer.status_code, base64.b64encode(answer.content).decode()
 
     async def main():
         async with httpx.AsyncClient(timeout=300) as client:
@@ -37,7 +39,8 @@ SCENARIO = """
 
     answers = asyncio.run(main())
     replicas = serve.status().applications["default"].deployments["csm_jax"].replica_states
-    print(json.dumps({"answers": answers, "replicas": {str(k): v for k, v in replicas.items()}}))
+    found = {"answers": answers, "replicas": {str(k): v for k, v in replicas.items()}}
+    pathlib.Path(sys.argv[1]).write_text(json.dumps(found))
     serve.shutdown()
 """
 
@@ -47,17 +50,19 @@ def test_two_replicas_say_the_same(tmp_path):
         port = str(free.getsockname()[1])
     code = textwrap.dedent(SCENARIO).replace("%PORT%", port)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "RAY_USAGE_STATS_ENABLED": "0"}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=600
-    )
+    command = [sys.executable, "-c", code, tmp_path / "found"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = json.loads((tmp_path / "found").read_text())
     assert found["replicas"] == {"RUNNING": 2}
     assert {status for _, status, _ in found["answers"]} == {200}
-    lengths: dict[int, set[int]] = {}
-    for seed, _, length in found["answers"]:
-        lengths.setdefault(seed, set()).add(length)
-    assert all(len(each) == 1 for each in lengths.values())
+    spoken: dict[int, list[bytes]] = {}
+    for seed, _, content in found["answers"]:
+        spoken.setdefault(seed, []).append(base64.b64decode(content))
+    assert len(spoken) == 4
+    for first, *others in spoken.values():
+        assert len(first) > 10_000
+        assert all(same(first, other) for other in others)
 
 
 def test_an_argument_that_is_none_is_said():

@@ -9,8 +9,6 @@ import pytest
 from hearing import median_pitch
 from websockets.sync.client import connect
 
-pytestmark = pytest.mark.long
-
 
 @pytest.fixture
 def talk(server):

@@ -13,8 +13,6 @@ from csm_jax.errors import InputError
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.voices import Voices, check_name
 
-pytestmark = pytest.mark.long
-
 PATH = "/v1/audio/voices"
 
 

@@ -8,8 +8,6 @@ import pytest
 from hearing import median_pitch
 from serving import as_samples, same
 
-pytestmark = pytest.mark.long
-
 FIELDS = {"text": "one two three", "speaker": 0, "seed": 5}
 
 
