@@ -54,6 +54,11 @@ class _Slot:
     since: float
     is_said: bool = False
 
+    def take(self, num_frames: int) -> np.ndarray:
+        """The first of the frames that are not decoded, [num_frames, Q]."""
+        taken, self.undecoded = np.split(self.undecoded, [num_frames])
+        return taken
+
 
 class Engine:
     """Speaks many requests at once.
@@ -309,20 +314,26 @@ class Engine:
 
     def _decode(self) -> None:
         """Decodes what was released to those who listen."""
-        slots = {index: slot for index, slot in enumerate(self._slots) if slot}
-        while longest := max((len(slot.undecoded) for slot in slots.values()), default=0):
-            size = LONG_CHUNK if longest >= LONG_CHUNK else 1
-            blocks = {}
-            for index, slot in slots.items():
-                if len(slot.undecoded) >= size:
-                    blocks[index], slot.undecoded = slot.undecoded[:size], slot.undecoded[size:]
+        while blocks := self._next_blocks():
             started = time.perf_counter()
             decoded = self._decoder.decode(blocks)
             elapsed = time.perf_counter() - started
             for index, chunk in decoded.items():
-                slots[index].ticket.timing.codec += elapsed
-                slots[index].ticket.add_chunk(chunk)
-                slots[index].pace.played(size)
+                slot = self._slots[index]
+                slot.ticket.timing.codec += elapsed
+                slot.ticket.add_chunk(chunk)
+                slot.pace.played(len(blocks[index]))
+
+    def _next_blocks(self) -> dict[int, np.ndarray]:
+        """Frames [F, Q] to decode now, of the rows that have as many; empty when the rest waits."""
+        due = {
+            index: slot
+            for index, slot in enumerate(self._slots)
+            if slot and len(slot.undecoded) and not _is_better_decoded_later(slot)
+        }
+        longest = max((len(slot.undecoded) for slot in due.values()), default=0)
+        size = LONG_CHUNK if longest >= LONG_CHUNK else 1
+        return {i: slot.take(size) for i, slot in due.items() if len(slot.undecoded) >= size}
 
     def _free(self, index: int, error: CSMError | None = None) -> None:
         slot, self._slots[index] = self._slots[index], None
@@ -361,6 +372,14 @@ class Engine:
             self._changed.notify_all()
         for slot in left:
             slot.ticket.finish(CSMError("the engine has stopped: make another"))
+
+
+def _is_better_decoded_later(slot: _Slot) -> bool:
+    """Whether frames wait for more of them: the others may be in a hurry, but who hears this one
+    has enough to play, and the codec takes hardly longer for a long chunk than for a frame."""
+    missing = LONG_CHUNK - len(slot.undecoded)
+    is_speaking = not slot.is_said and not slot.next
+    return missing > 0 and is_speaking and slot.pace is not None and slot.pace.can_wait(missing)
 
 
 def _as_failure(error: Exception) -> CSMError:

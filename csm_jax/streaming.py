@@ -26,13 +26,17 @@ class Pace:
 
     def next_chunk(self) -> int:
         """Frames to generate now."""
+        return LONG_CHUNK if self.can_wait(LONG_CHUNK) else 1
+
+    def can_wait(self, num_frames: int) -> bool:
+        """Whether there is enough to play while so many more frames are made."""
         if self._num_played < 2:
-            return 1  # there is no time to tell from yet
+            return False  # there is no time to tell from yet
         elapsed = time.perf_counter() - self._started
         lead = self._num_played * self._frame_s - elapsed
         # The first frame was there when the clock started.
         per_frame = elapsed / (self._num_played - 1)
-        return LONG_CHUNK if lead > MARGIN * LONG_CHUNK * per_frame else 1
+        return lead > MARGIN * num_frames * per_frame
 
     def played(self, num_frames: int) -> None:
         """Tells that so many frames have been handed over."""

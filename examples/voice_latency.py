@@ -20,7 +20,7 @@ import time
 import httpx
 import numpy as np
 import soundfile
-from absl import app, flags
+from absl import app, flags, logging
 
 from csm_jax.generator import BUNDLED
 
@@ -64,6 +64,7 @@ def with_voice(client: httpx.Client, name: str, recording: bytes) -> tuple[float
 
 
 def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.WARNING)
     times = {"plain": [], "sent": [], "cold": [], "cached": []}
     with httpx.Client(base_url=URL.value, timeout=300) as client:
         for index in range(REPEATS.value):

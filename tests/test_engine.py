@@ -297,6 +297,22 @@ def test_whoever_waits_for_a_prompt_waits_a_frame(model, monkeypatch):
     assert watched.events[:6] == ["join", 1, "join", 1, "join", 8]
 
 
+def test_who_has_enough_to_play_gets_long_chunks_though_others_are_in_a_hurry(model, monkeypatch):
+    """The codec takes hardly longer for eight frames than for one."""
+    monkeypatch.setattr(engine_module.Pace, "next_chunk", lambda self: 1)
+    monkeypatch.setattr(engine_module.Pace, "can_wait", lambda self, _: self._num_played > 1)
+    with Engine(model, max_batch=3) as engine:
+        ticket, other = (engine.submit(REQUESTS[name]) for name in ("penalty", "short"))
+        chunks = list(ticket)
+        other.result()
+    whole = model.decode(ticket.codes())
+    np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
+    num_long, num_left = divmod(len(whole) // FRAME - 2, 8)
+    assert num_long > 1
+    sizes = [len(chunk) // FRAME for chunk in chunks]
+    assert sizes == [1, 1, *[8] * num_long, *[1] * num_left]
+
+
 def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
     watched = Watched(monkeypatch, seconds_per_frame=0.1)
     watched.gate.set()
