@@ -116,6 +116,11 @@ class Engine:
         self.close(finish=kind is None)
 
     @property
+    def is_alive(self) -> bool:
+        """Whether it takes requests: it is not closed, and no error has ended its thread."""
+        return self._thread.is_alive() and not self._is_closing
+
+    @property
     def num_speaking(self) -> int:
         """Rows that are taken."""
         return sum(slot is not None for slot in self._slots)

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from csm_jax import cli, processes
+from csm_jax import cli, processes, sampling_flags
 from csm_jax.audio import check_output, load_audio
 from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError, OutputError
@@ -26,7 +26,6 @@ from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.progress import Report, lines_bar
 from csm_jax.prompt import Segment, check_text
-from csm_jax.sampling import Sampling
 from csm_jax.script import Turn, read_script
 from csm_jax.speech import Notice, Request
 
@@ -55,14 +54,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(multi, "context_text", [], "its transcript; repeatable, in the same order")
     define(flags.DEFINE_multi_integer, "context_speaker", [], "its speaker; repeatable")
     define(text, "script", None, "JSON list of turns to speak instead of --text")
-    define(real, "temperature", 0.9, "over 0; lower is safer")
-    define(whole, "top_k", 50, "sample among the k likeliest")
-    define(real, "top_p", 1.0, "sample among the likeliest that make up p; 1 is off")
-    define(real, "min_p", 0.0, "drop what is less likely than this share of the likeliest")
-    define(real, "repetition_penalty", 1.0, "for codebook 0; 1 is off")
-    define(flag, "greedy", False, "always the likeliest")
-    define(real, "depth_temperature", None, "for codebooks 1 and up; default: --temperature")
-    define(whole, "depth_top_k", None, "for codebooks 1 and up; default: --top_k")
+    sampling_flags.define_flags(values)
     define(text, "guard", "on", "on stops speech that runs away; off leaves it alone")
     define(text, "dtype", "auto", "auto, float32, bfloat16 or float16")
     define(text, "quantize", None, "none or int8; default: as the checkpoint is stored")
@@ -144,20 +136,10 @@ def _read_context(values: flags.FlagValues) -> list[Turn]:
 
 def _read_request(values: flags.FlagValues) -> Request:
     """What all turns have in common; its text is only there to be replaced."""
-    sampling = Sampling(
-        temperature=values.temperature,
-        top_k=values.top_k,
-        top_p=values.top_p,
-        min_p=values.min_p,
-        repetition_penalty=values.repetition_penalty,
-        greedy=values.greedy,
-        depth_temperature=values.depth_temperature,
-        depth_top_k=values.depth_top_k,
-    )
     return Request(
         text=values.text or "?",
         speaker=values.speaker,
-        sampling=sampling,
+        sampling=sampling_flags.read_flags(values),
         max_audio_length_ms=values.max_audio_length_ms,
         seed=values.seed,
         guard=values.guard,

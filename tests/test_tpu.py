@@ -66,7 +66,8 @@ def test_frame_loop(quantize, batch):
     assert_fits(figures, PARAMETERS[quantize], batch * ROW)
 
 
-@pytest.mark.parametrize("quantize", ["none", pytest.param("int8", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("quantize", ["none", "int8"])
 def test_prefill(quantize):
     """Of the parameters it takes those of the backbone."""
     figures = compiled("prefill", f"--quantize={quantize}", "--batch=32", "--prompt=512")
@@ -75,7 +76,8 @@ def test_prefill(quantize):
     assert figures["additional_bytes"] < 0.5e9
 
 
-@pytest.mark.parametrize("batch", [1, pytest.param(32, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("batch", [1, 32])
 def test_codec_step(batch):
     """Of the parameters it takes those of the decoder."""
     figures = compiled("codec_step", f"--batch={batch}")

@@ -17,11 +17,10 @@ from pathlib import Path
 
 from absl import flags
 
-from csm_jax import cli
+from csm_jax import cli, sampling_flags
 from csm_jax.errors import CSMError, InputError
 from csm_jax.files import make_directory
 from csm_jax.generator import NAMES
-from csm_jax.sampling import Sampling
 
 PROGRAM = "csm_jax.serve"
 # Seconds that those who are being answered get when the server is told to end.
@@ -36,7 +35,7 @@ def define_flags(values: flags.FlagValues) -> None:
     def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
         kind(name, default, help, flag_values=values, **kwargs)
 
-    text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
+    text, whole = flags.DEFINE_string, flags.DEFINE_integer
     flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
     define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(NAMES)}")
     define(text, "adapters", None, "directory of LoRA adapters")
@@ -50,11 +49,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define(whole, "max_batch", 8, "requests that speak at once", lower_bound=1)
     define(whole, "max_seq_len", 2048, "positions of each, context and speech", lower_bound=32)
     define(whole, "max_queue", 64, "requests that may wait", lower_bound=1)
-    define(real, "temperature", 0.9, "of requests that say nothing of it")
-    define(whole, "top_k", 50, "the same")
-    define(real, "top_p", 1.0, "the same")
-    define(real, "min_p", 0.0, "the same")
-    define(real, "repetition_penalty", 1.0, "the same")
+    # Of requests that do not say it.
+    sampling_flags.define_flags(values)
     define(text, "voices", None, "directory of presets: NAME.flac and NAME.txt, its transcript")
     define(text, "data", None, "directory of what outlives the process; default: nothing does")
     define(text, "api_keys_file", None, "keys of those who may ask, one a line")
@@ -115,13 +111,7 @@ def _settings(values: flags.FlagValues):
 
     return Settings(
         model_name=values.model_name,
-        sampling=Sampling(
-            values.temperature,
-            values.top_k,
-            values.top_p,
-            values.min_p,
-            values.repetition_penalty,
-        ),
+        sampling=sampling_flags.read_flags(values),
         max_batch=values.max_batch,
         max_seq_len=values.max_seq_len,
         max_queue=values.max_queue,

@@ -65,7 +65,6 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
         service.warmed = asyncio.create_task(service.warm_up())
         tasks = [service.warmed, asyncio.create_task(worker.run())]
         yield
-        service.is_closing = True
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -86,13 +85,13 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
     app.add_middleware(
         guard.Keys, keys=settings.api_keys, requests_per_minute=settings.requests_per_minute
     )
-    if settings.cors_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
-        )
+    # Also when nobody may: without it gradio lets everybody who has a name for this machine.
+    app.add_middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+    )
     app.add_middleware(Trace, metrics=service.metrics)
     return app
 

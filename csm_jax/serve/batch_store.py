@@ -72,6 +72,15 @@ class BatchStore:
         with self._lock:
             self._connection.close()
 
+    @property
+    def num_bytes(self) -> int:
+        """What is stored takes."""
+        pages, free, size = (
+            self._read(f"PRAGMA {name}", ())[0][0]
+            for name in ("page_count", "freelist_count", "page_size")
+        )
+        return (pages - free) * size
+
     def add_file(self, name: str, data: bytes) -> str:
         """Keeps the lines of a batch; returns the file's id."""
         file_id = _new_id("file-")

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 from csm_jax.errors import CSMError, InputError
 from csm_jax.serve.answers import speak_whole
 from csm_jax.serve.batch_store import BatchRow, BatchStore, FileRow, Line
-from csm_jax.serve.errors import ApiError, as_api_error
+from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.fields import both_kinds, read_fields
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.openai import Speech, as_request
@@ -35,6 +35,8 @@ MAX_LINES = 50_000
 # Attempts at a line that fails through no fault of its own.
 _ATTEMPTS = 3
 _IDLE_SECONDS = 5.0
+# What all files and results may take; then somebody has to delete some.
+MAX_STORED_BYTES = 4_000_000_000
 
 
 class BatchLine(BaseModel):
@@ -66,7 +68,7 @@ def router(service: Service, worker: "Worker") -> APIRouter:
     @routes.post("/files", openapi_extra=both_kinds(NewFile))
     async def upload(http: HTTPRequest) -> dict[str, Any]:
         fields = await read_fields(http, NewFile)
-        return _file(store, _keep(store, fields.file))
+        return _file(store, await service.in_thread(_keep, store, fields.file))
 
     @routes.get("/files/{file_id}")
     def file(file_id: str) -> dict[str, Any]:
@@ -90,8 +92,12 @@ def router(service: Service, worker: "Worker") -> APIRouter:
         fields = await read_fields(http, NewBatch)
         if (fields.file is None) == (fields.input_file_id is None):
             raise ApiError(400, "give either input_file_id or file", param="input_file_id")
-        file_id = fields.input_file_id or _keep(store, fields.file)
-        bodies = await service.in_thread(_check, _find_file(store, file_id).data or b"")
+        data = fields.file
+        if data is None:
+            data = _find_file(store, fields.input_file_id).data or b""
+        bodies = await service.in_thread(_check, data)
+        file_id = fields.input_file_id or await service.in_thread(_keep, store, data)
+        _check_room(store, len(data))
         batch_id = await service.in_thread(store.add_batch, file_id, bodies)
         worker.wake()
         return _batch(_find(store, batch_id))
@@ -121,7 +127,7 @@ class Worker:
     def __init__(self, service: Service, store: BatchStore):
         self.store = store
         self._service = service
-        self._at_once = max(1, service.settings.max_batch - 1)
+        self._at_once = max(1, min(service.settings.max_batch - 1, service.settings.max_queue))
         self._running: dict[tuple[str, int], asyncio.Task] = {}
         self._woken = asyncio.Event()
 
@@ -141,7 +147,8 @@ class Worker:
         try:
             while True:
                 self._woken.clear()
-                room = self._at_once - len(self._running)
+                is_full = self.store.num_bytes > MAX_STORED_BYTES
+                room = 0 if is_full else self._at_once - len(self._running)
                 for line in self.store.pending(list(self._running), room):
                     task = asyncio.create_task(self._speak(line))
                     self._running[line.batch, line.number] = task
@@ -171,8 +178,9 @@ class Worker:
                 if isinstance(failure, InputError) or error.status == 400:
                     break
                 await asyncio.sleep(attempt)
-        if self._service.is_closing and error:
-            return  # it is said after the restart
+        is_busy = error and error.status == 429
+        if is_busy or (error and not self._service.engine.is_alive):
+            return  # its turn comes again, if need be after a restart
         result = {"id": f"{line.batch}-{line.number}", "custom_id": asked.custom_id}
         result |= {"response": answer, "error": error and error.body["error"]}
         await self._service.in_thread(
@@ -199,16 +207,23 @@ def _check(data: bytes) -> list[str]:
         try:
             name = BatchLine.model_validate_json(line).custom_id
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise ApiError(400, f"line {number}: {where}: {first['msg']}", param="file") from error
+            message = f"line {number}: {as_bad_field(error)}"
+            raise ApiError(400, message, param="file") from error
         if name in names:
             raise ApiError(400, f"line {number}: custom_id {name!r} is there twice", param="file")
         names.add(name)
     return [line.decode() for line in lines]
 
 
+def _check_room(store: BatchStore, num_bytes: int) -> None:
+    """Raises `ApiError` if there is none for so much more."""
+    if store.num_bytes + num_bytes > MAX_STORED_BYTES:
+        message = f"files and results take {MAX_STORED_BYTES} bytes already: delete some"
+        raise ApiError(429, message, code="storage_full", retry_after=60)
+
+
 def _keep(store: BatchStore, data: bytes) -> str:
+    _check_room(store, len(data))
     return store.add_file("input.jsonl", data)
 
 

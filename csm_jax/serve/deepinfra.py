@@ -113,6 +113,7 @@ async def _answer_later(service: Service, fields: Inference) -> JSONResponse:
             service.webhooks.post(fields.webhook, failed | job.error.body)
         else:
             service.webhooks.post(fields.webhook, job.result)
+            job.result = None  # nobody else asks for it
 
     service.jobs.submit(work, tell)
     return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)

@@ -10,6 +10,7 @@ import logging
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError
@@ -75,7 +76,7 @@ def as_api_error(error: Exception) -> ApiError:
         case InputError():
             return ApiError(400, str(error))
         case RequestValidationError():
-            return _as_bad_field(error)
+            return as_bad_field(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
         case ClientGoneError() | CancelledError():
@@ -87,11 +88,12 @@ def as_api_error(error: Exception) -> ApiError:
     return ApiError(500, "the server failed; its log says why", code="internal_error")
 
 
-def _as_bad_field(error: RequestValidationError) -> ApiError:
+def as_bad_field(error: RequestValidationError | ValidationError) -> ApiError:
     """The first of what pydantic found."""
     first = error.errors()[0]
-    # "body" is where it was, not what it is called.
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    # In FastAPI's own errors "body" is where it was, not what it is called.
+    outside = ("body",) if isinstance(error, RequestValidationError) else ()
+    where = ".".join(str(part) for part in first["loc"] if part not in outside)
     message = f"{where}: {first['msg']}" if where else first["msg"]
     return ApiError(400, message, param=where or None, code=first["type"])
 

@@ -42,8 +42,10 @@ class Options(BaseModel):
     def sampling(self, default: Sampling) -> Sampling:
         """These values, and `default` for those that are left out."""
         given = self.model_dump(include=_SAMPLING, exclude_none=True)
-        if given.get("temperature") == 0:
+        if self.temperature == 0:
             given = {"greedy": True}
+        elif self.temperature is not None:
+            given["greedy"] = False
         return Sampling(**(vars(default) | given))
 
 
@@ -68,9 +70,8 @@ def make_request(
       ApiError, InputError: something is beyond a limit.
     """
     limits = service.settings.limits
-    if len(text) > limits.text_characters:
-        message = f"the text has {len(text)} characters, but at most {limits.text_characters}"
-        raise ApiError(400, f"{message} are spoken", param="text", code="too_long")
+    for each in (text, *(turn.text for turn in context)):
+        check_length(service, each)
     if len(context) > limits.turns:
         message = f"{len(context)} turns of context, but at most {limits.turns} are read"
         raise ApiError(400, message, param="context", code="too_long")
@@ -84,6 +85,14 @@ def make_request(
         random.getrandbits(32) if options.seed is None else options.seed,
         shared_turns=len(shared),
     )
+
+
+def check_length(service: Service, text: str) -> None:
+    """Raises `ApiError` for a text or transcript that is too long."""
+    limit = service.settings.limits.text_characters
+    if len(text) > limit:
+        message = f"the text has {len(text)} characters, but at most {limit} are spoken"
+        raise ApiError(400, message, param="text", code="too_long")
 
 
 async def read_recording(service: Service, given: str | bytes, name: str) -> np.ndarray:

@@ -17,6 +17,9 @@ PAGE = "/page"
 # nobody knows who was not told.
 OPEN_PATHS = ("/healthz", "/readyz", "/metrics", "/", PAGE)
 OPEN_DIRECTORIES = (f"{PAGE}/", "/files/")
+# Recordings for the page, of everybody together: they lie on the disk for ten minutes.
+_UPLOADS = f"{PAGE}/gradio_api/upload"
+_UPLOADS_PER_MINUTE = 30
 # Callers whose rate is remembered, at most.
 _MAX_CALLERS = 10_000
 
@@ -71,13 +74,14 @@ class Keys:
         self._app = app
         self._keys = keys
         self._rates = _Rates(requests_per_minute)
+        self._uploads = _Rates(_UPLOADS_PER_MINUTE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] not in ("http", "websocket") or _is_open(scope["path"]):
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
         try:
-            self._rates.count(self._caller(HTTPConnection(scope)))
+            self._check(HTTPConnection(scope))
         except ApiError as error:
             if scope["type"] == "websocket":
                 await WebSocketClose(1008, str(error))(scope, receive, send)
@@ -86,14 +90,29 @@ class Keys:
             return
         await self._app(scope, receive, send)
 
+    def _check(self, connection: HTTPConnection) -> None:
+        """Raises `ApiError` for who has no key, or asks too often."""
+        path = connection.scope["path"]
+        if not _is_open(path):
+            self._rates.count(self._caller(connection))
+        elif path.startswith(f"{PAGE}/") and connection.scope.get("method") == "POST":
+            # The page asks for a key itself, but does not count.
+            self._rates.count(_address(connection))
+            if path.startswith(_UPLOADS):
+                self._uploads.count("")
+
     def _caller(self, connection: HTTPConnection) -> str:
         """The key, or the address where there are no keys."""
         if not self._keys:
-            return connection.client.host if connection.client else ""
+            return _address(connection)
         given = _key(connection)
         if not is_key(given, self._keys):
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="bad_key")
         return _digest(given).hex()
+
+
+def _address(connection: HTTPConnection) -> str:
+    return connection.client.host if connection.client else ""
 
 
 def _is_open(path: str) -> bool:

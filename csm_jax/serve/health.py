@@ -12,14 +12,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/healthz")
     def healthz() -> dict[str, str]:
-        """The process answers."""
+        """The process answers, and can speak."""
+        if not service.engine.is_alive and not service.is_closing:
+            raise ApiError(503, "the engine has stopped: restart the server", code="stopped")
         return {"status": "ok"}
 
     @routes.get("/readyz")
     def readyz() -> dict[str, str]:
         """The frame loop is compiled, a request has been spoken, and nobody is closing."""
-        if not service.is_ready:
-            why = "closing" if service.is_closing else "warming up"
+        if not service.is_ready or not service.engine.is_alive:
+            why = "warming up" if service.engine.is_alive else "closing"
             raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
         return {"status": "ready"}
 

@@ -88,9 +88,11 @@ class Jobs:
             job.status, job.error = Status.OVER, _cancelled()
             job.task.cancel()
 
-    async def close(self) -> None:
-        """Gives up what is not over."""
+    async def close(self, seconds: float) -> None:
+        """Waits so long for those that are not over, and gives up the others."""
         tasks = [job.task for job in self._jobs.values() if not job.task.done()]
+        if tasks:
+            await asyncio.wait(tasks, timeout=seconds)
         for job in list(self._jobs.values()):
             self.cancel(job)
         await asyncio.gather(*tasks, return_exceptions=True)

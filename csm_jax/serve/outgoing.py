@@ -16,6 +16,8 @@ import httpcore
 from csm_jax.errors import InputError, first_line
 
 MAX_REDIRECTS = 3
+# What somebody has to answer a webhook.
+POST_SECONDS = 20.0
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
@@ -52,16 +54,23 @@ class Outgoing:
             raise InputError(f"{url[:200]}: cannot be fetched ({first_line(error)})") from error
 
     async def post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
-        """Posts JSON, and returns the status. Redirects are not followed. Raises `InputError`."""
+        """Posts JSON, and returns the status; what else is answered is not read.
+
+        Redirects are not followed. Raises `InputError`.
+        """
         check_url(url)
         headers = {"Content-Type": "application/json", **headers}
+        arguments = {"headers": headers, "content": body, "extensions": _TIMEOUTS}
         try:
-            answer = await self._pool.request(
-                "POST", url, headers=headers, content=body, extensions=_TIMEOUTS
-            )
+            async with (
+                asyncio.timeout(POST_SECONDS),
+                self._pool.stream("POST", url, **arguments) as answer,
+            ):
+                return answer.status
+        except TimeoutError as error:
+            raise InputError(f"{url[:200]}: took more than {POST_SECONDS:g} s") from error
         except _FAILURES as error:
             raise InputError(f"{url[:200]}: cannot be reached ({first_line(error)})") from error
-        return answer.status
 
     async def _get(self, url: str, max_bytes: int) -> tuple[bytes | None, str]:
         """The bytes, or None and where they are instead."""

@@ -89,12 +89,11 @@ class Broadcast:
 
 def build(service: Service, broadcast: Broadcast) -> gr.Blocks:
     """The page and what its buttons do."""
-    names = [voice.name for voice in service.voices.all()]
     default = service.settings.sampling
-    with gr.Blocks(title="csm-jax", delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="csm-jax", delete_cache=(60, 600)) as page:
         gr.Markdown(f"# csm-jax\n{TERMS}")
         with gr.Row():
-            voices = [_voice_inputs(i, names) for i in range(len(SPEAKERS))]
+            voices = [_voice_inputs(i, _names(service)) for i in range(len(SPEAKERS))]
         lines = gr.Textbox(
             EXAMPLE, lines=6, label="Dialogue", info="A line for each turn: A: ... or B: ..."
         )
@@ -107,14 +106,30 @@ def build(service: Service, broadcast: Broadcast) -> gr.Blocks:
         whole = gr.Audio(label="All of it", format="wav", interactive=False)
         inputs = [lines, *options, *(part for voice in voices for part in voice)]
         speak = _speaker(service, broadcast)
-        speaking = start.click(speak, inputs, [player, whole, status], api_visibility="private")
+        speaking = start.click(
+            speak,
+            inputs,
+            [player, whole, status],
+            api_visibility="private",
+            concurrency_limit=service.settings.max_batch,
+        )
         stop.click(None, cancels=[speaking])
-    return page
+
+        def list_voices() -> list[dict]:
+            """Those that there are when somebody comes."""
+            return [gr.update(choices=_choices(_names(service)))] * len(voices)
+
+        page.load(list_voices, None, [voice for voice, *_ in voices], api_visibility="private")
+    return page.queue(max_size=service.settings.max_queue)
 
 
 def _option_inputs(default: Sampling) -> list[gr.components.Component]:
     return [
-        gr.Slider(0, 2, default.temperature, label="Temperature", info="0: the likeliest"),
+        gr.Slider(
+            *(0, 2, 0 if default.greedy else default.temperature),
+            label="Temperature",
+            info="0: the likeliest",
+        ),
         gr.Slider(1, 500, default.top_k, step=1, label="Top k"),
         gr.Slider(0.01, 1, default.top_p, label="Top p"),
         gr.Slider(0, 0.99, default.min_p, label="Min p"),
@@ -123,15 +138,30 @@ def _option_inputs(default: Sampling) -> list[gr.components.Component]:
     ]
 
 
+def without_fetching(recording: gr.Audio) -> gr.Audio:
+    """Gradio would fetch a recording from any address that a request names, and of any size.
+
+    A subclass would be cleaner, but gradio writes a file beside the code of each.
+    """
+    move = recording.async_move_resource_to_block_cache
+
+    async def move_file(path: str | Path | None) -> str | None:
+        if "://" in str(path):
+            raise gr.Error("a recording is a file, and no address")
+        return await move(path)
+
+    recording.async_move_resource_to_block_cache = move_file
+    return recording
+
+
 def _voice_inputs(number: int, names: list[str]) -> list[gr.components.Component]:
     """A voice of the list, or a recording and what is said in it."""
     with gr.Column():
         chosen = names[number % len(names)] if names else NO_VOICE
-        voice = gr.Dropdown([*names, OWN_VOICE, NO_VOICE], value=chosen, label=SPEAKERS[number])
+        voice = gr.Dropdown(_choices(names), value=chosen, label=SPEAKERS[number])
         with gr.Group(visible=False) as own:
-            recording = gr.Audio(
-                sources=["upload", "microphone"], type="filepath", label="My recording"
-            )
+            sources = ["upload", "microphone"]
+            recording = gr.Audio(sources=sources, type="filepath", label="My recording")
             transcript = gr.Textbox(label="What is said in my recording")
         voice.change(
             lambda name: gr.update(visible=name == OWN_VOICE),
@@ -139,7 +169,15 @@ def _voice_inputs(number: int, names: list[str]) -> list[gr.components.Component
             own,
             api_visibility="private",
         )
-    return [voice, recording, transcript]
+    return [voice, without_fetching(recording), transcript]
+
+
+def _names(service: Service) -> list[str]:
+    return [voice.name for voice in service.voices.all()]
+
+
+def _choices(names: list[str]) -> list[str]:
+    return [*names, OWN_VOICE, NO_VOICE]
 
 
 def _speaker(service: Service, broadcast: Broadcast) -> Callable[..., AsyncIterator]:
@@ -165,6 +203,8 @@ def _speaker(service: Service, broadcast: Broadcast) -> Callable[..., AsyncItera
                     async for chunk in _speak_line(service, line, turns, options):
                         pieces.append(chunk)
                         send(chunk)
+                        # Here gradio notices that nobody is there any more.
+                        yield gr.skip(), gr.skip(), gr.skip()
         except (CSMError, ApiError, ValidationError) as error:
             raise gr.Error(first_line(error), print_exception=False) from error
         audio = np.concatenate(pieces)
@@ -210,7 +250,10 @@ async def _voice_turn(
         raise InputError(
             f"{SPEAKERS[speaker]} has no recording, or it is not said what is said in it"
         )
-    data = await service.in_thread(Path(recording).read_bytes)
+    try:
+        data = await service.in_thread(Path(recording).read_bytes)
+    except OSError as error:
+        raise InputError("the recording is gone: upload it again") from error
     audio = await read_recording(service, data, "audio")
     return Segment(speaker, transcript, codes=await service.encode(audio))
 

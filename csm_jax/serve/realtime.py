@@ -20,7 +20,6 @@ cancelled, what had been sent.
 """
 
 import asyncio
-import contextlib
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
@@ -30,8 +29,8 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
 from csm_jax.prompt import Segment
-from csm_jax.serve.errors import ApiError, as_api_error
-from csm_jax.serve.fields import Options, Speaker, Text, make_request, read_recording
+from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
+from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
 from csm_jax.serve.service import Live, Service
 from csm_jax.serve.voices import Voice
 from csm_jax.text import take_sentences
@@ -163,6 +162,7 @@ class Conversation:
         self._sentences.put_nowait(sentence)
 
     async def _hear(self, turn: AddTurn) -> None:
+        check_length(self._service, turn.text)
         codes = None
         if turn.audio is not None:
             audio = await read_recording(self._service, turn.audio, "audio")
@@ -183,11 +183,12 @@ class Conversation:
         if not self._is_speaking:
             self._is_silent.set()
         await self._is_silent.wait()
-        await self._tell("cancelled")
+        if not self._speaking.done():
+            await self._tell("cancelled")
 
     async def _speak_all(self) -> None:
         """Says one sentence after the other, until the socket is gone."""
-        with contextlib.suppress(WebSocketDisconnect):
+        try:
             while True:
                 self._is_speaking = False
                 if self._sentences.empty():
@@ -198,6 +199,12 @@ class Conversation:
                     await self._speak(sentence)
                 except (CSMError, ApiError) as error:
                     await self._tell_error(error)
+        except WebSocketDisconnect:
+            pass
+        finally:
+            # Or who waits for silence would wait for ever.
+            self._is_speaking = False
+            self._is_silent.set()
 
     async def _speak(self, sentence: str) -> None:
         self._num_started += 1
@@ -239,6 +246,4 @@ def _parse(message: str) -> BaseModel:
     try:
         return _MESSAGE.validate_json(message)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise ApiError(400, f"{where}: {first['msg']}", param=where, code=first["type"]) from error
+        raise as_bad_field(error) from error

@@ -49,6 +49,14 @@ async def speak_scene(
             audio.append(await live.audio())
         finally:
             live.cancel()
+        _check_length(service, audio)
         heard.append(Segment(line.speaker, line.text, codes=live.codes()))
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
+
+
+def _check_length(service: Service, audio: list[np.ndarray]) -> None:
+    """Raises `ApiError` if it is more than one answer may be."""
+    limit = service.settings.limits.speech_ms
+    if 1000 * sum(map(len, audio)) / service.model.sample_rate > limit:
+        raise ApiError(400, f"the scene takes more than {limit:g} ms; speak it in parts")

@@ -36,6 +36,8 @@ logger = logging.getLogger("csm_jax.serve")
 
 # Threads that encode contexts, decode and compress: what they call leaves Python's lock.
 _THREADS = 4
+# What jobs get that are not over when the server is told to end.
+_JOB_SECONDS = 60
 # Two frames of this are spoken before anybody is let in.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
 # Positions that its texts and frames may take.
@@ -81,7 +83,7 @@ class Service:
             await self.in_thread(lambda: self.model.silent_codes)
             for request in (*self._all_lengths(), *self._all_voices()):
                 for stream in (True, False):
-                    live = await self.speak(request, stream=stream)
+                    live = await self.speak(request, stream=stream, wait=True)
                     await live.audio()
         except Exception:
             # Whoever asks /readyz hears no to the end; why, stands here.
@@ -109,8 +111,8 @@ class Service:
     async def close(self) -> None:
         """Lets everybody finish."""
         self.is_ready = False
+        await self.jobs.close(_JOB_SECONDS)
         self.is_closing = True
-        await self.jobs.close()
         await asyncio.to_thread(self.engine.close, finish=True)
         await self.webhooks.close()
         await self.outgoing.close()
@@ -136,12 +138,15 @@ class Service:
         codec, count = self.model.codec, self.model.config.num_codebooks
         return await self.in_thread(codec.encode, audio, count)
 
-    async def speak(self, request: Request, *, stream: bool, background: bool = False) -> "Live":
+    async def speak(
+        self, request: Request, *, stream: bool, background: bool = False, wait: bool = False
+    ) -> "Live":
         """Hands a request to the engine.
 
         Args:
           stream: whether chunks are wanted while it speaks; otherwise only the whole.
           background: behind all others.
+          wait: for a place in the queue.
 
         Raises:
           ApiError: the server is closing.
@@ -152,7 +157,7 @@ class Service:
         request = self._limited(request)
         started = time.perf_counter()
         submitted = self._threads.submit(
-            self.engine.submit, request, stream=stream, background=background
+            self.engine.submit, request, stream=stream, wait=wait, background=background
         )
         try:
             ticket = await asyncio.wrap_future(submitted)

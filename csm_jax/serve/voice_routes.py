@@ -6,7 +6,15 @@ from pydantic import BaseModel, Field
 
 from csm_jax.audio import SAMPLE_RATE, encode_audio
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import Recording, Speaker, Text, both_kinds, read_fields, read_recording
+from csm_jax.serve.fields import (
+    Recording,
+    Speaker,
+    Text,
+    both_kinds,
+    check_length,
+    read_fields,
+    read_recording,
+)
 from csm_jax.serve.service import Service
 from csm_jax.serve.voices import Voice, check_name
 
@@ -42,6 +50,7 @@ def router(service: Service) -> APIRouter:
     async def add(http: HTTPRequest) -> VoiceEntry:
         fields = await read_fields(http, NewVoice)
         check_name(fields.name)
+        check_length(service, fields.text)
         audio = await read_recording(service, fields.audio, "audio")
         voice = await service.in_thread(voices.add, fields.name, fields.speaker, fields.text, audio)
         return _entry(voice)

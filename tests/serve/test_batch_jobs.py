@@ -14,6 +14,7 @@ import openai
 import pytest
 from serving import SMALL, as_samples, serve
 
+from csm_jax.serve import batches
 from csm_jax.serve.settings import Settings
 
 
@@ -182,3 +183,15 @@ def start(data) -> tuple[subprocess.Popen, str]:
                 return process, url
         except httpx.TransportError:
             time.sleep(0.1)
+
+
+def test_files_have_room_up_to_a_limit(model, monkeypatch):
+    with serve(model, Settings(**SMALL)) as running:
+        monkeypatch.setattr(batches, "MAX_STORED_BYTES", 200_000)
+        files = {"file": ("a.jsonl", lines(1000))}
+        answers = [running.post("/v1/files", files=files) for _ in range(3)]
+        assert [answer.status_code for answer in answers] == [200, 429, 429]
+        assert answers[1].json()["error"]["code"] == "storage_full"
+        running.get("/v1/batches")
+        httpx.delete(f"{running.url}/v1/files/{answers[0].json()['id']}").raise_for_status()
+        assert running.post("/v1/files", files=files).status_code == 200

@@ -168,3 +168,30 @@ def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
     assert answers["seven"].status_code == 503
     assert "broken" in answers["seven"].json()["detail"]
     assert len(as_samples(answers["one two"].content)) == len(expected)
+
+
+def test_who_comes_during_the_warm_up_does_not_end_it(model):
+    """The queue is full of them, and the warm-up waits for its turn."""
+    settings = Settings(max_batch=1, max_queue=1, max_seq_len=128)
+    with serve(model, settings, warm=None) as running:
+        statuses = []
+        while running.get("/readyz").status_code != 200:
+            asks = [threading.Thread(target=_ask_briefly, args=(running, statuses)) for _ in "123"]
+            for thread in asks:
+                thread.start()
+            for thread in asks:
+                thread.join()
+        assert {200, 429} == set(statuses)
+
+
+def _ask_briefly(running, statuses: list[int]) -> None:
+    body = {"text": "one", "max_audio_length_ms": 400}
+    statuses.append(running.post("/generate", json=body).status_code)
+
+
+def test_a_server_whose_engine_has_ended_is_not_well(model):
+    with serve(model, Settings(**SMALL), warm=None) as running:
+        assert running.get("/healthz").status_code == 200
+        running.service.engine.close()
+        assert running.get("/healthz").status_code == 503
+        assert running.get("/readyz").status_code == 503

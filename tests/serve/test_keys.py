@@ -1,11 +1,13 @@
 """Who may ask, how often, and how much."""
 
+import base64
 import itertools
 import socket
 
 import httpx
+import numpy as np
 import pytest
-from serving import SMALL, serve
+from serving import SMALL, as_wav, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
@@ -159,6 +161,51 @@ def test_other_pages_may_not_ask(server):
     headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{server.url}/generate", headers=headers)
     assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_is_no_exception(server):
+    """Gradio would let everybody who calls this machine by another name."""
+    headers = {"Origin": "https://example.com", "Host": "speech.example.com"}
+    answer = httpx.get(f"{server.url}/page/config", headers=headers)
+    assert answer.status_code == 200
+    assert "access-control-allow-origin" not in answer.headers
+
+
+def test_the_page_counts_too(model, monkeypatch):
+    monkeypatch.setattr(guard, "monotonic", lambda: 0.0)
+    with serve(model, Settings(**SMALL, requests_per_minute=2)) as running:
+        url = f"{running.url}/page/gradio_api/queue/join"
+        statuses = [httpx.post(url, json={}).status_code for _ in range(3)]
+    assert statuses[2] == 429
+    assert 429 not in statuses[:2]
+
+
+def test_uploads_of_all_together_are_counted(model, monkeypatch):
+    monkeypatch.setattr(guard, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(guard, "_UPLOADS_PER_MINUTE", 1)
+    with serve(model, Settings(**SMALL)) as running:
+        url = f"{running.url}/page/gradio_api/upload"
+        answers = [httpx.post(url, files={"files": b"a"}) for _ in range(2)]
+    assert [answer.status_code for answer in answers] == [200, 429]
+
+
+WAV = base64.b64encode(as_wav(np.sin(np.arange(24_000, dtype=np.float32)))).decode()
+LONG = "a" * 10_001
+TURN = {"prompt": LONG, "audio_url": f"data:audio/wav;base64,{WAV}", "speaker_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/generate", {"text": "one", "audio": WAV, "audio_text": LONG}),
+        ("/v1/audio/voices", {"name": "a", "audio": WAV, "text": LONG}),
+        ("/fal-ai/csm-1b", {"scene": [{"text": "one", "speaker_id": 0}], "context": [TURN]}),
+    ],
+)
+def test_a_transcript_has_an_end(server, path, fields):
+    answer = server.post(path, json=fields)
+    assert answer.status_code == 400
+    assert "10001 characters, but at most 10000" in answer.json()["detail"]
 
 
 def test_those_that_are_named_may(model):

@@ -69,6 +69,9 @@ class Handler(BaseHTTPRequestHandler):
             else:
                 self.wfile.write(piece)
 
+    def do_POST(self):
+        self.do_GET()
+
     def log_message(self, *_):
         pass
 
@@ -174,3 +177,19 @@ def test_what_is_compressed_is_not_unpacked(site):
     """It is asked for as it is; what comes packed all the same stays so."""
     site.pages["/a"] = 200, {"Content-Encoding": "gzip"}, [b"\x1f\x8b"]
     assert fetch(f"{site.url}/a") == b"\x1f\x8b"
+
+
+def test_what_a_webhook_answers_is_not_read(site):
+    """However much it is, and however slowly it comes."""
+    site.pages["/hook"] = 201, {}, [b"a" * 1000, 1.0] * 20
+
+    async def work() -> int:
+        outgoing = Outgoing(allow_private=True)
+        try:
+            return await outgoing.post(f"{site.url}/hook", b"{}", {})
+        finally:
+            await outgoing.close()
+
+    started = time.monotonic()
+    assert asyncio.run(work()) == 201
+    assert time.monotonic() - started < 5

@@ -3,13 +3,16 @@
 import io
 import shutil
 
+import gradio
+import httpx
 import numpy as np
 import pytest
 import soundfile
+from gradio.processing_utils import async_move_files_to_cache
 from serving import SMALL, serve
 
 from csm_jax.errors import InputError
-from csm_jax.serve.page import parse_lines
+from csm_jax.serve.page import parse_lines, without_fetching
 from csm_jax.serve.scene import Line
 from csm_jax.serve.settings import Settings
 
@@ -73,6 +76,16 @@ def test_a_recording_of_one_s_own(page, recording, transcript):
 
 
 @needs_browser
+def test_a_voice_that_was_added_can_be_chosen(page, server, recording, transcript):
+    fields, files = {"name": "late", "text": transcript}, {"audio": ("a.flac", recording)}
+    assert server.post("/v1/audio/voices", data=fields, files=files).status_code == 201
+    page.reload()
+    page.get_by_label("A", exact=True).click()
+    page.get_by_role("option", name="late").click(timeout=10_000)
+    httpx.delete(f"{server.url}/v1/audio/voices/late").raise_for_status()
+
+
+@needs_browser
 @pytest.mark.parametrize(
     ("lines", "message"), [("   ", "there is no line to say"), ("x" * 20_000, "at most 10000")]
 )
@@ -104,6 +117,15 @@ def test_with_keys_it_asks_for_one(model, browser):
             (answer or page.get_by_text("Incorrect")).first.wait_for(timeout=30_000)
             assert page.get_by_role("button", name="Speak").count() == opens
             page.close()
+
+
+def test_a_recording_is_no_address():
+    """Gradio fetches what it is given, from anywhere."""
+    recording = without_fetching(gradio.Audio(type="filepath"))
+    given = {"path": "http://127.0.0.1:1/a.wav", "meta": {"_type": "gradio.FileData"}}
+    fetching = async_move_files_to_cache(given, recording, check_in_upload_folder=True)
+    with pytest.raises(gradio.Error, match="no address"):
+        fetching.send(None)  # the browser's driver has a loop in this thread
 
 
 def test_lines():

@@ -1,13 +1,19 @@
 """A conversation over a WebSocket, by a client that nobody here wrote (`websockets`)."""
 
+import asyncio
 import base64
 import json
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from fastapi import WebSocketDisconnect
 from hearing import median_pitch
 from websockets.sync.client import connect
+
+from csm_jax.serve.realtime import Conversation
+from csm_jax.serve.settings import Settings
 
 
 @pytest.fixture
@@ -156,3 +162,22 @@ def test_bytes_are_no_message(talk):
     """The connection may end, but nothing else."""
     talk.socket.send(b"\x00\x01")
     assert talk.receive()["type"] == "error"
+
+
+class Gone:
+    """A socket whose client has hung up."""
+
+    async def send_json(self, message: dict) -> None:
+        raise WebSocketDisconnect
+
+
+def test_a_cancel_of_who_is_gone_waits_for_nothing():
+    """Or the conversation would never end."""
+
+    async def scenario() -> None:
+        service = SimpleNamespace(settings=Settings())
+        async with Conversation(service, Gone()) as conversation:
+            conversation._say("x" * 20_000)  # too long, which cannot be told either
+            await asyncio.wait_for(conversation.take('{"type": "cancel"}'), 5)
+
+    asyncio.run(scenario())

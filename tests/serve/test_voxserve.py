@@ -8,6 +8,9 @@ import pytest
 from hearing import median_pitch
 from serving import as_samples, same
 
+from csm_jax.sampling import Sampling
+from csm_jax.serve.fields import Options
+
 FIELDS = {"text": "one two three", "speaker": 0, "seed": 5}
 
 
@@ -47,6 +50,13 @@ def test_sampling_is_per_request(server, field):
 def test_no_temperature_is_greedy(server):
     first, second = (generate(server, temperature=0, seed=seed).content for seed in (1, 2))
     assert same(first, second)
+
+
+def test_who_names_a_temperature_is_not_greedy_because_the_server_is():
+    default = Sampling(greedy=True, top_k=7)
+    assert Options().sampling(default) == default
+    assert Options(temperature=0.5).sampling(default) == Sampling(0.5, top_k=7)
+    assert Options(temperature=0).sampling(Sampling(top_k=7)).greedy
 
 
 @pytest.mark.parametrize("kind", ["json", "form"])

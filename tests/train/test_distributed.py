@@ -85,6 +85,7 @@ def test_two_processes(data, alone, tmp_path):
     assert (out / "model" / "config.json").is_file()
 
 
+@pytest.mark.long
 def test_gone_on_with_on_other_devices(data, alone, tmp_path):
     """A checkpoint of eight devices is one for any number."""
     out = tmp_path / "run"
