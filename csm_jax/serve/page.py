@@ -5,6 +5,7 @@ import contextlib
 import os
 import re
 import secrets
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from csm_jax.audio import to_pcm
 from csm_jax.errors import CSMError, InputError, first_line
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
-from csm_jax.serve.errors import ApiError
+from csm_jax.serve.errors import ApiError, as_bad_field
 from csm_jax.serve.fields import Options, make_request, read_recording
 from csm_jax.serve.formats import Encoder
 from csm_jax.serve.guard import PAGE, is_key
@@ -29,6 +30,8 @@ from csm_jax.serve.scene import Line
 from csm_jax.serve.service import Service
 
 SPEAKERS = ("A", "B")
+# Of which browsers may ask for the mp3 again; a minute is 0.24 MB.
+MAX_SPEECHES = 32
 NO_VOICE, OWN_VOICE = "(none: the model's choice)", "(my recording)"
 TERMS = """Do not use this model to impersonate anybody without their explicit consent, to deceive \
 or to misinform, or for anything illegal or harmful. Do not pass its speech off as a recording."""
@@ -59,32 +62,66 @@ def mount(app: FastAPI, service: Service) -> None:
 class Broadcast:
     """Speech on its way to players that are told where to listen.
 
-    Gradio's own streams need the program ffmpeg; a browser plays an mp3 while it comes.
+    Gradio's own streams need the program ffmpeg; a browser plays an mp3 while it comes. It may ask
+    for it twice, and hears it from its beginning each time.
     """
 
     def __init__(self, sample_rate: int):
         self._sample_rate = sample_rate
-        self._queues: dict[str, asyncio.Queue[bytes | None]] = {}
+        self._speeches: OrderedDict[str, _Speech] = OrderedDict()
 
     @contextlib.contextmanager
     def open(self) -> Iterator[tuple[str, Callable[[np.ndarray], None]]]:
         """Gives a name that nobody guesses, and a function that sends float32 [n] samples."""
-        name, queue = secrets.token_urlsafe(16), asyncio.Queue()
-        self._queues[name] = queue
+        name, speech = secrets.token_urlsafe(16), _Speech()
+        self._speeches[name] = speech
+        if len(self._speeches) > MAX_SPEECHES:
+            self._speeches.popitem(last=False)
         encoder = Encoder("mp3", self._sample_rate)
         try:
-            yield name, lambda samples: queue.put_nowait(encoder.add(samples))
-            queue.put_nowait(encoder.finish())
+            yield name, lambda samples: speech.add(encoder.add(samples))
+            speech.add(encoder.finish())
         finally:
-            queue.put_nowait(None)
-            # Whoever listens already has the queue.
-            del self._queues[name]
+            speech.end()
 
     async def listen(self, name: str) -> AsyncIterator[bytes]:
-        """The bytes of an mp3 from its beginning, for the first who asks; nothing for others."""
-        queue = self._queues.get(name)
-        while queue and (data := await queue.get()) is not None:
-            yield data
+        """The bytes of an mp3 from its beginning; nothing of one that is not known any more."""
+        if speech := self._speeches.get(name):
+            async for data in speech.read():
+                yield data
+
+
+class _Speech:
+    """Bytes that many read while they come."""
+
+    def __init__(self):
+        self._pieces: list[bytes] = []
+        self._is_over = False
+        self._changed = asyncio.Event()
+
+    def add(self, data: bytes) -> None:
+        self._pieces.append(data)
+        self._wake()
+
+    def end(self) -> None:
+        self._is_over = True
+        self._wake()
+
+    async def read(self) -> AsyncIterator[bytes]:
+        num_read = 0
+        while True:
+            # Before the look at what there is, or a change in between would go unnoticed.
+            changed = self._changed
+            while num_read < len(self._pieces):
+                num_read += 1
+                yield self._pieces[num_read - 1]
+            if self._is_over:
+                return
+            await changed.wait()
+
+    def _wake(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
 
 
 def build(service: Service, broadcast: Broadcast) -> gr.Blocks:
@@ -134,7 +171,8 @@ def _option_inputs(default: Sampling) -> list[gr.components.Component]:
         gr.Slider(0.01, 1, default.top_p, label="Top p"),
         gr.Slider(0, 0.99, default.min_p, label="Min p"),
         gr.Slider(0.5, 3, default.repetition_penalty, label="Repetition penalty"),
-        gr.Number(None, precision=0, label="Seed", info="empty: another every time"),
+        # A field for numbers shows 0 when it is empty.
+        gr.Textbox(label="Seed", placeholder="another every time"),
     ]
 
 
@@ -192,7 +230,7 @@ def _speaker(service: Service, broadcast: Broadcast) -> Callable[..., AsyncItera
                 top_p=top_p,
                 min_p=min_p,
                 repetition_penalty=penalty,
-                seed=seed,
+                seed=(seed or "").strip() or None,
             )
             lines = parse_lines(text)
             turns = await _voice_turns(service, voices)
@@ -205,7 +243,9 @@ def _speaker(service: Service, broadcast: Broadcast) -> Callable[..., AsyncItera
                         send(chunk)
                         # Here gradio notices that nobody is there any more.
                         yield gr.skip(), gr.skip(), gr.skip()
-        except (CSMError, ApiError, ValidationError) as error:
+        except ValidationError as error:
+            raise gr.Error(str(as_bad_field(error)), print_exception=False) from error
+        except (CSMError, ApiError) as error:
             raise gr.Error(first_line(error), print_exception=False) from error
         audio = np.concatenate(pieces)
         whole = np.frombuffer(to_pcm(audio), "<i2")

@@ -1,7 +1,9 @@
 """The page in a real browser: headless Chromium, driven by Playwright."""
 
+import asyncio
 import io
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import gradio
 import httpx
@@ -12,7 +14,7 @@ from gradio.processing_utils import async_move_files_to_cache
 from serving import SMALL, serve
 
 from csm_jax.errors import InputError
-from csm_jax.serve.page import parse_lines, without_fetching
+from csm_jax.serve.page import Broadcast, parse_lines, without_fetching
 from csm_jax.serve.scene import Line
 from csm_jax.serve.settings import Settings
 
@@ -60,6 +62,9 @@ def test_dialogue_is_spoken_heard_and_downloaded(page, server, tmp_path):
     played = "Array.from(document.querySelectorAll('audio')).map(a => [a.src, a.duration])"
     live = [found for found in page.evaluate(played) if "/page/live/" in found[0]]
     assert len(live) == 1
+    page.wait_for_function("document.querySelector('audio[src*=live]').ended", timeout=30_000)
+    duration = page.evaluate("document.querySelector('audio[src*=live]').duration")
+    assert duration == pytest.approx(len(audio) / 24_000, abs=0.2)  # mp3 pads its ends
     page.screenshot(path=tmp_path / "page.png", full_page=True)
     assert "impersonate" in page.content()
 
@@ -93,6 +98,14 @@ def test_what_is_wrong_is_said(page, lines, message):
     page.get_by_label("Dialogue").fill(lines)
     page.get_by_role("button", name="Speak").click()
     page.get_by_text(message).first.wait_for(timeout=20_000)
+
+
+@needs_browser
+def test_a_seed_is_a_number(page):
+    page.get_by_text("Advanced").click()
+    page.get_by_label("Seed").fill("seven")
+    page.get_by_role("button", name="Speak").click()
+    page.get_by_text("seed: Input should be a valid integer").first.wait_for(timeout=20_000)
 
 
 @needs_browser
@@ -137,3 +150,28 @@ def test_lines():
     ]
     with pytest.raises(InputError):
         parse_lines("\n A: \n")
+
+
+def test_whoever_listens_hears_it_from_the_beginning():
+    """A browser asks twice for the same, the first time for its kind only."""
+
+    async def scenario() -> list[bytes]:
+        broadcast = Broadcast(24_000)
+
+        async def hear(name: str) -> bytes:
+            return b"".join([data async for data in broadcast.listen(name)])
+
+        with broadcast.open() as (name, send):
+            first = asyncio.create_task(hear(name))
+            for _ in range(3):
+                send(np.zeros(24_000, np.float32))
+                await asyncio.sleep(0)
+            second = asyncio.create_task(hear(name))
+            await asyncio.sleep(0)
+        return [await first, await second, await hear(name), await hear("another")]
+
+    with ThreadPoolExecutor() as thread:  # the browser's driver has a loop in this one
+        first, *others, nothing = thread.submit(asyncio.run, scenario()).result()
+    assert len(soundfile.read(io.BytesIO(first))[0]) > 70_000
+    assert others == [first, first]
+    assert nothing == b""
