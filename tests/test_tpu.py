@@ -56,7 +56,7 @@ def assert_fits(figures: dict, parameters: float, cache: float) -> None:
     ("quantize", "batch"),
     [
         ("none", 32),
-        ("int8", 32),
+        pytest.param("int8", 32, marks=pytest.mark.long),
         pytest.param("none", 1, marks=pytest.mark.long),
         pytest.param("int8", 1, marks=pytest.mark.long),
     ],

@@ -107,7 +107,9 @@ def has_step(out: Path, step: int) -> bool:
     return path.is_file() and f'"step": {step},' in path.read_text()
 
 
-@pytest.mark.parametrize("step", [1, pytest.param(3, marks=pytest.mark.long), 5])
+@pytest.mark.parametrize(
+    "step", [1, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 5))]
+)
 def test_killed_and_started_again(whole_run, tmp_path, step):
     """At any moment: before the first checkpoint, between two, while one is written."""
     whole, flags = whole_run
