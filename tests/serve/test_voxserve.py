@@ -2,6 +2,7 @@
 
 import base64
 import json
+import time
 
 import numpy as np
 import pytest
@@ -132,8 +133,12 @@ def test_a_request_has_a_name(server):
 def test_the_log_line_has_the_latencies(server, caplog):
     with caplog.at_level("INFO", logger="csm_jax.serve"):
         name = generate(server).headers["x-request-id"]
-    lines = [json.loads(record.message) for record in caplog.records]
-    [line] = [each for each in lines if each["request_id"] == name]
+        # It is written when the client has its answer already.
+        deadline = time.monotonic() + 10
+        while not any(name in record.message for record in caplog.records):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    [line] = [json.loads(each.message) for each in caplog.records if name in each.message]
     assert line["path"] == "/generate"
     assert line["status"] == 200
     parts = [line[f"{part}_s"] for part in ("queue", "prefill", "frames", "codec", "encode")]
