@@ -269,7 +269,7 @@ def open_source(name: str | Path) -> Source:
     if name in RANDOM:
         config = RANDOM[name]()
         return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
-    directory = _directory(str(name))
+    directory = find_directory(str(name))
     if checkpoint.is_native(directory):
         config = checkpoint.load_config(directory)
         tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
@@ -292,7 +292,13 @@ def _as_int8(name: str, dtype: str, quantize: str | None) -> Precision:
     return resolve(dtype, "int8")
 
 
-def _directory(name: str) -> Path:
+def find_directory(name: str) -> Path | None:
+    """Where a checkpoint lies, downloaded if need be; None for random weights.
+
+    Raises `CheckpointError` for a name that means nothing.
+    """
+    if name in RANDOM:
+        return None
     directory = BUNDLED.get(name) or Path(name).expanduser()
     if directory.is_dir():
         return directory

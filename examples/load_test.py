@@ -21,6 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import csm_jax
+from csm_jax.audio import SAMPLE_RATE, to_pcm
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "what it serves")
@@ -31,7 +32,6 @@ LEAVE = flags.DEFINE_float("leave", 0.0, "share of the clients that hang up on t
 PID = flags.DEFINE_integer("pid", None, "of the server, for its memory")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts and of who leaves")
 
-SAMPLE_RATE = 24_000
 # Of a wav file, before its samples.
 HEAD_BYTES = 44
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
@@ -130,7 +130,7 @@ def speak_alone(model: csm_jax.Generator, requests: list) -> tuple[list[np.ndarr
 
 
 def as_int16(audio: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(audio * 32768), -32768, 32767).astype(np.int32)
+    return np.frombuffer(to_pcm(audio), "<i2").astype(np.int32)
 
 
 def main(_: list[str]) -> None:

@@ -12,33 +12,29 @@ Prints a JSON object with the median time to the first samples of a stream, in s
 """
 
 import base64
-import io
 import json
 import statistics
 import time
 
 import httpx
 import numpy as np
-import soundfile
 from absl import app, flags, logging
 
+from csm_jax.audio import SAMPLE_RATE, encode_audio, load_audio
 from csm_jax.generator import BUNDLED
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "of the recording")
 REPEATS = flags.DEFINE_integer("repeats", 9, "requests of each kind")
 TEXT = "one two three"
-SAMPLE_RATE = 24_000
 
 
 def make_recording(seconds: float, index: int) -> bytes:
     """A wav file of the demo's prompts, beginning a bit later each time: no two are alike."""
     paths = sorted((BUNDLED["demo"] / "prompts").glob("*.flac"))
-    audio = np.concatenate([soundfile.read(path, dtype="float32")[0] for path in paths])
+    audio = np.concatenate([load_audio(path, SAMPLE_RATE) for path in paths])
     samples = np.resize(np.roll(audio, -4800 * index), int(seconds * SAMPLE_RATE))
-    file = io.BytesIO()
-    soundfile.write(file, samples, SAMPLE_RATE, format="WAV")
-    return file.getvalue()
+    return encode_audio(samples, SAMPLE_RATE, ".wav")
 
 
 def first_audio(client: httpx.Client, body: dict) -> float:

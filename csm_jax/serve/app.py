@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 
 from csm_jax.files import make_directory
-from csm_jax.generator import Generator, load, open_source
+from csm_jax.generator import Generator, find_directory, load
 from csm_jax.serve import (
     batches,
     deepinfra,
@@ -48,7 +48,7 @@ def load_app(
     Args and errors: those of `csm_jax.load`.
     """
     model = load(checkpoint, dtype, quantize, adapters=adapters)
-    return create_app(model, settings, find_presets(checkpoint, open_source(checkpoint).directory))
+    return create_app(model, settings, find_presets(checkpoint, find_directory(checkpoint)))
 
 
 def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -> FastAPI:

@@ -89,7 +89,7 @@ def router(service: Service) -> APIRouter:
                 service.webhooks.post(fal_webhook, _outcome(job))
 
         job = service.jobs.submit(work, tell)
-        return _state(service, job, f"{base}queue/{APP}/requests/{job.id}")
+        return _state(service, job, _where(http, job))
 
     @routes.get(queue + "/requests/{job_id}/status")
     def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:

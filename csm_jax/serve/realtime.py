@@ -236,7 +236,8 @@ class Conversation:
         )
 
     async def _tell_error(self, error: Exception) -> None:
-        await self._tell("error", message=str(as_api_error(error)), code=as_api_error(error).code)
+        told = as_api_error(error)
+        await self._tell("error", message=str(told), code=told.code)
 
     async def _tell(self, kind: str, **fields: object) -> None:
         await self._socket.send_json({"type": kind, **fields})
