@@ -9,39 +9,71 @@ from csm_jax.speech import DEFAULT_SAMPLING
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request may ask for. All of it is checked while the request is read.
+    """What one request or connection may cost, checked before the cost arises.
 
     Attributes:
-      body_bytes: of a request.
-      text_characters: of what is to be said.
+      json_bytes: of a request body where no recordings can be.
+      body_bytes: of a request body where recordings can be.
+      pending_body_bytes: of all request bodies that are held at once.
+      json_values: commas and brackets of a JSON body: how many values it can have.
+      text_characters: of what is to be said, and of a transcript.
       audio_bytes: of one recording, as it comes.
-      audio_seconds: of one recording, decoded.
+      audio_seconds: of one recording, decoded. All recordings of a context together may last as
+        long as the model's window.
       turns: of a context or a scene.
-      speech_ms: of one answer.
+      speech_ms: of one response.
+      connections: open at once.
+      connections_per_address: open at once from one address (the /64 for IPv6). When there are
+        more, the one that has been idle longest is closed.
+      head_seconds: until the head of a request is complete.
+      body_seconds, body_bytes_per_second: a body must be complete after so many seconds, and one
+        more for every so many bytes that have come.
+      idle_seconds: between two requests of a connection.
+      write_seconds: without a byte taken by the client.
+      socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
     """
 
+    json_bytes: int = 256_000
     body_bytes: int = 32_000_000
+    pending_body_bytes: int = 256_000_000
+    json_values: int = 100_000
     text_characters: int = 10_000
     audio_bytes: int = 10_000_000
     audio_seconds: float = 60.0
     turns: int = 64
     speech_ms: float = 600_000.0
+    connections: int = 8192
+    connections_per_address: int = 512
+    head_seconds: float = 10.0
+    body_seconds: float = 20.0
+    body_bytes_per_second: int = 50_000
+    idle_seconds: float = 15.0
+    write_seconds: float = 30.0
+    socket_idle_seconds: float = 300.0
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Attributes:
-    model_name: what the APIs call the model.
-    sampling: what a request gets that says nothing of it.
-    max_batch, max_seq_len, max_queue: of the `Engine`.
-    voices: directory of presets; new ones are written there.
-    data: directory of what outlives the process: batches and their files.
-    api_keys: who has one may speak; none lets everybody.
-    requests_per_minute: of one key, or of one address where there are no keys; 0 is any number.
-    fetch_urls: whether recordings are fetched from addresses in requests.
-    allow_private: whether such addresses, and those of webhooks, may be private ones.
-    cors_origins: whose pages may call; none lets no other page.
-    webhook_secret: what results are signed with that are posted to a webhook; none posts none.
+    """How a server runs.
+
+    Attributes:
+      model_name: what the APIs call the model.
+      sampling: for requests that do not say.
+      max_batch, max_seq_len, max_queue: of the `Engine`.
+      voices: directory of presets, read-only and for everybody.
+      data: directory of what outlives the process: batches, files, added voices, jobs.
+      api_keys: lines `KEY [tenant=NAME] [weight=NUMBER]`; without any, everybody may ask.
+      requests_per_minute: requests and utterances of one caller; 0 is any number.
+      speech_seconds_per_minute: seconds of speech of one caller; 0 is any number.
+      fetch_urls: whether recordings are fetched from addresses in requests.
+      allow_private: whether such addresses, and those of webhooks, may be private ones.
+      allowed_hosts: names that this server may be called by in a Host header, besides its own
+        address, IP addresses and localhost; "*" is any.
+      cors_origins: whose pages may call, besides the server's own; "*" is any.
+      trusted_proxies: addresses or networks whose X-Forwarded-For is believed.
+      webhook_secret: what results are signed with that are posted to a webhook; without it none
+        are posted.
+      drain_seconds: from SIGTERM until the process is gone.
     """
 
     model_name: str = "csm-1b"
@@ -53,8 +85,12 @@ class Settings:
     data: Path | None = None
     api_keys: tuple[str, ...] = ()
     requests_per_minute: int = 0
+    speech_seconds_per_minute: int = 0
     fetch_urls: bool = False
     allow_private: bool = False
+    allowed_hosts: tuple[str, ...] = ()
     cors_origins: tuple[str, ...] = ()
+    trusted_proxies: tuple[str, ...] = ()
     webhook_secret: str = ""
+    drain_seconds: float = 60.0
     limits: Limits = field(default_factory=Limits)

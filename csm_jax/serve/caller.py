@@ -1,0 +1,38 @@
+"""Who a request is from: what belongs to them, and whose share of the engine they use."""
+
+from dataclasses import dataclass
+
+from starlette.requests import HTTPConnection
+
+_SCOPE_KEY = "csm_jax.caller"
+
+
+@dataclass(frozen=True)
+class Caller:
+    """The sender of a request, as the authentication middleware found it.
+
+    Attributes:
+      owner: who owns what is stored for this request. Without API keys it is "" for everybody
+        (one tenant). With keys it is the tenant that the keys file names, or a digest of the key.
+      share: whose requests are counted together for rates, queue places and rows of the batch:
+        the owner where there are keys, else the client's address (its /64 for IPv6).
+      weight: the size of that share, compared with others.
+    """
+
+    owner: str = ""
+    share: str = ""
+    weight: float = 1.0
+
+
+# The server's own requests, such as those that warm it up.
+INTERNAL = Caller()
+
+
+def set_caller(connection: HTTPConnection, caller: Caller) -> None:
+    """Attaches the caller to a request or WebSocket. Only the authentication middleware does."""
+    connection.scope[_SCOPE_KEY] = caller
+
+
+def caller_of(connection: HTTPConnection) -> Caller:
+    """The caller of a request or WebSocket; `INTERNAL` if no middleware has set one."""
+    return connection.scope.get(_SCOPE_KEY, INTERNAL)
