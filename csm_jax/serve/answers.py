@@ -10,6 +10,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.formats import FORMATS, Encoder, encode
 from csm_jax.serve.service import Live, Service
@@ -54,10 +55,15 @@ class Whole(NamedTuple):
 
 
 async def speak_whole(
-    service: Service, request: Request, form: str, speed: float = 1.0, background: bool = False
+    service: Service,
+    caller: Caller,
+    request: Request,
+    form: str,
+    speed: float = 1.0,
+    background: bool = False,
 ) -> Whole:
     """All the speech of a request, in a format of `FORMATS`."""
-    live = await service.speak(request, stream=False, background=background)
+    live = await service.speak(request, caller, stream=False, background=background)
     try:
         audio = await live.audio()
     finally:
@@ -86,7 +92,7 @@ async def speak_streamed(
     encoder = Encoder(form, service.model.sample_rate, speed)
 
     async def start() -> tuple[Live, AsyncIterator[np.ndarray], np.ndarray]:
-        live = await service.speak(request, stream=True)
+        live = await service.speak(request, caller_of(http), stream=True)
         try:
             chunks = live.chunks()
             return live, chunks, await anext(chunks, np.zeros(0, np.float32))

@@ -24,6 +24,7 @@ from pydantic import BaseModel, Field, ValidationError
 from csm_jax.errors import CSMError, InputError
 from csm_jax.serve.answers import speak_whole
 from csm_jax.serve.batch_store import BatchRow, BatchStore, FileRow, Line
+from csm_jax.serve.caller import INTERNAL
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.fields import both_kinds, read_fields
 from csm_jax.serve.formats import FORMATS
@@ -188,9 +189,11 @@ class Worker:
         )
 
     async def _answer(self, fields: Speech) -> dict[str, Any]:
-        request = as_request(self._service, fields)
+        request = as_request(self._service, INTERNAL, fields)
         form = fields.response_format
-        spoken = await speak_whole(self._service, request, form, fields.speed, background=True)
+        spoken = await speak_whole(
+            self._service, INTERNAL, request, form, fields.speed, background=True
+        )
         body = {"audio": base64.b64encode(spoken.data).decode()}
         body["content_type"] = FORMATS[form].media_type
         return {"status_code": 200, "body": body}

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 
 from csm_jax.prompt import Segment
 from csm_jax.serve.answers import speak_whole, unless_gone
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Options,
@@ -74,16 +75,16 @@ def router(service: Service) -> APIRouter:
     async def inference(http: HTTPRequest) -> Answer:
         fields = await read_fields(http, Inference)
         if fields.webhook:
-            return await _answer_later(service, fields)
-        return await unless_gone(http, _answer(service, fields, request_id()))
+            return await _answer_later(service, caller_of(http), fields)
+        return await unless_gone(http, _answer(service, caller_of(http), fields, request_id()))
 
     return routes
 
 
-async def _answer(service: Service, fields: Inference, name: str) -> Answer:
-    request = await _request(service, fields)
+async def _answer(service: Service, caller: Caller, fields: Inference, name: str) -> Answer:
+    request = await _request(service, caller, fields)
     started = time.perf_counter()
-    spoken = await speak_whole(service, request, fields.response_format)
+    spoken = await speak_whole(service, caller, request, fields.response_format)
     media_type = FORMATS[fields.response_format].media_type
     return Answer(
         audio=f"data:{media_type};base64,{base64.b64encode(spoken.data).decode()}",
@@ -99,13 +100,13 @@ async def _answer(service: Service, fields: Inference, name: str) -> Answer:
     )
 
 
-async def _answer_later(service: Service, fields: Inference) -> JSONResponse:
+async def _answer_later(service: Service, caller: Caller, fields: Inference) -> JSONResponse:
     """Says at once that it is queued; the answer goes to the webhook."""
     service.webhooks.check(fields.webhook)
     name = request_id()
 
     async def work(job: Job) -> dict[str, Any]:
-        return (await _answer(service, fields, name)).model_dump()
+        return (await _answer(service, caller, fields, name)).model_dump()
 
     def tell(job: Job) -> None:
         if job.error:
@@ -115,7 +116,7 @@ async def _answer_later(service: Service, fields: Inference) -> JSONResponse:
             service.webhooks.post(fields.webhook, job.result)
             job.result = None  # nobody else asks for it
 
-    service.jobs.submit(work, tell)
+    service.jobs.submit(caller, work, tell)
     return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
 
 
@@ -128,13 +129,13 @@ def _without_audio(fields: Inference, name: str, status: str) -> Answer:
     )
 
 
-async def _request(service: Service, fields: Inference) -> Request:
+async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
     if fields.speaker_audio is not None:
         turn = await _given_voice(service, fields)
         return make_request(service, fields.text, 0, fields, [turn])
     if fields.preset_voice == NO_PRESET:
         return make_request(service, fields.text, 0, fields)
-    voice = service.voices.find_as(fields.preset_voice, PRESETS)
+    voice = service.voices.find_as(fields.preset_voice, caller.owner, PRESETS)
     speaker = voice.speaker if voice else PRESETS.index(fields.preset_voice)
     return make_request(service, fields.text, speaker, fields, voice=voice)
 

@@ -18,6 +18,7 @@ from pydantic import BaseModel, Field
 
 from csm_jax.prompt import Segment
 from csm_jax.serve.answers import unless_gone
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Speaker, Text, read_recording
 from csm_jax.serve.formats import FORMATS, encode
@@ -64,7 +65,7 @@ def router(service: Service) -> APIRouter:
 
     @routes.post(f"/{APP}")
     async def run(http: HTTPRequest, fields: Scene) -> Spoken:
-        return await unless_gone(http, _speak(service, fields, str(http.base_url)))
+        return await unless_gone(http, _speak(service, caller_of(http), fields, str(http.base_url)))
 
     @routes.get("/files/{name}", response_class=Response)
     def download(name: str) -> Response:
@@ -77,35 +78,35 @@ def router(service: Service) -> APIRouter:
     async def submit(
         http: HTTPRequest, fields: Scene, fal_webhook: Annotated[str | None, Query()] = None
     ) -> dict[str, Any]:
-        base = str(http.base_url)
+        base, caller = str(http.base_url), caller_of(http)
         if fal_webhook:
             service.webhooks.check(fal_webhook)
 
         async def work(job: Job) -> dict:
-            return (await _speak(service, fields, base, job.log)).model_dump()
+            return (await _speak(service, caller, fields, base, job.log)).model_dump()
 
         def tell(job: Job) -> None:
             if fal_webhook:
                 service.webhooks.post(fal_webhook, _outcome(job))
 
-        job = service.jobs.submit(work, tell)
+        job = service.jobs.submit(caller, work, tell)
         return _state(service, job, _where(http, job))
 
     @routes.get(queue + "/requests/{job_id}/status")
     def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:
-        job = service.jobs.find(job_id)
+        job = service.jobs.find(job_id, caller_of(http).owner)
         code = 200 if job.status is Status.OVER else 202
         return JSONResponse(_state(service, job, _where(http, job), logs), code)
 
     @routes.get(queue + "/requests/{job_id}/status/stream", response_class=Response)
     def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
-        job = service.jobs.find(job_id)
+        job = service.jobs.find(job_id, caller_of(http).owner)
         states = _follow(service, job, _where(http, job), logs)
         return StreamingResponse(states, media_type="text/event-stream")
 
     @routes.get(queue + "/requests/{job_id}")
-    def result(job_id: str) -> Spoken:
-        job = service.jobs.find(job_id)
+    def result(http: HTTPRequest, job_id: str) -> Spoken:
+        job = service.jobs.find(job_id, caller_of(http).owner)
         if job.status is not Status.OVER:
             raise ApiError(400, "Request is still in progress", code="in_progress")
         if job.error:
@@ -113,8 +114,8 @@ def router(service: Service) -> APIRouter:
         return Spoken(**job.result)
 
     @routes.put(queue + "/requests/{job_id}/cancel", status_code=202)
-    def cancel(job_id: str) -> JSONResponse:
-        job = service.jobs.find(job_id)
+    def cancel(http: HTTPRequest, job_id: str) -> JSONResponse:
+        job = service.jobs.find(job_id, caller_of(http).owner)
         if job.status is Status.OVER:
             return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
         service.jobs.cancel(job)
@@ -124,7 +125,11 @@ def router(service: Service) -> APIRouter:
 
 
 async def _speak(
-    service: Service, fields: Scene, base: str, progress: Callable[[str], None] = lambda _: None
+    service: Service,
+    caller: Caller,
+    fields: Scene,
+    base: str,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> Spoken:
     """Speaks a scene into a file that can be fetched below the address `base`."""
     limits = service.settings.limits
@@ -136,7 +141,7 @@ async def _speak(
         for turn in fields.context
     ]
     lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
-    audio = await speak_scene(service, lines, context, fields, progress)
+    audio = await speak_scene(service, caller, lines, context, fields, progress)
     data = await service.in_thread(encode, audio, service.model.sample_rate, "wav")
     file = service.files.add(data, FORMATS["wav"].media_type, "wav")
     return Spoken(

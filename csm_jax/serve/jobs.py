@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any
 
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
 from csm_jax.serve.trace import request_id
 
@@ -25,11 +26,13 @@ class Status(Enum):
 @dataclass
 class Job:
     """Attributes:
+    owner: whose it is; nobody else finds it.
     result, error: one of them, when it is over.
     logs: what has been said of it so far, with times.
     """
 
     id: str
+    owner: str
     status: Status = Status.QUEUED
     result: dict | None = None
     error: ApiError | None = None
@@ -51,7 +54,9 @@ class Jobs:
         self._max_kept = max_kept
         self._jobs: OrderedDict[str, Job] = OrderedDict()
 
-    def submit(self, work: Work, tell: Callable[[Job], None] = lambda job: None) -> Job:
+    def submit(
+        self, caller: Caller, work: Work, tell: Callable[[Job], None] = lambda job: None
+    ) -> Job:
         """Puts work at the end of the queue.
 
         Args:
@@ -64,16 +69,16 @@ class Jobs:
         if waiting >= self._max_waiting:
             message = f"{waiting} jobs are waiting"
             raise ApiError(429, message, code="queue_full", retry_after=10)
-        job = Job(str(uuid.uuid4()))
+        job = Job(str(uuid.uuid4()), caller.owner)
         job.log(f"submitted by request {request_id()}")
         self._jobs[job.id] = job
         job.task = asyncio.create_task(self._run(job, work, tell))
         self._forget()
         return job
 
-    def find(self, job_id: str) -> Job:
-        """Raises `ApiError` if there is none."""
-        if job_id not in self._jobs:
+    def find(self, job_id: str, owner: str) -> Job:
+        """Raises `ApiError` if this owner has none of that id."""
+        if job_id not in self._jobs or self._jobs[job_id].owner != owner:
             raise ApiError(404, f"there is no request {job_id[:80]!r}", code="not_found")
         return self._jobs[job_id]
 

@@ -14,6 +14,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
 from csm_jax.serve.answers import speak_streamed
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Text, make_request
 from csm_jax.serve.formats import FORMATS
@@ -65,7 +66,7 @@ def router(service: Service) -> APIRouter:
     async def speech(http: HTTPRequest, fields: Speech) -> Response:
         if fields.model not in names:
             raise _no_model(fields.model)
-        request = as_request(service, fields)
+        request = as_request(service, caller_of(http), fields)
         form = fields.response_format, fields.speed
         if fields.stream_format == "sse":
             return await speak_streamed(service, http, request, *form, _events, EVENTS)
@@ -91,12 +92,13 @@ def _no_model(name: str) -> ApiError:
     return ApiError(404, f"there is no model {name[:80]!r}", "model", "model_not_found")
 
 
-def as_request(service: Service, fields: Speech) -> Request:
+def as_request(service: Service, caller: Caller, fields: Speech) -> Request:
     """What a `Speech` asks for. Raises `InputError` and `ApiError`."""
     name = fields.voice if isinstance(fields.voice, str) else fields.voice.id
-    if name not in service.voices and name.isdecimal() and len(name) < 10:
+    is_known = service.voices.has(name, caller.owner)
+    if not is_known and name.isdecimal() and len(name) < 10:
         return make_request(service, fields.input, int(name), fields)
-    voice = service.voices.find_as(name, VOICES)
+    voice = service.voices.find_as(name, caller.owner, VOICES)
     speaker = voice.speaker if voice else VOICES.index(name)
     return make_request(service, fields.input, speaker, fields, voice=voice)
 

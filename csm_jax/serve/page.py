@@ -22,6 +22,7 @@ from csm_jax.audio import to_pcm
 from csm_jax.errors import CSMError, InputError, first_line
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
+from csm_jax.serve.caller import INTERNAL
 from csm_jax.serve.errors import ApiError, as_bad_field
 from csm_jax.serve.fields import Options, make_request, read_recording
 from csm_jax.serve.formats import Encoder
@@ -211,7 +212,7 @@ def _voice_inputs(number: int, names: list[str]) -> list[gr.components.Component
 
 
 def _names(service: Service) -> list[str]:
-    return [voice.name for voice in service.voices.all()]
+    return [voice.name for voice in service.voices.all(INTERNAL.owner)]
 
 
 def _choices(names: list[str]) -> list[str]:
@@ -259,7 +260,7 @@ async def _speak_line(
 ) -> AsyncIterator[np.ndarray]:
     """Speaks a line, and adds it to the turns."""
     request = make_request(service, line.text, line.speaker, options, turns)
-    live = await service.speak(request, stream=True)
+    live = await service.speak(request, INTERNAL, stream=True)
     try:
         async for chunk in live.chunks():
             yield chunk
@@ -285,7 +286,7 @@ async def _voice_turn(
     if name == NO_VOICE:
         return None
     if name != OWN_VOICE:
-        return service.voices.find(name).turn(speaker)
+        return service.voices.find(name, INTERNAL.owner).turn(speaker)
     if not recording or not transcript.strip():
         raise InputError(
             f"{SPEAKERS[speaker]} has no recording, or it is not said what is said in it"

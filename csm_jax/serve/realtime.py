@@ -29,6 +29,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
 from csm_jax.prompt import Segment
+from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
 from csm_jax.serve.service import Live, Service
@@ -90,6 +91,7 @@ class Conversation:
     def __init__(self, service: Service, socket: WebSocket):
         self._service = service
         self._socket = socket
+        self._caller = caller_of(socket)
         self._options = Options()
         self._voice: Voice | None = None
         self._speaker = 0
@@ -131,7 +133,7 @@ class Conversation:
 
     async def _set(self, settings: SetSession) -> None:
         if settings.voice is not None:
-            self._voice = self._service.voices.find(settings.voice)
+            self._voice = self._service.voices.find(settings.voice, self._caller.owner)
             self._speaker = self._voice.speaker
         if settings.speaker is not None:
             self._speaker = settings.speaker
@@ -212,7 +214,7 @@ class Conversation:
         request = make_request(
             self._service, sentence, self._speaker, self._options, self._turns, self._voice
         )
-        self._live = live = await self._service.speak(request, stream=True)
+        self._live = live = await self._service.speak(request, self._caller, stream=True)
         try:
             await self._tell("started", id=number, text=sentence)
             async for chunk in live.chunks():

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from csm_jax.prompt import Segment
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, make_request
 from csm_jax.serve.service import Service
@@ -21,6 +22,7 @@ class Line:
 
 async def speak_scene(
     service: Service,
+    caller: Caller,
     lines: list[Line],
     context: list[Segment],
     options: Options,
@@ -43,7 +45,7 @@ async def speak_scene(
         asked = options.model_copy(update={"seed": seed})
         turns = heard[-service.settings.limits.turns :]
         live = await service.speak(
-            make_request(service, line.text, line.speaker, asked, turns), stream=False
+            make_request(service, line.text, line.speaker, asked, turns), caller, stream=False
         )
         try:
             audio.append(await live.audio())

@@ -17,6 +17,7 @@ from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
+from csm_jax.serve.caller import INTERNAL, Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.files import Files
 from csm_jax.serve.jobs import Jobs
@@ -83,7 +84,7 @@ class Service:
             await self.in_thread(lambda: self.model.silent_codes)
             for request in (*self._all_lengths(), *self._all_voices()):
                 for stream in (True, False):
-                    live = await self.speak(request, stream=stream, wait=True)
+                    live = await self.speak(request, INTERNAL, stream=stream, wait=True)
                     await live.audio()
         except Exception:
             # Whoever asks /readyz hears no to the end; why, stands here.
@@ -103,7 +104,7 @@ class Service:
             length *= 2
 
     def _all_voices(self) -> Iterator[Request]:
-        for voice in self.voices.all()[:MAX_PREFIXES]:
+        for voice in self.voices.all(INTERNAL.owner)[:MAX_PREFIXES]:
             yield dataclasses.replace(
                 _WARM_UP, speaker=voice.speaker, context=[voice.turn()], shared_turns=1
             )
@@ -139,11 +140,18 @@ class Service:
         return await self.in_thread(codec.encode, audio, count)
 
     async def speak(
-        self, request: Request, *, stream: bool, background: bool = False, wait: bool = False
+        self,
+        request: Request,
+        caller: Caller,
+        *,
+        stream: bool,
+        background: bool = False,
+        wait: bool = False,
     ) -> "Live":
         """Hands a request to the engine.
 
         Args:
+          caller: whose share of the engine it uses.
           stream: whether chunks are wanted while it speaks; otherwise only the whole.
           background: behind all others.
           wait: for a place in the queue.

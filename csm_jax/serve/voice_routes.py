@@ -5,6 +5,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
 from csm_jax.audio import SAMPLE_RATE, encode_audio
+from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Recording,
@@ -43,8 +44,9 @@ def router(service: Service) -> APIRouter:
     voices = service.voices
 
     @routes.get("")
-    def listed() -> VoiceList:
-        return VoiceList(voices=[_entry(voice) for voice in voices.all()])
+    def listed(http: HTTPRequest) -> VoiceList:
+        owner = caller_of(http).owner
+        return VoiceList(voices=[_entry(voice) for voice in voices.all(owner)])
 
     @routes.post("", status_code=201, openapi_extra=both_kinds(NewVoice))
     async def add(http: HTTPRequest) -> VoiceEntry:
@@ -52,27 +54,31 @@ def router(service: Service) -> APIRouter:
         check_name(fields.name)
         check_length(service, fields.text)
         audio = await read_recording(service, fields.audio, "audio")
-        voice = await service.in_thread(voices.add, fields.name, fields.speaker, fields.text, audio)
+        owner = caller_of(http).owner
+        voice = await service.in_thread(
+            voices.add, owner, fields.name, fields.speaker, fields.text, audio
+        )
         return _entry(voice)
 
     @routes.get("/{name}", response_class=Response)
-    async def hear(name: str) -> Response:
-        voice = _find(service, name)
+    async def hear(http: HTTPRequest, name: str) -> Response:
+        voice = _find(service, name, caller_of(http).owner)
         data = await service.in_thread(encode_audio, voice.audio, SAMPLE_RATE, ".wav")
         return Response(data, media_type="audio/wav")
 
     @routes.delete("/{name}", status_code=204)
-    async def delete(name: str) -> None:
-        _find(service, name)
-        await service.in_thread(voices.delete, name)
+    async def delete(http: HTTPRequest, name: str) -> None:
+        owner = caller_of(http).owner
+        _find(service, name, owner)
+        await service.in_thread(voices.delete, owner, name)
 
     return routes
 
 
-def _find(service: Service, name: str) -> Voice:
-    if name not in service.voices:
+def _find(service: Service, name: str, owner: str) -> Voice:
+    if not service.voices.has(name, owner):
         raise ApiError(404, f"there is no voice {name[:80]!r}", "voice", "voice_not_found")
-    return service.voices.find(name)
+    return service.voices.find(name, owner)
 
 
 def _entry(voice: Voice) -> VoiceEntry:

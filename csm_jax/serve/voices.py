@@ -72,13 +72,13 @@ class Voices:
             make_directory(own)
             self._read(own, is_own=True)
 
-    def all(self) -> list[Voice]:
-        """Sorted by name."""
+    def all(self, owner: str) -> list[Voice]:
+        """Everybody's voices and those of `owner`, sorted by name."""
         with self._lock:
             return sorted(self._voices.values(), key=lambda voice: voice.name)
 
-    def find(self, name: str) -> Voice:
-        """Raises `InputError` if there is none."""
+    def find(self, name: str, owner: str) -> Voice:
+        """Everybody's voice or one of `owner`; raises `InputError` if there is none."""
         with self._lock:
             found = self._voices.get(name)
             known = ", ".join(sorted(self._voices)) or "none"
@@ -86,7 +86,7 @@ class Voices:
             raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
         return found
 
-    def find_as(self, name: str, known_names: Sequence[str]) -> Voice | None:
+    def find_as(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
         """The voice of a name, or what stands for one that an API's clients know.
 
         Of `known_names` the first is the first voice there is, and so on; None where there is none.
@@ -94,16 +94,16 @@ class Voices:
         Raises:
           InputError: it is neither.
         """
-        if name in self or name not in known_names:
-            return self.find(name)
-        voices = self.all()
+        if self.has(name, owner) or name not in known_names:
+            return self.find(name, owner)
+        voices = self.all(owner)
         return voices[known_names.index(name) % len(voices)] if voices else None
 
-    def __contains__(self, name: str) -> bool:
+    def has(self, name: str, owner: str) -> bool:
         with self._lock:
             return name in self._voices
 
-    def add(self, name: str, speaker: int, text: str, audio: np.ndarray) -> Voice:
+    def add(self, owner: str, name: str, speaker: int, text: str, audio: np.ndarray) -> Voice:
         """Adds or replaces a voice of one's own: float32 [num_samples] at 24 kHz.
 
         Raises:
@@ -121,9 +121,9 @@ class Voices:
             self._voices[name] = voice
         return voice
 
-    def delete(self, name: str) -> None:
+    def delete(self, owner: str, name: str) -> None:
         """Raises `InputError` if there is no such voice of one's own."""
-        voice = self.find(name)
+        voice = self.find(name, owner)
         if not voice.is_own:
             raise InputError(f"voice {name} is a preset, and stays")
         with self._lock:

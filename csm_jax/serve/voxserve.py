@@ -9,6 +9,7 @@ from pydantic import Field
 
 from csm_jax.prompt import Segment
 from csm_jax.serve.answers import speak_streamed, speak_whole, unless_gone
+from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Options,
@@ -42,12 +43,13 @@ def router(service: Service) -> APIRouter:
     @routes.post("/generate", openapi_extra=both_kinds(Generate), response_class=Response)
     async def generate(http: HTTPRequest) -> Response:
         fields = await read_fields(http, Generate)
+        caller = caller_of(http)
         context = await _context(service, fields)
-        voice = service.voices.find(fields.voice) if fields.voice else None
+        voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
         request = make_request(service, fields.text, fields.speaker, fields, context, voice)
         if fields.streaming:
             return await speak_streamed(service, http, request, "wav")
-        spoken = await unless_gone(http, speak_whole(service, request, "wav"))
+        spoken = await unless_gone(http, speak_whole(service, caller, request, "wav"))
         headers = {"X-Notices": spoken.live.notice_kinds}
         return Response(spoken.data, media_type="audio/wav", headers=headers)
 

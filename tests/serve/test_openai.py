@@ -33,7 +33,7 @@ def create(client, **fields):
 @pytest.fixture(scope="module")
 def expected(server):
     """What the library says to the same request."""
-    voice = server.service.voices.find("slt")
+    voice = server.service.voices.find("slt", "")
     return server.service.model.generate(
         Request(TEXT, voice.speaker, [voice.turn()], seed=4, max_audio_length_ms=10_000)
     )

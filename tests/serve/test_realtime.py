@@ -5,6 +5,7 @@ import base64
 import json
 import time
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def test_text_in_speech_out(talk, server):
     started, audio, done = talk.listen()
     assert started["text"] == "one two three"
     assert not done["cancelled"]
-    turn = server.service.voices.find("slt").turn()
+    turn = server.service.voices.find("slt", "").turn()
     expected = server.service.model.generate("one two three", 0, [turn], seed=3)
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
 
@@ -168,6 +169,8 @@ def test_bytes_are_no_message(talk):
 
 class Gone:
     """A socket whose client has hung up."""
+
+    scope: ClassVar[dict] = {"type": "websocket"}
 
     async def send_json(self, message: dict) -> None:
         raise WebSocketDisconnect

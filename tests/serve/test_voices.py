@@ -104,15 +104,15 @@ def test_they_outlive_the_process(model, tmp_path, recording, transcript):
 def test_there_are_not_too_many(model, recording, transcript):
     voices = Voices(model, [], None, most=1)
     audio = as_samples(recording)
-    voices.add("a", 0, transcript, audio)
-    voices.add("a", 1, transcript, audio)
+    voices.add("", "a", 0, transcript, audio)
+    voices.add("", "a", 1, transcript, audio)
     with pytest.raises(InputError, match="there are 1 voices already"):
-        voices.add("b", 0, transcript, audio)
-    assert voices.find("a").speaker == 1
+        voices.add("", "b", 0, transcript, audio)
+    assert voices.find("a", "").speaker == 1
 
 
 def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording, caplog):
     Path(tmp_path / "a.flac").write_bytes(recording)
     with caplog.at_level(logging.WARNING):
-        assert Voices(model, [tmp_path], None).all() == []
+        assert Voices(model, [tmp_path], None).all("") == []
     assert "a.txt" in caplog.text
