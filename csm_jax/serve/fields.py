@@ -39,6 +39,12 @@ class Options(BaseModel):
     seed: Seed | None = Field(None, description="the same seed says the same; default: random")
     max_audio_length_ms: float | None = Field(None, ge=80, le=86_400_000)
 
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Options":
+        """The options that say the same as `sampling`."""
+        options = cls(**{name: getattr(sampling, name) for name in _SAMPLING})
+        return options.model_copy(update={"temperature": 0.0}) if sampling.greedy else options
+
     def sampling(self, default: Sampling) -> Sampling:
         """These values, and `default` for those that are left out."""
         given = self.model_dump(include=_SAMPLING, exclude_none=True)

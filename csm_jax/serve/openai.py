@@ -51,6 +51,7 @@ class Model(BaseModel):
     object: Literal["model"] = "model"
     created: int = 0
     owned_by: str = "sesame"
+    sampling: Options = Field(description="for requests that do not say it; not of OpenAI's API")
 
 
 class Models(BaseModel):
@@ -61,6 +62,7 @@ class Models(BaseModel):
 def router(service: Service) -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
     names = (service.settings.model_name, *MODELS)
+    default = Options.of(service.settings.sampling)
 
     @routes.post("/audio/speech", response_class=Response)
     async def speech(http: HTTPRequest, fields: Speech) -> Response:
@@ -75,15 +77,15 @@ def router(service: Service) -> APIRouter:
             answer.headers["X-Notices"] = "instructions_ignored"
         return answer
 
-    @routes.get("/models")
+    @routes.get("/models", response_model_exclude_none=True)
     def models() -> Models:
-        return Models(data=[Model(id=service.settings.model_name)])
+        return Models(data=[Model(id=service.settings.model_name, sampling=default)])
 
-    @routes.get("/models/{name}")
+    @routes.get("/models/{name}", response_model_exclude_none=True)
     def model(name: str) -> Model:
         if name not in names:
             raise _no_model(name)
-        return Model(id=name)
+        return Model(id=name, sampling=default)
 
     return routes
 

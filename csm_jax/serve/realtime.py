@@ -2,9 +2,10 @@
 
 The client sends JSON, one object a message:
 
-    {"type": "session", "voice": "slt", "speaker": 0, "temperature": 0.7, ...}   at any time
+    {"type": "session", "voice": "slt", "speaker": 0, "temperature": 0.7, ...}   for what follows
     {"type": "text", "text": "Hello, my na"}       what is to be said, also word by word
     {"type": "flush"}                               say what has come, though no sentence ended
+    {"type": "say", "text": "Hello. It's me.", "speaker": 1, "seed": 5, ...}     a whole turn
     {"type": "turn", "speaker": 1, "text": "...", "audio": "<base64>"}    what the user said
     {"type": "cancel"}                              stop speaking now, and forget what waits
 
@@ -14,12 +15,17 @@ The server sends the speech as binary messages, 16-bit little-endian mono at 24 
     {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": ""}
 
 and {"type": "session", ...} for what was set, {"type": "turn", "turns": 3} for what was heard,
-{"type": "cancelled"} when it is silent, {"type": "error", "message": ...} for what was wrong;
-after that the conversation goes on. Every turn is heard by those after it; of one that was
-cancelled, what had been sent.
+{"type": "cancelled"} when it is silent, {"type": "error", "message": ...} for what was wrong, with
+the `id` of what was not spoken; after that the conversation goes on. Every turn is heard by those
+after it; of one that was cancelled, what had been sent.
+
+`text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order in which
+they came. The fields of a session are optional; `"voice": null` is no voice. A `say` has the same
+fields, which hold for that turn only.
 """
 
 import asyncio
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from fastapi import APIRouter
@@ -33,17 +39,27 @@ from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
 from csm_jax.serve.service import Live, Service
-from csm_jax.serve.voices import Voice
+from csm_jax.serve.voices import Voice, Voices
 from csm_jax.text import take_sentences
 
 # Sentences that may wait to be spoken.
 MAX_WAITING = 256
 
 
-class SetSession(Options):
-    type: Literal["session"]
+class Change(Options):
+    """What is left out stays as it is."""
+
     voice: str | None = Field(None, max_length=64)
     speaker: Speaker | None = None
+
+
+class SetSession(Change):
+    type: Literal["session"]
+
+
+class Say(Change):
+    type: Literal["say"]
+    text: Text
 
 
 class AddText(BaseModel):
@@ -67,8 +83,38 @@ class Cancel(BaseModel):
 
 
 _MESSAGE = TypeAdapter(
-    Annotated[SetSession | AddText | Flush | AddTurn | Cancel, Field(discriminator="type")]
+    Annotated[SetSession | AddText | Flush | Say | AddTurn | Cancel, Field(discriminator="type")]
 )
+
+
+@dataclass(frozen=True)
+class Manner:
+    """Who speaks, and how."""
+
+    options: Options = field(default_factory=Options)
+    voice: Voice | None = None
+    speaker: int = 0
+
+    def changed(self, change: Change, voices: Voices, owner: str) -> "Manner":
+        """This manner with the fields of `change` that are set. Raises `InputError`."""
+        voice, speaker = self.voice, self.speaker
+        if change.voice is not None:
+            voice = voices.find(change.voice, owner)
+            speaker = voice.speaker
+        elif "voice" in change.model_fields_set:
+            voice = None
+        given = change.model_dump(include=set(Options.model_fields), exclude_none=True)
+        options = self.options.model_copy(update=given)
+        return Manner(options, voice, speaker if change.speaker is None else change.speaker)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What waits to be spoken."""
+
+    id: int
+    text: str
+    manner: Manner
 
 
 def router(service: Service) -> APIRouter:
@@ -92,15 +138,13 @@ class Conversation:
         self._service = service
         self._socket = socket
         self._caller = caller_of(socket)
-        self._options = Options()
-        self._voice: Voice | None = None
-        self._speaker = 0
+        self._manner = Manner()
         self._turns: list[Segment] = []
         self._unfinished = ""
-        self._sentences: asyncio.Queue[str] = asyncio.Queue(MAX_WAITING)
+        self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
         self._live: Live | None = None
         self._is_speaking = False
-        self._num_started = 0
+        self._num_given = 0
         # What was asked for before the last one is not to be heard.
         self._num_cancels = 0
         self._is_silent = asyncio.Event()
@@ -124,6 +168,8 @@ class Conversation:
                     self._add(text)
                 case Flush():
                     self._flush()
+                case Say() as turn:
+                    await self._say_turn(turn)
                 case AddTurn() as turn:
                     await self._hear(turn)
                 case Cancel():
@@ -132,16 +178,13 @@ class Conversation:
             await self._tell_error(error)
 
     async def _set(self, settings: SetSession) -> None:
-        if settings.voice is not None:
-            self._voice = self._service.voices.find(settings.voice, self._caller.owner)
-            self._speaker = self._voice.speaker
-        if settings.speaker is not None:
-            self._speaker = settings.speaker
-        given = settings.model_dump(exclude={"type", "voice", "speaker"}, exclude_none=True)
-        self._options = self._options.model_copy(update=given)
-        voice = self._voice.name if self._voice else None
-        options = self._options.model_dump(exclude_none=True)
-        await self._tell("session", voice=voice, speaker=self._speaker, **options)
+        self._manner = manner = self._changed(settings)
+        voice = manner.voice.name if manner.voice else None
+        options = manner.options.model_dump(exclude_none=True)
+        await self._tell("session", voice=voice, speaker=manner.speaker, **options)
+
+    def _changed(self, change: Change) -> Manner:
+        return self._manner.changed(change, self._service.voices, self._caller.owner)
 
     def _add(self, text: str) -> None:
         sentences, self._unfinished = take_sentences(self._unfinished + text)
@@ -157,11 +200,21 @@ class Conversation:
         if rest:
             self._say(rest)
 
-    def _say(self, sentence: str) -> None:
-        if self._sentences.full():
+    async def _say_turn(self, turn: Say) -> None:
+        self._flush()
+        number = self._num_given + 1
+        try:
+            self._say(turn.text, self._changed(turn))
+        except (CSMError, ApiError) as error:
+            self._num_given = number
+            await self._tell_error(error, id=number)
+
+    def _say(self, text: str, manner: Manner | None = None) -> None:
+        if self._waiting.full():
             raise ApiError(429, f"{MAX_WAITING} sentences wait already", code="queue_full")
         self._is_silent.clear()
-        self._sentences.put_nowait(sentence)
+        self._num_given += 1
+        self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
 
     async def _hear(self, turn: AddTurn) -> None:
         check_length(self._service, turn.text)
@@ -178,8 +231,8 @@ class Conversation:
     async def _cancel(self) -> None:
         self._num_cancels += 1
         self._unfinished = ""
-        while not self._sentences.empty():
-            self._sentences.get_nowait()
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
         if self._live is not None:
             self._live.cancel()
         if not self._is_speaking:
@@ -189,18 +242,18 @@ class Conversation:
             await self._tell("cancelled")
 
     async def _speak_all(self) -> None:
-        """Says one sentence after the other, until the socket is gone."""
+        """Speaks one utterance after the other, until the socket is gone."""
         try:
             while True:
                 self._is_speaking = False
-                if self._sentences.empty():
+                if self._waiting.empty():
                     self._is_silent.set()
-                sentence = await self._sentences.get()
+                utterance = await self._waiting.get()
                 self._is_speaking = True
                 try:
-                    await self._speak(sentence)
+                    await self._speak(utterance)
                 except (CSMError, ApiError) as error:
-                    await self._tell_error(error)
+                    await self._tell_error(error, id=utterance.id)
         except WebSocketDisconnect:
             pass
         finally:
@@ -208,15 +261,15 @@ class Conversation:
             self._is_speaking = False
             self._is_silent.set()
 
-    async def _speak(self, sentence: str) -> None:
-        self._num_started += 1
-        number, cancels, num_samples = self._num_started, self._num_cancels, 0
+    async def _speak(self, utterance: Utterance) -> None:
+        text, manner = utterance.text, utterance.manner
+        cancels, num_samples = self._num_cancels, 0
         request = make_request(
-            self._service, sentence, self._speaker, self._options, self._turns, self._voice
+            self._service, text, manner.speaker, manner.options, self._turns, manner.voice
         )
         self._live = live = await self._service.speak(request, self._caller, stream=True)
         try:
-            await self._tell("started", id=number, text=sentence)
+            await self._tell("started", id=utterance.id, text=text)
             async for chunk in live.chunks():
                 if cancels != self._num_cancels:
                     break
@@ -228,18 +281,18 @@ class Conversation:
             live.cancel()
             self._live = None
         heard = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        self._remember(Segment(request.speaker, sentence, codes=heard))
+        self._remember(Segment(request.speaker, text, codes=heard))
         await self._tell(
             "done",
-            id=number,
+            id=utterance.id,
             seconds=round(num_samples / self._service.model.sample_rate, 3),
             cancelled=cancels != self._num_cancels,
             notices=live.notice_kinds,
         )
 
-    async def _tell_error(self, error: Exception) -> None:
+    async def _tell_error(self, error: Exception, **fields: object) -> None:
         told = as_api_error(error)
-        await self._tell("error", message=str(told), code=told.code)
+        await self._tell("error", message=str(told), code=told.code, param=told.param, **fields)
 
     async def _tell(self, kind: str, **fields: object) -> None:
         await self._socket.send_json({"type": kind, **fields})

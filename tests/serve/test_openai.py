@@ -117,6 +117,8 @@ def test_voices(server, client):
 def test_models(client):
     assert [model.id for model in client.models.list()] == ["csm-1b"]
     assert client.models.retrieve("csm-1b").id == "csm-1b"
+    sampling = client.models.retrieve("csm-1b").sampling
+    assert (sampling["temperature"], sampling["top_k"]) == (0.9, 50)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("whisper-1")
 

@@ -13,6 +13,7 @@ from fastapi import WebSocketDisconnect
 from hearing import median_pitch
 from websockets.sync.client import connect
 
+from csm_jax.prompt import Segment
 from csm_jax.serve.realtime import Conversation
 from csm_jax.serve.settings import Settings
 
@@ -88,6 +89,54 @@ def test_the_turns_are_kept(talk, recording, transcript):
     assert talk.ask("turn", speaker=1, text="nine")["turns"] == 3
 
 
+def test_whole_turns_of_two_speakers(talk, server):
+    """Sent at once, each with its own voice and seed, they are what the library says to the same
+    context, with all sentences of a turn in one."""
+    first, second = ("One two. Three four.", 0, "slt", 3), ("five six", 1, "rms", 4)
+    lines = [first, second, ("seven", 0, None, 5)]
+    for text, speaker, voice, seed in lines:
+        talk.send("say", text=text, speaker=speaker, voice=voice, seed=seed)
+    model, heard = server.service.model, []
+    for number, (text, speaker, voice, seed) in enumerate(lines, 1):
+        started, audio, _ = talk.listen()
+        assert (started["id"], started["text"]) == (number, text)
+        turns = [server.service.voices.find(voice, "").turn(speaker)] if voice else []
+        codes = model.generate_codes(text, speaker, turns + heard, seed=seed)
+        expected = np.clip(model.codec.decode(codes), -1, 1)
+        np.testing.assert_allclose(audio, expected, atol=1e-3)
+        heard.append(Segment(speaker, text, codes=codes))
+
+
+def test_a_turn_is_spoken_as_it_was_asked_for(talk):
+    """Settings that come while it waits are for what comes after it."""
+    talk.ask("session", voice="slt", seed=1)
+    talk.send("say", text="one two three four", temperature=0.5)
+    talk.send("session", voice="rms", speaker=0)
+    talk.send("say", text="five")
+    messages = []
+    while len([each for each in messages if each.get("type") == "done"]) < 2:
+        if not isinstance(message := talk.receive(), bytes):
+            messages.append(message)
+    assert [message["id"] for message in messages if message["type"] == "done"] == [1, 2]
+    session = next(message for message in messages if message["type"] == "session")
+    assert session["voice"] == "rms"
+    # Of that turn alone.
+    assert "temperature" not in session
+    assert talk.ask("session", voice=None)["voice"] is None
+
+
+def test_errors_name_the_turn(talk):
+    talk.send("say", text="one", voice="nobody")
+    talk.send("say", text="a" * 10_001)
+    talk.send("say", text="two")
+    errors = [talk.receive(), talk.receive()]
+    assert {error["id"]: error["type"] for error in errors} == {1: "error", 2: "error"}
+    assert "no voice" in errors[0]["message"]
+    assert "10001 characters" in errors[1]["message"]
+    assert errors[1]["param"] == "text"
+    assert talk.listen()[0]["id"] == 3
+
+
 def test_barge_in(talk, server):
     """Speech stops within a frame; what was not said is forgotten; what was is remembered."""
     talk.ask("session", temperature=5)
@@ -140,6 +189,7 @@ def test_the_voice_can_change(talk):
         ('{"type": "session", "voice": "nobody"}', "no voice"),
         ('{"type": "turn", "speaker": 0, "text": "a", "audio": "?"}', "base64"),
         ('{"type": "turn", "speaker": 0, "text": ""}', "text"),
+        ('{"type": "say", "text": ""}', "text"),
         (json.dumps({"type": "text", "text": "a" * 20_000}), "characters without an end"),
     ],
 )
