@@ -114,14 +114,13 @@ class BatchStore:
 
     def batches(self, batch_id: str | None = None) -> list[BatchRow]:
         """One, or all, the youngest first."""
-        where, values = ("WHERE id = ?", (batch_id,)) if batch_id else ("", ())
         rows = self._read(
             "SELECT id, input_file, output_file, created, ended, is_cancelled, "
             "(SELECT COUNT(*) FROM lines WHERE batch = id), "
             "(SELECT COUNT(*) FROM lines WHERE batch = id AND is_good = 1), "
             "(SELECT COUNT(*) FROM lines WHERE batch = id AND is_good = 0) "
-            f"FROM batches {where} ORDER BY created DESC, rowid DESC",
-            values,
+            "FROM batches WHERE ? IN ('', id) ORDER BY created DESC, rowid DESC",
+            (batch_id or "",),
         )
         return [BatchRow(*row) for row in rows]
 
