@@ -42,6 +42,36 @@ def check_text(text: str) -> None:
         raise InputError("the text is empty: there is nothing to say")
 
 
+class Turn:
+    """A turn that has been spoken: checked, of known length, and encoded when its rows are read.
+
+    Attributes:
+      length: positions that its rows take.
+    """
+
+    def __init__(self, turn: Segment, config: CSMConfig, tokenizer: Tokenizer):
+        """Raises `InputError`: a text is empty; audio or codes are not what they should be."""
+        self._config = config
+        self._text = text_rows(turn.text, turn.speaker, config, tokenizer)
+        self._audio: np.ndarray | None = None
+        self._spoken: Prompt | None = None
+        self.length = len(self._text[0])
+        if turn.codes is not None:
+            self._spoken = _audio_rows(np.asarray(turn.codes), config)
+            self.length += len(self._spoken[0])
+        elif turn.audio is not None:
+            self._audio = check_audio(turn.audio)
+            # The codec pads to whole frames; a frame of zeros ends the turn.
+            self.length += -(-len(self._audio) // config.codec.frame_size) + 1
+
+    def rows(self, encode: Encode | None = None) -> list[Prompt]:
+        """The rows of its text, and of its audio if it has any; `encode` is called once at most."""
+        if self._audio is not None:
+            self._spoken = _audio_rows(np.asarray(encode(self._audio)), self._config)
+            self._audio = None
+        return [self._text] if self._spoken is None else [self._text, self._spoken]
+
+
 def turn_rows(
     turn: Segment, config: CSMConfig, tokenizer: Tokenizer, encode: Encode | None = None
 ) -> list[Prompt]:
@@ -53,13 +83,7 @@ def turn_rows(
     Raises:
       InputError: a text is empty; audio or codes are not what they should be.
     """
-    rows = [text_rows(turn.text, turn.speaker, config, tokenizer)]
-    codes = turn.codes
-    if codes is None and turn.audio is not None:
-        codes = encode(check_audio(turn.audio))
-    if codes is not None:
-        rows.append(_audio_rows(np.asarray(codes), config))
-    return rows
+    return Turn(turn, config, tokenizer).rows(encode)
 
 
 def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:

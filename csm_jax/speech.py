@@ -15,9 +15,8 @@ import numpy as np
 from csm_jax.batch import Rewind, Utterance
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.generation import Prompt
 from csm_jax.guard import Action, Guard, Verdict
-from csm_jax.prompt import Encode, Segment, check_text, join_rows, text_rows, turn_rows
+from csm_jax.prompt import Encode, Segment, Turn, check_text, join_rows, text_rows
 from csm_jax.sampling import Sampling
 from csm_jax.text import needed_seconds, split_text
 from csm_jax.tokenizer import Tokenizer
@@ -117,10 +116,11 @@ class Speech:
         notify: Callable[[Notice], None],
         max_seq_len: int | None = None,
     ):
-        """Checks the request; its context is encoded here.
+        """Checks the request, and encodes those turns of its context that fit the window.
 
         Args:
-          encode: the codec, audio [num_samples] to codes [num_frames, Q].
+          encode: the codec, audio [num_samples] to codes [num_frames, Q]; called for one turn
+            after the other. What it raises is passed on.
           silent_codes: the codebook-0 codes of silence; asked for when the guard needs them.
           notify: told what the listener should know.
           max_seq_len: positions there are, if less than the model's own limit.
@@ -136,11 +136,10 @@ class Speech:
         self._window = min(max_seq_len or config.backbone.max_seq_len, config.backbone.max_seq_len)
         self._parts = split_text(request.text)
         self._limit = self._total_frames()
-        self._turns = [
-            join_rows(turn_rows(turn, config, tokenizer, encode)) for turn in request.context
-        ]
+        self._encode = encode
+        self._turns = [Turn(turn, config, tokenizer) for turn in request.context]
         # What is shared, unless the first of it has to be left out.
-        self._shared = sum(len(frames) for frames, _ in self._turns[: request.shared_turns])
+        self._shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
         self._total = 0
         self._was_cut = False
@@ -220,16 +219,18 @@ class Speech:
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
         seed = _derive(request.seed, self._part, 0)
-        prompt = join_rows([*self._turns, rows])
+        prompt = join_rows(
+            [part for turn in self._turns for part in turn.rows(self._encode)] + [rows]
+        )
         return Utterance(prompt, request.sampling, seed, self._max_frames, self._shared)
 
     def _make_room(self, length: int, num_frames: int) -> int:
         """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
         num_turns = len(self._turns)
         # The end of speech takes a place too.
-        free = self._window - 1 - length - sum(len(frames) for frames, _ in self._turns)
+        free = self._window - 1 - length - sum(turn.length for turn in self._turns)
         while free < num_frames and self._turns:
-            free += len(self._turns.pop(0)[0])
+            free += self._turns.pop(0).length
         if dropped := num_turns - len(self._turns):
             self._shared = 0
             self._notify(
@@ -246,9 +247,9 @@ class Speech:
             )
         return free
 
-    def _spoken_turn(self) -> Prompt:
+    def _spoken_turn(self) -> Turn:
         turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
-        return join_rows(turn_rows(turn, self._config, self._tokenizer))
+        return Turn(turn, self._config, self._tokenizer)
 
     def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
         second = self._total * self._config.frame_ms / 1000

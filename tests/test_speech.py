@@ -9,6 +9,7 @@ from fixtures import TOKENIZER
 
 from csm_jax import InputError, Request, Sampling, Segment
 from csm_jax.batch import Utterance
+from csm_jax.errors import CancelledError
 from csm_jax.prompt import join_rows, text_rows, turn_rows
 from csm_jax.speech import Speech
 from csm_jax.text import needed_seconds, split_text
@@ -424,3 +425,49 @@ def test_requests_that_are_refused(values, message):
 
 def test_one_frame_is_the_least():
     assert begin(Request("Hi.", max_audio_length_ms=80))[0].next_utterance().max_frames == 1
+
+
+# --- Recordings of the context ------------------------------------------------------------------
+
+
+def recorded(frames: np.ndarray) -> np.ndarray:
+    """A stand-in for a recording, of a length that is no whole number of frames."""
+    return np.full(len(frames) * CONFIG.codec.frame_size - 7, frames.sum() / 1e6, np.float32)
+
+
+@pytest.mark.parametrize("num_turns", [1, 7, 8, 30])
+def test_only_turns_that_fit_are_encoded(num_turns):
+    """The prompt and the notices are those of a context that was encoded before."""
+    said = [codes(250, i) for i in range(num_turns)]
+    known = [Segment(i % 2, "a", codes=frames) for i, frames in enumerate(said)]
+    wanted, told = begin(Request("Hi.", 0, known))
+    encoded = []
+
+    def encode(audio):
+        encoded.append(audio)
+        return next(frames for frames in said if np.array_equal(recorded(frames), audio))
+
+    heard = [Segment(i % 2, "a", recorded(frames)) for i, frames in enumerate(said)]
+    notices = []
+    request = Request("Hi.", 0, heard)
+    speech = Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    for got, expected in zip(
+        speech.next_utterance().prompt, wanted.next_utterance().prompt, strict=True
+    ):
+        np.testing.assert_array_equal(got, expected)
+    assert notices == told
+    assert len(encoded) == min(num_turns, 7)  # of 250 frames in 2048 positions
+
+
+def test_encoding_can_be_given_up_between_turns():
+    def encode(audio):
+        encoded.append(audio)
+        if len(encoded) == 2:
+            raise CancelledError("the request was cancelled")
+        return codes(3)
+
+    encoded, notices = [], []
+    request = Request("Hi.", 0, [Segment(0, "a", recorded(codes(3)))] * 5)
+    with pytest.raises(CancelledError):
+        Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    assert len(encoded) == 2

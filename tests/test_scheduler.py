@@ -1,0 +1,156 @@
+"""Fair shares: nobody starves, weights count, nothing idles, and a share keeps its order."""
+
+from collections import Counter
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from csm_jax.scheduler import FairQueue
+
+NAMES = st.sampled_from("abcd")
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 4.0}
+
+
+def push(queue: FairQueue, name: str, number: int, weight: float = 1.0) -> None:
+    queue.push((name, number), name, weight)
+
+
+@given(st.lists(st.one_of(NAMES, st.just("pop"), st.just("finish")), max_size=60))
+def test_every_item_is_served_once_in_the_order_of_its_share(events):
+    queue, pushed, served, running = FairQueue(), Counter(), [], []
+    for event in events:
+        if event == "pop":
+            waiting = len(queue)
+            item = queue.pop()
+            assert (item is None) == (waiting == 0)  # work conserving
+            if item:
+                served.append(item)
+                running.append(item[0])
+        elif event == "finish":
+            if running:
+                queue.finish(running.pop(0))
+        else:
+            push(queue, event, pushed[event], WEIGHTS[event])
+            pushed[event] += 1
+        assert queue.num_running == len(running)
+    while item := queue.pop():
+        served.append(item)
+    for name, count in pushed.items():
+        assert [number for each, number in served if each == name] == list(range(count))
+
+
+@given(st.lists(NAMES, min_size=1, unique=True), st.integers(2, 40))
+def test_one_server_is_shared_by_weight(names, rounds):
+    """As long as all of them want more."""
+    queue = FairQueue()
+    total = sum(WEIGHTS[name] for name in names)
+    served = Counter()
+    for name in names:
+        for number in range(200 * rounds):
+            push(queue, name, number, WEIGHTS[name])
+    for _ in range(int(rounds * total)):
+        name, _ = queue.pop()
+        queue.finish(name)
+        served[name] += 1
+    for name in names:
+        assert abs(served[name] - rounds * WEIGHTS[name]) <= 2 + 0.1 * rounds * WEIGHTS[name]
+
+
+@given(st.integers(1, 9))
+def test_rows_are_shared_by_weight(num_rows):
+    """While nothing finishes, no share has a row more per weight than another lacks."""
+    queue = FairQueue()
+    for number in range(9):
+        push(queue, "a", number, 1.0)
+        push(queue, "b", number, 2.0)
+    rows = Counter(queue.pop()[0] for _ in range(num_rows))
+    assert rows["b"] - 2 <= 2 * rows["a"] <= rows["b"] + 2
+
+
+@given(st.integers(0, 20), st.integers(1, 3))
+def test_newcomers_without_end_starve_nobody(before, per_service):
+    """A share that waits is served although fresh shares come faster than they are served."""
+    queue = FairQueue()
+    for number in range(before):
+        push(queue, "old", number)
+        name, _ = queue.pop()
+        queue.finish(name)
+    push(queue, "old", before)
+    for service in range(200):
+        for number in range(per_service):
+            push(queue, f"new-{service}-{number}", 0)
+        name, _ = queue.pop()
+        queue.finish(name)
+        if name == "old":
+            return
+    raise AssertionError("never served")
+
+
+def test_a_newcomer_is_next():
+    """However long the queue of another share is, and however often that was served."""
+    queue = FairQueue()
+    for number in range(50):
+        push(queue, "a", number)
+    for _ in range(20):
+        name, _ = queue.pop()
+        queue.finish(name)
+    push(queue, "b", 0)
+    assert queue.pop() == ("b", 0)
+
+
+def test_coming_again_and_again_gains_nothing():
+    """A share that has one item at a time gets no more than one that has many."""
+    queue, served = FairQueue(), Counter()
+    for number in range(100):
+        push(queue, "many", number)
+    push(queue, "one", 0)
+    for _ in range(40):
+        name, _ = queue.pop()
+        queue.finish(name)
+        served[name] += 1
+        if name == "one":
+            push(queue, "one", 0)
+    assert abs(served["one"] - served["many"]) <= 2
+
+
+def test_who_yields_goes_first_of_its_share():
+    queue = FairQueue()
+    for number in range(3):
+        push(queue, "a", number)
+    first = queue.pop()
+    assert not queue.should_yield("a")  # its own share is no reason
+    push(queue, "b", 0)
+    assert queue.should_yield("a")
+    queue.finish("a")
+    queue.push_front(first, "a")
+    assert [queue.pop() for _ in range(3)] == [("b", 0), ("a", 0), ("a", 1)]
+    assert not queue.should_yield("b")
+
+
+def test_a_kept_row_is_for_shares_that_have_none():
+    queue = FairQueue()
+    push(queue, "a", 0)
+    push(queue, "a", 1)
+    queue.pop()
+    assert queue.pop(idle_only=True) is None
+    push(queue, "b", 0)
+    assert queue.pop(idle_only=True) == ("b", 0)
+
+
+def test_shares_that_are_gone_are_forgotten():
+    queue = FairQueue()
+    for number in range(1000):
+        push(queue, f"share {number}", 0)
+        queue.pop()
+        queue.finish(f"share {number}")
+    assert len(queue._shares) <= 2
+
+
+def test_an_item_can_leave():
+    queue = FairQueue()
+    push(queue, "a", 0)
+    push(queue, "b", 0)
+    queue.remove(("a", 0))
+    assert list(queue) == [("b", 0)]
+    queue.clear()
+    assert queue.pop() is None
