@@ -81,7 +81,7 @@ def main(values: flags.FlagValues) -> None:
             ssl_certfile=values.ssl_certfile,
             ssl_keyfile=values.ssl_keyfile,
             log_config=None,
-            # `Trace` writes a line for each.
+            # `RequestLog` writes a line for each.
             access_log=False,
             timeout_graceful_shutdown=DRAIN_SECONDS,
             server_header=False,

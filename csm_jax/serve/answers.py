@@ -13,8 +13,8 @@ from starlette.types import Receive, Scope, Send
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.formats import FORMATS, Encoder, encode
+from csm_jax.serve.middleware.log import note
 from csm_jax.serve.service import Live, Service
-from csm_jax.serve.trace import note
 from csm_jax.speech import Request
 
 T = TypeVar("T")

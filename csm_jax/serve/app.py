@@ -17,7 +17,6 @@ from csm_jax.serve import (
     deepinfra,
     errors,
     fal,
-    guard,
     health,
     openai,
     page,
@@ -26,10 +25,11 @@ from csm_jax.serve import (
     voxserve,
 )
 from csm_jax.serve.batch_store import BatchStore
+from csm_jax.serve.middleware import bodies, keys
+from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
-from csm_jax.serve.trace import Trace
 
 DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
 one engine. Do not use it to impersonate anybody without consent, to deceive, or for anything
@@ -77,13 +77,13 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
     for module in (health, voxserve, openai, deepinfra, fal, realtime, voice_routes):
         app.include_router(module.router(service))
     app.include_router(batches.router(service, worker))
-    app.add_api_route("/", lambda: RedirectResponse(guard.PAGE), include_in_schema=False)
+    app.add_api_route("/", lambda: RedirectResponse(keys.PAGE), include_in_schema=False)
     page.mount(app, service)
     errors.install(app)
     # The last is the outermost.
-    app.add_middleware(guard.BodyLimit, limit=settings.limits.body_bytes)
+    app.add_middleware(bodies.BodyLimit, limit=settings.limits.body_bytes)
     app.add_middleware(
-        guard.Keys, keys=settings.api_keys, requests_per_minute=settings.requests_per_minute
+        keys.Keys, keys=settings.api_keys, requests_per_minute=settings.requests_per_minute
     )
     # Also when nobody may: without it gradio lets everybody who has a name for this machine.
     app.add_middleware(
@@ -92,7 +92,7 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
         allow_methods=["*"],
         allow_headers=["*"],
     )
-    app.add_middleware(Trace, metrics=service.metrics)
+    app.add_middleware(RequestLog, metrics=service.metrics)
     return app
 
 

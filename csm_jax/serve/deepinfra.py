@@ -27,8 +27,8 @@ from csm_jax.serve.fields import (
 )
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.jobs import Job
+from csm_jax.serve.middleware.log import request_id
 from csm_jax.serve.service import Service
-from csm_jax.serve.trace import request_id
 from csm_jax.speech import Request
 
 PATH = "/v1/inference/sesame/csm-1b"

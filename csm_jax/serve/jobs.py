@@ -12,7 +12,7 @@ from typing import Any
 
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
-from csm_jax.serve.trace import request_id
+from csm_jax.serve.middleware.log import request_id
 
 Work = Callable[["Job"], Coroutine[Any, Any, dict]]
 

@@ -26,7 +26,7 @@ from csm_jax.serve.caller import INTERNAL
 from csm_jax.serve.errors import ApiError, as_bad_field
 from csm_jax.serve.fields import Options, make_request, read_recording
 from csm_jax.serve.formats import Encoder
-from csm_jax.serve.guard import PAGE, is_key
+from csm_jax.serve.middleware.keys import PAGE, is_key
 from csm_jax.serve.scene import Line
 from csm_jax.serve.service import Service
 

@@ -22,9 +22,9 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.files import Files
 from csm_jax.serve.jobs import Jobs
 from csm_jax.serve.metrics import Metrics
+from csm_jax.serve.middleware.log import note
 from csm_jax.serve.outgoing import Outgoing
 from csm_jax.serve.settings import Settings
-from csm_jax.serve.trace import note
 from csm_jax.serve.voices import Voices
 from csm_jax.serve.webhook import Webhooks
 from csm_jax.speech import Request

@@ -11,9 +11,10 @@ from serving import SMALL, as_wav, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from csm_jax.serve import guard
+from csm_jax.serve import quotas
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.guard import _Rates
+from csm_jax.serve.middleware import keys
+from csm_jax.serve.quotas import Rates
 from csm_jax.serve.settings import Limits, Settings
 
 KEYS = ("first-key", "second-key")
@@ -34,7 +35,7 @@ def guarded(model):
 @pytest.fixture(autouse=True)
 def nobody_has_asked_yet(monkeypatch):
     """Rates are of each test alone."""
-    monkeypatch.setattr(guard, "monotonic", CLOCK.__next__)
+    monkeypatch.setattr(quotas, "monotonic", CLOCK.__next__)
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,8 @@ def test_sockets_need_one_too(guarded):
 
 def test_rates_are_of_each_key(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(guard, "monotonic", lambda: now[0])
-    rates = _Rates(3)
+    monkeypatch.setattr(quotas, "monotonic", lambda: now[0])
+    rates = Rates(3)
     for _ in range(3):
         rates.count("a")
     with pytest.raises(ApiError) as raised:
@@ -110,8 +111,8 @@ def test_rates_are_of_each_key(monkeypatch):
 
 def test_callers_are_forgotten(monkeypatch):
     """Somebody with many addresses does not fill the memory."""
-    monkeypatch.setattr(guard, "_MAX_CALLERS", 10)
-    rates = _Rates(3)
+    monkeypatch.setattr(quotas, "MAX_CALLERS", 10)
+    rates = Rates(3)
     for caller in range(1000):
         rates.count(str(caller))
     assert len(rates._buckets) == 10
@@ -119,7 +120,7 @@ def test_callers_are_forgotten(monkeypatch):
 
 def test_too_often_is_429(guarded, monkeypatch):
     now = next(CLOCK)
-    monkeypatch.setattr(guard, "monotonic", lambda: now)
+    monkeypatch.setattr(quotas, "monotonic", lambda: now)
     headers = {"Authorization": "Bearer second-key"}
     statuses = [guarded.get("/v1/models", headers=headers).status_code for _ in range(41)]
     assert statuses == [200] * 40 + [429]
@@ -172,7 +173,7 @@ def test_the_page_is_no_exception(server):
 
 
 def test_the_page_counts_too(model, monkeypatch):
-    monkeypatch.setattr(guard, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(quotas, "monotonic", lambda: 0.0)
     with serve(model, Settings(**SMALL, requests_per_minute=2)) as running:
         url = f"{running.url}/page/gradio_api/queue/join"
         statuses = [httpx.post(url, json={}).status_code for _ in range(3)]
@@ -181,8 +182,8 @@ def test_the_page_counts_too(model, monkeypatch):
 
 
 def test_uploads_of_all_together_are_counted(model, monkeypatch):
-    monkeypatch.setattr(guard, "monotonic", lambda: 0.0)
-    monkeypatch.setattr(guard, "_UPLOADS_PER_MINUTE", 1)
+    monkeypatch.setattr(quotas, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(keys, "_UPLOADS_PER_MINUTE", 1)
     with serve(model, Settings(**SMALL)) as running:
         url = f"{running.url}/page/gradio_api/upload"
         answers = [httpx.post(url, files={"files": b"a"}) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""What is known of each request: its id, and one line of JSON in the log when it is over."""
+"""The request log: an id for each request, and one line of JSON when its response has ended."""
 
 import contextvars
 import json
@@ -31,8 +31,8 @@ def request_id() -> str:
     return _current.get({}).get("request_id", "")
 
 
-class Trace:
-    """The outermost layer: names requests, counts and logs their answers."""
+class RequestLog:
+    """The outermost middleware: gives requests their ids, counts and logs their responses."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics):
         self._app = app

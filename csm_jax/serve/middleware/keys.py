@@ -1,16 +1,15 @@
-"""Who may ask, how often, and how much: layers around the application."""
+"""Authentication by API keys, and rates of each caller."""
 
 import hashlib
 import hmac
-from collections import OrderedDict
 from collections.abc import Sequence
-from time import monotonic
 
 from starlette.requests import HTTPConnection
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 from csm_jax.serve.errors import ApiError
+from csm_jax.serve.quotas import Rates
 
 PAGE = "/page"
 # What needs no key: probes and figures; the page, which asks for one itself; and files, whose names
@@ -20,51 +19,6 @@ OPEN_DIRECTORIES = (f"{PAGE}/", "/files/")
 # Recordings for the page, of everybody together: they lie on the disk for ten minutes.
 _UPLOADS = f"{PAGE}/gradio_api/upload"
 _UPLOADS_PER_MINUTE = 30
-# Callers whose rate is remembered, at most.
-_MAX_CALLERS = 10_000
-
-
-class BodyLimit:
-    """Ends requests that are larger than they may be, while they come."""
-
-    def __init__(self, app: ASGIApp, limit: int):
-        self._app = app
-        self._limit = limit
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        num_bytes = 0
-        has_started = False
-
-        async def receive_counted() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            num_bytes += len(message.get("body", b""))
-            if num_bytes > self._limit:
-                raise _TooLargeError
-            return message
-
-        async def send_noted(message: Message) -> None:
-            nonlocal has_started
-            has_started = True
-            await send(message)
-
-        announced = dict(scope["headers"]).get(b"content-length", b"0")
-        try:
-            # It may be a lie, or not be there.
-            if announced.isdigit() and int(announced) > self._limit:
-                raise _TooLargeError
-            await self._app(scope, receive_counted, send_noted)
-        except _TooLargeError:
-            if not has_started:
-                error = ApiError(413, f"the request has more than {self._limit} bytes")
-                await error.response(scope, receive, send)
-
-
-class _TooLargeError(BaseException):
-    """Not an `Exception`: nobody between may answer it."""
 
 
 class Keys:
@@ -73,8 +27,8 @@ class Keys:
     def __init__(self, app: ASGIApp, keys: Sequence[str], requests_per_minute: int):
         self._app = app
         self._keys = keys
-        self._rates = _Rates(requests_per_minute)
-        self._uploads = _Rates(_UPLOADS_PER_MINUTE)
+        self._rates = Rates(requests_per_minute)
+        self._uploads = Rates(_UPLOADS_PER_MINUTE)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -140,26 +94,3 @@ def is_key(given: str, keys: Sequence[str]) -> bool:
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
-
-
-class _Rates:
-    """A bucket of tokens for each caller, full at first, that fills up within a minute."""
-
-    def __init__(self, per_minute: int):
-        self._per_minute = per_minute
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def count(self, caller: str) -> None:
-        """Takes a token, or raises `ApiError`."""
-        if not self._per_minute:
-            return
-        now = monotonic()
-        tokens, since = self._buckets.pop(caller, (float(self._per_minute), now))
-        tokens = min(self._per_minute, tokens + (now - since) * self._per_minute / 60)
-        self._buckets[caller] = (tokens - 1 if tokens >= 1 else tokens, now)
-        if len(self._buckets) > _MAX_CALLERS:
-            self._buckets.popitem(last=False)
-        if tokens < 1:
-            wait = max(1, round((1 - tokens) * 60 / self._per_minute))
-            message = f"more than {self._per_minute} requests a minute; wait {wait} s"
-            raise ApiError(429, message, code="rate_limited", retry_after=wait)
