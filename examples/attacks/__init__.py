@@ -1,0 +1,1 @@
+"""Attacks on a server of this project, each a function, and what they share."""

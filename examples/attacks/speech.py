@@ -1,0 +1,209 @@
+"""Speech that takes the engine from others."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import json
+import time
+
+import httpx
+
+from attacks.registry import Server, attack
+from attacks.target import BYSTANDER, BrokeError, Target
+
+_LONG = " ".join(["one two three four five six seven."] * 250)
+# A gap of that length is heard.
+_GAP_SECONDS = 1.0
+
+
+def quiet_recording(seconds: float, rate: int = 24_000) -> bytes:
+    """A FLAC file of some kB that is long and not silent."""
+    import numpy as np
+    import soundfile
+
+    samples = np.zeros(int(seconds * rate), np.float32)
+    samples[:: rate // 2] = 0.5
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="FLAC")
+    return file.getvalue()
+
+
+@attack()
+async def context_flood(target: Target) -> str:
+    """Five POST /fal-ai/csm-1b with 64 recordings of 59 s each; the clients leave after 5 s."""
+    uri = "data:audio/flac;base64," + base64.b64encode(quiet_recording(59)).decode()
+    context = [{"prompt": "one", "audio_url": uri}] * 64
+    body = json.dumps({"scene": [{"text": "one"}], "context": context}).encode()
+
+    async def ask() -> str:
+        async with target.client() as client:
+            try:
+                kind = {"Content-Type": "application/json"}
+                return str(
+                    (
+                        await client.post("/fal-ai/csm-1b", content=body, headers=kind, timeout=5)
+                    ).status_code
+                )
+            except httpx.TimeoutException:
+                return "left"
+
+    told = await asyncio.gather(*(ask() for _ in range(5)))
+    await asyncio.sleep(15)
+    return f"{len(body) / 1e6:.1f} MB each: {', '.join(told)}"
+
+
+@attack()
+async def turns_flood(target: Target) -> str:
+    """Eight WebSockets that send 20 turns of 59 s each, and leave."""
+    audio = base64.b64encode(quiet_recording(59)).decode()
+    turn = json.dumps({"type": "turn", "speaker": 0, "text": "one", "audio": audio})
+
+    async def send() -> None:
+        with contextlib.suppress(OSError, TimeoutError):
+            async with target.socket() as socket:
+                for _ in range(20):
+                    await socket.send(turn)
+                await asyncio.sleep(3)
+
+    await asyncio.gather(*(send() for _ in range(8)), return_exceptions=True)
+    await asyncio.sleep(10)
+    return "160 turns sent"
+
+
+@attack()
+async def first_long_text(target: Target) -> str:
+    """The first long text in a voice, beside a stream whose longest gap is measured."""
+    async with target.client() as client, target.client(address=BYSTANDER) as other:
+        listening = asyncio.create_task(_longest_gap(other))
+        await asyncio.sleep(1)
+        body = {"text": _LONG[:1500], "voice": "slt", "max_audio_length_ms": 4000, "seed": 1}
+        (await client.post("/generate", json=body)).raise_for_status()
+        for speaker in (3, 4):
+            await client.post("/generate", json=body | {"speaker": speaker, "text": _LONG[:400]})
+        gap = await listening
+    if gap > _GAP_SECONDS:
+        raise BrokeError(f"the stream was silent for {gap:.1f} s")
+    return f"longest gap {gap:.2f} s"
+
+
+async def _longest_gap(client: httpx.AsyncClient) -> float:
+    """Between two pieces of a long stream, and not counting what was sent ahead of its time."""
+    gap, ahead, last = 0.0, 0.0, None
+    body = {"text": _LONG[:1500], "streaming": True, "seed": 2, "max_audio_length_ms": 60_000}
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(40), client.stream("POST", "/generate", json=body) as answer:
+            async for piece in answer.aiter_raw():
+                now = time.monotonic()
+                if last is not None:
+                    ahead -= now - last
+                    gap = max(gap, -ahead)
+                    ahead = max(ahead, 0.0)
+                ahead, last = ahead + len(piece) / 48_000, now
+    return gap
+
+
+@attack()
+async def long_texts(target: Target) -> str:
+    """24 texts of 10 000 characters from one address; the bystander is the newcomer."""
+    async with target.client() as client:
+        tasks = [
+            asyncio.create_task(client.post("/generate", json={"text": _LONG, "seed": seed}))
+            for seed in range(24)
+        ]
+        await asyncio.sleep(25)
+        for task in tasks:
+            task.cancel()
+        done = await asyncio.gather(*tasks, return_exceptions=True)
+    answered = [answer.status_code for answer in done if isinstance(answer, httpx.Response)]
+    return f"{len(tasks) - len(answered)} spoke or waited, {len(answered)} were refused"
+
+
+@attack()
+async def short_texts_of_one(target: Target) -> str:
+    """300 short texts at once from one address."""
+    async with target.client() as client:
+        body = {"text": "one two three", "max_audio_length_ms": 2000}
+
+        async def ask() -> str:
+            with contextlib.suppress(httpx.HTTPError):
+                return str((await client.post("/generate", json=body)).status_code)
+            return "closed"
+
+        told = await asyncio.gather(*(ask() for _ in range(300)))
+    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+
+
+@attack()
+async def jobs_that_are_cancelled(target: Target) -> str:
+    """200 jobs in fal's queue, each cancelled at once; 200 more, cancelled 5 s later."""
+    scene = {"scene": [{"text": _LONG[:2000]}] * 4}
+    told, waiting = [], []
+    async with target.client() as client:
+        for number in range(400):
+            answer = await client.post("/queue/fal-ai/csm-1b", json=scene)
+            told.append(answer.status_code)
+            if answer.status_code < 300:
+                waiting.append(answer.json()["request_id"])
+            if number < 200:
+                await _cancel_all(client, waiting)
+        await asyncio.sleep(5)
+        await _cancel_all(client, waiting)
+    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+
+
+async def _cancel_all(client: httpx.AsyncClient, jobs: list[str]) -> None:
+    while jobs:
+        await client.put(f"/queue/fal-ai/csm-1b/requests/{jobs.pop()}/cancel")
+
+
+@attack()
+async def cancel_flood(target: Target) -> str:
+    """A WebSocket that says a sentence and cancels it, 1000 times."""
+    async with target.socket() as socket:
+        reading = asyncio.create_task(_count(socket))
+        for _ in range(1000):
+            await socket.send('{"type":"text","text":"One two three. "}')
+            await socket.send('{"type":"cancel"}')
+        await asyncio.sleep(5)
+        reading.cancel()
+    return "sent and cancelled"
+
+
+async def _count(socket: object) -> None:
+    async for _ in socket:
+        pass
+
+
+@attack(Server.LIMITED, floods=False)
+async def socket_under_a_rate(target: Target) -> str:
+    """150 utterances on one WebSocket where 60 requests a minute are allowed."""
+    done, refused = 0, 0
+    async with target.socket() as socket:
+        await socket.send('{"type":"session","max_audio_length_ms":160}')
+        for _ in range(150):
+            await socket.send('{"type":"text","text":"One. "}')
+            await socket.send('{"type":"flush"}')
+        with contextlib.suppress(TimeoutError, Exception):
+            async with asyncio.timeout(20):
+                async for message in socket:
+                    if isinstance(message, str):
+                        kind = json.loads(message)["type"]
+                        done, refused = done + (kind == "done"), refused + (kind == "error")
+    if done > 85:
+        raise BrokeError(f"{done} utterances in 20 s")
+    return f"{done} spoken, {refused} refused in 20 s"
+
+
+@attack(Server.LIMITED, floods=False)
+async def forwarded_for(target: Target) -> str:
+    """200 requests, each with another X-Forwarded-For, where 60 a minute are allowed."""
+    told = []
+    async with target.client() as client:
+        for number in range(200):
+            given = f"203.0.113.{number}"
+            more = {"X-Forwarded-For": given, "Forwarded": f"for={given}", "X-Real-IP": given}
+            told.append((await client.get("/v1/models", headers=more)).status_code)
+    if 429 not in told:
+        raise BrokeError("never refused")
+    return f"{told.count(200)} answered, {told.count(429)} refused"
