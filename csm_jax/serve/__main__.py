@@ -23,6 +23,7 @@ from csm_jax.files import make_directory
 from csm_jax.generator import NAMES
 
 PROGRAM = "csm_jax.serve"
+KEYS_VARIABLE = "CSM_JAX_API_KEYS"
 # Seconds that those who are being answered get when the server is told to end.
 DRAIN_SECONDS = 60
 # Connections there may be; those who come then are told to come again.
@@ -53,8 +54,9 @@ def define_flags(values: flags.FlagValues) -> None:
     sampling_flags.define_flags(values)
     define(text, "voices", None, "directory of presets: NAME.flac and NAME.txt, its transcript")
     define(text, "data", None, "directory of what outlives the process; default: nothing does")
-    define(text, "api_keys_file", None, "keys of those who may ask, one a line")
-    define(whole, "requests_per_minute", 0, "of one key or address; 0 is any", lower_bound=0)
+    define(text, "api_keys_file", None, "lines KEY [tenant=NAME] [weight=NUMBER]")
+    define(whole, "requests_per_minute", 0, "and utterances, of a caller; 0: any", lower_bound=0)
+    define(whole, "speech_seconds_per_minute", 0, "of one caller; 0: any", lower_bound=0)
     define(flag, "fetch_urls", False, "fetch recordings from addresses in requests")
     define(flag, "allow_private", False, "also from private networks; webhooks too")
     define(listed, "cors_origins", [], "whose web pages may ask; * is all")
@@ -119,6 +121,7 @@ def _settings(values: flags.FlagValues):
         data=Path(values.data) if values.data else None,
         api_keys=_keys(values),
         requests_per_minute=values.requests_per_minute,
+        speech_seconds_per_minute=values.speech_seconds_per_minute,
         fetch_urls=values.fetch_urls,
         allow_private=values.allow_private,
         cors_origins=tuple(values.cors_origins),
@@ -137,16 +140,30 @@ def _log_to_stderr() -> None:
 
 
 def _keys(values: flags.FlagValues) -> tuple[str, ...]:
-    found = os.environ.get("CSM_JAX_API_KEYS", "").split(",")
-    if values.api_keys_file is not None:
+    """The lines of both sources. Raises `InputError` for a source that is given but has no key.
+
+    Otherwise a mistake in it would be a server that is open to everybody.
+    """
+    from csm_jax.serve.middleware.keys import parse_keys, read_keys
+
+    lines: list[str] = []
+    # The empty string is what Docker Compose makes of a variable that is not set.
+    if given := os.environ.get(KEYS_VARIABLE, ""):
+        lines += _some_keys([key.strip() for key in given.split(",")], KEYS_VARIABLE)
+    if (name := values.api_keys_file) is not None:
         try:
-            found += Path(values.api_keys_file).read_text(encoding="utf-8").splitlines()
+            text = Path(name).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{values.api_keys_file} cannot be read: {error}") from error
-        if not any(key.strip() for key in found):
-            # Or everybody could ask where somebody wanted that nobody can.
-            raise InputError(f"{values.api_keys_file} has no key: write one a line")
-    return tuple(key.strip() for key in found if key.strip())
+            raise InputError(f"{name} cannot be read: {error}") from error
+        lines += _some_keys(read_keys(text), name)
+    parse_keys(lines)
+    return tuple(lines)
+
+
+def _some_keys(lines: list[str], source: str) -> list[str]:
+    if not any(lines):
+        raise InputError(f"{source} has no key: write one, or do not set it")
+    return [line for line in lines if line]
 
 
 def _check_files(values: flags.FlagValues) -> None:

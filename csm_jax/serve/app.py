@@ -25,7 +25,7 @@ from csm_jax.serve import (
     voxserve,
 )
 from csm_jax.serve.batch_store import BatchStore
-from csm_jax.serve.middleware import bodies, keys
+from csm_jax.serve.middleware import bodies, keys, redaction
 from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
@@ -57,6 +57,7 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
     Args:
       presets: directories of voices that come with the model.
     """
+    redaction.install()
     service = Service(model, settings, list(presets))
     worker = batches.Worker(service, BatchStore(_database(settings)))
 
@@ -82,9 +83,7 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
     errors.install(app)
     # The last is the outermost.
     app.add_middleware(bodies.BodyLimit, limit=settings.limits.body_bytes)
-    app.add_middleware(
-        keys.Keys, keys=settings.api_keys, requests_per_minute=settings.requests_per_minute
-    )
+    app.add_middleware(keys.Keys, keys=keys.parse_keys(settings.api_keys), quotas=service.quotas)
     # Also when nobody may: without it gradio lets everybody who has a name for this machine.
     app.add_middleware(
         CORSMiddleware,

@@ -26,7 +26,7 @@ from csm_jax.serve.caller import INTERNAL
 from csm_jax.serve.errors import ApiError, as_bad_field
 from csm_jax.serve.fields import Options, make_request, read_recording
 from csm_jax.serve.formats import Encoder
-from csm_jax.serve.middleware.keys import PAGE, is_key
+from csm_jax.serve.middleware.keys import PAGE, find_key, parse_keys
 from csm_jax.serve.scene import Line
 from csm_jax.serve.service import Service
 
@@ -42,7 +42,7 @@ _LINE = re.compile(r"\s*(?:([ABab])\s*:)?\s*(.*)")
 
 def mount(app: FastAPI, service: Service) -> None:
     """Adds the page to an application. With API keys, one of them is its password."""
-    keys = service.settings.api_keys
+    keys = parse_keys(service.settings.api_keys)
     broadcast = Broadcast(service.model.sample_rate)
 
     @app.get(f"{PAGE}/live/{{name}}", include_in_schema=False)
@@ -53,7 +53,7 @@ def mount(app: FastAPI, service: Service) -> None:
         app,
         build(service, broadcast),
         PAGE,
-        auth=(lambda _, password: is_key(password, keys)) if keys else None,
+        auth=(lambda _, password: find_key(password, keys) is not None) if keys else None,
         auth_message="Any name; the password is an API key." if keys else None,
         max_file_size=service.settings.limits.audio_bytes,
         footer_links=[],

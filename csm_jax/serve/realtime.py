@@ -212,6 +212,7 @@ class Conversation:
     def _say(self, text: str, manner: Manner | None = None) -> None:
         if self._waiting.full():
             raise ApiError(429, f"{MAX_WAITING} sentences wait already", code="queue_full")
+        self._service.quotas.count(self._caller.share)
         self._is_silent.clear()
         self._num_given += 1
         self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))

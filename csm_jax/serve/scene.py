@@ -39,6 +39,8 @@ async def speak_scene(
     if len(lines) > service.settings.limits.turns:
         most = service.settings.limits.turns
         raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
+    # The first is the request, which has been counted when it came.
+    service.quotas.count_more(caller.share, len(lines) - 1)
     heard, audio = list(context), []
     for number, line in enumerate(lines, 1):
         seed = None if options.seed is None else (options.seed + number - 1) % 2**32

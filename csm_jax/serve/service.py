@@ -24,6 +24,7 @@ from csm_jax.serve.jobs import Jobs
 from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.log import note
 from csm_jax.serve.outgoing import Outgoing
+from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.voices import Voices
 from csm_jax.serve.webhook import Webhooks
@@ -52,6 +53,7 @@ class Service:
       model, settings, metrics, voices: what it was made with.
       files: what answers point to.
       jobs: what goes on without its client.
+      quotas: how much work callers may ask for.
       outgoing, webhooks: what requests ask the server to fetch and to post.
       is_ready: the frame loop is compiled, and a request has been spoken.
     """
@@ -68,6 +70,7 @@ class Service:
         self.voices = Voices(model, presets, settings.voices or own)
         self.files = Files()
         self.jobs = Jobs(settings.max_batch, settings.max_queue)
+        self.quotas = Quotas(settings.requests_per_minute, settings.speech_seconds_per_minute)
         self.outgoing = Outgoing(settings.allow_private)
         self.webhooks = Webhooks(self.outgoing, settings.webhook_secret)
         self._threads = ThreadPoolExecutor(_THREADS, "csm_jax.serve")
@@ -157,11 +160,13 @@ class Service:
           wait: for a place in the queue.
 
         Raises:
-          ApiError: the server is closing.
+          ApiError: the server is closing, or the caller has spoken more than its share.
           CSMError: as `Engine.submit`.
         """
         if self.is_closing:
             raise ApiError(503, "the server is closing", code="closing", retry_after=10)
+        if not background:
+            self.quotas.check_speech(caller)
         request = self._limited(request)
         started = time.perf_counter()
         submitted = self._threads.submit(
@@ -172,7 +177,7 @@ class Service:
         except asyncio.CancelledError:
             submitted.add_done_callback(_cancel_ticket)
             raise
-        return Live(self, ticket, stream, started)
+        return Live(self, ticket, stream, started, None if background else caller)
 
 
 def _cancel_ticket(submitted: Future[Ticket]) -> None:
@@ -183,8 +188,17 @@ def _cancel_ticket(submitted: Future[Ticket]) -> None:
 class Live:
     """A request that is being spoken. Whoever leaves it before its end calls `cancel`."""
 
-    def __init__(self, service: Service, ticket: Ticket, streams: bool, started: float):
+    def __init__(
+        self,
+        service: Service,
+        ticket: Ticket,
+        streams: bool,
+        started: float,
+        payer: Caller | None,
+    ):
+        """Args: payer: the caller who is charged for the speech, if one is."""
         self._service = service
+        self._payer = payer
         self._ticket = ticket
         self._streams = streams
         self._started = started
@@ -225,8 +239,17 @@ class Live:
             raise
         finally:
             self.cancel()
+            self._charge()
         if self._streams:
             self._report(num_samples)
+
+    def _charge(self) -> None:
+        """Charges what has been spoken, whether or not somebody listened."""
+        payer, self._payer = self._payer, None
+        if payer is not None:
+            model = self._service.model
+            seconds = len(self.codes_so_far()) * model.codec.frame_size / model.sample_rate
+            self._service.quotas.charge_speech(payer, seconds)
 
     async def audio(self) -> np.ndarray:
         """All of it, float32 [num_samples]. Raises as `chunks` does."""

@@ -49,6 +49,12 @@ def test_a_file_of_keys_without_a_key_opens_to_nobody(refuse, tmp_path):
     assert "has no key" in refuse("--checkpoint=demo", f"--api_keys_file={tmp_path / 'keys'}")
 
 
+@pytest.mark.parametrize("given", [" , ", ",", " ", "sk-1 tenant=", "sk-1,sk-1", "sk-\u00e9"])
+def test_keys_that_are_none_do_not_open_the_server(refuse, monkeypatch, given):
+    monkeypatch.setenv("CSM_JAX_API_KEYS", given)
+    assert "key" in refuse("--checkpoint=demo")
+
+
 def test_a_port_that_is_taken(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")

@@ -1,6 +1,7 @@
 """Who may ask, how often, and how much."""
 
 import base64
+import contextlib
 import itertools
 import socket
 
@@ -88,10 +89,25 @@ def test_sockets_need_one_too(guarded):
             assert "cancelled" in talk.recv(timeout=10)
 
 
+def test_the_key_of_a_socket_is_in_no_log(guarded, caplog):
+    url = guarded.url.replace("http", "ws") + "/v1/realtime"
+    for query in ("api_key=first-key", "a=b&api%5Fkey=first-key", "api_key=first-key2"):
+        with (
+            caplog.at_level("DEBUG"),
+            contextlib.suppress(InvalidStatus),
+            connect(f"{url}?{query}") as talk,
+        ):
+            talk.send('{"type": "cancel"}')
+            talk.recv(timeout=10)
+    named = [record for record in caplog.records if record.name.startswith(("uvicorn", "csm_jax"))]
+    assert any("[accepted]" in record.getMessage() for record in named)
+    assert not [record for record in named if "first-key" in record.getMessage()]
+
+
 def test_rates_are_of_each_key(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(quotas, "monotonic", lambda: now[0])
-    rates = Rates(3)
+    rates = Rates(3, "requests")
     for _ in range(3):
         rates.count("a")
     with pytest.raises(ApiError) as raised:
@@ -112,7 +128,7 @@ def test_rates_are_of_each_key(monkeypatch):
 def test_callers_are_forgotten(monkeypatch):
     """Somebody with many addresses does not fill the memory."""
     monkeypatch.setattr(quotas, "MAX_CALLERS", 10)
-    rates = Rates(3)
+    rates = Rates(3, "requests")
     for caller in range(1000):
         rates.count(str(caller))
     assert len(rates._buckets) == 10

@@ -14,6 +14,7 @@ from hearing import median_pitch
 from websockets.sync.client import connect
 
 from csm_jax.prompt import Segment
+from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.realtime import Conversation
 from csm_jax.serve.settings import Settings
 
@@ -230,7 +231,7 @@ def test_a_cancel_of_who_is_gone_waits_for_nothing():
     """Or the conversation would never end."""
 
     async def scenario() -> None:
-        service = SimpleNamespace(settings=Settings())
+        service = SimpleNamespace(settings=Settings(), quotas=Quotas(0, 0))
         async with Conversation(service, Gone()) as conversation:
             conversation._say("x" * 20_000)  # too long, which cannot be told either
             await asyncio.wait_for(conversation.take('{"type": "cancel"}'), 5)
