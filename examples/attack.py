@@ -21,7 +21,15 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from absl import app, flags, logging
-from attacks import access, bodies, connections, page, speech  # noqa: F401, they register
+from attacks import (  # noqa: F401, they register
+    access,
+    bodies,
+    connections,
+    page,
+    protocol,
+    recordings,
+    speech,
+)
 from attacks.bystander import Experience, watching
 from attacks.registry import ATTACKS, Attack, Server
 from attacks.target import SETTLE_SECONDS, BrokeError, Target, check_loopback, start

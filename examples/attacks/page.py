@@ -128,6 +128,7 @@ async def hopeless_recordings(target: Target) -> str:
     cases = {"one sample": wav([0.5]), "silence": wav([0.0] * 24_000)}
     cases |= {"constant": wav([0.5] * 24_000), "1e38": wav([1e38, -1e38] * 12_000)}
     cases |= {"not a number": wav([float("nan")] * 24_000), "noise": b"fLaC" + os.urandom(4000)}
+    accepted = []
     async with target.client() as client:
         for name, data in cases.items():
             body = {"text": "one", "audio_text": "one", "max_audio_length_ms": 400}
@@ -135,7 +136,9 @@ async def hopeless_recordings(target: Target) -> str:
             answer = await client.post("/generate", json=body)
             message = answer.text if answer.status_code >= 400 else ""
             if answer.status_code != 400 or " object at 0x" in message:
-                raise BrokeError(f"{name}: {answer.status_code} {message[:80]}")
+                accepted.append(f"{name} {answer.status_code} {message[:80]}")
+    if accepted:
+        raise BrokeError("; ".join(accepted))
     return f"{len(cases)} recordings refused"
 
 

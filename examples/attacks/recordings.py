@@ -1,0 +1,101 @@
+"""Audio files that lie about what they are."""
+
+import base64
+import io
+import struct
+
+from attacks.registry import Server, attack
+from attacks.target import BrokeError, Target
+
+
+def _wav_head(channels: int, rate: int, data_bytes: int, bits: int = 16) -> bytes:
+    frame = channels * bits // 8
+    form = struct.pack("<HHIIHH", 1, channels, rate, rate * frame % 2**32, frame % 65_536, bits)
+    head = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", data_bytes)
+    return b"RIFF" + struct.pack("<I", (data_bytes + 36) % 2**32) + head
+
+
+def _encoded(form: str, subtype: str | None = None, seconds: float = 2.0) -> bytes:
+    import numpy as np
+    import soundfile
+
+    samples = np.sin(np.arange(int(24_000 * seconds)) / 10).astype(np.float32) / 2
+    file = io.BytesIO()
+    soundfile.write(file, samples, 24_000, format=form, subtype=subtype)
+    return file.getvalue()
+
+
+def _flac_head(channels: int, rate: int, samples: int) -> bytes:
+    """A FLAC file's STREAMINFO that promises `samples`, without any."""
+    packed = (rate << 44) | ((channels - 1) << 41) | (15 << 36) | samples
+    info = struct.pack(">HH", 4096, 4096) + bytes(6) + packed.to_bytes(8, "big") + bytes(16)
+    return b"fLaC" + bytes([0x80]) + len(info).to_bytes(3, "big") + info
+
+
+def _lies() -> dict[str, bytes]:
+    tone = b"\x00\x40\x00\xc0" * 24_000
+    flac, ogg, mp3 = _encoded("FLAC"), _encoded("OGG", "VORBIS"), _encoded("MP3")
+    tag = b"ID3\x04\x00\x00\x7f\x7f\x7f\x7f"
+    big_tag = b"ID3\x04\x00\x00" + bytes([0x01, 0x7F, 0x7F, 0x7F]) + bytes(4_194_303)
+    return {
+        "65535 channels": _wav_head(65_535, 24_000, len(tone)) + tone,
+        "no channels": _wav_head(0, 24_000, len(tone)) + tone,
+        "rate 0": _wav_head(1, 0, len(tone)) + tone,
+        "rate 4 GHz": _wav_head(1, 2**32 - 1, len(tone)) + tone,
+        "4 GB in the head": _wav_head(1, 24_000, 2**32 - 40) + tone[:100],
+        "FLAC of 2**36 samples": _flac_head(1, 24_000, 2**36 - 1),
+        "FLAC cut off": flac[: len(flac) // 2],
+        "FLAC of noise": flac[:200] + bytes(range(256)) * 20,
+        "mp3 of a tag": tag + bytes(100),
+        "mp3 of a tag of 4 MB": big_tag,
+        "1000 Ogg streams": ogg * 100,
+        "1000 mp3 files": mp3 * 100,
+        "nothing": b"",
+        "text": b"RIFF but not really",
+        "a zip": b"PK\x03\x04" + bytes(1000),
+    }
+
+
+def _rare() -> dict[str, bytes]:
+    kinds = ["AU", "W64", "CAF", "AIFF", "NIST", "VOC", "IRCAM", "PVF", "SVX", "RF64", "WVE", "HTK"]
+    found = {}
+    for kind in [*kinds, "MAT4", "MAT5", "PAF", "XI", "MPC2K", "AVR", "SDS"]:
+        try:
+            found[kind] = _encoded(kind)
+        except Exception:  # noqa: S112, this libsndfile does not write it
+            continue
+    return found
+
+
+@attack(Server.OPEN)
+async def lying_recordings(target: Target) -> str:
+    """Audio files with lying lengths, channels, rates and tags, and in formats that few know."""
+    lies, told, bad, rare = _lies(), [], [], _rare()
+    async with target.client() as client:
+        for name, data in [*lies.items(), *rare.items()]:
+            form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
+            answer = await client.post("/generate", data=form, files={"audio": ("a", data)})
+            told += [name] if answer.is_success else []
+            if answer.status_code >= 500 or b" object at 0x" in answer.content[:500]:
+                bad.append(f"{name} {answer.status_code}")
+    if bad:
+        raise BrokeError(f"internal errors or object addresses: {', '.join(bad)}")
+    return f"{len(lies) + len(rare)} files; spoken after: {', '.join(told) or 'none'}"
+
+
+@attack(floods=False)
+async def kinds_of_base64(target: Target) -> str:
+    """Recordings as base64 with spaces, line ends, other alphabets, wrong padding and odd heads."""
+    good = base64.b64encode(_encoded("FLAC")).decode()
+    cases = [good + "=", good[:-1], "\n".join(good[at : at + 76] for at in range(0, len(good), 76))]
+    cases += [good.replace("+", "-").replace("/", "_"), f" {good}", "data:audio/flac," + good]
+    cases += ["data:;base64," + good, "data:" + "a;" * 100_000 + "base64," + good, "data:;base64"]
+    cases += ["=" * 1000, "A" * 13_500_000, "é" * 100]
+    told = []
+    async with target.client() as client:
+        for case in cases:
+            body = {"text": "one", "audio": case, "audio_text": "one", "max_audio_length_ms": 160}
+            told.append((await client.post("/generate", json=body)).status_code)
+    if max(told) >= 500:
+        raise BrokeError(f"{told}")
+    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
