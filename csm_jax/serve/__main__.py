@@ -19,7 +19,6 @@ from absl import flags
 
 from csm_jax import cli, sampling_flags
 from csm_jax.errors import CSMError, InputError
-from csm_jax.files import make_directory
 from csm_jax.generator import NAMES
 
 PROGRAM = "csm_jax.serve"
@@ -73,8 +72,6 @@ def main(values: flags.FlagValues) -> None:
     settings = _settings(values)
     _check_files(values)
     listening = _listen(values.host, values.port)
-    for directory in filter(None, (settings.voices, settings.data)):
-        make_directory(directory)
     app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
     _log_to_stderr()
     server = uvicorn.Server(

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
 
-from csm_jax.files import make_directory
+from csm_jax.errors import InputError
 from csm_jax.generator import Generator, find_directory, load
 from csm_jax.serve import (
     batches,
@@ -24,12 +24,12 @@ from csm_jax.serve import (
     voice_routes,
     voxserve,
 )
-from csm_jax.serve.batch_store import BatchStore
 from csm_jax.serve.middleware import bodies, keys, redaction
 from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
+from csm_jax.serve.store import Store
 
 DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
 one engine. Do not use it to impersonate anybody without consent, to deceive, or for anything
@@ -45,26 +45,41 @@ def load_app(
 ) -> FastAPI:
     """The application of a checkpoint, with the voices in its directory `prompts`.
 
-    Args and errors: those of `csm_jax.load`.
+    Args and errors: those of `csm_jax.load`; besides, the data directory cannot be used, or there
+    is no directory of voices.
     """
-    model = load(checkpoint, dtype, quantize, adapters=adapters)
-    return create_app(model, settings, find_presets(checkpoint, find_directory(checkpoint)))
+    # What can be refused at once, before the model is loaded, which takes a while.
+    if settings.voices is not None and not settings.voices.is_dir():
+        raise InputError(f"--voices is {str(settings.voices)!r}, which is no directory")
+    store = Store(settings.data, settings.limits)
+    try:
+        model = load(checkpoint, dtype, quantize, adapters=adapters)
+        presets = find_presets(checkpoint, find_directory(checkpoint))
+        return create_app(model, settings, presets, store)
+    except BaseException:
+        store.close()
+        raise
 
 
-def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -> FastAPI:
+def create_app(
+    model: Generator, settings: Settings, presets: list[Path] = (), store: Store | None = None
+) -> FastAPI:
     """An ASGI application, with its `Service` as `app.state.service`.
 
     Args:
       presets: directories of voices that come with the model.
+      store: opened for these settings; default: opens it. It is closed with the application.
     """
     redaction.install()
-    service = Service(model, settings, list(presets))
-    worker = batches.Worker(service, BatchStore(_database(settings)))
+    service = Service(model, settings, list(presets), store)
+    worker = batches.Worker(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.warmed = asyncio.create_task(service.warm_up())
-        tasks = [service.warmed, asyncio.create_task(worker.run())]
+        await service.jobs.start()
+        work = (service.warmed, worker.run(), service.store.tidy())
+        tasks = [asyncio.ensure_future(each) for each in work]
         yield
         for task in tasks:
             task.cancel()
@@ -93,11 +108,3 @@ def create_app(model: Generator, settings: Settings, presets: list[Path] = ()) -
     )
     app.add_middleware(RequestLog, metrics=service.metrics)
     return app
-
-
-def _database(settings: Settings) -> Path | None:
-    """Where batches are remembered; None is in memory."""
-    if settings.data is None:
-        return None
-    make_directory(settings.data)
-    return settings.data / "batches.sqlite"

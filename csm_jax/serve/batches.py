@@ -13,31 +13,38 @@ import asyncio
 import base64
 import contextlib
 import json
-from collections.abc import Iterator
-from typing import Any, Literal
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
-from fastapi import APIRouter, Response
+from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field, ValidationError
 
-from csm_jax.errors import CSMError, InputError
+from csm_jax.errors import InputError, first_line
 from csm_jax.serve.answers import speak_whole
-from csm_jax.serve.batch_store import BatchRow, BatchStore, FileRow, Line
-from csm_jax.serve.caller import INTERNAL
+from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.fields import both_kinds, read_fields
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.openai import Speech, as_request
 from csm_jax.serve.service import Service
+from csm_jax.serve.store.batches import Batches, BatchRow, FileRow, Line, Page
+from csm_jax.serve.store.errors import StorageError
+
+T = TypeVar("T")
 
 ENDPOINT = "/v1/audio/speech"
 MAX_LINES = 50_000
 # Attempts at a line that fails through no fault of its own.
 _ATTEMPTS = 3
 _IDLE_SECONDS = 5.0
-# What all files and results may take; then somebody has to delete some.
-MAX_STORED_BYTES = 4_000_000_000
+# Seconds until a worker that failed goes on: doubled up to the last.
+_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
+
+After = Annotated[str | None, Query(max_length=64, description="id of the last one of a page")]
+PageSize = Annotated[int, Query(ge=1, le=100)]
+_Text = Annotated[str, Field(max_length=512)]
 
 
 class BatchLine(BaseModel):
@@ -58,102 +65,123 @@ class NewBatch(BaseModel):
     input_file_id: str | None = Field(None, max_length=64)
     file: bytes | None = Field(None, json_schema_extra={"format": "binary"})
     endpoint: Literal[ENDPOINT] = ENDPOINT
-    completion_window: str = "24h"
-    metadata: dict[str, str] | None = None
+    completion_window: str = Field("24h", max_length=16)
+    metadata: dict[_Text, _Text] | None = Field(None, max_length=16)
 
 
 def router(service: Service, worker: "Worker") -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Batches"])
-    store = worker.store
+    store = service.store.batches
 
     @routes.post("/files", openapi_extra=both_kinds(NewFile))
     async def upload(http: HTTPRequest) -> dict[str, Any]:
         fields = await read_fields(http, NewFile)
-        return _file(store, await service.in_thread(_keep, store, fields.file))
+        return _file(await store.add_file(caller_of(http).owner, "input.jsonl", fields.file))
+
+    @routes.get("/files")
+    async def files(http: HTTPRequest, after: After = None, limit: PageSize = 20) -> dict[str, Any]:
+        found = await store.list_files(caller_of(http).owner, after, limit)
+        return _page(_found(found, "file", after), _file)
 
     @routes.get("/files/{file_id}")
-    def file(file_id: str) -> dict[str, Any]:
-        return _file(store, file_id)
+    async def file(http: HTTPRequest, file_id: str) -> dict[str, Any]:
+        found = await store.find_file(file_id, caller_of(http).owner)
+        return _file(_found(found, "file", file_id))
 
     @routes.get("/files/{file_id}/content", response_class=Response)
-    def content(file_id: str) -> Response:
-        found = _find_file(store, file_id)
-        if found.batch is None:
-            return Response(found.data, media_type="application/jsonl")
-        return StreamingResponse(_lines(store, found.batch), media_type="application/jsonl")
+    async def content(http: HTTPRequest, file_id: str) -> Response:
+        owner = caller_of(http).owner
+        found = _found(await store.find_file(file_id, owner), "file", file_id)
+        if found.batch is not None:
+            return StreamingResponse(_lines(store, found.batch), media_type="application/jsonl")
+        data = _found(await store.read_file(file_id, owner), "file", file_id)
+        return Response(data, media_type="application/jsonl")
 
     @routes.delete("/files/{file_id}")
-    def delete(file_id: str) -> dict[str, Any]:
-        _find_file(store, file_id)
-        store.delete_file(file_id)
+    async def delete(http: HTTPRequest, file_id: str) -> dict[str, Any]:
+        deleted = await store.delete_file(file_id, caller_of(http).owner)
+        if (batch := _found(deleted, "file", file_id).batch) is not None:
+            worker.drop(batch)
         return {"id": file_id, "object": "file", "deleted": True}
 
     @routes.post("/batches", openapi_extra=both_kinds(NewBatch))
     async def create(http: HTTPRequest) -> dict[str, Any]:
-        fields = await read_fields(http, NewBatch)
+        fields, caller = await read_fields(http, NewBatch), caller_of(http)
         if (fields.file is None) == (fields.input_file_id is None):
             raise ApiError(400, "give either input_file_id or file", param="input_file_id")
         data = fields.file
         if data is None:
-            data = _find_file(store, fields.input_file_id).data or b""
+            read = await store.read_file(fields.input_file_id, caller.owner)
+            data = _found(read, "file", fields.input_file_id)
         bodies = await service.in_thread(_check, data)
-        file_id = fields.input_file_id or await service.in_thread(_keep, store, data)
-        _check_room(store, len(data))
-        batch_id = await service.in_thread(store.add_batch, file_id, bodies)
+        batch = await store.add_batch(caller, bodies, fields.metadata, fields.input_file_id, data)
         worker.wake()
-        return _batch(_find(store, batch_id))
+        return _batch(batch)
 
     @routes.get("/batches")
-    def listed() -> dict[str, Any]:
-        found = [_batch(row) for row in store.batches()[:100]]
-        return {"object": "list", "data": found, "has_more": False}
+    async def batches(
+        http: HTTPRequest, after: After = None, limit: PageSize = 20
+    ) -> dict[str, Any]:
+        found = await store.list(caller_of(http).owner, after, limit)
+        return _page(_found(found, "batch", after), _batch)
 
     @routes.get("/batches/{batch_id}")
-    def batch(batch_id: str) -> dict[str, Any]:
-        return _batch(_find(store, batch_id))
+    async def batch(http: HTTPRequest, batch_id: str) -> dict[str, Any]:
+        found = await store.find(batch_id, caller_of(http).owner)
+        return _batch(_found(found, "batch", batch_id))
 
     @routes.post("/batches/{batch_id}/cancel")
-    def cancel(batch_id: str) -> dict[str, Any]:
-        _find(store, batch_id)
-        store.cancel(batch_id)
+    async def cancel(http: HTTPRequest, batch_id: str) -> dict[str, Any]:
+        found = _found(await store.cancel(batch_id, caller_of(http).owner), "batch", batch_id)
         worker.drop(batch_id)
-        return _batch(_find(store, batch_id))
+        return _batch(found)
 
     return routes
 
 
-class Worker:
-    """Speaks the lines of all batches, as many at once as the engine lets in the background."""
+class _Spoken(NamedTuple):
+    """What came of a line, as a line of the results."""
 
-    def __init__(self, service: Service, store: BatchStore):
-        self.store = store
+    text: str
+    is_good: bool
+
+
+class Worker:
+    """Speaks the lines of all batches, as many at once as the engine admits in the background."""
+
+    def __init__(self, service: Service):
         self._service = service
+        self._store = service.store.batches
+        self._database = service.store.database
         self._at_once = max(1, min(service.settings.max_batch - 1, service.settings.max_queue))
-        self._running: dict[tuple[str, int], asyncio.Task] = {}
+        self._running: dict[Line, asyncio.Task] = {}
         self._woken = asyncio.Event()
 
     def wake(self) -> None:
-        """There is something to do."""
-        self._loop.call_soon_threadsafe(self._woken.set)
+        """Says that there is something to do."""
+        self._woken.set()
 
     def drop(self, batch_id: str) -> None:
         """Stops what is being spoken of a batch."""
-        for (batch, _), task in list(self._running.items()):
-            if batch == batch_id:
-                self._loop.call_soon_threadsafe(task.cancel)
+        for line, task in self._running.items():
+            if line.batch == batch_id:
+                task.cancel()
 
     async def run(self) -> None:
         """Until it is cancelled; what is being spoken then is spoken again after a restart."""
-        self._loop = asyncio.get_running_loop()
+        pause = _FIRST_PAUSE
         try:
             while True:
                 self._woken.clear()
-                is_full = self.store.num_bytes > MAX_STORED_BYTES
-                room = 0 if is_full else self._at_once - len(self._running)
-                for line in self.store.pending(list(self._running), room):
-                    task = asyncio.create_task(self._speak(line))
-                    self._running[line.batch, line.number] = task
-                    task.add_done_callback(lambda _, key=line[:2]: self._done(key))
+                try:
+                    await self._begin_lines()
+                    self._database.problems.pop("batches", None)
+                    pause = _FIRST_PAUSE
+                except Exception as error:
+                    self._report(error)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, _LAST_PAUSE)
+                    continue
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), _IDLE_SECONDS)
         finally:
@@ -161,42 +189,81 @@ class Worker:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.store.close()
 
-    def _done(self, key: tuple[str, int]) -> None:
-        del self._running[key]
-        self._woken.set()
+    def _report(self, error: BaseException) -> None:
+        if not isinstance(error, StorageError):  # of which the database tells
+            message = f"batches are not spoken: {first_line(error)}"
+            self._database.report("batches", message, error)
+
+    async def _begin_lines(self) -> None:
+        while self._has_room and (line := await self._store.next_line(list(self._running))):
+            task = self._running[line] = asyncio.create_task(self._speak(line))
+            task.add_done_callback(lambda task, line=line: self._done(line, task))
+
+    @property
+    def _has_room(self) -> bool:
+        # On a full disk one line at a time is begun: its result is kept until there is room, and
+        # is what finds out.
+        most = 1 if self._database.is_full else self._at_once
+        return len(self._running) < most
+
+    def _done(self, line: Line, task: asyncio.Task) -> None:
+        del self._running[line]
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._report(error)
+        else:
+            self._woken.set()
 
     async def _speak(self, line: Line) -> None:
         """Speaks a line, and writes what came of it."""
-        asked = BatchLine.model_validate_json(line.body)
+        if (spoken := await self._outcome(line)) is not None:
+            await self._store.write_result(line, *spoken)
+
+    async def _outcome(self, line: Line) -> _Spoken | None:
+        """What came of a line; None if its turn comes again, if need be after a restart."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
-                answer, error = await self._answer(asked.body), None
-                break
-            except (CSMError, ApiError) as failure:
-                answer, error = None, as_api_error(failure)
+                return await self._answer(line)
+            except Exception as failure:
+                error = as_api_error(failure)
                 if isinstance(failure, InputError) or error.status == 400:
                     break
                 await asyncio.sleep(attempt)
-        is_busy = error and error.status == 429
-        if is_busy or (error and not self._service.engine.is_alive):
-            return  # its turn comes again, if need be after a restart
-        result = {"id": f"{line.batch}-{line.number}", "custom_id": asked.custom_id}
-        result |= {"response": answer, "error": error and error.body["error"]}
-        await self._service.in_thread(
-            self.store.write_result, line, json.dumps(result), error is None
-        )
+        if error.status == 429 or self._service.is_closing or not self._service.engine.is_alive:
+            return None
+        return _Spoken(_result(line, None, error.body["error"]), False)
 
-    async def _answer(self, fields: Speech) -> dict[str, Any]:
-        request = as_request(self._service, INTERNAL, fields)
+    async def _answer(self, line: Line) -> _Spoken:
+        service, fields = self._service, _fields(line)
+        request = as_request(service, line.caller, fields)
         form = fields.response_format
         spoken = await speak_whole(
-            self._service, INTERNAL, request, form, fields.speed, background=True
+            service, line.caller, request, form, fields.speed, background=True
         )
-        body = {"audio": base64.b64encode(spoken.data).decode()}
-        body["content_type"] = FORMATS[form].media_type
-        return {"status_code": 200, "body": body}
+
+        def write() -> str:
+            body = {"audio": base64.b64encode(spoken.data).decode()}
+            body["content_type"] = FORMATS[form].media_type
+            return _result(line, {"status_code": 200, "body": body}, None)
+
+        return _Spoken(await service.in_thread(write), True)
+
+
+def _fields(line: Line) -> Speech:
+    try:
+        return BatchLine.model_validate_json(line.body).body
+    except ValidationError as error:  # the line was stored by another version
+        raise as_bad_field(error) from error
+
+
+def _result(line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> str:
+    result = {
+        "id": f"{line.batch}-{line.number}",
+        "custom_id": json.loads(line.body).get("custom_id"),
+        "response": response,
+        "error": error,
+    }
+    return json.dumps(result)
 
 
 def _check(data: bytes) -> list[str]:
@@ -218,41 +285,35 @@ def _check(data: bytes) -> list[str]:
     return [line.decode() for line in lines]
 
 
-def _check_room(store: BatchStore, num_bytes: int) -> None:
-    """Raises `ApiError` if there is none for so much more."""
-    if store.num_bytes + num_bytes > MAX_STORED_BYTES:
-        message = f"files and results take {MAX_STORED_BYTES} bytes already: delete some"
-        raise ApiError(429, message, code="storage_full", retry_after=60)
+def _found(row: T | None, kind: str, name: str | None) -> T:
+    """The row. Raises `ApiError` if there is none, or it is another owner's."""
+    if row is None:
+        raise ApiError(404, f"there is no {kind} {(name or '')[:80]!r}", code="not_found")
+    return row
 
 
-def _keep(store: BatchStore, data: bytes) -> str:
-    _check_room(store, len(data))
-    return store.add_file("input.jsonl", data)
-
-
-def _find_file(store: BatchStore, file_id: str) -> FileRow:
-    if (found := store.find_file(file_id)) is None:
-        raise ApiError(404, f"there is no file {file_id[:80]!r}", code="not_found")
-    return found
-
-
-def _find(store: BatchStore, batch_id: str) -> BatchRow:
-    if not (found := store.batches(batch_id)):
-        raise ApiError(404, f"there is no batch {batch_id[:80]!r}", code="not_found")
-    return found[0]
-
-
-def _lines(store: BatchStore, batch_id: str) -> Iterator[str]:
-    for result in store.results(batch_id):
+async def _lines(store: Batches, batch_id: str) -> AsyncIterator[str]:
+    async for result in store.results(batch_id):
         yield result + "\n"
 
 
-def _file(store: BatchStore, file_id: str) -> dict[str, Any]:
-    found = _find_file(store, file_id)
+def _page(page: Page, as_entry: Callable[[Any], dict[str, Any]]) -> dict[str, Any]:
+    entries = [as_entry(row) for row in page.rows]
+    names = [entry["id"] for entry in entries] or [None]
+    return {
+        "object": "list",
+        "data": entries,
+        "first_id": names[0],
+        "last_id": names[-1],
+        "has_more": page.has_more,
+    }
+
+
+def _file(found: FileRow) -> dict[str, Any]:
     return {
         "id": found.id,
         "object": "file",
-        "bytes": len(found.data or b""),
+        "bytes": found.num_bytes,
         "created_at": found.created,
         "filename": found.name,
         "purpose": found.purpose,
@@ -274,4 +335,5 @@ def _batch(row: BatchRow) -> dict[str, Any]:
         "created_at": row.created,
         f"{ended}_at": row.ended,
         "request_counts": counts,
+        "metadata": None if row.metadata is None else json.loads(row.metadata),
     }

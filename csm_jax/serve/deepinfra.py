@@ -26,7 +26,7 @@ from csm_jax.serve.fields import (
     read_recording,
 )
 from csm_jax.serve.formats import FORMATS
-from csm_jax.serve.jobs import Job
+from csm_jax.serve.jobs import Job, Kind
 from csm_jax.serve.middleware.log import request_id
 from csm_jax.serve.service import Service
 from csm_jax.speech import Request
@@ -34,6 +34,7 @@ from csm_jax.speech import Request
 PATH = "/v1/inference/sesame/csm-1b"
 PRESETS = ["conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd")]
 NO_PRESET = "none"
+_KIND = "deepinfra"
 
 
 class Inference(Options):
@@ -49,6 +50,13 @@ class Inference(Options):
     )
     speaker_transcript: str | None = Field(None, description="what is said in it")
     webhook: str | None = Field(None, max_length=2048, description="where the answer is posted")
+
+
+class Queued(BaseModel):
+    """A request in the queue: `name` is its id."""
+
+    name: str
+    fields: Inference
 
 
 class InferenceStatus(BaseModel):
@@ -70,6 +78,12 @@ class Answer(BaseModel):
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["DeepInfra"])
+
+    async def work(job: Job, body: str) -> dict[str, Any]:
+        queued = Queued.model_validate_json(body)
+        return (await _answer(service, job.caller, queued.fields, queued.name)).model_dump()
+
+    service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
 
     @routes.post(PATH, openapi_extra=both_kinds(Inference), responses={202: {"model": Answer}})
     async def inference(http: HTTPRequest) -> Answer:
@@ -102,22 +116,23 @@ async def _answer(service: Service, caller: Caller, fields: Inference, name: str
 
 async def _answer_later(service: Service, caller: Caller, fields: Inference) -> JSONResponse:
     """Says at once that it is queued; the answer goes to the webhook."""
-    service.webhooks.check(fields.webhook)
-    name = request_id()
+    service.webhooks.check(fields.webhook, caller)
+    if isinstance(fields.speaker_audio, bytes):
+        audio = base64.b64encode(fields.speaker_audio).decode()
+        fields = fields.model_copy(update={"speaker_audio": audio})
+    queued = Queued(name=request_id(), fields=fields)
+    body = await service.in_thread(queued.model_dump_json)
+    await service.jobs.submit(caller, _KIND, body, fields.webhook)
+    return JSONResponse(_without_audio(fields, queued.name, "queued").model_dump(), 202)
 
-    async def work(job: Job) -> dict[str, Any]:
-        return (await _answer(service, caller, fields, name)).model_dump()
 
-    def tell(job: Job) -> None:
-        if job.error:
-            failed = _without_audio(fields, name, "failed").model_dump()
-            service.webhooks.post(fields.webhook, failed | job.error.body)
-        else:
-            service.webhooks.post(fields.webhook, job.result)
-            job.result = None  # nobody else asks for it
-
-    service.jobs.submit(caller, work, tell)
-    return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+def _posted(job: Job, body: str) -> dict[str, Any]:
+    """What a job's webhook is sent."""
+    if job.result is not None:
+        return job.result
+    queued = Queued.model_validate_json(body)
+    failed = _without_audio(queued.fields, queued.name, "failed").model_dump()
+    return failed | (job.error.body if job.error else {})
 
 
 def _without_audio(fields: Inference, name: str, status: str) -> Answer:

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError
+from csm_jax.serve.store.errors import QuotaError, StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -73,6 +74,12 @@ def as_api_error(error: Exception) -> ApiError:
             return error
         case QueueFullError():
             return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
+        case QuotaError():
+            return ApiError(429, str(error), code="storage_full", retry_after=60)
+        case StorageFullError():
+            return ApiError(507, str(error), code="disk_full", retry_after=60)
+        case StorageError():
+            return ApiError(503, str(error), code="storage_failed", retry_after=10)
         case InputError():
             return ApiError(400, str(error))
         case RequestValidationError():

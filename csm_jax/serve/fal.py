@@ -22,11 +22,12 @@ from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Speaker, Text, read_recording
 from csm_jax.serve.formats import FORMATS, encode
-from csm_jax.serve.jobs import Job, Status
+from csm_jax.serve.jobs import Job, Kind, Status
 from csm_jax.serve.scene import Line, speak_scene
 from csm_jax.serve.service import Service
 
 APP = "fal-ai/csm-1b"
+_KIND = "fal"
 # For all of a recording that is fetched.
 FETCH_SECONDS = 20.0
 _POLL_SECONDS = 0.2
@@ -46,6 +47,13 @@ class ContextTurn(BaseModel):
 class Scene(Options):
     scene: list[SceneTurn] = Field(min_length=1)
     context: list[ContextTurn] = Field([])
+
+
+class Queued(BaseModel):
+    """A request in the queue: `base` is the address that it was sent to."""
+
+    base: str
+    fields: Scene
 
 
 class AudioFile(BaseModel):
@@ -68,45 +76,46 @@ def router(service: Service) -> APIRouter:
         return await unless_gone(http, _speak(service, caller_of(http), fields, str(http.base_url)))
 
     @routes.get("/files/{name}", response_class=Response)
-    def download(name: str) -> Response:
-        file = service.files.find(name)
+    async def download(name: str) -> Response:
+        file = await service.store.downloads.find(name)
         if file is None:
             raise ApiError(404, "there is no such file any more", code="not_found")
         return Response(file.data, media_type=file.media_type)
+
+    async def work(job: Job, body: str) -> dict[str, Any]:
+        queued = Queued.model_validate_json(body)
+        spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log)
+        return spoken.model_dump()
+
+    service.jobs.register(_KIND, Kind(work, lambda job, _: _outcome(job)))
 
     @routes.post(queue)
     async def submit(
         http: HTTPRequest, fields: Scene, fal_webhook: Annotated[str | None, Query()] = None
     ) -> dict[str, Any]:
-        base, caller = str(http.base_url), caller_of(http)
+        caller = caller_of(http)
         if fal_webhook:
-            service.webhooks.check(fal_webhook)
-
-        async def work(job: Job) -> dict:
-            return (await _speak(service, caller, fields, base, job.log)).model_dump()
-
-        def tell(job: Job) -> None:
-            if fal_webhook:
-                service.webhooks.post(fal_webhook, _outcome(job))
-
-        job = service.jobs.submit(caller, work, tell)
+            service.webhooks.check(fal_webhook, caller)
+        queued = Queued(base=str(http.base_url), fields=fields)
+        body = await service.in_thread(queued.model_dump_json)
+        job = await service.jobs.submit(caller, _KIND, body, fal_webhook)
         return _state(service, job, _where(http, job))
 
     @routes.get(queue + "/requests/{job_id}/status")
-    def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:
-        job = service.jobs.find(job_id, caller_of(http).owner)
+    async def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:
+        job = await service.jobs.find(job_id, caller_of(http).owner)
         code = 200 if job.status is Status.OVER else 202
         return JSONResponse(_state(service, job, _where(http, job), logs), code)
 
     @routes.get(queue + "/requests/{job_id}/status/stream", response_class=Response)
-    def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
-        job = service.jobs.find(job_id, caller_of(http).owner)
+    async def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
+        job = await service.jobs.find(job_id, caller_of(http).owner)
         states = _follow(service, job, _where(http, job), logs)
         return StreamingResponse(states, media_type="text/event-stream")
 
     @routes.get(queue + "/requests/{job_id}")
-    def result(http: HTTPRequest, job_id: str) -> Spoken:
-        job = service.jobs.find(job_id, caller_of(http).owner)
+    async def result(http: HTTPRequest, job_id: str) -> Spoken:
+        job = await service.jobs.find(job_id, caller_of(http).owner)
         if job.status is not Status.OVER:
             raise ApiError(400, "Request is still in progress", code="in_progress")
         if job.error:
@@ -114,11 +123,10 @@ def router(service: Service) -> APIRouter:
         return Spoken(**job.result)
 
     @routes.put(queue + "/requests/{job_id}/cancel", status_code=202)
-    def cancel(http: HTTPRequest, job_id: str) -> JSONResponse:
-        job = service.jobs.find(job_id, caller_of(http).owner)
-        if job.status is Status.OVER:
+    async def cancel(http: HTTPRequest, job_id: str) -> JSONResponse:
+        job = await service.jobs.find(job_id, caller_of(http).owner)
+        if not await service.jobs.cancel(job):
             return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
-        service.jobs.cancel(job)
         return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
 
     return routes
@@ -143,7 +151,8 @@ async def _speak(
     lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
     audio = await speak_scene(service, caller, lines, context, fields, progress)
     data = await service.in_thread(encode, audio, service.model.sample_rate, "wav")
-    file = service.files.add(data, FORMATS["wav"].media_type, "wav")
+    media_type = FORMATS["wav"].media_type
+    file = await service.store.downloads.add(caller.owner, data, media_type, "wav")
     return Spoken(
         audio=AudioFile(
             url=f"{base}files/{file.name}",

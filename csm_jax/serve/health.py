@@ -23,7 +23,12 @@ def router(service: Service) -> APIRouter:
         if not service.is_ready or not service.engine.is_alive:
             why = "warming up" if service.engine.is_alive else "closing"
             raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
-        return {"status": "ready"}
+        if service.store.problem is not None:
+            message = f"not ready: {service.store.problem}"
+            raise ApiError(503, message, code="storage_failed", retry_after=10)
+        # On a full disk speech goes on, and only what is to be stored waits.
+        is_full = service.store.database.is_full
+        return {"status": "ready", "storage": "full" if is_full else "ok"}
 
     @routes.get("/metrics", response_class=Response)
     def metrics() -> Response:

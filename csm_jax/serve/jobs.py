@@ -1,20 +1,37 @@
-"""Work that goes on without its client: asked for, looked at, fetched or cancelled later."""
+"""Requests that go on without their client: submitted, polled, fetched or cancelled later.
+
+A job is stored before it is acknowledged. With a data directory, a job that is not over when the
+process ends is run again by the next one, from its stored request.
+"""
 
 import asyncio
+import contextlib
+import json
+import logging
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
 from csm_jax.serve.middleware.log import request_id
+from csm_jax.serve.store.errors import StorageError
+from csm_jax.serve.store.jobs import JobRow, JobStore, Outcome
+from csm_jax.serve.webhook import Webhooks
 
-Work = Callable[["Job"], Coroutine[Any, Any, dict]]
+logger = logging.getLogger("csm_jax.serve")
+
+# A request that ends the process each time is not begun once more after so many.
+MAX_ATTEMPTS = 3
+# All shares together can have so many times as many jobs waiting as one.
+_SHARES = 8
+# What a cancelled job gets to end in before its client is answered.
+_CANCEL_SECONDS = 5.0
 
 
 class Status(Enum):
@@ -26,18 +43,27 @@ class Status(Enum):
 @dataclass
 class Job:
     """Attributes:
-    owner: whose it is; nobody else finds it.
+    caller: whose it is; other owners do not find it.
+    kind: which API runs it.
     result, error: one of them, when it is over.
     logs: what has been said of it so far, with times.
+    task: what runs it, while it is running.
+    is_stored: it is in the store, so it can be run.
+    is_ending: its outcome is known, and is being stored.
     """
 
     id: str
-    owner: str
+    caller: Caller
+    kind: str
+    webhook: str | None = None
+    attempts: int = 0
     status: Status = Status.QUEUED
     result: dict | None = None
     error: ApiError | None = None
     logs: list[dict[str, str]] = field(default_factory=list)
     task: asyncio.Task | None = None
+    is_stored: bool = True
+    is_ending: bool = False
     seconds: float = 0.0
 
     def log(self, message: str) -> None:
@@ -45,83 +71,219 @@ class Job:
         self.logs.append({"timestamp": now, "level": "INFO", "source": "USER", "message": message})
 
 
+class Kind(NamedTuple):
+    """How an API runs its jobs.
+
+    Attributes:
+      work: makes the result from a job and the request's body.
+      post: what the job's webhook is sent when it is over, from the job and the body.
+      keeps_result: whether the result can be fetched later.
+    """
+
+    work: Callable[[Job, str], Awaitable[dict[str, Any]]]
+    post: Callable[[Job, str], dict[str, Any]]
+    keeps_result: bool = True
+
+
 class Jobs:
-    """Runs some at a time, and remembers the results of the youngest."""
+    """Runs some jobs at a time, those of each share in their order."""
 
-    def __init__(self, at_once: int, max_waiting: int, max_kept: int = 1000):
-        self._at_once = asyncio.Semaphore(at_once)
+    def __init__(self, store: JobStore, webhooks: Webhooks, at_once: int, max_waiting: int):
+        """Args: max_waiting: jobs of one share that can wait."""
+        self._store = store
+        self._webhooks = webhooks
+        self._at_once = at_once
         self._max_waiting = max_waiting
-        self._max_kept = max_kept
-        self._jobs: OrderedDict[str, Job] = OrderedDict()
+        self._kinds: dict[str, Kind] = {}
+        # Those that are not over, in their order.
+        self._jobs: dict[str, Job] = {}
+        self._is_closing = False
 
-    def submit(
-        self, caller: Caller, work: Work, tell: Callable[[Job], None] = lambda job: None
-    ) -> Job:
-        """Puts work at the end of the queue.
+    def register(self, name: str, kind: Kind) -> None:
+        """Lets jobs be submitted as `name`."""
+        self._kinds[name] = kind
+
+    async def start(self) -> None:
+        """Takes up what the last process left, jobs and webhooks."""
+        for row in await self._store.unfinished():
+            job = _as_job(row)
+            job.log("taken up again after a restart of the server")
+            self._jobs[job.id] = job
+        await self._webhooks.start()
+        self._advance()
+
+    async def submit(self, caller: Caller, kind: str, body: str, webhook: str | None = None) -> Job:
+        """Stores a job and puts it at the end of its share's queue.
 
         Args:
-          tell: called with the job when it is over.
+          body: the request, from which it can be run again.
 
         Raises:
-          ApiError: too much waits.
+          ApiError: too many jobs wait.
+          QuotaError, StorageError: it cannot be stored.
         """
-        waiting = sum(job.status is Status.QUEUED for job in self._jobs.values())
-        if waiting >= self._max_waiting:
-            message = f"{waiting} jobs are waiting"
-            raise ApiError(429, message, code="queue_full", retry_after=10)
-        job = Job(str(uuid.uuid4()), caller.owner)
+        self._check_room(caller)
+        job = Job(str(uuid.uuid4()), caller, kind, webhook, is_stored=False)
         job.log(f"submitted by request {request_id()}")
+        # It has its place while it is being stored.
         self._jobs[job.id] = job
-        job.task = asyncio.create_task(self._run(job, work, tell))
-        self._forget()
+        try:
+            await self._store.add(job.id, caller, kind, body, webhook, json.dumps(job.logs))
+        except BaseException:
+            del self._jobs[job.id]
+            raise
+        job.is_stored = True
+        self._advance()
         return job
 
-    def find(self, job_id: str, owner: str) -> Job:
+    async def find(self, job_id: str, owner: str) -> Job:
         """Raises `ApiError` if this owner has none of that id."""
-        if job_id not in self._jobs or self._jobs[job_id].owner != owner:
-            raise ApiError(404, f"there is no request {job_id[:80]!r}", code="not_found")
-        return self._jobs[job_id]
+        job = self._jobs.get(job_id)
+        if job is not None and job.caller.owner == owner:
+            return job
+        if job is None and (row := await self._store.find(job_id, owner)):
+            return _as_job(row, Status.OVER)
+        raise ApiError(404, f"there is no request {job_id[:80]!r}", code="not_found")
 
     def position(self, job: Job) -> int:
-        """How many are before it in the queue."""
-        queued = [each.id for each in self._jobs.values() if each.status is Status.QUEUED]
+        """How many jobs of its share are before it in the queue."""
+        queued = [each.id for each in self._queued if each.caller.share == job.caller.share]
         return queued.index(job.id) if job.id in queued else 0
 
-    def cancel(self, job: Job) -> None:
-        """Ends it, whether it has begun or not."""
-        if job.status is not Status.OVER:
-            job.status, job.error = Status.OVER, _cancelled()
+    async def cancel(self, job: Job) -> bool:
+        """Ends a job, whether it has begun or not; False if it is over already."""
+        if job.is_ending or job.status is Status.OVER:
+            return False
+        if job.task is None:
+            job.error = _cancelled()
+            self._begin(job, self._end(job))
+        else:
             job.task.cancel()
+        await asyncio.wait({job.task}, timeout=_CANCEL_SECONDS)
+        return True
 
     async def close(self, seconds: float) -> None:
-        """Waits so long for those that are not over, and gives up the others."""
-        tasks = [job.task for job in self._jobs.values() if not job.task.done()]
-        if tasks:
-            await asyncio.wait(tasks, timeout=seconds)
-        for job in list(self._jobs.values()):
-            self.cancel(job)
+        """Waits so long for jobs, and leaves the others to the next process, if there can be one.
+
+        With a data directory only those that are running are waited for.
+        """
+        self._is_closing = True
+        deadline = time.monotonic() + seconds
+        while (tasks := self._tasks) and (left := deadline - time.monotonic()) > 0:
+            await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        tasks = self._tasks
+        for task in tasks:
+            task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def _run(self, job: Job, work: Work, tell: Callable[[Job], None]) -> None:
+    @property
+    def _tasks(self) -> list[asyncio.Task]:
+        tasks = [job.task for job in self._jobs.values() if job.task is not None]
+        return [task for task in tasks if not task.done()]
+
+    @property
+    def _queued(self) -> list[Job]:
+        return [job for job in self._jobs.values() if job.is_stored and job.task is None]
+
+    def _check_room(self, caller: Caller) -> None:
+        waiting = [job.caller.share for job in self._jobs.values() if job.task is None]
+        own = waiting.count(caller.share)
+        if own >= self._max_waiting or len(waiting) >= _SHARES * self._max_waiting:
+            message = f"{own} of your jobs are waiting, and {len(waiting)} of all"
+            raise ApiError(429, message, code="queue_full", retry_after=10)
+
+    def _advance(self) -> None:
+        """Begins as many jobs as there is room for: of the share with the fewest first."""
+        running = Counter(job.caller.share for job in self._jobs.values() if job.task is not None)
+        while running.total() < self._at_once and (queued := self._queued):
+            if self._is_closing and self._store.is_durable:
+                return
+            job = min(queued, key=lambda job: running[job.caller.share] / job.caller.weight)
+            running[job.caller.share] += 1
+            self._begin(job, self._run(job))
+
+    def _begin(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
+        job.task = asyncio.create_task(work)
+        job.task.add_done_callback(lambda task: self._done(job, task))
+
+    def _done(self, job: Job, task: asyncio.Task) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("a job was interrupted until the next start", exc_info=error)
+        self._jobs.pop(job.id, None)
+        self._advance()
+
+    async def _run(self, job: Job) -> None:
+        started = time.perf_counter()
         try:
-            async with self._at_once:
-                job.status = Status.RUNNING
-                started = time.perf_counter()
-                job.result = await work(job)
-                job.seconds = time.perf_counter() - started
-                job.log("done")
+            await self._store.begin(job.id)
+            job.status = Status.RUNNING
+            job.result = await self._work(job)
+            job.log("done")
         except asyncio.CancelledError:
+            if self._is_closing and self._store.is_durable:
+                await self._leave(job)
+                return
             job.error = _cancelled()
         except Exception as error:
             job.error = as_api_error(error)
             job.log(str(job.error))
-        job.status = Status.OVER
-        tell(job)
+        job.seconds = time.perf_counter() - started
+        await self._end(job)
 
-    def _forget(self) -> None:
-        over = [job.id for job in self._jobs.values() if job.status is Status.OVER]
-        for job_id in over[: max(0, len(over) - self._max_kept)]:
-            del self._jobs[job_id]
+    async def _work(self, job: Job) -> dict[str, Any]:
+        if job.kind not in self._kinds:
+            raise ApiError(500, f"jobs of kind {job.kind} are not run by this version")
+        if job.attempts >= MAX_ATTEMPTS:
+            raise ApiError(500, f"the server ended {job.attempts} times while it ran this job")
+        return await self._kinds[job.kind].work(job, await self._store.body(job.id))
+
+    async def _leave(self, job: Job) -> None:
+        """Leaves a job to the next process, without counting the attempt."""
+        with contextlib.suppress(StorageError):  # it is run again all the same
+            await self._store.give_back(job.id)
+
+    async def _end(self, job: Job) -> None:
+        """Stores how a job ended, and what its webhook is sent, in one step."""
+        job.is_ending = True
+        post = None if job.webhook is None else await self._post(job)
+        if (kind := self._kinds.get(job.kind)) and not kind.keeps_result:
+            job.result = None
+        delivery = await self._store.end(job.id, _outcome(job), post)
+        job.status = Status.OVER
+        if delivery is not None:
+            self._webhooks.post(delivery)
+
+    async def _post(self, job: Job) -> bytes | None:
+        if (kind := self._kinds.get(job.kind)) is None:
+            return None
+        body = await self._store.body(job.id)
+        return await asyncio.to_thread(lambda: json.dumps(kind.post(job, body)).encode())
+
+
+def _outcome(job: Job) -> Outcome:
+    error = job.error and {
+        "status": job.error.status,
+        "message": str(job.error),
+        "param": job.error.param,
+        "code": job.error.code,
+    }
+    result = None if job.result is None else json.dumps(job.result)
+    return Outcome(json.dumps(job.logs), job.seconds, result, error and json.dumps(error))
+
+
+def _as_job(row: JobRow, status: Status = Status.QUEUED) -> Job:
+    return Job(
+        row.id,
+        row.caller,
+        row.kind,
+        row.webhook,
+        row.attempts,
+        status,
+        None if row.result is None else json.loads(row.result),
+        None if row.error is None else ApiError(**json.loads(row.error)),
+        json.loads(row.logs),
+        seconds=row.seconds,
+    )
 
 
 def _cancelled() -> ApiError:

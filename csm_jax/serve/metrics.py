@@ -3,6 +3,7 @@
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from csm_jax.engine import Engine
+from csm_jax.serve.store.database import Database
 from csm_jax.ticket import Timing
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -39,6 +40,18 @@ class Metrics:
         self._queue = make(Gauge, "queue_length", "requests that wait for a row of the batch")
         self._speaking = make(Gauge, "batch_occupancy", "rows of the batch that speak")
         self._rows = make(Gauge, "batch_size", "rows of the batch")
+
+        self._storage_full = make(
+            Gauge, "storage_full", "1 while the disk has no room for what is to be stored"
+        )
+        self._storage_failures = make(
+            Gauge, "storage_failed_transactions", "since the start, of the database"
+        )
+
+    def watch_store(self, database: Database) -> None:
+        """Reads the figures of what is stored off a database from now on."""
+        self._storage_full.set_function(lambda: int(database.is_full))
+        self._storage_failures.set_function(lambda: database.num_failures)
 
     def watch(self, engine: Engine) -> None:
         """Reads the gauges off an engine from now on."""

@@ -19,13 +19,13 @@ from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
 from csm_jax.serve.caller import INTERNAL, Caller
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.files import Files
 from csm_jax.serve.jobs import Jobs
 from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.log import note
 from csm_jax.serve.outgoing import Outgoing
 from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.settings import Settings
+from csm_jax.serve.store import Store
 from csm_jax.serve.voices import Voices
 from csm_jax.serve.webhook import Webhooks
 from csm_jax.speech import Request
@@ -51,33 +51,44 @@ class Service:
 
     Attributes:
       model, settings, metrics, voices: what it was made with.
-      files: what answers point to.
-      jobs: what goes on without its client.
+      store: everything that is kept, with its owners.
+      jobs: requests that go on without their client.
       quotas: how much work callers may ask for.
       outgoing, webhooks: what requests ask the server to fetch and to post.
       is_ready: the frame loop is compiled, and a request has been spoken.
     """
 
-    def __init__(self, model: Generator, settings: Settings, presets: list[Path]):
-        """Args: presets: directories of voices that come with the model."""
+    def __init__(
+        self, model: Generator, settings: Settings, presets: list[Path], store: Store | None = None
+    ):
+        """Args:
+        presets: directories of voices that come with the model.
+        store: opened for these settings; default: opens it.
+        """
         self.model = model
         self.settings = settings
         self.metrics = Metrics()
         self.is_ready = False
         self.is_closing = False
         self.warmed: asyncio.Task | None = None
-        own = settings.data / "voices" if settings.voices is None and settings.data else None
-        self.voices = Voices(model, presets, settings.voices or own)
-        self.files = Files()
-        self.jobs = Jobs(settings.max_batch, settings.max_queue)
+        self.store = store or Store(settings.data, settings.limits)
+        self.voices = Voices(
+            model,
+            [*presets, *filter(None, [settings.voices])],
+            self.store.voices,
+            settings.limits,
+            old=settings.data and settings.data / "voices",
+        )
         self.quotas = Quotas(settings.requests_per_minute, settings.speech_seconds_per_minute)
         self.outgoing = Outgoing(settings.allow_private)
-        self.webhooks = Webhooks(self.outgoing, settings.webhook_secret)
+        self.webhooks = Webhooks(self.store.jobs, self.outgoing, settings.webhook_secret)
+        self.jobs = Jobs(self.store.jobs, self.webhooks, settings.max_batch, settings.max_queue)
         self._threads = ThreadPoolExecutor(_THREADS, "csm_jax.serve")
         self.engine = Engine(
             model, settings.max_batch, settings.max_seq_len, max_queue=settings.max_queue
         )
         self.metrics.watch(self.engine)
+        self.metrics.watch_store(self.store.database)
 
     async def warm_up(self) -> None:
         """Speaks in all the shapes that requests come in, so that nobody waits for a compiler."""
@@ -120,6 +131,7 @@ class Service:
         await asyncio.to_thread(self.engine.close, finish=True)
         await self.webhooks.close()
         await self.outgoing.close()
+        await asyncio.to_thread(self.store.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:

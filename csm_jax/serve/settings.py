@@ -31,6 +31,12 @@ class Limits:
       idle_seconds: between two requests of a connection.
       write_seconds: without a byte taken by the client.
       socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
+      stored_bytes, stored_bytes_per_owner: of files, batches with their results, voices and jobs;
+        without a data directory, at most 1 GB in memory. Without API keys there is one owner, who
+        can fill the total.
+      files_per_owner, batches_per_owner: that are stored.
+      voices, voices_per_owner: that are added, by all owners and by one.
+      download_bytes, download_bytes_per_owner: of files that fal's responses point to.
     """
 
     json_bytes: int = 256_000
@@ -50,6 +56,14 @@ class Limits:
     idle_seconds: float = 15.0
     write_seconds: float = 30.0
     socket_idle_seconds: float = 300.0
+    stored_bytes: int = 4_000_000_000
+    stored_bytes_per_owner: int = 1_000_000_000
+    files_per_owner: int = 2000
+    batches_per_owner: int = 1000
+    voices: int = 256
+    voices_per_owner: int = 64
+    download_bytes: int = 256_000_000
+    download_bytes_per_owner: int = 64_000_000
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """Voices over HTTP: list, hear, add, delete."""
 
+from pathlib import Path
+
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from csm_jax.audio import SAMPLE_RATE, encode_audio
+from csm_jax.audio import SAMPLE_RATE, decode_audio, encode_audio
 from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
@@ -17,7 +19,7 @@ from csm_jax.serve.fields import (
     read_recording,
 )
 from csm_jax.serve.service import Service
-from csm_jax.serve.voices import Voice, check_name
+from csm_jax.serve.voices import Voice, Voices, check_name
 
 
 class VoiceEntry(BaseModel):
@@ -63,7 +65,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("/{name}", response_class=Response)
     async def hear(http: HTTPRequest, name: str) -> Response:
         voice = _find(service, name, caller_of(http).owner)
-        data = await service.in_thread(encode_audio, voice.audio, SAMPLE_RATE, ".wav")
+        data = await service.in_thread(_as_wav, voices, voice)
         return Response(data, media_type="audio/wav")
 
     @routes.delete("/{name}", status_code=204)
@@ -81,11 +83,16 @@ def _find(service: Service, name: str, owner: str) -> Voice:
     return service.voices.find(name, owner)
 
 
+def _as_wav(voices: Voices, voice: Voice) -> bytes:
+    audio = decode_audio(voices.recording(voice), Path(f"{voice.name}.flac"), SAMPLE_RATE)
+    return encode_audio(audio, SAMPLE_RATE, ".wav")
+
+
 def _entry(voice: Voice) -> VoiceEntry:
     return VoiceEntry(
         name=voice.name,
         speaker=voice.speaker,
         text=voice.text,
-        seconds=round(len(voice.audio) / SAMPLE_RATE, 2),
+        seconds=round(voice.seconds, 2),
         deletable=voice.is_own,
     )

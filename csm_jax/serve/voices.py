@@ -1,47 +1,53 @@
-"""Voices by name: a recording, its transcript and its speaker number, in a directory.
+"""Voices by name: everybody's, from files, and those that an owner has added.
 
-`NAME.flac` (or .wav, .mp3, .ogg, .opus) with `NAME.txt`, the transcript. A first line `speaker: 1`
-says the number; without it, it is 0.
+Everybody's voices are read-only, and none can be added under their names. Should one of them come
+to have the name of an added voice, its owner keeps hearing the added one.
 """
 
+import io
 import logging
-import re
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import soundfile
 
-from csm_jax.audio import SAMPLE_RATE, encode_audio, load_audio
-from csm_jax.errors import InputError
-from csm_jax.files import make_directory, replace_file
+from csm_jax.audio import SAMPLE_RATE, encode_audio
+from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store.voices import VoiceRow, VoiceStore
+from csm_jax.serve.voice_files import VoiceFile, check_transcript, is_name, read_voices
 
 logger = logging.getLogger("csm_jax.serve")
 
-SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
-# What a voice may be called: it becomes a file's name.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-_SPEAKER = re.compile(r"speaker:\s*(-?\d+)\s*\n", re.IGNORECASE)
+# Who has the voices of servers that knew no owners.
+_FIRST_OWNER = ""
 
 
 @dataclass(frozen=True)
 class Voice:
     """Attributes:
-    text: transcript of `audio`.
-    audio: float32 [num_samples] at 24 kHz.
-    codes: int32 [num_frames, Q], the same encoded.
-    is_own: whether it was added here and may be deleted.
+    text: transcript of the recording.
+    seconds: how long the recording is.
+    codes: int32 [num_frames, Q], the recording encoded.
+    owner: None if it is everybody's.
     """
 
     name: str
     speaker: int
     text: str
-    audio: np.ndarray
+    seconds: float
     codes: np.ndarray
-    is_own: bool
+    owner: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was added, and can be deleted."""
+        return self.owner is not None
 
     def turn(self, speaker: int | None = None) -> Segment:
         """What a conversation begins with for `speaker` to have this voice."""
@@ -50,126 +56,151 @@ class Voice:
 
 
 class Voices:
-    """Presets that are there, and those that are added. Safe for many threads."""
+    """All voices of a server. Safe for many threads."""
 
-    def __init__(self, model: Generator, presets: list[Path], own: Path | None, most: int = 64):
-        """Args:
-          presets: directories to read; later ones win.
-          own: where voices are added, and read from too; None keeps them in memory.
-          most: voices there may be.
+    def __init__(
+        self,
+        model: Generator,
+        presets: Sequence[Path],
+        store: VoiceStore,
+        limits: Limits,
+        old: Path | None = None,
+    ):
+        """Reads all voices; those that cannot be used are left out and logged.
+
+        Args:
+          presets: directories of everybody's voices; later ones win.
+          old: where earlier versions kept added voices, which are moved into the store.
 
         Raises:
-          InputError: a preset cannot be used.
+          InputError: a directory cannot be read.
+          StorageError: the store cannot.
         """
         self._model = model
-        self._own = own
-        self._most = most
+        self._store = store
+        self._limits = limits
         self._lock = threading.Lock()
-        self._voices: dict[str, Voice] = {}
+        self._shared: dict[str, Voice] = {}
+        self._recordings: dict[str, bytes] = {}
+        self._own: dict[tuple[str, str], Voice] = {}
         for directory in presets:
-            self._read(directory, is_own=False)
-        if own is not None:
-            make_directory(own)
-            self._read(own, is_own=True)
+            for file in read_voices(directory, limits):
+                data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
+                self._recordings[file.name] = data
+                self._shared[file.name] = self._make(None, file.name, file.speaker, file.text, data)
+        if old is not None and old.is_dir():
+            self._import(old)
+        self._load()
 
     def all(self, owner: str) -> list[Voice]:
         """Everybody's voices and those of `owner`, sorted by name."""
         with self._lock:
-            return sorted(self._voices.values(), key=lambda voice: voice.name)
+            own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
+        known = self._shared | own
+        return [known[name] for name in sorted(known)]
 
     def find(self, name: str, owner: str) -> Voice:
-        """Everybody's voice or one of `owner`; raises `InputError` if there is none."""
-        with self._lock:
-            found = self._voices.get(name)
-            known = ", ".join(sorted(self._voices)) or "none"
+        """A voice of `owner` or everybody's; raises `InputError` if there is none."""
+        found = self._own.get((owner, name)) or self._shared.get(name)
         if found is None:
+            known = ", ".join(voice.name for voice in self.all(owner)) or "none"
             raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
         return found
 
     def find_as(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
         """The voice of a name, or what stands for one that an API's clients know.
 
-        Of `known_names` the first is the first voice there is, and so on; None where there is none.
+        Of `known_names` the first is the first of everybody's voices, and so on, so that adding a
+        voice changes no other; without such voices it is the owner's first; None where there is
+        none.
 
         Raises:
           InputError: it is neither.
         """
         if self.has(name, owner) or name not in known_names:
             return self.find(name, owner)
-        voices = self.all(owner)
+        voices = [self._shared[each] for each in sorted(self._shared)] or self.all(owner)
         return voices[known_names.index(name) % len(voices)] if voices else None
 
     def has(self, name: str, owner: str) -> bool:
-        with self._lock:
-            return name in self._voices
+        return (owner, name) in self._own or name in self._shared
+
+    def recording(self, voice: Voice) -> bytes:
+        """The recording as a FLAC file. Raises `InputError` if the voice has been deleted."""
+        if voice.owner is None:
+            return self._recordings[voice.name]
+        if (row := self._store.find(voice.owner, voice.name)) is None:
+            raise InputError(f"voice {voice.name} was deleted")
+        return row.recording
 
     def add(self, owner: str, name: str, speaker: int, text: str, audio: np.ndarray) -> Voice:
-        """Adds or replaces a voice of one's own: float32 [num_samples] at 24 kHz.
+        """Adds or replaces a voice of an owner: float32 [num_samples] at 24 kHz.
 
         Raises:
-          InputError: the name cannot be used, or there are too many.
+          InputError: the name or the transcript cannot be used.
+          QuotaError: there are too many.
+          StorageError: it cannot be stored.
         """
         check_name(name)
-        voice = self._make(name, speaker, text, audio, is_own=True)
+        if name in self._shared and (owner, name) not in self._own:
+            raise InputError(f"voice {name} is a preset, and stays: choose another name")
+        text = check_transcript(text, self._limits)
+        data = encode_audio(audio, SAMPLE_RATE, ".flac")
+        voice = self._make(owner, name, speaker, text, data)
+        # The lock keeps memory and store in step when one name is added twice at once.
         with self._lock:
-            old = self._voices.get(name)
-            if old is not None and not old.is_own:
-                raise InputError(f"voice {name} is a preset, and stays: choose another name")
-            if old is None and len(self._voices) >= self._most:
-                raise InputError(f"there are {self._most} voices already: delete one first")
-            self._write(voice)
-            self._voices[name] = voice
+            self._store.put(VoiceRow(owner, name, speaker, text, data))
+            self._own[owner, name] = voice
         return voice
 
     def delete(self, owner: str, name: str) -> None:
-        """Raises `InputError` if there is no such voice of one's own."""
-        voice = self.find(name, owner)
-        if not voice.is_own:
+        """Removes a voice of an owner. Raises `InputError` if there is no such voice."""
+        if not self.find(name, owner).is_own:
             raise InputError(f"voice {name} is a preset, and stays")
         with self._lock:
-            self._voices.pop(name, None)
-            if self._own is not None:
-                for suffix in (".txt", *SUFFIXES):
-                    (self._own / f"{name}{suffix}").unlink(missing_ok=True)
+            self._store.delete(owner, name)
+            self._own.pop((owner, name), None)
 
-    def _read(self, directory: Path, is_own: bool) -> None:
-        for path in sorted(directory.iterdir()):
-            if path.suffix.lower() not in SUFFIXES or not _NAME.fullmatch(path.stem):
-                continue
-            transcript = path.with_suffix(".txt")
-            if not transcript.is_file():
-                logger.warning("%s is no voice without its transcript, %s", path, transcript)
-                continue
-            speaker, text = _parse(transcript.read_text(encoding="utf-8"))
-            audio = load_audio(path, SAMPLE_RATE)
-            self._voices[path.stem] = self._make(path.stem, speaker, text, audio, is_own)
+    def _load(self) -> None:
+        for owner, name in self._store.names():
+            row = self._store.find(owner, name)
+            try:
+                self._own[owner, name] = self._make(*row)
+            except InputError as error:
+                logger.warning("added voice %s is left out: %s", name, error)
+            if name in self._shared:
+                logger.warning("added voice %s hides everybody's from its owner", name)
 
-    def _make(self, name: str, speaker: int, text: str, audio: np.ndarray, is_own: bool) -> Voice:
-        if not text.strip():
-            raise InputError(f"voice {name}: the transcript is empty")
-        codes = self._model.codec.encode(audio, self._model.config.num_codebooks)
-        return Voice(name, speaker, text.strip(), audio, codes, is_own)
-
-    def _write(self, voice: Voice) -> None:
-        if self._own is None:
+    def _import(self, directory: Path) -> None:
+        """Moves added voices of an earlier version into the store, once."""
+        name = directory.name
+        if self._store.was_imported(name):
             return
-        # The transcript last: a recording without one is no voice.
-        data = encode_audio(voice.audio, SAMPLE_RATE, ".flac")
-        replace_file(self._own / f"{voice.name}.flac", data)
-        text = f"speaker: {voice.speaker}\n{voice.text}\n"
-        replace_file(self._own / f"{voice.name}.txt", text.encode())
+        files = list(read_voices(directory, self._limits))
+        self._store.import_all(name, map(_as_row, files))
+        for file in files:
+            for path in file.paths:
+                path.unlink(missing_ok=True)
+        logger.info("%d voices of an earlier version were imported", len(files))
+
+    def _make(self, owner: str | None, name: str, speaker: int, text: str, data: bytes) -> Voice:
+        """A voice of a FLAC file; the codes are of what is stored, now and after a restart."""
+        try:
+            audio, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise InputError(f"its recording is damaged ({first_line(error)})") from error
+        codes = self._model.codec.encode(audio, self._model.config.num_codebooks)
+        return Voice(name, speaker, text, len(audio) / SAMPLE_RATE, codes, owner)
 
 
 def check_name(name: str) -> None:
     """Raises `InputError` for what cannot be a voice's name."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise InputError(
             f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, - and _ make a name"
         )
 
 
-def _parse(transcript: str) -> tuple[int, str]:
-    """The speaker number and the text of a transcript file."""
-    if head := _SPEAKER.match(transcript):
-        return int(head[1]), transcript[head.end() :]
-    return 0, transcript
+def _as_row(file: VoiceFile) -> VoiceRow:
+    data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
+    return VoiceRow(_FIRST_OWNER, file.name, file.speaker, file.text, data)

@@ -14,8 +14,7 @@ import openai
 import pytest
 from serving import SMALL, as_samples, serve
 
-from csm_jax.serve import batches
-from csm_jax.serve.settings import Settings
+from csm_jax.serve.settings import Limits, Settings
 
 
 def lines(count: int, **more) -> bytes:
@@ -185,9 +184,9 @@ def start(data) -> tuple[subprocess.Popen, str]:
             time.sleep(0.1)
 
 
-def test_files_have_room_up_to_a_limit(model, monkeypatch):
-    with serve(model, Settings(**SMALL)) as running:
-        monkeypatch.setattr(batches, "MAX_STORED_BYTES", 200_000)
+def test_files_have_room_up_to_a_limit(model):
+    limits = Limits(stored_bytes=350_000)
+    with serve(model, Settings(**SMALL, limits=limits)) as running:
         files = {"file": ("a.jsonl", lines(1000))}
         answers = [running.post("/v1/files", files=files) for _ in range(3)]
         assert [answer.status_code for answer in answers] == [200, 429, 429]

@@ -10,7 +10,9 @@ from hearing import median_pitch
 from serving import PRESETS, SMALL, as_samples, serve
 
 from csm_jax.errors import InputError
-from csm_jax.serve.settings import Settings
+from csm_jax.serve.settings import Limits, Settings
+from csm_jax.serve.store import Store
+from csm_jax.serve.store.errors import QuotaError
 from csm_jax.serve.voices import Voices, check_name
 
 PATH = "/v1/audio/voices"
@@ -19,6 +21,11 @@ PATH = "/v1/audio/voices"
 def add(server, recording, transcript, name="mine", **fields):
     fields = {"name": name, "text": transcript} | fields
     return server.post(PATH, data=fields, files={"audio": ("a.flac", recording)})
+
+
+def make_voices(model, limits=None, presets=(), data=None) -> Voices:
+    limits = limits or Limits()
+    return Voices(model, presets, Store(data, limits).voices, limits)
 
 
 def names(server) -> list[str]:
@@ -91,10 +98,9 @@ def test_what_is_wrong_is_said(server, recording, transcript, fields, message):
 
 
 def test_they_outlive_the_process(model, tmp_path, recording, transcript):
-    settings = Settings(**SMALL, voices=tmp_path)
+    settings = Settings(**SMALL, data=tmp_path)
     with serve(model, settings) as first:
         add(first, recording, transcript, speaker=7)
-    assert {path.name for path in tmp_path.iterdir()} == {"mine.flac", "mine.txt"}
     with serve(model, settings) as second:
         found = {voice["name"]: voice for voice in second.get(PATH).json()["voices"]}
         assert (found["mine"]["speaker"], found["mine"]["text"]) == (7, transcript)
@@ -102,11 +108,11 @@ def test_they_outlive_the_process(model, tmp_path, recording, transcript):
 
 
 def test_there_are_not_too_many(model, recording, transcript):
-    voices = Voices(model, [], None, most=1)
+    voices = make_voices(model, Limits(voices_per_owner=1))
     audio = as_samples(recording)
     voices.add("", "a", 0, transcript, audio)
     voices.add("", "a", 1, transcript, audio)
-    with pytest.raises(InputError, match="there are 1 voices already"):
+    with pytest.raises(QuotaError, match="there are 1 voices already"):
         voices.add("", "b", 0, transcript, audio)
     assert voices.find("a", "").speaker == 1
 
@@ -114,5 +120,5 @@ def test_there_are_not_too_many(model, recording, transcript):
 def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording, caplog):
     Path(tmp_path / "a.flac").write_bytes(recording)
     with caplog.at_level(logging.WARNING):
-        assert Voices(model, [tmp_path], None).all("") == []
+        assert make_voices(model, presets=[tmp_path]).all("") == []
     assert "a.txt" in caplog.text

@@ -1,0 +1,5 @@
+"""Everything that the server stores: one SQLite database, in which each row has an owner."""
+
+from csm_jax.serve.store.store import Store
+
+__all__ = ["Store"]

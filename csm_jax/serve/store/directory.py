@@ -1,0 +1,138 @@
+"""The directory of a server's database: private to its user, and held by one server at a time."""
+
+import contextlib
+import fcntl
+import logging
+import os
+import stat
+from pathlib import Path
+
+from csm_jax.errors import OutputError
+
+logger = logging.getLogger("csm_jax.serve")
+
+DATABASE = "store.sqlite"
+# What the database was called before it held more than batches.
+OLD_DATABASE = "batches.sqlite"
+_LOCK = "lock"
+_RESERVE = "reserve"
+_SUFFIXES = ("", "-wal", "-shm", "-journal")
+_OURS = (
+    _LOCK,
+    _RESERVE,
+    *(f"{name}{suffix}" for name in (DATABASE, OLD_DATABASE) for suffix in _SUFFIXES),
+)
+# Room that is given back on a full disk, so that rows can be deleted: deleting writes a log first.
+RESERVE_BYTES = 1_000_000
+
+
+class Directory:
+    """A locked directory. The lock ends with `close` or with the process, however it ends."""
+
+    def __init__(self, path: Path):
+        """Makes the directory if it is missing, locks it, and takes others' permissions away.
+
+        Raises:
+          OutputError: it cannot be used, or another server uses it.
+        """
+        self._path = path
+        try:
+            path.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._lock = self._take_lock()
+            try:
+                self._make_private()
+            except BaseException:
+                self.close()
+                raise
+        except OSError as error:
+            reason = error.strerror or error
+            raise OutputError(
+                f"--data {shown(path)} cannot be used ({reason}): name a directory that this user "
+                "owns and can write to"
+            ) from error
+        self.keep_reserve()
+
+    @property
+    def database(self) -> Path:
+        return self._path / DATABASE
+
+    @property
+    def old_database(self) -> Path:
+        return self._path / OLD_DATABASE
+
+    def close(self) -> None:
+        """Releases the lock."""
+        os.close(self._lock)
+
+    def is_intact(self) -> bool:
+        """Whether the lock is still where other servers look for it."""
+        try:
+            return os.path.samestat(os.fstat(self._lock), os.lstat(self._path / _LOCK))
+        except OSError:
+            return False
+
+    def keep_reserve(self) -> None:
+        """Reserves room on the disk, if there is some."""
+        with contextlib.suppress(OSError):
+            reserve = os.open(self._path / _RESERVE, _CREATE, 0o600)
+            try:
+                os.posix_fallocate(reserve, 0, RESERVE_BYTES)
+            finally:
+                os.close(reserve)
+
+    def release_reserve(self) -> None:
+        """Gives the reserved room back to the disk."""
+        with contextlib.suppress(OSError):
+            (self._path / _RESERVE).unlink()
+
+    def _take_lock(self) -> int:
+        lock = os.open(self._path / _LOCK, _CREATE, 0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(lock)
+            raise OutputError(
+                f"--data {shown(self._path)} is in use by another server: "
+                "stop it, or name another directory"
+            ) from error
+        return lock
+
+    def _make_private(self) -> None:
+        names = set(os.listdir(self._path))
+        # A directory that holds other things too, such as a home directory, keeps its mode.
+        if names - {_LOCK} and not names & {*_OURS, "voices"} - {_LOCK}:
+            logger.warning(
+                "--data %s holds other files, so its permissions stay as they are; a directory of "
+                "its own would be private",
+                shown(self._path),
+            )
+        else:
+            _chmod(self._path, 0o700)
+        for name in names.intersection(_OURS):
+            path = self._path / name
+            if not stat.S_ISREG(path.lstat().st_mode):
+                raise OutputError(f"{shown(path)} is no regular file: move it away")
+            _chmod(path, 0o600)
+        os.close(os.open(self.database if not self._is_old else self.old_database, _CREATE, 0o600))
+
+    @property
+    def _is_old(self) -> bool:
+        return self.old_database.exists() and not self.database.exists()
+
+
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def _chmod(path: Path, mode: int) -> None:
+    """Sets a mode, unless the path has it already or belongs to another user."""
+    if stat.S_IMODE(path.stat().st_mode) == mode:
+        return
+    try:
+        path.chmod(mode)
+    except PermissionError:
+        logger.warning("%s belongs to another user and keeps its permissions", shown(path))
+
+
+def shown(path: Path) -> str:
+    """A path on one line."""
+    return str(path) if str(path).isprintable() else repr(str(path))

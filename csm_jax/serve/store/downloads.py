@@ -1,0 +1,80 @@
+"""Files that responses point to: kept for a while, under names that cannot be guessed.
+
+A name is a capability: fal's clients fetch the file without a key. It has 144 random bits.
+"""
+
+import secrets
+import sqlite3
+from typing import NamedTuple
+
+from csm_jax.serve.store.database import Database
+
+KEPT_SECONDS = 3600.0
+_NAME_BYTES = 18
+
+
+class Download(NamedTuple):
+    name: str
+    media_type: str
+    data: bytes
+
+
+class Downloads:
+    """The youngest files of each owner, up to a number of bytes and an age."""
+
+    def __init__(self, database: Database, max_bytes: int, owner_bytes: int):
+        """Args: max_bytes, owner_bytes: of all owners, and of one."""
+        self._database = database
+        self._max_bytes = max_bytes
+        self._owner_bytes = owner_bytes
+
+    async def add(self, owner: str, data: bytes, media_type: str, suffix: str) -> Download:
+        """Keeps a file under a new name; older ones make room for it."""
+        file = Download(f"{secrets.token_urlsafe(_NAME_BYTES)}.{suffix}", media_type, data)
+        until = self._database.now() + KEPT_SECONDS
+        await self._database.run(self._add, owner, file, until)
+        return file
+
+    async def find(self, name: str) -> Download | None:
+        """The file, if it is still there."""
+
+        def find(connection: sqlite3.Connection, now: float) -> Download | None:
+            query = "SELECT name, media_type, data FROM downloads WHERE name = ? AND until > ?"
+            found = connection.execute(query, (name, now)).fetchone()
+            return found and Download(*found)
+
+        return await self._database.run(find, self._database.now())
+
+    async def expire(self) -> None:
+        """Removes files that are too old."""
+
+        def expire(connection: sqlite3.Connection, now: float) -> None:
+            connection.execute("DELETE FROM downloads WHERE until <= ?", (now,))
+
+        await self._database.free(expire, self._database.now())
+
+    def _add(
+        self, connection: sqlite3.Connection, owner: str, file: Download, until: float
+    ) -> None:
+        own = connection.execute(
+            "SELECT name, num_bytes FROM downloads WHERE owner = ? ORDER BY until", (owner,)
+        ).fetchall()
+        _make_room(
+            connection, own, (self._owner_bytes if owner else self._max_bytes) - len(file.data)
+        )
+        of_all = connection.execute("SELECT name, num_bytes FROM downloads ORDER BY until")
+        _make_room(connection, of_all.fetchall(), self._max_bytes - len(file.data))
+        connection.execute(
+            "INSERT INTO downloads VALUES (?, ?, ?, ?, ?, ?)",
+            (file.name, owner, file.media_type, until, len(file.data), file.data),
+        )
+
+
+def _make_room(connection: sqlite3.Connection, files: list[tuple[str, int]], most: int) -> None:
+    """Removes the first of these files until the others take `most` bytes."""
+    total = sum(size for _, size in files)
+    for name, size in files:
+        if total <= most:
+            return
+        connection.execute("DELETE FROM downloads WHERE name = ?", (name,))
+        total -= size

@@ -1,0 +1,71 @@
+"""How much may be stored: by one owner, and by all together."""
+
+import sqlite3
+from dataclasses import dataclass
+
+from csm_jax.serve.store.errors import QuotaError
+
+_USED_BY = """
+SELECT COALESCE(SUM(num_bytes), 0) FROM (
+    SELECT num_bytes FROM files WHERE owner = :owner
+    UNION ALL SELECT num_bytes FROM batches WHERE owner = :owner
+    UNION ALL SELECT num_bytes FROM voices WHERE owner = :owner
+    UNION ALL SELECT num_bytes FROM jobs WHERE owner = :owner
+    UNION ALL SELECT num_bytes FROM deliveries WHERE owner = :owner)
+"""
+
+
+@dataclass(frozen=True)
+class Quota:
+    """Attributes:
+    total_bytes: of all owners.
+    owner_bytes, owner_files, owner_batches, owner_voices: of one, when there are several. Without
+      API keys there is one owner, "", who may fill the total.
+    voices: of all owners.
+    """
+
+    total_bytes: int
+    owner_bytes: int
+    owner_files: int
+    owner_batches: int
+    owner_voices: int
+    voices: int
+
+    def check_bytes(self, connection: sqlite3.Connection, owner: str, more: int) -> None:
+        """Raises `QuotaError` if `more` bytes of an owner are too many."""
+        limit = self._bytes_of(owner)
+        if used_by(connection, owner) + more > limit:
+            raise QuotaError(f"files, batches, voices and jobs take {limit} bytes: delete some")
+        if used(connection) + more > self.total_bytes:
+            raise QuotaError(f"all that is stored here takes {self.total_bytes} bytes already")
+
+    def is_exceeded(self, connection: sqlite3.Connection, owner: str) -> bool:
+        """Whether an owner's batches have to wait until something is deleted."""
+        return (
+            used_by(connection, owner) > self._bytes_of(owner)
+            or used(connection) > self.total_bytes
+        )
+
+    def _bytes_of(self, owner: str) -> int:
+        return min(self.owner_bytes, self.total_bytes) if owner else self.total_bytes
+
+
+def check_count(count: int, limit: int, what: str) -> None:
+    """Raises `QuotaError` if there are `limit` of something already."""
+    if count >= limit:
+        raise QuotaError(f"there are {limit} {what} already: delete one first")
+
+
+def used_by(connection: sqlite3.Connection, owner: str) -> int:
+    """Bytes that an owner's rows take."""
+    return connection.execute(_USED_BY, {"owner": owner}).fetchone()[0]
+
+
+def used(connection: sqlite3.Connection) -> int:
+    """Bytes that everything takes, apart from what is deleted and not yet overwritten."""
+    pages, free, size = (
+        connection.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("page_count", "freelist_count", "page_size")
+    )
+    deleted = connection.execute("SELECT COALESCE(SUM(num_bytes), 0) FROM trash").fetchone()[0]
+    return max(0, (pages - free) * size - deleted)
