@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import json
 import resource
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from attacks import (  # noqa: F401, they register
     protocol,
     recordings,
     speech,
+    tenants,
 )
 from attacks.bystander import Experience, watching
 from attacks.registry import ATTACKS, Attack, Server
@@ -95,7 +97,11 @@ def _target(server: Server) -> contextlib.AbstractContextManager[Target] | None:
     """The server for some attacks; None if there is none of that kind."""
     if START.value:
         return _started(server)
-    check_loopback(URL.value)
+    try:
+        check_loopback(URL.value)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from error
     has_keys = len(KEYS.value) >= 3
     if server is (Server.KEYS if has_keys else Server.OPEN):
         target = Target(URL.value.rstrip("/"), PID.value, KEYS.value)

@@ -78,10 +78,8 @@ class Target:
 
     def socket(self, tenant: int = 0, **more) -> websockets.connect:
         more = {"max_size": None, "open_timeout": 20, "close_timeout": 1} | more
-        headers = self.headers(tenant) | more.pop("headers", {})
-        return websockets.connect(
-            self.socket_url, additional_headers=headers, local_addr=(ATTACKER, 0), **more
-        )
+        more = {"additional_headers": self.headers(tenant), "local_addr": (ATTACKER, 0)} | more
+        return websockets.connect(self.socket_url, **more)
 
     async def connect(self, address: str = ATTACKER) -> tuple:
         """A reader and a writer of a bare connection, whose receive buffer is small."""
@@ -139,7 +137,9 @@ def check_loopback(url: str) -> None:
     """Raises `ValueError` unless the host of a URL is an address of this machine."""
     host = urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
-        if ipaddress.ip_address(host).is_loopback and urlsplit(url).scheme == "http":
+        # By IPv4: the attacker and the bystander use addresses of 127.0.0.0/8.
+        is_own = ipaddress.IPv4Address(host).is_loopback
+        if is_own and urlsplit(url).scheme == "http":
             return
     raise ValueError(
         f"{url} is not http://127.0.0.1:PORT: only a server of this machine is attacked"
