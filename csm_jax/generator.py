@@ -15,7 +15,7 @@ from csm_jax.batch import Batch, bucket
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.engine import speak_all
+from csm_jax.engine import Engine
 from csm_jax.errors import CheckpointError
 from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.mimi.codec import Codec
@@ -144,7 +144,15 @@ class Generator:
           As `generate`, in the order of `requests`.
         """
         tell = notify or (lambda _, notice: _log(notice))
-        return speak_all(self, [as_request(request) for request in requests], max_batch, tell)
+        wanted = [as_request(request) for request in requests]
+        # As many rows however many requests there are: one shape is compiled, and rounds one way.
+        with Engine(self, max_batch) as engine:
+            tickets = [engine.submit(request, stream=False, wait=True) for request in wanted]
+            audio = [ticket.result() for ticket in tickets]
+        for index, ticket in enumerate(tickets):
+            for notice in ticket.notices:
+                tell(index, notice)
+        return audio
 
     def speech(
         self,

@@ -1,11 +1,13 @@
 """The codec at work on many streams at once."""
 
+import functools
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from csm_jax.mimi.codec import Codec
+from csm_jax.mimi.conv import Array, State
 
 
 def rows_together(num_rows: int) -> int:
@@ -15,6 +17,22 @@ def rows_together(num_rows: int) -> int:
     takes seven times as long for eight, whether they all have something to decode or not.
     """
     return 1 if jax.default_backend() == "cpu" else num_rows
+
+
+@jax.jit
+def _take(states: State, index: Array) -> State:
+    """The state of one stream out of those of a group."""
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), states)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(states: State, state: State, index: Array) -> State:
+    """The states of a group, with one stream's state in the place of another's."""
+
+    def put(leaf: Array, part: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0)
+
+    return jax.tree.map(put, states, state)
 
 
 class RowDecoder:
@@ -29,7 +47,19 @@ class RowDecoder:
 
     def restart(self, row: int) -> None:
         """Lets a new stream begin in a row."""
-        self._is_new[row] = True
+        self.resume(row, None)
+
+    def take(self, row: int) -> State | None:
+        """The state of a row's stream, for `resume`; None if it has not begun."""
+        group, index = divmod(row, self._groups.shape[1])
+        return None if self._is_new[row] else _take(self._states[group], np.int32(index))
+
+    def resume(self, row: int, state: State | None) -> None:
+        """Lets a stream go on in a row, in whichever row it was before."""
+        self._is_new[row] = state is None
+        if state is not None:
+            group, index = divmod(row, self._groups.shape[1])
+            self._states[group] = _put(self._states[group], state, np.int32(index))
 
     def decode(self, blocks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Continues the streams of some rows.

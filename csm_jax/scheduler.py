@@ -4,8 +4,9 @@ Nothing here runs anything, so the same rules serve the rows of a batch and the 
 """
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
@@ -48,7 +49,7 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return sum(len(share.items) for share in self._shares.values())
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[T]:
         for share in self._shares.values():
             yield from share.items
 
@@ -108,9 +109,13 @@ class FairQueue(Generic[T]):
         self._forget()
 
     def should_yield(self, name: str) -> bool:
-        """Whether an item waits of a share with fewer running items per weight than this one."""
-        own = self._shares[name].load
-        return any(share.items and share.load < own for share in self._shares.values())
+        """Whether another share goes before a running item of this one, were that to wait again."""
+        own = self._shares[name]
+        key = (own.num_running - 1) / own.weight, max(own.due, self._clock)
+        return any(
+            share is not own and share.items and (share.load, share.due) <= key
+            for share in self._shares.values()
+        )
 
     def _open(self, name: str, weight: float) -> _Share[T]:
         share = self._shares.setdefault(name, _Share(due=self._clock))
@@ -126,3 +131,79 @@ class FairQueue(Generic[T]):
             for name, share in self._shares.items()
             if share.items or share.num_running or share.due > self._clock
         }
+
+
+class Shared(Protocol):
+    """A request for a row of a batch.
+
+    Attributes:
+      share, weight: whose rows are counted together, and how many of them compared with others.
+      in_background: whether all other requests go first.
+    """
+
+    share: str
+    weight: float
+    in_background: bool
+
+
+R = TypeVar("R", bound=Shared)
+
+
+class RowScheduler(Generic[R]):
+    """The requests that wait for a row of a batch, and which one gets the next row.
+
+    Attributes:
+      live, background: the requests that wait.
+    """
+
+    def __init__(self, num_rows: int, kept_rows: int = 0):
+        """Args:
+        kept_rows: rows that only shares without a row get. One row of several is kept from
+          requests in the background in any case.
+        """
+        self._num_rows = num_rows
+        self._kept_rows = min(kept_rows, num_rows - 1)
+        self._kept_from_background = max(self._kept_rows, min(1, num_rows - 1))
+        self.live: FairQueue[R] = FairQueue()
+        self.background: FairQueue[R] = FairQueue()
+
+    def __iter__(self) -> Iterator[R]:
+        yield from self.live
+        yield from self.background
+
+    def queue(self, in_background: bool) -> FairQueue[R]:
+        return self.background if in_background else self.live
+
+    def pop(self) -> R | None:
+        """The request that gets a row now; None if no row is free or nothing may have it."""
+        num_free = self._num_rows - self.live.num_running - self.background.num_running
+        if num_free < 1:
+            return None
+        request = self.live.pop(idle_only=num_free <= self._kept_rows)
+        if request is None and num_free > self._kept_from_background:
+            request = self.background.pop()
+        return request
+
+    def should_yield(self, request: R) -> bool:
+        """Whether another request should have the row of this one."""
+        if request.in_background and len(self.live):
+            return True
+        return self.queue(request.in_background).should_yield(request.share)
+
+    def push(self, request: R) -> None:
+        self.queue(request.in_background).push(request, request.share, request.weight)
+
+    def push_front(self, request: R) -> None:
+        """Adds a request that has given its row back and goes first of its share."""
+        self.queue(request.in_background).push_front(request, request.share, request.weight)
+
+    def finish(self, request: R) -> None:
+        """A request has its row no longer."""
+        self.queue(request.in_background).finish(request.share)
+
+    def remove(self, request: R) -> None:
+        self.queue(request.in_background).remove(request)
+
+    def clear(self) -> None:
+        self.live.clear()
+        self.background.clear()

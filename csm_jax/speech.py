@@ -116,11 +116,11 @@ class Speech:
         notify: Callable[[Notice], None],
         max_seq_len: int | None = None,
     ):
-        """Checks the request, and encodes those turns of its context that fit the window.
+        """Checks the request, and decides which turns of its context fit the window.
 
         Args:
-          encode: the codec, audio [num_samples] to codes [num_frames, Q]; called for one turn
-            after the other. What it raises is passed on.
+          encode: the codec, audio [num_samples] to codes [num_frames, Q]; called by the first
+            `next_utterance` for one turn that fits after the other. What it raises is passed on.
           silent_codes: the codebook-0 codes of silence; asked for when the guard needs them.
           notify: told what the listener should know.
           max_seq_len: positions there are, if less than the model's own limit.
@@ -144,19 +144,26 @@ class Speech:
         self._total = 0
         self._was_cut = False
         # Here, so that a request that does not fit is refused before anything runs.
-        self._first: Utterance | None = self._start_part()
+        self._start_part()
+        self._is_new = True
+
+    @property
+    def num_turns(self) -> int:
+        """How many turns, the newest ones of the context and those spoken, fit the window."""
+        return len(self._turns)
 
     def next_utterance(self) -> Utterance | None:
         """What to generate next; None if everything is said, or the limit is reached."""
-        if self._first is not None:
-            utterance, self._first = self._first, None
-            return utterance
+        if self._is_new:
+            self._is_new = False
+            return self._utterance()
         self._turns.append(self._spoken_turn())
         left = len(self._parts) - self._part - 1
         if not left or self._total >= self._limit:
             self._report_end(left)
             return None
-        return self._start_part()
+        self._start_part()
+        return self._utterance()
 
     def accept(self, codes: np.ndarray) -> Step:
         """Takes the next frames of the utterance, int32 [n, Q], with its end of speech if any.
@@ -201,15 +208,15 @@ class Speech:
         self._report_guard("resampled", verdict, "it went on from there with another seed")
         return Rewind(self._codes, _derive(self._request.seed, self._part, self._num_resampled))
 
-    def _start_part(self) -> Utterance:
+    def _start_part(self) -> None:
         self._part += 1
         self._num_resampled = 0
         self._codes = np.zeros((0, self._config.num_codebooks), np.int32)
         request, text = self._request, self._parts[self._part]
-        rows = text_rows(text, request.speaker, self._config, self._tokenizer)
+        self._rows = text_rows(text, request.speaker, self._config, self._tokenizer)
         needed = self._frames(1000 * needed_seconds(text))
         allowed = self._limit - self._total
-        room = self._make_room(len(rows[0]), min(allowed, needed // 2))
+        room = self._make_room(len(self._rows[0]), min(allowed, needed // 2))
         self._max_frames = min(allowed, room)
         self._is_held_by_window = room < allowed
         self._guard = None
@@ -218,11 +225,17 @@ class Speech:
             # One more than it may have, for the guard to see it.
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
-        seed = _derive(request.seed, self._part, 0)
-        prompt = join_rows(
-            [part for turn in self._turns for part in turn.rows(self._encode)] + [rows]
+
+    def _utterance(self) -> Utterance:
+        """The part that was started; encodes what was not encoded before."""
+        heard = [rows for turn in self._turns for rows in turn.rows(self._encode)]
+        return Utterance(
+            join_rows([*heard, self._rows]),
+            self._request.sampling,
+            _derive(self._request.seed, self._part, 0),
+            self._max_frames,
+            self._shared,
         )
-        return Utterance(prompt, request.sampling, seed, self._max_frames, self._shared)
 
     def _make_room(self, length: int, num_frames: int) -> int:
         """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""

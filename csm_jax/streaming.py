@@ -44,6 +44,12 @@ class Pace:
             self._started = time.perf_counter()
         self._num_played += num_frames
 
+    def resume(self) -> None:
+        """Tells that nothing was made for a while: a listener who has run out waits."""
+        if self._started is not None:
+            elapsed = time.perf_counter() - self._started
+            self._started += max(0.0, elapsed - self._num_played * self._frame_s)
+
 
 def blocks(frames: np.ndarray) -> Iterator[np.ndarray]:
     """Cuts frames [n, Q] into blocks of two sizes, so that the codec is compiled for only these."""

@@ -1,4 +1,4 @@
-"""What whoever submits a request to an `Engine` holds of it."""
+"""A request that was submitted to an `Engine`, as its sender sees it."""
 
 import logging
 import queue
@@ -24,10 +24,10 @@ class Timing:
 
     Attributes:
       context: encoding the turns that were heard, before the request could wait.
-      queue: waiting for a row.
+      queue: waiting for a row, also between parts of a long text.
       prefill: reading its prompts.
-      frames: generating, together with all others that speak.
-      codec: decoding to samples for whoever listens.
+      frames: generating, together with all other running requests.
+      codec: decoding to samples for a listener.
     """
 
     context: float = 0.0
@@ -44,15 +44,17 @@ class Ticket:
       request: as it was submitted.
       timing: what its time went to; complete when it is over.
       notices: what the listener should know; all of it when the request is over.
-      is_cancelled: whether somebody wants it to end.
+      is_cancelled: whether `cancel` was called.
     """
 
-    def __init__(self, request: Request, model: "Generator", streams: bool):
+    def __init__(self, request: Request, model: "Generator", streams: bool, keeps: bool = True):
+        """Args: keeps: whether chunks are kept after a listener has got them."""
         self.request = request
         self.timing = Timing()
         self.notices: list[Notice] = []
         self._model = model
         self._streams = streams
+        self._keeps = keeps
         self._lock = threading.RLock()
         self._over = threading.Event()
         self.is_cancelled = False
@@ -64,13 +66,13 @@ class Ticket:
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields the speech as it is made, float32 [n]; from its beginning, for every iterator.
 
-        A request that was submitted without `stream` comes as one chunk.
+        A request that was submitted without `stream` or `keep` comes as one chunk.
 
         Raises:
           CancelledError: after `cancel`, or because the engine was closed.
           CSMError: the request failed.
         """
-        if not self._streams:
+        if not (self._streams and self._keeps):
             yield self.result()
             return
         chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
@@ -93,7 +95,7 @@ class Ticket:
     def result(self) -> np.ndarray:
         """Waits for the end; float32 [num_samples]. Raises as iterating does."""
         codes = self.codes()
-        if not self._streams:
+        if not (self._streams and self._keeps):
             return self._model.decode(codes)
         return np.concatenate([np.zeros(0, np.float32), *self._chunks])
 
@@ -115,6 +117,8 @@ class Ticket:
             self._listeners.append(listener)
             for chunk in self._chunks:
                 self._call(listener, chunk)
+            if not self._keeps:
+                self._chunks.clear()
             if self._over.is_set():
                 self._call(listener, None)
 
@@ -125,7 +129,8 @@ class Ticket:
 
     def add_chunk(self, chunk: np.ndarray) -> None:
         with self._lock:
-            self._chunks.append(chunk)
+            if self._keeps or not self._listeners:
+                self._chunks.append(chunk)
             for listener in list(self._listeners):
                 self._call(listener, chunk)
 

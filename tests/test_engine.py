@@ -614,6 +614,91 @@ def test_a_background_request_lets_others_go_first(model):
     assert over == ["live"] * 3 + ["background"]
 
 
+LONG_TEXT = "One thing. Or another. No more. And so on. At last."
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_long_text_yields_between_its_parts(model, stream):
+    """To requests of shares with fewer rows, and says the same."""
+    long = [Request(LONG_TEXT, seed=seed) for seed in range(2)]
+    alone = [model.generate_codes(request) for request in long]
+    over = []
+    with Engine(model, max_batch=2) as engine:
+        tickets = [engine.submit(request, share="long", stream=stream) for request in long]
+        for ticket in tickets:
+            ticket.add_listener(lambda chunk: chunk is None and over.append("long"))
+        if stream:
+            first_chunk(tickets[1])
+        for number in range(3):
+            short = engine.submit(REQUESTS["short"], share=f"short {number}")
+            short.add_listener(lambda chunk: chunk is None and over.append("short"))
+        background = engine.submit(REQUESTS["one frame"], background=True)
+        background.add_listener(lambda chunk: chunk is None and over.append("background"))
+        for ticket, codes in zip(tickets, alone, strict=True):
+            np.testing.assert_array_equal(ticket.codes(), codes)
+            np.testing.assert_allclose(ticket.result(), model.decode(codes), atol=1e-5)
+        background.codes()
+    assert over == ["short"] * 3 + ["long"] * 2 + ["background"]
+
+
+@pytest.mark.parametrize("together", [1, 2])
+def test_yielding_does_not_change_a_sample(model, together, monkeypatch):
+    """The codec goes on in another row where it was."""
+    monkeypatch.setattr(engine_module, "rows_together", lambda num_rows: together)
+    monkeypatch.setattr(engine_module.Pace, "next_chunk", lambda self: 1)
+    monkeypatch.setattr(engine_module.Pace, "can_wait", lambda self, _: False)
+    taken, take = [], engine_module.RowDecoder.take
+
+    def note(decoder, row):
+        taken.append(row)
+        return take(decoder, row)
+
+    monkeypatch.setattr(engine_module.RowDecoder, "take", note)
+    request = Request(LONG_TEXT, seed=3)
+    with Engine(model, max_batch=2) as engine:
+        undisturbed = engine.submit(request).result()
+        assert not taken
+        tickets = [engine.submit(request, share=share) for share in "abc"]
+        for ticket in tickets:
+            np.testing.assert_array_equal(ticket.result(), undisturbed)
+    assert taken
+
+
+def test_a_row_is_kept_for_shares_without_one(model):
+    with Engine(model, max_batch=3, kept_rows=1) as engine:
+        greedy = [engine.submit(ENDLESS, share="a") for _ in range(4)]
+        first_chunk(greedy[1])
+        engine.submit(REQUESTS["short"], share="b").codes()
+        assert engine.num_speaking == 2
+        for ticket in greedy:
+            ticket.cancel()
+
+
+def test_chunks_are_not_kept_for_who_does_not_want_them(model, alone):
+    heard = []
+    with Engine(model, max_batch=1) as engine:
+        ticket = engine.submit(REQUESTS["short"], keep=False)
+        ticket.codes()  # some chunks are there before the listener
+        ticket.add_listener(heard.append)
+        assert heard.pop() is None
+        assert not ticket._chunks
+        whole = model.decode(alone["short"][0])
+        np.testing.assert_allclose(np.concatenate(heard), whole, atol=1e-5)
+        np.testing.assert_array_equal(ticket.result(), whole)
+
+
+def test_an_engine_that_may_finish_is_closed_in_time(model, alone):
+    engine = Engine(model, max_batch=2)
+    endless, short = engine.submit(ENDLESS), engine.submit(REQUESTS["one frame"])
+    short.codes()
+    started = time.monotonic()
+    engine.close(finish=True, seconds=0.5)
+    assert time.monotonic() - started < 10
+    np.testing.assert_array_equal(short.codes(), alone["one frame"][0])
+    with pytest.raises(CancelledError):
+        endless.codes()
+
+
 def test_the_time_of_a_request_is_told(model):
     with Engine(model, max_batch=1, max_seq_len=256) as engine:
         started = time.perf_counter()

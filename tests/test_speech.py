@@ -451,12 +451,13 @@ def test_only_turns_that_fit_are_encoded(num_turns):
     notices = []
     request = Request("Hi.", 0, heard)
     speech = Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    assert speech.num_turns == min(num_turns, 7)  # of 250 frames in 2048 positions
     for got, expected in zip(
         speech.next_utterance().prompt, wanted.next_utterance().prompt, strict=True
     ):
         np.testing.assert_array_equal(got, expected)
     assert notices == told
-    assert len(encoded) == min(num_turns, 7)  # of 250 frames in 2048 positions
+    assert len(encoded) == min(num_turns, 7)
 
 
 def test_encoding_can_be_given_up_between_turns():
@@ -468,6 +469,8 @@ def test_encoding_can_be_given_up_between_turns():
 
     encoded, notices = [], []
     request = Request("Hi.", 0, [Segment(0, "a", recorded(codes(3)))] * 5)
+    speech = Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    assert not encoded
     with pytest.raises(CancelledError):
-        Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+        speech.next_utterance()
     assert len(encoded) == 2
