@@ -22,6 +22,11 @@ from csm_jax.files import replace_file
 SAMPLE_RATE = 24_000
 
 _INT16_SCALE = 32_768
+# A recording of speech lasts at least so long, and somewhere is louder than this (-60 dBFS).
+_MIN_SECONDS = 0.1
+_SILENT_PEAK = 1e-3
+# Float samples go from -1 to 1; peaks above that are clipped, and none is above this.
+_MAX_PEAK = 2.0
 
 
 class _Format(NamedTuple):
@@ -99,6 +104,35 @@ def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:
     return samples
 
 
+def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
+    """`check_audio` of samples at 24 kHz that are a recording of somebody who speaks.
+
+    Raises `InputError` also for a recording that is too short, silent, or of another scale.
+    """
+    samples = check_audio(audio, name)
+    peak, seconds = float(np.abs(samples).max()), len(samples) / SAMPLE_RATE
+    if peak < _SILENT_PEAK:
+        raise InputError(f"{name}: silent, with a peak of {peak:.2g}; record it louder")
+    if peak > _MAX_PEAK:
+        raise InputError(
+            f"{name}: a peak of {peak:.3g}, but float samples go from -1 to 1; divide by 32768 "
+            "what was 16 bits"
+        )
+    if seconds < _MIN_SECONDS:
+        raise InputError(
+            f"{name}: {len(samples)} samples last {seconds:.3g} s, and speech at least "
+            f"{_MIN_SECONDS:g} s; record more"
+        )
+    return samples
+
+
+def audio_error(error: Exception) -> str:
+    """What libsndfile says is wrong with a file, without the object that it was read from."""
+    if isinstance(error, soundfile.LibsndfileError):
+        return error.error_string.rstrip(".")
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
 def encode_audio(audio: np.ndarray, sample_rate: int, suffix: str) -> bytes:
     """The bytes of a file named `suffix` (".wav", ...) that holds `audio`, clipped to [-1, 1].
 
@@ -167,7 +201,7 @@ def open_audio(
     except OSError as error:
         raise OutputError(_cannot_write(path, error)) from error
     except soundfile.LibsndfileError as error:
-        raise OutputError(f"{path}: cannot be written ({error.error_string})") from error
+        raise OutputError(f"{path}: cannot be written ({audio_error(error)})") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -227,7 +261,7 @@ def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
         return soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
         # libsndfile would call a file of 0 bytes one of an unknown format.
-        reason = error.error_string.rstrip(".") if data else "the file is empty"
+        reason = audio_error(error) if data else "the file is empty"
         raise InputError(
             f"{path}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
         ) from error

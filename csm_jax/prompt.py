@@ -4,6 +4,7 @@ A turn is BOS, "[speaker]text", EOS, then its audio frames and one frame of zero
 spoken has text only (SesameAILabs/csm `generator.py`).
 """
 
+import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,9 @@ from csm_jax.errors import InputError
 from csm_jax.generation import Prompt
 from csm_jax.tokenizer import Tokenizer
 
+# Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.
+_SILENT = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Mc", "Me"}
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 # The codec: audio [num_samples] to codes [num_frames, Q].
 Encode = Callable[[np.ndarray], np.ndarray]
 
@@ -37,8 +41,8 @@ class Segment:
 
 
 def check_text(text: str) -> None:
-    """Raises `InputError` for text that says nothing."""
-    if not text.strip():
+    """Raises `InputError` for text that says nothing: spaces, marks and what cannot be seen."""
+    if all(_says_nothing(character) for character in text):
         raise InputError("the text is empty: there is nothing to say")
 
 
@@ -70,6 +74,10 @@ class Turn:
             self._spoken = _audio_rows(np.asarray(encode(self._audio)), self._config)
             self._audio = None
         return [self._text] if self._spoken is None else [self._text, self._spoken]
+
+
+def _says_nothing(character: str) -> bool:
+    return unicodedata.category(character) in _SILENT or character in _BLANK_LETTERS
 
 
 def turn_rows(

@@ -11,7 +11,7 @@ from typing import Generic, Protocol, TypeVar
 T = TypeVar("T")
 
 # Weights are taken for at most this and at least its inverse: nobody waits for ever.
-MAX_WEIGHT = 100.0
+MAX_WEIGHT = 1000.0
 
 
 @dataclass

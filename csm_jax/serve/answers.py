@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -10,12 +10,14 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from csm_jax.serve.caller import Caller, caller_of
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.formats import FORMATS, Encoder, encode
+from csm_jax.serve.live import Live
 from csm_jax.serve.middleware.log import note
-from csm_jax.serve.service import Live, Service
-from csm_jax.speech import Request
+from csm_jax.serve.places import Place
+from csm_jax.serve.service import Service
+from csm_jax.speech import Notice, Request
 
 T = TypeVar("T")
 Wrap = Callable[[Live, AsyncIterator[bytes]], AsyncIterator[bytes]]
@@ -61,50 +63,52 @@ async def speak_whole(
     form: str,
     speed: float = 1.0,
     background: bool = False,
+    notices: Sequence[Notice] = (),
 ) -> Whole:
     """All the speech of a request, in a format of `FORMATS`."""
-    live = await service.speak(request, caller, stream=False, background=background)
+    live = await service.speak(
+        request, caller, stream=False, background=background, notices=notices
+    )
     try:
         audio = await live.audio()
     finally:
         live.cancel()
     rate = service.model.sample_rate
     started = time.perf_counter()
-    data = await service.in_thread(encode, audio, rate, form, speed)
+    data = await service.work(caller, encode, audio, rate, form, speed)
     note(encode_s=round(time.perf_counter() - started, 4), notices=live.notice_kinds)
     return Whole(data, live)
 
 
 async def speak_streamed(
     service: Service,
-    http: HTTPRequest,
+    place: Place,
     request: Request,
     form: str,
     speed: float = 1.0,
     wrap: Wrap | None = None,
     media_type: str | None = None,
+    notices: Sequence[Notice] = (),
 ) -> "SpokenResponse":
-    """An answer that is sent while it is spoken. What fails before the first chunk is raised.
+    """A response that is sent while it is spoken. What fails before the first chunk is raised.
 
     Args:
+      place: which the response keeps until it ends.
       wrap: makes of the pieces of the file what is sent, as `media_type`.
     """
     encoder = Encoder(form, service.model.sample_rate, speed)
-
-    async def start() -> tuple[Live, AsyncIterator[np.ndarray], np.ndarray]:
-        live = await service.speak(request, caller_of(http), stream=True)
-        try:
-            chunks = live.chunks()
-            return live, chunks, await anext(chunks, np.zeros(0, np.float32))
-        except BaseException:
-            live.cancel()
-            raise
-
-    live, chunks, first = await unless_gone(http, start())
+    live = await service.speak(request, place.caller, stream=True, notices=notices)
+    try:
+        chunks = live.chunks()
+        first = await anext(chunks, np.zeros(0, np.float32))
+    except BaseException:
+        live.cancel()
+        raise
     pieces = _encoded(encoder, first, chunks)
     if wrap:
         pieces = wrap(live, pieces)
-    return SpokenResponse(live, pieces, media_type=media_type or FORMATS[form].media_type)
+    place.keep()
+    return SpokenResponse(live, place, pieces, media_type=media_type or FORMATS[form].media_type)
 
 
 async def _encoded(
@@ -120,15 +124,20 @@ async def _encoded(
 
 
 class SpokenResponse(StreamingResponse):
-    """Ends the speech when the answer ends, however it does."""
+    """Ends the speech and gives back its place when the response ends, however it does."""
 
-    def __init__(self, live: Live, content: AsyncIterator[bytes], **more: Any):
+    def __init__(self, live: Live, place: Place, content: AsyncIterator[bytes], **more: Any):
         super().__init__(content, **more)
         self._live = live
+        self._place = place
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            await super().__call__(scope, receive, send)
+            with self._live.sending():
+                await super().__call__(scope, receive, send)
+        except ClientGoneError:
+            pass  # the server closes the connection of a response that is not complete
         finally:
             self._live.cancel()
+            self._place.release()
             note(notices=self._live.notice_kinds)

@@ -78,7 +78,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.warmed = asyncio.create_task(service.warm_up())
         await service.jobs.start()
-        work = (service.warmed, worker.run(), service.store.tidy())
+        work = (service.warmed, worker.run(), service.store.tidy(), service.readers.run())
         tasks = [asyncio.ensure_future(each) for each in work]
         yield
         for task in tasks:

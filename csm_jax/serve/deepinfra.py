@@ -12,9 +12,9 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from csm_jax.prompt import Segment
 from csm_jax.serve.answers import speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
+from csm_jax.serve.context import Context, GivenTurn, read_context
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Options,
@@ -23,7 +23,6 @@ from csm_jax.serve.fields import (
     both_kinds,
     make_request,
     read_fields,
-    read_recording,
 )
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.jobs import Job, Kind
@@ -81,7 +80,9 @@ def router(service: Service) -> APIRouter:
 
     async def work(job: Job, body: str) -> dict[str, Any]:
         queued = Queued.model_validate_json(body)
-        return (await _answer(service, job.caller, queued.fields, queued.name)).model_dump()
+        return (
+            await _answer(service, job.caller, queued.fields, queued.name, wait=True)
+        ).model_dump()
 
     service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
 
@@ -95,10 +96,14 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-async def _answer(service: Service, caller: Caller, fields: Inference, name: str) -> Answer:
-    request = await _request(service, caller, fields)
-    started = time.perf_counter()
-    spoken = await speak_whole(service, caller, request, fields.response_format)
+async def _answer(
+    service: Service, caller: Caller, fields: Inference, name: str, wait: bool = False
+) -> Answer:
+    """Args: wait: for a place, as jobs do."""
+    with await service.admit(caller, wait):
+        request = await _request(service, caller, fields)
+        started = time.perf_counter()
+        spoken = await speak_whole(service, caller, request, fields.response_format)
     media_type = FORMATS[fields.response_format].media_type
     return Answer(
         audio=f"data:{media_type};base64,{base64.b64encode(spoken.data).decode()}",
@@ -146,8 +151,8 @@ def _without_audio(fields: Inference, name: str, status: str) -> Answer:
 
 async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
     if fields.speaker_audio is not None:
-        turn = await _given_voice(service, fields)
-        return make_request(service, fields.text, 0, fields, [turn])
+        context = await _given_voice(service, caller, fields)
+        return make_request(service, fields.text, 0, fields, context.turns)
     if fields.preset_voice == NO_PRESET:
         return make_request(service, fields.text, 0, fields)
     voice = service.voices.find_as(fields.preset_voice, caller.owner, PRESETS)
@@ -155,9 +160,9 @@ async def _request(service: Service, caller: Caller, fields: Inference) -> Reque
     return make_request(service, fields.text, speaker, fields, voice=voice)
 
 
-async def _given_voice(service: Service, fields: Inference) -> Segment:
+async def _given_voice(service: Service, caller: Caller, fields: Inference) -> Context:
     if not (fields.speaker_transcript or "").strip():
         message = "speaker_audio needs speaker_transcript, what is said in it"
         raise ApiError(400, message, param="speaker_transcript")
-    audio = await read_recording(service, fields.speaker_audio, "speaker_audio")
-    return Segment(0, fields.speaker_transcript, audio)
+    given = [GivenTurn(0, fields.speaker_transcript, fields.speaker_audio)]
+    return await read_context(service, caller, given, "speaker_audio")

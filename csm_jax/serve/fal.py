@@ -6,28 +6,31 @@ The client speaks https only: give the server a certificate.
 """
 
 import asyncio
+import functools
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any
 
-import numpy as np
 from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, Field
 
-from csm_jax.prompt import Segment
 from csm_jax.serve.answers import unless_gone
 from csm_jax.serve.caller import Caller, caller_of
+from csm_jax.serve.context import GivenTurn, read_context
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import Options, Speaker, Text, read_recording
+from csm_jax.serve.fields import Options, Speaker, Text
 from csm_jax.serve.formats import FORMATS, encode
 from csm_jax.serve.jobs import Job, Kind, Status
 from csm_jax.serve.scene import Line, speak_scene
 from csm_jax.serve.service import Service
+from csm_jax.serve.settings import Limits
 
 APP = "fal-ai/csm-1b"
 _KIND = "fal"
+# Lines and turns of context that are parsed.
+MAX_TURNS = Limits.turns
 # For all of a recording that is fetched.
 FETCH_SECONDS = 20.0
 _POLL_SECONDS = 0.2
@@ -45,8 +48,8 @@ class ContextTurn(BaseModel):
 
 
 class Scene(Options):
-    scene: list[SceneTurn] = Field(min_length=1)
-    context: list[ContextTurn] = Field([])
+    scene: list[SceneTurn] = Field(min_length=1, max_length=MAX_TURNS)
+    context: list[ContextTurn] = Field([], max_length=MAX_TURNS)
 
 
 class Queued(BaseModel):
@@ -84,7 +87,7 @@ def router(service: Service) -> APIRouter:
 
     async def work(job: Job, body: str) -> dict[str, Any]:
         queued = Queued.model_validate_json(body)
-        spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log)
+        spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log, wait=True)
         return spoken.model_dump()
 
     service.jobs.register(_KIND, Kind(work, lambda job, _: _outcome(job)))
@@ -138,19 +141,23 @@ async def _speak(
     fields: Scene,
     base: str,
     progress: Callable[[str], None] = lambda _: None,
+    wait: bool = False,
 ) -> Spoken:
-    """Speaks a scene into a file that can be fetched below the address `base`."""
-    limits = service.settings.limits
-    if len(fields.context) > limits.turns:
-        message = f"{len(fields.context)} turns of context, but at most {limits.turns} are read"
-        raise ApiError(400, message, param="context")
-    context = [
-        Segment(turn.speaker_id, turn.prompt, await _recording(service, turn.audio_url))
-        for turn in fields.context
-    ]
-    lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
-    audio = await speak_scene(service, caller, lines, context, fields, progress)
-    data = await service.in_thread(encode, audio, service.model.sample_rate, "wav")
+    """Speaks a scene into a file that can be fetched below the address `base`.
+
+    Args:
+      progress: told in words how far it is.
+      wait: for a place, as jobs do.
+    """
+    with await service.admit(caller, wait):
+        given = [GivenTurn(turn.speaker_id, turn.prompt, turn.audio_url) for turn in fields.context]
+        fetch = functools.partial(_fetch, service)
+        context = await read_context(service, caller, given, "audio_url", fetch)
+        for notice in context.notices:
+            progress(notice.message)
+        lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
+        audio = await speak_scene(service, caller, lines, context.turns, fields, progress)
+        data = await service.work(caller, encode, audio, service.model.sample_rate, "wav")
     media_type = FORMATS["wav"].media_type
     file = await service.store.downloads.add(caller.owner, data, media_type, "wav")
     return Spoken(
@@ -161,13 +168,6 @@ async def _speak(
             file_size=len(data),
         )
     )
-
-
-async def _recording(service: Service, url: str) -> np.ndarray:
-    given: str | bytes = url
-    if not url.startswith("data:"):
-        given = await _fetch(service, url)
-    return await read_recording(service, given, "audio_url")
 
 
 async def _fetch(service: Service, url: str) -> bytes:

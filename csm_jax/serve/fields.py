@@ -12,9 +12,10 @@ from starlette.datastructures import UploadFile
 
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
+from csm_jax.serve.caller import INTERNAL, Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
-from csm_jax.serve.uploads import decode_base64, decode_recording
+from csm_jax.serve.uploads import decode
 from csm_jax.serve.voices import Voice
 from csm_jax.speech import Request
 
@@ -101,15 +102,11 @@ def check_length(service: Service, text: str) -> None:
         raise ApiError(400, message, param="text", code="too_long")
 
 
-async def read_recording(service: Service, given: str | bytes, name: str) -> np.ndarray:
+async def read_recording(
+    service: Service, given: str | bytes, name: str, caller: Caller = INTERNAL
+) -> np.ndarray:
     """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
-    limits = service.settings.limits
-
-    def work() -> np.ndarray:
-        data = decode_base64(given, limits, name) if isinstance(given, str) else given
-        return decode_recording(data, limits, name)
-
-    return await service.in_thread(work)
+    return await service.work(caller, decode, given, service.settings.limits, name)
 
 
 async def read_fields(http: HTTPRequest, model: type[T]) -> T:

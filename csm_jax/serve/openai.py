@@ -13,12 +13,13 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from csm_jax.serve.answers import speak_streamed
+from csm_jax.serve.answers import speak_streamed, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Text, make_request
 from csm_jax.serve.formats import FORMATS
-from csm_jax.serve.service import Live, Service
+from csm_jax.serve.live import Live
+from csm_jax.serve.service import Service
 from csm_jax.speech import Request
 
 # What OpenAI's clients call voices and models. A voice stands for one of the presets, in their
@@ -68,14 +69,7 @@ def router(service: Service) -> APIRouter:
     async def speech(http: HTTPRequest, fields: Speech) -> Response:
         if fields.model not in names:
             raise _no_model(fields.model)
-        request = as_request(service, caller_of(http), fields)
-        form = fields.response_format, fields.speed
-        if fields.stream_format == "sse":
-            return await speak_streamed(service, http, request, *form, _events, EVENTS)
-        answer = await speak_streamed(service, http, request, *form)
-        if fields.instructions:
-            answer.headers["X-Notices"] = "instructions_ignored"
-        return answer
+        return await unless_gone(http, _speak(service, caller_of(http), fields))
 
     @routes.get("/models", response_model_exclude_none=True)
     def models() -> Models:
@@ -88,6 +82,18 @@ def router(service: Service) -> APIRouter:
         return Model(id=name, sampling=default)
 
     return routes
+
+
+async def _speak(service: Service, caller: Caller, fields: Speech) -> Response:
+    form = fields.response_format, fields.speed
+    with await service.admit(caller) as place:
+        request = as_request(service, caller, fields)
+        if fields.stream_format == "sse":
+            return await speak_streamed(service, place, request, *form, _events, EVENTS)
+        answer = await speak_streamed(service, place, request, *form)
+    if fields.instructions:
+        answer.headers["X-Notices"] = "instructions_ignored"
+    return answer
 
 
 def _no_model(name: str) -> ApiError:

@@ -25,8 +25,10 @@ fields, which hold for that turn only.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
@@ -34,16 +36,21 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
-from csm_jax.prompt import Segment
+from csm_jax.prompt import Segment, check_text
 from csm_jax.serve.caller import caller_of
-from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
+from csm_jax.serve.errors import ApiError, ClientGoneError, as_api_error, as_bad_field
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
-from csm_jax.serve.service import Live, Service
+from csm_jax.serve.inbox import converse
+from csm_jax.serve.live import Live
+from csm_jax.serve.service import Service
 from csm_jax.serve.voices import Voice, Voices
 from csm_jax.text import take_sentences
 
 # Sentences that may wait to be spoken.
 MAX_WAITING = 256
+# Of WebSocket closes: the code for a client that can come again, and the longest reason in bytes.
+TRY_AGAIN_LATER = 1013
+MAX_REASON = 120
 
 
 class Change(Options):
@@ -123,10 +130,14 @@ def router(service: Service) -> APIRouter:
     @routes.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
         await socket.accept()
-        async with Conversation(service, socket) as conversation:
-            # Ends with the socket.
-            while (message := await socket.receive())["type"] != "websocket.disconnect":
-                await conversation.take(message.get("text") or "")
+        try:
+            with service.sockets.opened(caller_of(socket)):
+                async with Conversation(service, socket) as conversation:
+                    await converse(socket, conversation, service.settings.limits)
+        except ApiError as error:
+            with contextlib.suppress(WebSocketDisconnect):
+                await socket.send_json(_as_message(error))
+                await socket.close(TRY_AGAIN_LATER, str(error)[:MAX_REASON])
 
     return routes
 
@@ -157,6 +168,15 @@ class Conversation:
     async def __aexit__(self, *_: object) -> None:
         self._speaking.cancel()
         await asyncio.gather(self._speaking, return_exceptions=True)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing is spoken or waits to be."""
+        return self._is_silent.is_set()
+
+    async def ended(self) -> None:
+        """Returns when nothing can be spoken any more, because the client does not read."""
+        await asyncio.wait({self._speaking})
 
     async def take(self, message: str) -> None:
         """Does what a message of the client asks for."""
@@ -210,6 +230,7 @@ class Conversation:
             await self._tell_error(error, id=number)
 
     def _say(self, text: str, manner: Manner | None = None) -> None:
+        check_text(text)
         if self._waiting.full():
             raise ApiError(429, f"{MAX_WAITING} sentences wait already", code="queue_full")
         self._service.quotas.count(self._caller.share)
@@ -218,11 +239,13 @@ class Conversation:
         self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
 
     async def _hear(self, turn: AddTurn) -> None:
+        check_text(turn.text)
         check_length(self._service, turn.text)
         codes = None
         if turn.audio is not None:
-            audio = await read_recording(self._service, turn.audio, "audio")
-            codes = await self._service.encode(audio)
+            with await self._service.admit(self._caller):
+                audio = await read_recording(self._service, turn.audio, "audio", self._caller)
+                codes = await self._service.encode(audio, self._caller)
         self._remember(Segment(turn.speaker, turn.text, codes=codes))
         await self._tell("turn", turns=len(self._turns))
 
@@ -255,7 +278,7 @@ class Conversation:
                     await self._speak(utterance)
                 except (CSMError, ApiError) as error:
                     await self._tell_error(error, id=utterance.id)
-        except WebSocketDisconnect:
+        except (WebSocketDisconnect, ClientGoneError):
             pass
         finally:
             # Or who waits for silence would wait for ever.
@@ -264,25 +287,29 @@ class Conversation:
 
     async def _speak(self, utterance: Utterance) -> None:
         text, manner = utterance.text, utterance.manner
-        cancels, num_samples = self._num_cancels, 0
         request = make_request(
             self._service, text, manner.speaker, manner.options, self._turns, manner.voice
         )
-        self._live = live = await self._service.speak(request, self._caller, stream=True)
-        try:
-            await self._tell("started", id=utterance.id, text=text)
+        with await self._service.admit(self._caller):
+            self._live = await self._service.speak(request, self._caller, stream=True)
+            try:
+                with self._live.sending():
+                    await self._send_speech(utterance, self._live)
+            finally:
+                self._live.cancel()
+                self._live = None
+
+    async def _send_speech(self, utterance: Utterance, live: Live) -> None:
+        cancels, num_samples = self._num_cancels, 0
+        with contextlib.suppress(CancelledError):
+            await self._tell("started", id=utterance.id, text=utterance.text)
             async for chunk in live.chunks():
                 if cancels != self._num_cancels:
                     break
-                await self._socket.send_bytes(to_pcm(chunk))
+                await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
-        except CancelledError:
-            pass
-        finally:
-            live.cancel()
-            self._live = None
         heard = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        self._remember(Segment(request.speaker, text, codes=heard))
+        self._remember(Segment(utterance.manner.speaker, utterance.text, codes=heard))
         await self._tell(
             "done",
             id=utterance.id,
@@ -292,11 +319,23 @@ class Conversation:
         )
 
     async def _tell_error(self, error: Exception, **fields: object) -> None:
-        told = as_api_error(error)
-        await self._tell("error", message=str(told), code=told.code, param=told.param, **fields)
+        await self._send(self._socket.send_json(_as_message(error) | fields))
 
     async def _tell(self, kind: str, **fields: object) -> None:
-        await self._socket.send_json({"type": kind, **fields})
+        await self._send(self._socket.send_json({"type": kind, **fields}))
+
+    async def _send(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Raises `WebSocketDisconnect` also for a client that does not read."""
+        try:
+            async with asyncio.timeout(self._service.settings.limits.write_seconds):
+                await sending
+        except TimeoutError as error:
+            raise WebSocketDisconnect(TRY_AGAIN_LATER) from error
+
+
+def _as_message(error: Exception) -> dict[str, Any]:
+    told = as_api_error(error)
+    return {"type": "error", "message": str(told), "code": told.code, "param": told.param}
 
 
 def _parse(message: str) -> BaseModel:

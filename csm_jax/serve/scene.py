@@ -1,6 +1,6 @@
 """Several turns, spoken one after another, each heard by the next."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,7 +24,7 @@ async def speak_scene(
     service: Service,
     caller: Caller,
     lines: list[Line],
-    context: list[Segment],
+    context: Sequence[Segment],
     options: Options,
     progress: Callable[[str], None] = lambda message: None,
 ) -> np.ndarray:
@@ -46,15 +46,16 @@ async def speak_scene(
         seed = None if options.seed is None else (options.seed + number - 1) % 2**32
         asked = options.model_copy(update={"seed": seed})
         turns = heard[-service.settings.limits.turns :]
-        live = await service.speak(
-            make_request(service, line.text, line.speaker, asked, turns), caller, stream=False
-        )
+        request = make_request(service, line.text, line.speaker, asked, turns)
+        # Recordings are encoded for the first line that hears them.
+        request = await service.encoded(request, caller)
+        live = await service.speak(request, caller, stream=False)
         try:
             audio.append(await live.audio())
         finally:
             live.cancel()
         _check_length(service, audio)
-        heard.append(Segment(line.speaker, line.text, codes=live.codes()))
+        heard = [*request.context, Segment(line.speaker, line.text, codes=live.codes())]
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
 

@@ -5,7 +5,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,21 +14,25 @@ import numpy as np
 
 from csm_jax.batch import MAX_PREFIXES, MIN_BUCKET
 from csm_jax.engine import Engine
-from csm_jax.errors import CSMError, InputError
+from csm_jax.errors import InputError
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
 from csm_jax.serve.caller import INTERNAL, Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs import Jobs
+from csm_jax.serve.live import Live
 from csm_jax.serve.metrics import Metrics
-from csm_jax.serve.middleware.log import note
+from csm_jax.serve.middleware.keys import parse_keys
 from csm_jax.serve.outgoing import Outgoing
+from csm_jax.serve.places import Place, Places, Sockets
+from csm_jax.serve.pool import FairPool
 from csm_jax.serve.quotas import Quotas
+from csm_jax.serve.readers import Readers
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
-from csm_jax.serve.voices import Voices
+from csm_jax.serve.voices import Voice, Voices
 from csm_jax.serve.webhook import Webhooks
-from csm_jax.speech import Request
+from csm_jax.speech import Notice, Request
 from csm_jax.text import needed_seconds
 from csm_jax.ticket import Ticket
 
@@ -36,8 +40,10 @@ T = TypeVar("T")
 
 logger = logging.getLogger("csm_jax.serve")
 
-# Threads that encode contexts, decode and compress: what they call leaves Python's lock.
+# Threads for what takes a moment, such as the disk.
 _THREADS = 4
+# Threads that decode and compress recordings: what they call leaves Python's lock.
+_WORK_THREADS = 3
 # What jobs get that are not over when the server is told to end.
 _JOB_SECONDS = 60
 # Two frames of this are spoken before anybody is let in.
@@ -83,9 +89,20 @@ class Service:
         self.outgoing = Outgoing(settings.allow_private)
         self.webhooks = Webhooks(self.store.jobs, self.outgoing, settings.webhook_secret)
         self.jobs = Jobs(self.store.jobs, self.webhooks, settings.max_batch, settings.max_queue)
+        self.places = Places(settings.max_batch + settings.max_queue)
+        self.sockets = Sockets(settings.limits.sockets_per_caller)
+        self.readers = Readers(settings.limits)
         self._threads = ThreadPoolExecutor(_THREADS, "csm_jax.serve")
+        self._workers = FairPool(_WORK_THREADS, "csm_jax.serve.work")
+        # Of its own, and one thread: encoding has the whole machine at work.
+        self._encoders = FairPool(1, "csm_jax.serve.encode")
         self.engine = Engine(
-            model, settings.max_batch, settings.max_seq_len, max_queue=settings.max_queue
+            model,
+            settings.max_batch,
+            settings.max_seq_len,
+            # What has a place is not refused any more.
+            max_queue=self.places.total,
+            kept_rows=int(_has_tenants(settings)),
         )
         self.metrics.watch(self.engine)
         self.metrics.watch_store(self.store.database)
@@ -133,11 +150,56 @@ class Service:
         await self.outgoing.close()
         await asyncio.to_thread(self.store.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
+        self._workers.close()
+        self._encoders.close()
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls what takes long without holding up the others."""
+        """Calls what takes a moment, such as the disk, outside the event loop."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(function, *arguments))
+
+    async def work(self, caller: Caller, function: Callable[..., T], *arguments: Any) -> T:
+        """Calls what takes long, such as decoding a recording, when it is the caller's turn."""
+        return await self._workers.run(caller, function, *arguments)
+
+    async def encode(self, audio: np.ndarray, caller: Caller) -> np.ndarray:
+        """Codes int32 [num_frames, Q] of a recording, float32 [num_samples] at 24 kHz."""
+        codec, count = self.model.codec, self.model.config.num_codebooks
+        return await self._encoders.run(caller, codec.encode, audio, count)
+
+    async def admit(self, caller: Caller, wait: bool = False) -> Place:
+        """Takes a place, before anything costly is done for a request.
+
+        Args:
+          wait: until one is free, instead of being refused.
+
+        Raises:
+          ApiError: no place is free, or the server is closing.
+        """
+        self._check_open()
+        return await self.places.take(caller, wait)
+
+    async def encoded(self, request: Request, caller: Caller) -> Request:
+        """The request with codes instead of recordings, in those turns that fit the window.
+
+        One turn is encoded after the other, so that those of other callers come between, and
+        nothing is encoded any more for a request that was cancelled.
+        """
+        context = list(request.context)
+        if not any(map(_is_unencoded, context)):
+            return request
+        plan = await self.in_thread(self.model.speech, request, _ignore, self.engine.max_seq_len)
+        for index in range(len(context) - plan.num_turns, len(context)):
+            if _is_unencoded(turn := context[index]):
+                codes = await self.encode(turn.audio, caller)
+                context[index] = dataclasses.replace(turn, audio=None, codes=codes)
+        return dataclasses.replace(request, context=context)
+
+    async def add_voice(
+        self, caller: Caller, owner: str, name: str, speaker: int, text: str, audio: np.ndarray
+    ) -> Voice:
+        """`Voices.add`, when it is the caller's turn to encode."""
+        return await self._encoders.run(caller, self.voices.add, owner, name, speaker, text, audio)
 
     def _limited(self, request: Request) -> Request:
         """The request, cut at the longest that is spoken here. Raises `InputError` if it asks for
@@ -149,10 +211,9 @@ class Service:
             return dataclasses.replace(request, max_audio_length_ms=limit)
         return request
 
-    async def encode(self, audio: np.ndarray) -> np.ndarray:
-        """Codes int32 [num_frames, Q] of a recording, float32 [num_samples] at 24 kHz."""
-        codec, count = self.model.codec, self.model.config.num_codebooks
-        return await self.in_thread(codec.encode, audio, count)
+    def _check_open(self) -> None:
+        if self.is_closing:
+            raise ApiError(503, "the server is closing", code="closing", retry_after=10)
 
     async def speak(
         self,
@@ -162,34 +223,42 @@ class Service:
         stream: bool,
         background: bool = False,
         wait: bool = False,
-    ) -> "Live":
-        """Hands a request to the engine.
+        notices: Sequence[Notice] = (),
+    ) -> Live:
+        """Hands a request to the engine, after its context was encoded.
 
         Args:
           caller: whose share of the engine it uses.
           stream: whether chunks are wanted while it speaks; otherwise only the whole.
           background: behind all others.
           wait: for a place in the queue.
+          notices: what the listener should know of how the request was made.
 
         Raises:
           ApiError: the server is closing, or the caller has spoken more than its share.
           CSMError: as `Engine.submit`.
         """
-        if self.is_closing:
-            raise ApiError(503, "the server is closing", code="closing", retry_after=10)
+        self._check_open()
         if not background:
             self.quotas.check_speech(caller)
-        request = self._limited(request)
         started = time.perf_counter()
+        request = await self.encoded(self._limited(request), caller)
         submitted = self._threads.submit(
-            self.engine.submit, request, stream=stream, wait=wait, background=background
+            self.engine.submit,
+            request,
+            stream=stream,
+            wait=wait,
+            background=background,
+            share=caller.share,
+            weight=caller.weight,
+            keep=False,
         )
         try:
             ticket = await asyncio.wrap_future(submitted)
         except asyncio.CancelledError:
             submitted.add_done_callback(_cancel_ticket)
             raise
-        return Live(self, ticket, stream, started, None if background else caller)
+        return Live(self, caller, ticket, stream, started, notices, is_charged=not background)
 
 
 def _cancel_ticket(submitted: Future[Ticket]) -> None:
@@ -197,107 +266,14 @@ def _cancel_ticket(submitted: Future[Ticket]) -> None:
         submitted.result().cancel()
 
 
-class Live:
-    """A request that is being spoken. Whoever leaves it before its end calls `cancel`."""
+def _has_tenants(settings: Settings) -> bool:
+    """Whether keys name several tenants, so that one row is kept for those who have none."""
+    return len({key.caller.owner for key in parse_keys(settings.api_keys)}) > 1
 
-    def __init__(
-        self,
-        service: Service,
-        ticket: Ticket,
-        streams: bool,
-        started: float,
-        payer: Caller | None,
-    ):
-        """Args: payer: the caller who is charged for the speech, if one is."""
-        self._service = service
-        self._payer = payer
-        self._ticket = ticket
-        self._streams = streams
-        self._started = started
-        self._chunks: asyncio.Queue[np.ndarray | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
 
-        def hand_over(chunk: np.ndarray | None) -> None:
-            loop.call_soon_threadsafe(self._chunks.put_nowait, chunk)
+def _is_unencoded(turn: Segment) -> bool:
+    return turn.codes is None and turn.audio is not None
 
-        ticket.add_listener(hand_over)
 
-    @property
-    def notice_kinds(self) -> str:
-        """What a listener should know, such as "cut", with commas between; all of it in the end."""
-        return ",".join(sorted({notice.kind for notice in self._ticket.notices}))
-
-    def cancel(self) -> None:
-        """Ends it at the next frame, if it is not over."""
-        self._ticket.cancel()
-
-    async def chunks(self) -> AsyncIterator[np.ndarray]:
-        """The speech as it is made, float32 [n]; nothing of a request that does not stream.
-
-        Raises:
-          CSMError: it failed.
-        """
-        num_samples = 0
-        try:
-            while (chunk := await self._chunks.get()) is not None:
-                if not num_samples:
-                    self._service.metrics.first_audio.observe(self._elapsed)
-                num_samples += len(chunk)
-                yield chunk
-            # It is over, so this does not wait; it raises what went wrong.
-            self._ticket.codes()
-        except CSMError as error:
-            self._service.metrics.errors.labels(type(error).__name__).inc()
-            raise
-        finally:
-            self.cancel()
-            self._charge()
-        if self._streams:
-            self._report(num_samples)
-
-    def _charge(self) -> None:
-        """Charges what has been spoken, whether or not somebody listened."""
-        payer, self._payer = self._payer, None
-        if payer is not None:
-            model = self._service.model
-            seconds = len(self.codes_so_far()) * model.codec.frame_size / model.sample_rate
-            self._service.quotas.charge_speech(payer, seconds)
-
-    async def audio(self) -> np.ndarray:
-        """All of it, float32 [num_samples]. Raises as `chunks` does."""
-        chunks = [chunk async for chunk in self.chunks()]
-        if self._streams:
-            return np.concatenate([np.zeros(0, np.float32), *chunks])
-        started = time.perf_counter()
-        audio = await self._service.in_thread(self._ticket.result)
-        self._ticket.timing.codec = time.perf_counter() - started
-        self._report(len(audio))
-        return audio
-
-    def codes(self) -> np.ndarray:
-        """Of what has been spoken; int32 [num_frames, Q]. Only when it is over."""
-        return self._ticket.codes()
-
-    def codes_so_far(self) -> np.ndarray:
-        """The same at any time."""
-        return self._ticket.codes_so_far()
-
-    @property
-    def num_tokens(self) -> int:
-        """Of the text."""
-        return len(self._service.model.tokenizer.encode(self._ticket.request.text))
-
-    @property
-    def num_frames(self) -> int:
-        """Of the speech. Only when it is over."""
-        return len(self.codes())
-
-    @property
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._started
-
-    def _report(self, num_samples: int) -> None:
-        timing = self._ticket.timing
-        seconds = num_samples / self._service.model.sample_rate
-        self._service.metrics.spoke(timing, self._elapsed, seconds)
-        note(audio_s=round(seconds, 3), **{f"{k}_s": round(v, 4) for k, v in vars(timing).items()})
+def _ignore(notice: Notice) -> None:
+    """Told by the engine, too."""

@@ -30,6 +30,11 @@ class Limits:
         more for every so many bytes that have come.
       idle_seconds: between two requests of a connection.
       write_seconds: without a byte taken by the client.
+      unread_seconds: of speech of all responses together that waits to be read; the slowest reader
+        is dropped when there is more.
+      read_pace, read_pace_seconds: a reader for whom something has waited all the time must take
+        so many seconds of speech a second, over so many seconds.
+      sockets_per_caller: WebSockets that one caller has open at once.
       socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
       stored_bytes, stored_bytes_per_owner: of files, batches with their results, voices and jobs;
         without a data directory, at most 1 GB in memory. Without API keys there is one owner, who
@@ -55,6 +60,10 @@ class Limits:
     body_bytes_per_second: int = 50_000
     idle_seconds: float = 15.0
     write_seconds: float = 30.0
+    unread_seconds: float = 6000.0
+    read_pace: float = 0.1
+    read_pace_seconds: float = 60.0
+    sockets_per_caller: int = 64
     socket_idle_seconds: float = 300.0
     stored_bytes: int = 4_000_000_000
     stored_bytes_per_owner: int = 1_000_000_000

@@ -6,13 +6,15 @@ end. libsndfile does it: it opens nothing but what it is given.
 
 import base64
 import binascii
+import contextlib
 import io
+from collections.abc import Iterator
 
 import numpy as np
 import soundfile
 import soxr
 
-from csm_jax.audio import SAMPLE_RATE
+from csm_jax.audio import SAMPLE_RATE, audio_error, check_speech
 from csm_jax.errors import InputError, first_line
 from csm_jax.serve.settings import Limits
 
@@ -21,8 +23,22 @@ MAX_RATE = 192_000
 MIN_RATE = 4_000
 # What is decoded at once.
 _BLOCK_SECONDS = 1
-# Quieter than this all through (-60 dBFS) is no speech.
-_SILENT_PEAK = 1e-3
+# Lengths from here on stand in heads of files that were written as streams.
+_UNKNOWN_FRAMES = 2**31
+
+
+def decode(given: str | bytes, limits: Limits, name: str) -> np.ndarray:
+    """`decode_recording` of a file, or of one in base64."""
+    return decode_recording(_as_bytes(given, limits, name), limits, name)
+
+
+def check(given: str | bytes, limits: Limits, name: str) -> None:
+    """`check_head` of a file, or of one in base64."""
+    check_head(_as_bytes(given, limits, name), limits, name)
+
+
+def _as_bytes(given: str | bytes, limits: Limits, name: str) -> bytes:
+    return decode_base64(given, limits, name) if isinstance(given, str) else given
 
 
 def decode_base64(text: str, limits: Limits, name: str = "audio") -> bytes:
@@ -44,39 +60,51 @@ def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.nda
     """A recording of any format that libsndfile reads, as float32 [num_samples] at 24 kHz, mono.
 
     Raises:
-      InputError: it is no audio, empty, silent, or beyond a limit.
+      InputError: it is no audio, no speech (`check_speech`), or beyond a limit.
     """
-    if len(data) > limits.audio_bytes:
-        raise InputError(_too_large(name, limits))
-    try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            samples = _read(file, limits, name)
-            rate = file.samplerate
-    except (soundfile.LibsndfileError, OSError) as error:
-        raise InputError(f"{name}: not readable as audio ({first_line(error)})") from error
+    with _opened(data, limits, name) as file:
+        samples = _read(file, limits, name)
+        rate = file.samplerate
     if not len(samples) or not np.isfinite(samples).all():
         raise InputError(f"{name}: no samples, or some that are not finite")
     if rate != SAMPLE_RATE:
         samples = soxr.resample(samples, rate, SAMPLE_RATE)
-    if not len(samples) or np.abs(samples).max() < _SILENT_PEAK:
-        raise InputError(f"{name}: silent; record it louder")
-    return samples
+    return check_speech(samples, name)
+
+
+def check_head(data: bytes, limits: Limits, name: str = "audio") -> None:
+    """What can be said of a recording without decoding it. Raises `InputError`."""
+    with _opened(data, limits, name) as file:
+        if limits.audio_seconds * file.samplerate < file.frames < _UNKNOWN_FRAMES:
+            raise InputError(_too_long(name, limits))
+
+
+@contextlib.contextmanager
+def _opened(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundFile]:
+    """Raises `InputError` for bytes that are no audio, or of a kind that is not read here."""
+    if len(data) > limits.audio_bytes:
+        raise InputError(_too_large(name, limits))
+    try:
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
+                raise InputError(
+                    f"{name}: {file.channels} channels at {file.samplerate} Hz, but at most "
+                    f"{MAX_CHANNELS} at {MIN_RATE} to {MAX_RATE} can be read"
+                )
+            yield file
+    except (soundfile.LibsndfileError, OSError) as error:
+        raise InputError(f"{name}: not readable as audio ({audio_error(error)})") from error
 
 
 def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
     """Mono float32 at the file's own rate."""
-    if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
-        raise InputError(
-            f"{name}: {file.channels} channels at {file.samplerate} Hz, but at most {MAX_CHANNELS} "
-            f"at {MIN_RATE} to {MAX_RATE} can be read"
-        )
     most = int(limits.audio_seconds * file.samplerate)
     blocks, total = [], 0
     # What the head says of the length may be a lie: what comes is counted.
     while len(block := file.read(_BLOCK_SECONDS * file.samplerate, "float32", always_2d=True)):
         total += len(block)
         if total > most:
-            raise InputError(f"{name}: longer than {limits.audio_seconds:g} s; cut it")
+            raise InputError(_too_long(name, limits))
         with np.errstate(invalid="ignore", over="ignore"):
             blocks.append(block.mean(axis=1))
     return np.concatenate([np.zeros(0, np.float32), *blocks])
@@ -84,3 +112,7 @@ def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
 
 def _too_large(name: str, limits: Limits) -> str:
     return f"{name}: more than {limits.audio_bytes} bytes; compress or cut it"
+
+
+def _too_long(name: str, limits: Limits) -> str:
+    return f"{name}: longer than {limits.audio_seconds:g} s; cut it"

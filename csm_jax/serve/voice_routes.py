@@ -7,7 +7,8 @@ from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
 from csm_jax.audio import SAMPLE_RATE, decode_audio, encode_audio
-from csm_jax.serve.caller import caller_of
+from csm_jax.serve.answers import unless_gone
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Recording,
@@ -55,12 +56,7 @@ def router(service: Service) -> APIRouter:
         fields = await read_fields(http, NewVoice)
         check_name(fields.name)
         check_length(service, fields.text)
-        audio = await read_recording(service, fields.audio, "audio")
-        owner = caller_of(http).owner
-        voice = await service.in_thread(
-            voices.add, owner, fields.name, fields.speaker, fields.text, audio
-        )
-        return _entry(voice)
+        return _entry(await unless_gone(http, _add(service, caller_of(http), fields)))
 
     @routes.get("/{name}", response_class=Response)
     async def hear(http: HTTPRequest, name: str) -> Response:
@@ -75,6 +71,13 @@ def router(service: Service) -> APIRouter:
         await service.in_thread(voices.delete, owner, name)
 
     return routes
+
+
+async def _add(service: Service, caller: Caller, fields: NewVoice) -> Voice:
+    with await service.admit(caller):
+        audio = await read_recording(service, fields.audio, "audio", caller)
+        arguments = caller.owner, fields.name, fields.speaker, fields.text, audio
+        return await service.add_voice(caller, *arguments)
 
 
 def _find(service: Service, name: str, owner: str) -> Voice:

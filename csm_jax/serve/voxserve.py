@@ -7,9 +7,9 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import Field
 
-from csm_jax.prompt import Segment
 from csm_jax.serve.answers import speak_streamed, speak_whole, unless_gone
-from csm_jax.serve.caller import caller_of
+from csm_jax.serve.caller import Caller, caller_of
+from csm_jax.serve.context import Context, GivenTurn, read_context
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import (
     Options,
@@ -19,7 +19,6 @@ from csm_jax.serve.fields import (
     both_kinds,
     make_request,
     read_fields,
-    read_recording,
 )
 from csm_jax.serve.service import Service
 
@@ -43,23 +42,27 @@ def router(service: Service) -> APIRouter:
     @routes.post("/generate", openapi_extra=both_kinds(Generate), response_class=Response)
     async def generate(http: HTTPRequest) -> Response:
         fields = await read_fields(http, Generate)
-        caller = caller_of(http)
-        context = await _context(service, fields)
-        voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
-        request = make_request(service, fields.text, fields.speaker, fields, context, voice)
-        if fields.streaming:
-            return await speak_streamed(service, http, request, "wav")
-        spoken = await unless_gone(http, speak_whole(service, caller, request, "wav"))
-        headers = {"X-Notices": spoken.live.notice_kinds}
-        return Response(spoken.data, media_type="audio/wav", headers=headers)
+        return await unless_gone(http, _speak(service, caller_of(http), fields))
 
     return routes
 
 
-async def _context(service: Service, fields: Generate) -> list[Segment]:
+async def _speak(service: Service, caller: Caller, fields: Generate) -> Response:
+    with await service.admit(caller) as place:
+        context = await _context(service, caller, fields)
+        voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
+        request = make_request(service, fields.text, fields.speaker, fields, context.turns, voice)
+        if fields.streaming:
+            return await speak_streamed(service, place, request, "wav", notices=context.notices)
+        spoken = await speak_whole(service, caller, request, "wav", notices=context.notices)
+    headers = {"X-Notices": spoken.live.notice_kinds}
+    return Response(spoken.data, media_type="audio/wav", headers=headers)
+
+
+async def _context(service: Service, caller: Caller, fields: Generate) -> Context:
     if fields.audio is None:
-        return []
+        return Context()
     if not (fields.audio_text or "").strip():
         raise ApiError(400, "audio needs audio_text, what is said in it", param="audio_text")
-    audio = await read_recording(service, fields.audio, "audio")
-    return [Segment(fields.speaker, fields.audio_text, audio)]
+    given = [GivenTurn(fields.speaker, fields.audio_text, fields.audio)]
+    return await read_context(service, caller, given, "audio")

@@ -11,12 +11,15 @@ import numpy as np
 import pytest
 from fastapi import WebSocketDisconnect
 from hearing import median_pitch
+from serving import SMALL, serve
 from websockets.sync.client import connect
 
 from csm_jax.prompt import Segment
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.inbox import converse
 from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.realtime import Conversation
-from csm_jax.serve.settings import Settings
+from csm_jax.serve.settings import Limits, Settings
 
 
 @pytest.fixture
@@ -190,6 +193,9 @@ def test_the_voice_can_change(talk):
         ('{"type": "session", "voice": "nobody"}', "no voice"),
         ('{"type": "turn", "speaker": 0, "text": "a", "audio": "?"}', "base64"),
         ('{"type": "turn", "speaker": 0, "text": ""}', "text"),
+        ('{"type": "turn", "speaker": 0, "text": " "}', "nothing to say"),
+        ('{"type": "turn", "speaker": 0, "text": "\\u200b\\u2060"}', "nothing to say"),
+        ('{"type": "say", "text": " \\u200b"}', "nothing to say"),
         ('{"type": "say", "text": ""}', "text"),
         (json.dumps({"type": "text", "text": "a" * 20_000}), "characters without an end"),
     ],
@@ -237,3 +243,104 @@ def test_a_cancel_of_who_is_gone_waits_for_nothing():
             await asyncio.wait_for(conversation.take('{"type": "cancel"}'), 5)
 
     asyncio.run(scenario())
+
+
+def test_a_blank_turn_is_forgotten(talk):
+    """Or every sentence after it would be refused for it."""
+    talk.ask("session", seed=1)
+    for text in (" ", "\u200b"):
+        assert talk.ask("turn", speaker=1, text=text)["type"] == "error"
+    talk.send("text", text="\u200b")
+    assert talk.ask("flush")["type"] == "error"
+    talk.send("text", text="one")
+    talk.send("flush")
+    assert talk.listen()[0]["text"] == "one"
+
+
+class Silent:
+    """A conversation in which nothing is said."""
+
+    is_silent = True
+
+    def __init__(self):
+        self.taken = []
+
+    async def take(self, message: str) -> None:
+        self.taken.append(message)
+        await asyncio.sleep(3600 if message == "slow" else 0)
+
+    async def ended(self) -> None:
+        await asyncio.sleep(3600)
+
+
+class Client:
+    """A socket whose client sends these messages, and then waits."""
+
+    def __init__(self, *messages: str | None):
+        self.messages = list(messages)
+
+    async def receive(self) -> dict:
+        await asyncio.sleep(0)
+        if not self.messages:
+            await asyncio.sleep(3600)
+        text = self.messages.pop(0)
+        kind = "websocket.disconnect" if text is None else "websocket.receive"
+        return {"type": kind, "text": text}
+
+
+def test_a_client_that_leaves_ends_what_is_worked_on():
+    talker = Silent()
+    leaving = converse(Client("a", "slow", "b", None), talker, Limits())
+    asyncio.run(asyncio.wait_for(leaving, 5))
+    assert talker.taken in (["a"], ["a", "slow"])
+
+
+def test_a_silent_client_is_sent_away():
+    with pytest.raises(ApiError, match=r"no message for 0\.1 s"):
+        asyncio.run(converse(Client("a"), Silent(), Limits(socket_idle_seconds=0.1)))
+
+
+def test_a_client_may_listen_for_as_long_as_it_is_spoken_to():
+    async def scenario() -> None:
+        talker = Silent()
+        talker.is_silent = False
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(converse(Client(), talker, Limits(socket_idle_seconds=0.05)), 1)
+
+    asyncio.run(scenario())
+
+
+def test_messages_that_wait_are_bounded():
+    limits = Limits(body_bytes=20_000)
+    with pytest.raises(ApiError, match="too many messages"):
+        asyncio.run(converse(Client("slow", *["a"] * 100), Silent(), limits))
+
+
+def test_a_client_that_does_not_read_is_gone():
+    """A message that cannot be sent within `write_seconds` is not waited for."""
+
+    class Deaf(Gone):
+        async def send_json(self, message: dict) -> None:
+            await asyncio.sleep(3600)
+
+    async def scenario() -> None:
+        settings = Settings(limits=Limits(write_seconds=0.1))
+        async with Conversation(SimpleNamespace(settings=settings), Deaf()) as conversation:
+            with pytest.raises(WebSocketDisconnect):
+                await asyncio.wait_for(conversation.take("{"), 5)
+
+    asyncio.run(scenario())
+
+
+def test_sockets_of_one_caller_are_counted(model):
+    settings = Settings(**SMALL, limits=Limits(sockets_per_caller=2))
+    with serve(model, settings, warm=None) as running:
+        url = running.url.replace("http", "ws") + "/v1/realtime"
+        with connect(url) as first, connect(url) as second:
+            assert Talk(first).ask("session")["type"] == "session"
+            assert Talk(second).ask("session")["type"] == "session"
+            with connect(url) as third:
+                refused = Talk(third).receive()
+                assert (refused["type"], refused["code"]) == ("error", "too_many_sockets")
+        with connect(url) as again:
+            assert Talk(again).ask("session")["type"] == "session"

@@ -1,0 +1,26 @@
+"""One deadline for all that a server still has to do when it is told to end."""
+
+import time
+
+
+class Deadline:
+    """A point in time that begins to count when the server is told to end."""
+
+    def __init__(self, seconds: float):
+        """Args: seconds: from `start` until the deadline."""
+        self.seconds = seconds
+        self._at: float | None = None
+
+    @property
+    def is_started(self) -> bool:
+        return self._at is not None
+
+    @property
+    def left(self) -> float:
+        """Seconds left, at least 0; all of them before the start."""
+        return self.seconds if self._at is None else max(0.0, self._at - time.monotonic())
+
+    def start(self) -> None:
+        """Lets the time run; nothing happens the second time."""
+        if self._at is None:
+            self._at = time.monotonic() + self.seconds
