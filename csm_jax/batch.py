@@ -1,5 +1,6 @@
 """A running batch: rows that speak side by side, around the compiled functions."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csm_jax.cache import KVCache
+from csm_jax.compiling import Program, shape_of
 from csm_jax.config import CSMConfig
 from csm_jax.generation import (
     CHUNK_FRAMES,
@@ -102,9 +104,41 @@ class Batch:
             dtype=bind(config, params).dtype,
             mesh=mesh,
         )
+        # Of which the shapes do not change: what the functions are compiled for.
+        self._shapes = jax.tree.map(shape_of, self._state)
         self._occupants: list[_Occupant | None] = [None] * size
         self._prefixes: dict[bytes, KVCache] = {}
         self._stack_sampling()
+
+    def programs(self, prefix_lengths: Sequence[int] = ()) -> Iterator[Program]:
+        """All programs that utterances of any length need; a few are run here to get at shapes.
+
+        Args:
+          prefix_lengths: of `num_shared` positions, as utterances will have them.
+        """
+        sizes = list(buckets(self.max_seq_len))
+        more = dict(config=self.config, mesh=self._mesh)
+        index = np.int32(0)
+        for length in sizes:
+            rows = self._empty(length)
+            yield prefill, (self._params, self._shapes, *rows, index, None), more
+            count, pause = np.int32(1), np.bool_(True)
+            arguments = self._params, self._shapes, self._sampling, count, pause
+            yield run_frames, arguments, more | dict(attended=length)
+        for prefix_length in sorted({self._bucket(length) for length in prefix_lengths}):
+            rows = self._empty(prefix_length)
+            read = read_prefix(self._params, *rows, np.int32(1), config=self.config)
+            prefix = jax.tree.map(shape_of, read)
+            for length in sizes:
+                # Of both, more than half is not padding.
+                if prefix_length // 2 + length // 2 < self.max_seq_len:
+                    rows = self._empty(length)
+                    yield prefill, (self._params, self._shapes, *rows, index, prefix), more
+        yield set_row, (self._shapes, index, self._nothing()), dict(mesh=self._mesh)
+
+    def _empty(self, length: int) -> Prompt:
+        columns = self.config.num_codebooks + 1
+        return np.zeros((length, columns), np.int32), np.zeros((length, columns), bool)
 
     def join(self, index: int, utterance: Utterance) -> None:
         """Reads the prompt of an utterance into a free row."""
@@ -156,8 +190,13 @@ class Batch:
     def leave(self, index: int) -> None:
         """Frees a row."""
         self._occupants[index] = None
+        self._state = set_row(self._state, np.int32(index), self._nothing(), mesh=self._mesh)
+        self._stack_sampling()
+
+    def _nothing(self) -> Row:
+        """What a row without an utterance goes on from."""
         columns = self.config.num_codebooks + 1
-        nothing = Row(
+        return Row(
             length=np.int32(0),
             frame=np.zeros((columns,), np.int32),
             mask=np.zeros((columns,), bool),
@@ -166,8 +205,6 @@ class Batch:
             seen=np.zeros((self.config.audio_vocab_size,), bool),
             done=np.bool_(True),
         )
-        self._state = set_row(self._state, np.int32(index), nothing, mesh=self._mesh)
-        self._stack_sampling()
 
     def run(self, num_frames: int, pause: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """Up to `num_frames` frames of all rows; fewer if they end, or one is at its limit.
@@ -213,8 +250,11 @@ class Batch:
         return prefix
 
     def _padded(self, frames: np.ndarray, mask: np.ndarray) -> Prompt:
-        length = min(bucket(len(frames)), self.max_seq_len)
+        length = self._bucket(len(frames))
         return _pad(frames, length), _pad(mask, length)
+
+    def _bucket(self, length: int) -> int:
+        return min(bucket(length), self.max_seq_len)
 
     def _attended(self) -> int:
         """Positions that attention has to look at, by what the rows may come to."""
@@ -223,7 +263,7 @@ class Batch:
             for row in self._occupants
             if row
         ]
-        return min(bucket(max(ends, default=1)), self.max_seq_len)
+        return self._bucket(max(ends, default=1))
 
     def _stack_sampling(self) -> None:
         rows = [row.utterance.sampling if row else Sampling() for row in self._occupants]
@@ -237,3 +277,11 @@ def _pad(rows: np.ndarray, length: int) -> np.ndarray:
 def bucket(length: int) -> int:
     """The next power of two: a handful of compiled shapes serve every length."""
     return max(MIN_BUCKET, 1 << (length - 1).bit_length())
+
+
+def buckets(max_seq_len: int) -> Iterator[int]:
+    """All lengths that `bucket` gives where there are so many positions."""
+    length = 0
+    while length < max_seq_len:
+        length = min(bucket(length + 1), max_seq_len)
+        yield length

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from csm_jax.batch import Batch
+from csm_jax.compiling import compile_all
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
 from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.row_decoder import RowDecoder, rows_together
@@ -108,6 +109,28 @@ class Engine:
     def num_waiting(self) -> int:
         """Requests without a row, those in the background included."""
         return len(self._waiting.live) + len(self._waiting.background)
+
+    def warm_up(self, prefix_lengths: Sequence[int] = ()) -> None:
+        """Compiles all that requests of any kind need, so that none of them waits for a compiler.
+
+        It does so in the thread that calls it; requests are spoken meanwhile.
+
+        Args:
+          prefix_lengths: positions of what requests will share, such as the sample of a voice.
+        """
+        batch, decoder, model = self._batch, self._decoder, self.model
+        if batch is None or decoder is None:
+            raise CSMError("the engine is closed: make another")
+        count = model.config.num_codebooks
+        # What the guard compares with; encoded once.
+        _ = model.silent_codes
+        compile_all(
+            [
+                *batch.programs(prefix_lengths),
+                *decoder.programs(count),
+                *model.codec.programs(count),
+            ]
+        )
 
     def submit(
         self,

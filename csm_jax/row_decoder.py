@@ -1,13 +1,15 @@
 """The codec at work on many streams at once."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
 
+from csm_jax.compiling import Program, shape_of
 from csm_jax.mimi.codec import Codec
 from csm_jax.mimi.conv import Array, State
+from csm_jax.streaming import LONG_CHUNK
 
 
 def rows_together(num_rows: int) -> int:
@@ -60,6 +62,17 @@ class RowDecoder:
         if state is not None:
             group, index = divmod(row, self._groups.shape[1])
             self._states[group] = _put(self._states[group], state, np.int32(index))
+
+    def programs(self, num_codebooks: int) -> Iterator[Program]:
+        """All programs that streams of codes [F, num_codebooks] need."""
+        state, one = (
+            jax.tree.map(shape_of, self._codec.decode_stream_state(count))
+            for count in (self._groups.shape[1], 1)
+        )
+        yield _take, (state, np.int32(0)), {}
+        yield _put, (state, one, np.int32(0)), {}
+        for size in (1, LONG_CHUNK):
+            yield self._codec.rows_program(size, num_codebooks, state)
 
     def decode(self, blocks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:
         """Continues the streams of some rows.

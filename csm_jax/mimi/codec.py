@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from csm_jax.compiling import Program, shape_of
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.layers import Rngs
@@ -285,6 +286,27 @@ class Codec:
           restart: bool [batch], rows that begin a new stream.
         """
         return _decode_rows(self._params, codes, state, active, restart, config=self.config)
+
+    def programs(self, num_codebooks: int) -> Iterator[Program]:
+        """All programs that encoding and decoding one recording of any length needs."""
+        encoding, decoding = (
+            jax.tree.map(shape_of, state)
+            for state in (self.encode_stream_state(), self.decode_stream_state())
+        )
+        size = 1
+        while size <= MAX_BLOCK_FRAMES:
+            audio = np.zeros((1, size * self.frame_size), np.float32)
+            more = dict(config=self.config, num_codebooks=num_codebooks)
+            yield _encode_step, (self._params, audio, encoding), more
+            codes = np.zeros((1, size, num_codebooks), np.int32)
+            yield _decode_step, (self._params, codes, decoding), dict(config=self.config)
+            size *= 2
+
+    def rows_program(self, num_frames: int, num_codebooks: int, state: State) -> Program:
+        """The program of `decode_rows` for so many frames; `state` may be shapes."""
+        batch = jax.tree.leaves(state)[0].shape[0]
+        codes, rows = np.zeros((batch, num_frames, num_codebooks), np.int32), np.zeros(batch, bool)
+        return _decode_rows, (self._params, codes, state, rows, rows), dict(config=self.config)
 
     def _check_num_codebooks(self, count: int) -> None:
         if not 1 <= count <= self.num_codebooks:

@@ -162,7 +162,7 @@ class Service:
         """Calls what takes long, such as decoding a recording, when it is the caller's turn."""
         return await self._workers.run(caller, function, *arguments)
 
-    async def encode(self, audio: np.ndarray, caller: Caller) -> np.ndarray:
+    async def encode(self, audio: np.ndarray, caller: Caller = INTERNAL) -> np.ndarray:
         """Codes int32 [num_frames, Q] of a recording, float32 [num_samples] at 24 kHz."""
         codec, count = self.model.codec, self.model.config.num_codebooks
         return await self._encoders.run(caller, codec.encode, audio, count)
