@@ -9,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import RedirectResponse
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from csm_jax.errors import InputError
 from csm_jax.generator import Generator, find_directory, load
@@ -20,11 +21,12 @@ from csm_jax.serve import (
     health,
     openai,
     page,
+    parsing,
     realtime,
     voice_routes,
     voxserve,
 )
-from csm_jax.serve.middleware import bodies, keys, redaction
+from csm_jax.serve.middleware import bodies, head, hosts, keys, redaction
 from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
@@ -96,15 +98,22 @@ def create_app(
     app.add_api_route("/", lambda: RedirectResponse(keys.PAGE), include_in_schema=False)
     page.mount(app, service)
     errors.install(app)
+    parsing.document(app)
     # The last is the outermost.
-    app.add_middleware(bodies.BodyLimit, limit=settings.limits.body_bytes)
+    app.add_middleware(bodies.Bodies, limits=settings.limits)
     app.add_middleware(keys.Keys, keys=keys.parse_keys(settings.api_keys), quotas=service.quotas)
-    # Also when nobody may: without it gradio lets everybody who has a name for this machine.
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+        )
     app.add_middleware(
-        CORSMiddleware,
-        allow_origins=settings.cors_origins,
-        allow_methods=["*"],
-        allow_headers=["*"],
+        hosts.Hosts, allowed_hosts=settings.allowed_hosts, origins=settings.cors_origins
     )
+    if settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
+    app.add_middleware(head.Head)
     app.add_middleware(RequestLog, metrics=service.metrics)
     return app

@@ -25,9 +25,9 @@ from csm_jax.errors import InputError, first_line
 from csm_jax.serve.answers import speak_whole
 from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
-from csm_jax.serve.fields import both_kinds, read_fields
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.openai import Speech, as_request
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 from csm_jax.serve.store.batches import Batches, BatchRow, FileRow, Line, Page
 from csm_jax.serve.store.errors import StorageError
@@ -73,9 +73,9 @@ def router(service: Service, worker: "Worker") -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Batches"])
     store = service.store.batches
 
-    @routes.post("/files", openapi_extra=both_kinds(NewFile))
+    @routes.post("/files", openapi_extra=describe(NewFile, forms=True))
     async def upload(http: HTTPRequest) -> dict[str, Any]:
-        fields = await read_fields(http, NewFile)
+        fields = await read_fields(http, NewFile, recordings=True, forms=True)
         return _file(await store.add_file(caller_of(http).owner, "input.jsonl", fields.file))
 
     @routes.get("/files")
@@ -104,9 +104,10 @@ def router(service: Service, worker: "Worker") -> APIRouter:
             worker.drop(batch)
         return {"id": file_id, "object": "file", "deleted": True}
 
-    @routes.post("/batches", openapi_extra=both_kinds(NewBatch))
+    @routes.post("/batches", openapi_extra=describe(NewBatch, forms=True))
     async def create(http: HTTPRequest) -> dict[str, Any]:
-        fields, caller = await read_fields(http, NewBatch), caller_of(http)
+        fields = await read_fields(http, NewBatch, recordings=True, forms=True)
+        caller = caller_of(http)
         if (fields.file is None) == (fields.input_file_id is None):
             raise ApiError(400, "give either input_file_id or file", param="input_file_id")
         data = fields.file

@@ -20,13 +20,12 @@ from csm_jax.serve.fields import (
     Options,
     Recording,
     Text,
-    both_kinds,
     make_request,
-    read_fields,
 )
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.jobs import Job, Kind
 from csm_jax.serve.middleware.log import request_id
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 from csm_jax.speech import Request
 
@@ -86,9 +85,11 @@ def router(service: Service) -> APIRouter:
 
     service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
 
-    @routes.post(PATH, openapi_extra=both_kinds(Inference), responses={202: {"model": Answer}})
+    body = describe(Inference, forms=True)
+
+    @routes.post(PATH, openapi_extra=body, responses={202: {"model": Answer}})
     async def inference(http: HTTPRequest) -> Answer:
-        fields = await read_fields(http, Inference)
+        fields = await read_fields(http, Inference, recordings=True, forms=True)
         if fields.webhook:
             return await _answer_later(service, caller_of(http), fields)
         return await unless_gone(http, _answer(service, caller_of(http), fields, request_id()))

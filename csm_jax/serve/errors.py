@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError
 from csm_jax.serve.store.errors import QuotaError, StorageError, StorageFullError
@@ -20,6 +21,8 @@ logger = logging.getLogger("csm_jax.serve")
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
+# Characters of what was sent that an error repeats.
+_TOLD = 200
 # Seconds after which a place in the queue is likely to be free.
 RETRY_AFTER = 1
 
@@ -86,7 +89,7 @@ def as_api_error(error: Exception) -> ApiError:
             return as_bad_field(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
-        case ClientGoneError() | CancelledError():
+        case ClientGoneError() | ClientDisconnect() | CancelledError():
             # 499 is nginx's for it; only the log sees it.
             return ApiError(499, "the client closed the connection", code="client_gone")
         case CSMError():
@@ -97,11 +100,16 @@ def as_api_error(error: Exception) -> ApiError:
 
 def as_bad_field(error: RequestValidationError | ValidationError) -> ApiError:
     """The first of what pydantic found."""
-    first = error.errors()[0]
+    if isinstance(error, ValidationError):
+        # Neither what was sent, which can be large, nor a line for each of what is wrong with it.
+        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    else:
+        first = error.errors()[0]
     # In FastAPI's own errors "body" is where it was, not what it is called.
     outside = ("body",) if isinstance(error, RequestValidationError) else ()
-    where = ".".join(str(part) for part in first["loc"] if part not in outside)
-    message = f"{where}: {first['msg']}" if where else first["msg"]
+    where = ".".join(str(part) for part in first["loc"] if part not in outside)[:_TOLD]
+    what = first["msg"][:_TOLD]
+    message = f"{where}: {what}" if where else what
     return ApiError(400, message, param=where or None, code=first["type"])
 
 
@@ -111,6 +119,7 @@ def install(app: FastAPI) -> None:
     def answer(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response
 
-    for kind in (ApiError, CSMError, ClientGoneError, RequestValidationError, HTTPException):
+    kinds = (ApiError, CSMError, ClientGoneError, ClientDisconnect)
+    for kind in (*kinds, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(Exception, answer)

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, FailFast, Field
 
 from csm_jax.serve.answers import unless_gone
 from csm_jax.serve.caller import Caller, caller_of
@@ -23,6 +23,7 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Speaker, Text
 from csm_jax.serve.formats import FORMATS, encode
 from csm_jax.serve.jobs import Job, Kind, Status
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.scene import Line, speak_scene
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Limits
@@ -48,8 +49,8 @@ class ContextTurn(BaseModel):
 
 
 class Scene(Options):
-    scene: list[SceneTurn] = Field(min_length=1, max_length=MAX_TURNS)
-    context: list[ContextTurn] = Field([], max_length=MAX_TURNS)
+    scene: Annotated[list[SceneTurn], FailFast()] = Field(min_length=1, max_length=MAX_TURNS)
+    context: Annotated[list[ContextTurn], FailFast()] = Field([], max_length=MAX_TURNS)
 
 
 class Queued(BaseModel):
@@ -74,8 +75,9 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["fal"])
     queue = f"/queue/{APP}"
 
-    @routes.post(f"/{APP}")
-    async def run(http: HTTPRequest, fields: Scene) -> Spoken:
+    @routes.post(f"/{APP}", openapi_extra=describe(Scene))
+    async def run(http: HTTPRequest) -> Spoken:
+        fields = await read_fields(http, Scene, recordings=True)
         return await unless_gone(http, _speak(service, caller_of(http), fields, str(http.base_url)))
 
     @routes.get("/files/{name}", response_class=Response)
@@ -92,11 +94,11 @@ def router(service: Service) -> APIRouter:
 
     service.jobs.register(_KIND, Kind(work, lambda job, _: _outcome(job)))
 
-    @routes.post(queue)
+    @routes.post(queue, openapi_extra=describe(Scene))
     async def submit(
-        http: HTTPRequest, fields: Scene, fal_webhook: Annotated[str | None, Query()] = None
+        http: HTTPRequest, fal_webhook: Annotated[str | None, Query()] = None
     ) -> dict[str, Any]:
-        caller = caller_of(http)
+        fields, caller = await read_fields(http, Scene, recordings=True), caller_of(http)
         if fal_webhook:
             service.webhooks.check(fal_webhook, caller)
         queued = Queued(base=str(http.base_url), fields=fields)

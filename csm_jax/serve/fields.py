@@ -1,14 +1,10 @@
-"""Fields that requests of several APIs have, and how they are read out of JSON and forms."""
+"""Fields that requests of several APIs have."""
 
-import json
 import random
-from typing import Annotated, Any, TypeVar
+from typing import Annotated
 
 import numpy as np
-from fastapi import Request as HTTPRequest
-from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from starlette.datastructures import UploadFile
+from pydantic import BaseModel, ConfigDict, Field
 
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
@@ -30,7 +26,7 @@ Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})
 class Options(BaseModel):
     """How speech is drawn. What is left out is as the server was told at its start."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     temperature: float | None = Field(None, ge=0, le=5, description="0 takes the likeliest")
     top_k: int | None = Field(None, ge=1, le=100_000)
@@ -57,7 +53,6 @@ class Options(BaseModel):
 
 
 _SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
-T = TypeVar("T", bound=BaseModel)
 
 
 def make_request(
@@ -107,51 +102,3 @@ async def read_recording(
 ) -> np.ndarray:
     """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
     return await service.work(caller, decode, given, service.settings.limits, name)
-
-
-async def read_fields(http: HTTPRequest, model: type[T]) -> T:
-    """A pydantic model from JSON or from a form, whose files become bytes.
-
-    Raises:
-      RequestValidationError: a field is missing or wrong.
-      ApiError: it is neither JSON nor a form.
-    """
-    kind = http.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-    if kind in ("multipart/form-data", "application/x-www-form-urlencoded"):
-        values = await _read_form(http)
-    elif kind == "application/json":
-        values = _parse_json(await http.body())
-    else:
-        raise ApiError(415, f"the content type is {kind[:80]}; send JSON or a form")
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise RequestValidationError(
-            error.errors(include_url=False, include_context=False)
-        ) from error
-
-
-def _parse_json(body: bytes) -> Any:
-    try:
-        return json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body is not JSON: {str(error)[:200]}", code="bad_json") from error
-
-
-async def _read_form(http: HTTPRequest) -> dict[str, Any]:
-    async with http.form(max_files=64, max_fields=256) as form:
-        return {
-            name: await value.read() if isinstance(value, UploadFile) else value
-            for name, value in form.items()
-            # An empty field of a form is one that was not filled in.
-            if isinstance(value, UploadFile) or value != ""
-        }
-
-
-def both_kinds(model: type[BaseModel]) -> dict[str, Any]:
-    """What the OpenAPI document says of an endpoint that reads its fields by `read_fields`."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    kinds = ("application/json", "multipart/form-data")
-    body = {"required": True, "content": {kind: {"schema": schema} for kind in kinds}}
-    return {"requestBody": body}

@@ -22,8 +22,8 @@ class Talker(Protocol):
 
     is_silent: bool
 
-    async def take(self, message: str) -> None:
-        """Does what a message asks for."""
+    async def take(self, message: str | None) -> None:
+        """Does what a message asks for; None is a binary one."""
 
     async def ended(self) -> None:
         """Returns when nothing can be sent any more."""
@@ -34,21 +34,21 @@ class Inbox:
 
     def __init__(self, max_characters: int):
         self._left = max_characters
-        self._messages: asyncio.Queue[str] = asyncio.Queue()
+        self._messages: asyncio.Queue[str | None] = asyncio.Queue()
 
     def __bool__(self) -> bool:
         return not self._messages.empty()
 
-    def put(self, message: str) -> None:
+    def put(self, message: str | None) -> None:
         """Raises `ApiError` if too much waits already."""
-        self._left -= len(message) + MESSAGE_COST
+        self._left -= len(message or "") + MESSAGE_COST
         if self._left < 0:
             raise ApiError(429, "too many messages wait to be worked on", code="queue_full")
         self._messages.put_nowait(message)
 
-    async def get(self) -> str:
+    async def get(self) -> str | None:
         message = await self._messages.get()
-        self._left += len(message) + MESSAGE_COST
+        self._left += len(message or "") + MESSAGE_COST
         return message
 
 
@@ -84,7 +84,7 @@ async def _receive(socket: WebSocket, talker: Talker, inbox: Inbox, idle_seconds
                 message = receiving.result()
                 if message["type"] == "websocket.disconnect":
                     return
-                inbox.put(message.get("text") or "")
+                inbox.put(message.get("text"))
                 receiving = asyncio.ensure_future(socket.receive())
             elif talker.is_silent and not inbox:
                 raise ApiError(408, f"no message for {idle_seconds:g} s", code="idle")

@@ -19,6 +19,7 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Text, make_request
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.live import Live
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 from csm_jax.speech import Request
 
@@ -65,8 +66,9 @@ def router(service: Service) -> APIRouter:
     names = (service.settings.model_name, *MODELS)
     default = Options.of(service.settings.sampling)
 
-    @routes.post("/audio/speech", response_class=Response)
-    async def speech(http: HTTPRequest, fields: Speech) -> Response:
+    @routes.post("/audio/speech", openapi_extra=describe(Speech), response_class=Response)
+    async def speech(http: HTTPRequest) -> Response:
+        fields = await read_fields(http, Speech)
         if fields.model not in names:
             raise _no_model(fields.model)
         return await unless_gone(http, _speak(service, caller_of(http), fields))

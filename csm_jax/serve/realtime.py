@@ -31,17 +31,18 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
 from csm_jax.prompt import Segment, check_text
 from csm_jax.serve.caller import caller_of
-from csm_jax.serve.errors import ApiError, ClientGoneError, as_api_error, as_bad_field
+from csm_jax.serve.errors import ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
 from csm_jax.serve.inbox import converse
 from csm_jax.serve.live import Live
+from csm_jax.serve.parsing import parse_json
 from csm_jax.serve.service import Service
 from csm_jax.serve.voices import Voice, Voices
 from csm_jax.text import take_sentences
@@ -178,10 +179,10 @@ class Conversation:
         """Returns when nothing can be spoken any more, because the client does not read."""
         await asyncio.wait({self._speaking})
 
-    async def take(self, message: str) -> None:
-        """Does what a message of the client asks for."""
+    async def take(self, message: str | None) -> None:
+        """Does what a message of the client asks for; None is a binary one, which asks nothing."""
         try:
-            match _parse(message):
+            match await self._parse(message):
                 case SetSession() as settings:
                     await self._set(settings)
                 case AddText(text=text):
@@ -196,6 +197,11 @@ class Conversation:
                     await self._cancel()
         except (CSMError, ApiError) as error:
             await self._tell_error(error)
+
+    async def _parse(self, message: str | None) -> BaseModel:
+        if message is None:
+            raise ApiError(400, "a message is JSON, sent as text", code="bad_message")
+        return await parse_json(_MESSAGE, message.encode(), self._service.settings.limits)
 
     async def _set(self, settings: SetSession) -> None:
         self._manner = manner = self._changed(settings)
@@ -336,10 +342,3 @@ class Conversation:
 def _as_message(error: Exception) -> dict[str, Any]:
     told = as_api_error(error)
     return {"type": "error", "message": str(told), "code": told.code, "param": told.param}
-
-
-def _parse(message: str) -> BaseModel:
-    try:
-        return _MESSAGE.validate_json(message)
-    except ValidationError as error:
-        raise as_bad_field(error) from error

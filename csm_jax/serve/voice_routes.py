@@ -14,11 +14,10 @@ from csm_jax.serve.fields import (
     Recording,
     Speaker,
     Text,
-    both_kinds,
     check_length,
-    read_fields,
     read_recording,
 )
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 from csm_jax.serve.voices import Voice, Voices, check_name
 
@@ -51,9 +50,9 @@ def router(service: Service) -> APIRouter:
         owner = caller_of(http).owner
         return VoiceList(voices=[_entry(voice) for voice in voices.all(owner)])
 
-    @routes.post("", status_code=201, openapi_extra=both_kinds(NewVoice))
+    @routes.post("", status_code=201, openapi_extra=describe(NewVoice, forms=True))
     async def add(http: HTTPRequest) -> VoiceEntry:
-        fields = await read_fields(http, NewVoice)
+        fields = await read_fields(http, NewVoice, recordings=True, forms=True)
         check_name(fields.name)
         check_length(service, fields.text)
         return _entry(await unless_gone(http, _add(service, caller_of(http), fields)))

@@ -16,10 +16,9 @@ from csm_jax.serve.fields import (
     Recording,
     Speaker,
     Text,
-    both_kinds,
     make_request,
-    read_fields,
 )
+from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 
 
@@ -39,9 +38,9 @@ class Generate(Options):
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["VoxServe"])
 
-    @routes.post("/generate", openapi_extra=both_kinds(Generate), response_class=Response)
+    @routes.post("/generate", openapi_extra=describe(Generate, forms=True), response_class=Response)
     async def generate(http: HTTPRequest) -> Response:
-        fields = await read_fields(http, Generate)
+        fields = await read_fields(http, Generate, recordings=True, forms=True)
         return await unless_gone(http, _speak(service, caller_of(http), fields))
 
     return routes

@@ -194,7 +194,7 @@ def network_of(host: str) -> str:
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
-        return host
+        return host[:64]
     if address.version == 4:
         return str(address)
     if address.ipv4_mapped:
