@@ -27,8 +27,7 @@ def router(service: Service) -> APIRouter:
             message = f"not ready: {service.store.problem}"
             raise ApiError(503, message, code="storage_failed", retry_after=10)
         # On a full disk speech goes on, and only what is to be stored waits.
-        is_full = service.store.database.is_full
-        return {"status": "ready", "storage": "full" if is_full else "ok"}
+        return {"status": "ready"} | ({"storage": "full"} if service.store.database.is_full else {})
 
     @routes.get("/metrics", response_class=Response)
     def metrics() -> Response:

@@ -17,6 +17,7 @@ from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, NamedTuple
 
+from csm_jax.errors import QueueFullError
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
 from csm_jax.serve.middleware.log import request_id
@@ -28,6 +29,8 @@ logger = logging.getLogger("csm_jax.serve")
 
 # A request that ends the process each time is not begun once more after so many.
 MAX_ATTEMPTS = 3
+# Attempts at a job whose caller asks for more at once than the engine or the quotas allow.
+_BUSY_ATTEMPTS = 100
 # All shares together can have so many times as many jobs waiting as one.
 _SHARES = 8
 # What a cancelled job gets to end in before its client is answered.
@@ -235,7 +238,17 @@ class Jobs:
             raise ApiError(500, f"jobs of kind {job.kind} are not run by this version")
         if job.attempts >= MAX_ATTEMPTS:
             raise ApiError(500, f"the server ended {job.attempts} times while it ran this job")
-        return await self._kinds[job.kind].work(job, await self._store.body(job.id))
+        body = await self._store.body(job.id)
+        for _ in range(_BUSY_ATTEMPTS):
+            try:
+                return await self._kinds[job.kind].work(job, body)
+            except (ApiError, QueueFullError) as error:
+                # Its caller has asked for too much at once: that passes.
+                busy = as_api_error(error)
+                if busy.status != 429 or busy.code == "storage_full":
+                    raise
+            await asyncio.sleep(busy.retry_after or 1)
+        raise busy
 
     async def _leave(self, job: Job) -> None:
         """Leaves a job to the next process, without counting the attempt."""

@@ -64,6 +64,7 @@ class Database:
         self.problems: dict[str, str] = {}
         self.is_full = False
         self.num_failures = 0
+        self._is_closed = False
         self._logged: dict[str, float] = {}
         self._clock = time.time() - time.monotonic()
         self._directory = None if directory is None else Directory(directory)
@@ -103,6 +104,8 @@ class Database:
             try:
                 return await self.run(query, *arguments, **named)
             except StorageError:
+                if self._is_closed:
+                    raise
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LAST_PAUSE)
 
@@ -132,11 +135,13 @@ class Database:
 
     def close(self) -> None:
         """Waits for what has been begun, and releases the directory. May be called again."""
-        with contextlib.suppress(RuntimeError):
-            self._thread.submit(self._connection.close).result()
-            self._thread.shutdown()
-            if self._directory is not None:
-                self._directory.close()
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._thread.submit(self._connection.close).result()
+        self._thread.shutdown()
+        if self._directory is not None:
+            self._directory.close()
 
     def _submit(self, function: Callable[..., T], *arguments: Any):
         try:

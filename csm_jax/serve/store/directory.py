@@ -74,7 +74,7 @@ class Directory:
     def keep_reserve(self) -> None:
         """Reserves room on the disk, if there is some."""
         with contextlib.suppress(OSError):
-            reserve = os.open(self._path / _RESERVE, _CREATE, 0o600)
+            reserve = _create(self._path / _RESERVE)
             try:
                 os.posix_fallocate(reserve, 0, RESERVE_BYTES)
             finally:
@@ -86,7 +86,7 @@ class Directory:
             (self._path / _RESERVE).unlink()
 
     def _take_lock(self) -> int:
-        lock = os.open(self._path / _LOCK, _CREATE, 0o600)
+        lock = _create(self._path / _LOCK)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -113,14 +113,23 @@ class Directory:
             if not stat.S_ISREG(path.lstat().st_mode):
                 raise OutputError(f"{shown(path)} is no regular file: move it away")
             _chmod(path, 0o600)
-        os.close(os.open(self.database if not self._is_old else self.old_database, _CREATE, 0o600))
+        # Made here, as the database's log gets the mode of the database.
+        os.close(_create(self.old_database if self._is_old else self.database))
 
     @property
     def _is_old(self) -> bool:
         return self.old_database.exists() and not self.database.exists()
 
 
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+_FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def _create(path: Path) -> int:
+    """Opens a file, or makes it, private whatever the umask is."""
+    descriptor = os.open(path, _FLAGS, 0o600)
+    with contextlib.suppress(PermissionError):  # another user's, which `_chmod` reports
+        os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def _chmod(path: Path, mode: int) -> None:
