@@ -8,7 +8,6 @@ from pathlib import Path
 
 from fastapi import FastAPI
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import RedirectResponse
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from csm_jax.errors import InputError
@@ -27,6 +26,7 @@ from csm_jax.serve import (
     voxserve,
 )
 from csm_jax.serve.middleware import bodies, head, hosts, keys, redaction
+from csm_jax.serve.middleware.headers import SecurityHeaders
 from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.service import Service
@@ -89,14 +89,19 @@ def create_app(
         await service.close()
 
     app = FastAPI(
-        title="csm-jax", version=version("csm-jax"), description=DESCRIPTION, lifespan=lifespan
+        title="csm-jax",
+        version=version("csm-jax"),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        # Their pages are scripts from other hosts.
+        docs_url=None,
+        redoc_url=None,
     )
     app.state.service = service
     for module in (health, voxserve, openai, deepinfra, fal, realtime, voice_routes):
         app.include_router(module.router(service))
     app.include_router(batches.router(service, worker))
-    app.add_api_route("/", lambda: RedirectResponse(keys.PAGE), include_in_schema=False)
-    page.mount(app, service)
+    app.include_router(page.router())
     errors.install(app)
     parsing.document(app)
     # The last is the outermost.
@@ -115,5 +120,6 @@ def create_app(
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     app.add_middleware(head.Head)
+    app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestLog, metrics=service.metrics)
     return app

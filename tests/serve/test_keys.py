@@ -14,7 +14,6 @@ from websockets.sync.client import connect
 
 from csm_jax.serve import quotas
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.middleware import keys
 from csm_jax.serve.quotas import Rates
 from csm_jax.serve.settings import Limits, Settings
 
@@ -184,24 +183,6 @@ def test_other_pages_may_not_ask(server):
     headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{server.url}/generate", headers=headers)
     assert "access-control-allow-origin" not in answer.headers
-
-
-def test_the_page_counts_too(model, monkeypatch):
-    monkeypatch.setattr(quotas, "monotonic", lambda: 0.0)
-    with serve(model, Settings(**SMALL, requests_per_minute=2)) as running:
-        url = f"{running.url}/page/gradio_api/queue/join"
-        statuses = [httpx.post(url, json={}).status_code for _ in range(3)]
-    assert statuses[2] == 429
-    assert 429 not in statuses[:2]
-
-
-def test_uploads_of_all_together_are_counted(model, monkeypatch):
-    monkeypatch.setattr(quotas, "monotonic", lambda: 0.0)
-    monkeypatch.setattr(keys, "_UPLOADS_PER_MINUTE", 1)
-    with serve(model, Settings(**SMALL)) as running:
-        url = f"{running.url}/page/gradio_api/upload"
-        answers = [httpx.post(url, files={"files": b"a"}) for _ in range(2)]
-    assert [answer.status_code for answer in answers] == [200, 429]
 
 
 WAV = base64.b64encode(as_wav(np.sin(np.arange(24_000, dtype=np.float32)))).decode()

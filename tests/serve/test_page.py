@@ -1,30 +1,17 @@
-"""The page in a real browser: headless Chromium, driven by Playwright."""
+"""What visitors of the page see and hear."""
 
-import asyncio
-import io
-import shutil
-from concurrent.futures import ThreadPoolExecutor
+import base64
 
-import gradio
 import httpx
 import numpy as np
 import pytest
-import soundfile
-from gradio.processing_utils import async_move_files_to_cache
-from serving import SMALL, serve
+from browser import ARGUMENTS, CHROMIUM, SPEAK_MS, FakeServer, Visit, pcm
+from serving import SMALL, as_samples, as_wav, same, serve
 
-from csm_jax.errors import InputError
-from csm_jax.serve.page import Broadcast, parse_lines, without_fetching
-from csm_jax.serve.scene import Line
 from csm_jax.serve.settings import Settings
 
 playwright = pytest.importorskip("playwright.sync_api")
-CHROMIUM = shutil.which("chromium")
-ARGUMENTS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
-    *("--disable-component-update", "--disable-sync", "--autoplay-policy=no-user-gesture-required"),
-]
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="apt install chromium")
 
 
 @pytest.fixture(scope="module")
@@ -36,142 +23,511 @@ def browser():
 
 
 @pytest.fixture
-def page(browser, server):
+def visit(browser, server):
+    """A visit during which nothing is asked of others, and the browser has nothing against it."""
     page = browser.new_page(viewport={"width": 1100, "height": 1200})
-    page.goto(server.url)
-    page.get_by_role("button", name="Speak").wait_for()
-    yield page
+    visit = Visit(page, server.url)
+    yield visit
     page.close()
+    hosts = {
+        httpx.URL(url).netloc for url in visit.requests if not url.startswith(("blob:", "data:"))
+    }
+    assert hosts == {httpx.URL(server.url).netloc}
+    assert visit.complaints == []
 
 
-def speak(page) -> np.ndarray:
-    """Presses the button, and downloads what it comes to."""
-    page.get_by_role("button", name="Speak").click()
-    page.get_by_text("s of speech").wait_for(timeout=60_000)
-    with page.expect_download() as download:
-        page.get_by_label("Download").last.click()
-    return soundfile.read(io.BytesIO(download.value.path().read_bytes()), dtype="float32")[0]
+def scene(server, lines: list[tuple[str, int]], seed: int, context: list[dict] = ()) -> bytes:
+    """The same by another API, fal's: a WAV file."""
+    turns = [{"text": text, "speaker_id": speaker} for text, speaker in lines]
+    fields = {"scene": turns, "context": list(context), "seed": seed}
+    url = server.post("/fal-ai/csm-1b", json=fields).raise_for_status().json()["audio"]["url"]
+    return httpx.get(url).content
 
 
-@needs_browser
-def test_dialogue_is_spoken_heard_and_downloaded(page, server, tmp_path):
-    audio = speak(page)
-    assert 3 < len(audio) / 24_000 < 15
+# Speech
+
+
+def test_a_dialogue_is_what_other_apis_say_to_the_same_seed(visit, server):
+    for speaker in "AB":
+        visit.panel(speaker).get_by_label("Voice", exact=True).select_option("none")
+    visit.write("A: one two three\nB: four five six")
+    visit.set("Seed", "7")
+    audio = visit.speak()
     assert np.sqrt(np.mean(audio**2)) > 0.01
-    # It was played while it was made.
-    played = "Array.from(document.querySelectorAll('audio')).map(a => [a.src, a.duration])"
-    live = [found for found in page.evaluate(played) if "/page/live/" in found[0]]
-    assert len(live) == 1
-    page.wait_for_function("document.querySelector('audio[src*=live]').ended", timeout=30_000)
-    duration = page.evaluate("document.querySelector('audio[src*=live]').duration")
-    assert duration == pytest.approx(len(audio) / 24_000, abs=0.2)  # mp3 pads its ends
-    page.screenshot(path=tmp_path / "page.png", full_page=True)
-    assert "impersonate" in page.content()
+    assert same(as_wav(audio), scene(server, [("one two three", 0), ("four five six", 1)], 7))
+    assert visit.page.locator("#used-seed").text_content() == "7"
+    assert f"{len(audio) / 24_000:.2f} s" in visit.page.locator("#seconds").text_content()
 
 
-@needs_browser
-def test_a_recording_of_one_s_own(page, recording, transcript):
-    page.get_by_label("A", exact=True).click()
-    page.get_by_role("option", name="(my recording)").click()
-    file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": recording}
-    page.locator("input[type=file]").first.set_input_files(file)
-    page.get_by_label("What is said in my recording").first.fill(transcript)
-    page.get_by_label("Dialogue").fill("A: one two three")
-    assert len(speak(page)) > 10_000
+def test_a_turn_in_a_voice_is_the_same_in_other_formats(visit, server):
+    visit.write("A: one two three")
+    visit.choose("A", "slt")
+    wav = visit.speak()
+    assert same(as_wav(visit.download("FLAC")), as_wav(wav))
+    seed = visit.page.locator("#used-seed").text_content()
+    fields = {"text": "one two three", "voice": "slt", "seed": int(seed)}
+    assert same(server.post("/generate", json=fields).content, as_wav(wav))
+    mp3 = visit.download("MP3")
+    assert len(mp3) == pytest.approx(len(wav), abs=0.2 * 24_000)  # mp3 pads its ends
 
 
-@needs_browser
-def test_a_voice_that_was_added_can_be_chosen(page, server, recording, transcript):
-    fields, files = {"name": "late", "text": transcript}, {"audio": ("a.flac", recording)}
-    assert server.post("/v1/audio/voices", data=fields, files=files).status_code == 201
-    page.reload()
-    page.get_by_label("A", exact=True).click()
-    page.get_by_role("option", name="late").click(timeout=10_000)
+def test_a_seed_can_be_kept(visit):
+    visit.write("A: one two")
+    first = visit.speak()
+    visit.page.get_by_role("button", name="use it again").click()
+    assert np.array_equal(visit.speak(), first)
+
+
+def test_it_plays_from_the_first_frame_on(visit):
+    """While all the rest is still to come."""
+    server = FakeServer(visit.page, answer_with(lambda server: server.play(0.08)))
+    visit.start()
+    visit.page.wait_for_function("Number(document.querySelector('#position').value) >= 0.08")
+    visit.status("Buffering")
+    # A reserve is built up before it goes on.
+    server.play(0.16)
+    visit.page.wait_for_timeout(200)
+    assert visit.page.locator("#position").input_value() == "0.08"
+    server.play(1.0)
+    visit.page.wait_for_function("Number(document.querySelector('#position').value) > 0.5")
+    visit.status("Line 1 of 3")
+    highlighted = visit.page.locator("[aria-current=true]").inner_text()
+    assert highlighted.split() == [
+        "A",
+        "one",
+        "two",
+        "three",
+    ]
+    visit.page.locator("#stop").click()
+    visit.status("Stopped")
+
+
+def test_chunks_are_played_without_gaps(visit):
+    """What the browser plays is what came, sample by sample, however it was cut."""
+    differs = visit.page.evaluate("""async () => {
+        const { Player } = await import("./player.js");
+        const { Speech } = await import("./speech.js");
+        const context = new OfflineAudioContext(1, 24000 * 4, 24000);
+        const player = new Player(context), speech = new Speech();
+        const samples = Float32Array.from({ length: 72000 }, () => Math.random() - 0.5);
+        player.load(speech);
+        for (let i = 0; i < samples.length; i += 1920) {
+            speech.add(samples.slice(i, i + 1920));
+            player.update();
+        }
+        const heard = (await context.startRendering()).getChannelData(0);
+        const start = heard.findIndex((value) => value !== 0);
+        return [start, samples.findIndex((value, i) => heard[start + i] !== value)];
+    }""")
+    assert differs[0] < 24_000 / 10
+    assert differs[1] == -1
+
+
+def test_it_can_be_heard_again_from_any_place(visit):
+    page = visit.page
+    FakeServer(page, answer_with(lambda server: server.play(0.4)))
+    visit.start()
+    visit.status("1.2 s of speech")
+    page.wait_for_function("document.querySelector('#speech').dataset.state === 'ended'")
+    assert page.locator("#position").input_value() == "1.2"
+    page.get_by_role("button", name="four five six").click()
+    page.wait_for_function("Number(document.querySelector('#position').value) > 0.4")
+    page.get_by_role("button", name="Pause").click()
+    page.locator("#position").fill("0.2")
+    assert page.locator("#time").text_content() == "0:00.2"
+    page.get_by_role("button", name="Play", exact=True).click()
+    page.wait_for_function("document.querySelector('#speech').dataset.state === 'ended'")
+
+
+def test_stop_frees_the_row(visit, server):
+    visit.write("A: one two three four five six seven eight\n" * 10)
+    visit.start()
+    visit.status("Line 1 of 10")
+    visit.page.keyboard.press("Escape")
+    visit.status("Stopped")
+    server.wait_until_idle(seconds=5)
+    assert visit.sent[-1] == {"type": "cancel"}
+
+
+def test_a_turn_that_was_cut_says_so(visit):
+    visit.write("A: one two three four five six seven eight nine")
+    visit.set("Longest turn, in seconds", "0.4")
+    assert len(visit.speak()) <= 0.4 * 24_000
+    assert "Cut at the longest length" in visit.page.locator("#lines").inner_text()
+
+
+# Voices
+
+
+def test_a_recording_from_a_file(visit, server, recording, transcript):
+    upload(visit, recording, transcript)
+    visit.write("A: one two three")
+    visit.set("Seed", "3")
+    audio = "data:audio/flac;base64," + base64.b64encode(recording).decode()
+    context = [{"prompt": transcript, "audio_url": audio, "speaker_id": 0}]
+    expected = scene(server, [("one two three", 0)], 3, context)
+    assert same(as_wav(visit.speak()), expected)
+    sent = next(message for message in visit.sent if message["type"] == "turn")
+    np.testing.assert_allclose(pcm(sent["audio"]), as_samples(recording), atol=1 / 32768)
+
+
+def test_a_recording_from_the_microphone(visit):
+    panel = visit.panel("B")
+    visit.choose("B", "My own recording")
+    panel.get_by_role("button", name="Record", exact=True).click()
+    visit.page.wait_for_function("document.querySelectorAll('meter')[1].value > 0.05")
+    visit.page.wait_for_timeout(500)
+    panel.get_by_role("button", name="Stop recording").click()
+    panel.locator("audio").wait_for()
+    panel.get_by_label("What is said in it").fill("beep")
+    visit.write("B: one")
+    visit.speak()
+    sent = next(message for message in visit.sent if message["type"] == "turn")
+    audio = pcm(sent["audio"])
+    assert (sent["text"], sent["speaker"]) == ("beep", 1)
+    assert 0.5 < len(audio) / 24_000 < 10
+    assert np.abs(audio).max() > 0.05
+
+
+def test_a_voice_is_kept_and_deleted(visit, server, recording, transcript):
+    panel = upload(visit, recording, transcript)
+    panel.get_by_label("Keep it as a voice").fill("no/name")
+    panel.get_by_role("button", name="Save").click()
+    panel.get_by_text("a voice cannot be called").wait_for()
+    panel.get_by_label("Keep it as a voice").fill("kept")
+    panel.get_by_role("button", name="Save").click()
+    panel.get_by_text("kept is saved").wait_for()
+    assert panel.get_by_label("Voice", exact=True).input_value() == "preset:kept"
+    kept = server.get("/v1/audio/voices/kept").content
+    np.testing.assert_allclose(as_samples(kept), as_samples(recording), atol=1 / 32768)
+    panel.get_by_role("button", name="Delete").click()
+    panel.get_by_text("kept is deleted").wait_for()
+    assert server.get("/v1/audio/voices/kept").status_code == 404
+    assert panel.get_by_label("Voice", exact=True).input_value() != "preset:kept"
+
+
+def test_a_voice_that_was_added_elsewhere_appears(visit, server, recording):
+    """Its transcript is text, whatever is in it."""
+    attack = "<img src=x onerror=alert(1)><script>alert(2)</script>"
+    fields, files = {"name": "late", "text": attack}, {"audio": ("a.flac", recording)}
+    server.post("/v1/audio/voices", data=fields, files=files).raise_for_status()
+    visit.page.evaluate("window.dispatchEvent(new Event('focus'))")
+    visit.panel("A").locator("option[value='preset:late']").wait_for(state="attached")
+    visit.choose("A", "late")
+    visit.panel("A").get_by_text(attack).wait_for()
     httpx.delete(f"{server.url}/v1/audio/voices/late").raise_for_status()
 
 
-@needs_browser
-@pytest.mark.parametrize(
-    ("lines", "message"), [("   ", "there is no line to say"), ("x" * 20_000, "at most 10000")]
-)
-def test_what_is_wrong_is_said(page, lines, message):
-    page.get_by_label("Dialogue").fill(lines)
-    page.get_by_role("button", name="Speak").click()
-    page.get_by_text(message).first.wait_for(timeout=20_000)
+def test_a_speaker_keeps_the_number_of_its_voice(visit):
+    """Which the model may have been trained with; two speakers never have the same."""
+    numbers = visit.page.evaluate("""async () => {
+        const { speakerNumbers } = await import("./reading.js");
+        const preset = (speaker) => ({ kind: "preset", name: "a", speaker });
+        const none = { kind: "none" };
+        const both = [true, true];
+        return [
+            speakerNumbers([none, none], both),
+            speakerNumbers([preset(1), preset(0)], both),
+            speakerNumbers([preset(1), none], both),
+            speakerNumbers([preset(0), preset(0)], both),
+            speakerNumbers([preset(1), preset(1)], both),
+            speakerNumbers([preset(1), preset(1)], [false, true]),
+            speakerNumbers([none, preset(0)], both),
+        ];
+    }""")
+    assert numbers == [[0, 1], [1, 0], [1, 0], [0, 1], [1, 0], [0, 1], [1, 0]]
 
 
-@needs_browser
-def test_a_seed_is_a_number(page):
-    page.get_by_text("Advanced").click()
-    page.get_by_label("Seed").fill("seven")
-    page.get_by_role("button", name="Speak").click()
-    page.get_by_text("seed: Input should be a valid integer").first.wait_for(timeout=20_000)
+def upload(visit, recording: bytes, transcript: str):
+    """Takes a recording for speaker A."""
+    visit.choose("A", "My own recording")
+    panel = visit.panel("A")
+    file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": recording}
+    panel.get_by_label("Recording, a file").set_input_files(file)
+    panel.locator("audio").wait_for()
+    panel.get_by_label("What is said in it").fill(transcript)
+    return panel
 
 
-@needs_browser
-def test_stop(page, server):
-    page.get_by_label("Dialogue").fill("A: one two three four five six seven eight\n" * 10)
-    page.get_by_role("button", name="Speak").click()
-    page.get_by_text("Line 1 of 10").wait_for(timeout=20_000)
-    page.get_by_role("button", name="Stop").click()
-    server.wait_until_idle(seconds=5)
+# Errors
 
 
-@needs_browser
+def answer_with(speak, until: int = 100):
+    """Answers of a server that says each turn by `speak`."""
+
+    def answer(server: FakeServer, message: dict) -> None:
+        if message["type"] == "session":
+            server.tell("session")
+        elif message["type"] == "say":
+            number = sum(each["type"] == "say" for each in server.messages)
+            server.tell("started", id=number, text=message["text"])
+            speak(server)
+            if server.messages[-1] is message and number <= until:
+                server.tell("done", id=number, seconds=1, cancelled=False, notices="")
+
+    return answer
+
+
+def test_each_error_stands_beside_what_it_is_about(visit):
+    page = visit.page
+    visit.write("   ")
+    visit.start()
+    page.locator("#dialogue-error").get_by_text("nothing to say").wait_for()
+    visit.write("A: one\nB: " + "x" * 20_000)
+    page.get_by_role("button", name="Turns", exact=True).click()
+    visit.start()
+    page.locator(".turn").nth(1).get_by_text("at most 10000").wait_for(timeout=SPEAK_MS)
+    assert page.get_by_role("textbox", name="Turn 2").get_attribute("aria-invalid") == "true"
+    visit.write("A: one")
+    visit.set("Seed", "seven")
+    visit.start()
+    setting = page.locator(".setting", has=page.get_by_label("Seed", exact=True))
+    setting.get_by_text("valid integer").wait_for(timeout=SPEAK_MS)
+    visit.set("Seed", "")
+    visit.choose("A", "My own recording")
+    visit.start()
+    visit.panel("A").get_by_text("There is no recording yet").wait_for()
+
+
+def test_a_file_that_is_no_recording(visit):
+    visit.choose("A", "My own recording")
+    file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": b"no sound"}
+    visit.panel("A").get_by_label("Recording, a file").set_input_files(file)
+    visit.panel("A").get_by_text("cannot read this as a recording").wait_for()
+
+
+def test_errors_and_texts_are_shown_as_text(visit):
+    attack = "<img src=x onerror=alert(1)>"
+
+    def answer(server: FakeServer, message: dict) -> None:
+        if message["type"] == "session":
+            server.tell("session")
+        elif message["type"] == "say" and len(server.messages) == 2:
+            server.tell("error", message=attack, id=1, param=None)
+
+    FakeServer(visit.page, answer)
+    visit.write(f"A: {attack}")
+    visit.start()
+    visit.page.locator("#speech-error").get_by_text(attack).wait_for()
+    assert visit.page.locator("#lines").get_by_text(attack).count() == 1
+    visit.page.get_by_role("button", name="Turns", exact=True).click()
+    assert visit.page.get_by_role("textbox", name="Turn 1").input_value() == attack
+    assert visit.page.locator("img").count() == 1
+
+
+def test_a_broken_connection_keeps_what_was_heard(visit):
+    page = visit.page
+
+    def break_off(server: FakeServer) -> None:
+        server.play(0.8)
+        if sum(message["type"] == "say" for message in server.messages) == 2:
+            server.socket.close(code=1011, reason="the engine has stopped")
+
+    FakeServer(page, answer_with(break_off))
+    visit.start()
+    page.get_by_text("connection to the server was lost: the engine has stopped").wait_for()
+    visit.status("Interrupted")
+    assert len(visit.download("WAV")) >= 0.8 * 24_000
+    page.unroute_all()
+    FakeServer(page, answer_with(lambda server: server.play(0.4)))
+    page.get_by_role("button", name="Try again").click()
+    visit.status("1.2 s of speech")
+    assert page.locator("#speech-error").is_hidden()
+
+
+def test_a_server_that_is_gone(visit):
+    visit.page.route("**/v1/**", lambda route: route.abort())
+    visit.page.route_web_socket("**/v1/realtime", lambda socket: socket.close())
+    visit.start()
+    visit.page.get_by_text("The connection to the server was lost").wait_for()
+    visit.page.evaluate("window.dispatchEvent(new Event('focus'))")
+    visit.complaints.clear()
+
+
+# Keys
+
+
 def test_with_keys_it_asks_for_one(model, browser):
-    with serve(model, Settings(**SMALL, api_keys=("secret",))) as guarded:
-        for password, opens in {"wrong": False, "secret": True}.items():
-            page = browser.new_page()
-            page.goto(guarded.url)
-            page.get_by_label("username").fill("me")
-            page.get_by_label("password").fill(password)
-            page.get_by_role("button", name="Login").click()
-            answer = page.get_by_role("button", name="Speak") if opens else None
-            (answer or page.get_by_text("Incorrect")).first.wait_for(timeout=30_000)
-            assert page.get_by_role("button", name="Speak").count() == opens
-            page.close()
+    with serve(model, Settings(**SMALL, api_keys=("secret+/~key",))) as guarded:
+        page = browser.new_page()
+        visit = Visit(page, guarded.url)
+        page.get_by_label("Key", exact=True).fill("wrong")
+        page.get_by_role("button", name="Use key").click()
+        page.get_by_text("The server does not know this key").wait_for()
+        page.get_by_label("Key", exact=True).fill("secret+/~key")
+        page.get_by_role("button", name="Use key").click()
+        page.locator("#key-panel").wait_for(state="hidden")
+        page.reload()
+        page.locator("option[value='preset:slt']").first.wait_for(state="attached")
+        visit.write("A: one")
+        assert len(visit.speak()) > 0
+        # Nowhere but in this tab.
+        assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
+        assert not [url for url in visit.requests if "secret" in url or "key=" in url]
+        page.get_by_role("button", name="API key").click()
+        page.get_by_role("button", name="Forget it").click()
+        page.get_by_label("Key", exact=True).wait_for()
+        assert page.evaluate("sessionStorage.length") == 0
+        assert visit.complaints == []
+        page.close()
 
 
-def test_a_recording_is_no_address():
-    """Gradio fetches what it is given, from anywhere."""
-    recording = without_fetching(gradio.Audio(type="filepath"))
-    given = {"path": "http://127.0.0.1:1/a.wav", "meta": {"_type": "gradio.FileData"}}
-    fetching = async_move_files_to_cache(given, recording, check_in_upload_folder=True)
-    with pytest.raises(gradio.Error, match="no address"):
-        fetching.send(None)  # the browser's driver has a loop in this thread
+# The editor
 
 
-def test_lines():
-    assert parse_lines("A: one\nb:two\n\n three\nA four") == [
-        Line("one", 0),
-        Line("two", 1),
-        Line("three", 0),
-        Line("A four", 1),
+def test_lines(visit):
+    text = "A: one\nb:two\n\n three\r\nA four\n A:\nB: A: x\n"
+    turns = visit.page.evaluate(
+        "async (text) => (await import('./lines.js')).parseLines(text)", text
+    )
+    assert [(turn["text"], turn["speaker"]) for turn in turns] == [
+        ("one", 0),
+        ("two", 1),
+        ("three", 0),
+        ("A four", 1),
+        ("A: x", 1),
     ]
-    with pytest.raises(InputError):
-        parse_lines("\n A: \n")
 
 
-def test_whoever_listens_hears_it_from_the_beginning():
-    """A browser asks twice for the same, the first time for its kind only."""
+def test_turns_are_edited_with_the_keyboard(visit):
+    page = visit.page
+    page.get_by_role("textbox", name="Turn 3").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.type("ten")
+    assert page.get_by_role("textbox", name="Turn 4, speaker B").input_value() == "ten"
+    page.keyboard.press("Alt+ArrowUp")
+    assert page.get_by_role("textbox", name="Turn 3, speaker B").input_value() == "ten"
+    page.get_by_role("button", name="Remove turn 1").press("Enter")
+    page.get_by_role("button", name="Move down turn 1").press("Space")
+    page.get_by_role("button", name="A, the speaker of turn 3").press("Enter")
+    page.get_by_role("button", name="Text", exact=True).press("Enter")
+    assert page.locator("#text").input_value() == "B: ten\nB: four five six\nB: seven eight nine"
 
-    async def scenario() -> list[bytes]:
-        broadcast = Broadcast(24_000)
 
-        async def hear(name: str) -> bytes:
-            return b"".join([data async for data in broadcast.listen(name)])
+# What the browser guarantees
 
-        with broadcast.open() as (name, send):
-            first = asyncio.create_task(hear(name))
-            for _ in range(3):
-                send(np.zeros(24_000, np.float32))
-                await asyncio.sleep(0)
-            second = asyncio.create_task(hear(name))
-            await asyncio.sleep(0)
-        return [await first, await second, await hear(name), await hear("another")]
 
-    with ThreadPoolExecutor() as thread:  # the browser's driver has a loop in this one
-        first, *others, nothing = thread.submit(asyncio.run, scenario()).result()
-    assert len(soundfile.read(io.BytesIO(first))[0]) > 70_000
-    assert others == [first, first]
-    assert nothing == b""
+def test_scripts_from_elsewhere_do_not_run(visit):
+    ran = visit.page.evaluate("""() => {
+        window.ran = [];
+        const attempts = [
+            () => { document.body.innerHTML += "<img src=x onerror='window.ran.push(1)'>"; },
+            () => {
+                const script = document.createElement("script");
+                script.append("window.ran.push(2)");
+                document.body.append(script);
+            },
+            () => {
+                const script = document.createElement("script");
+                script.setAttribute("src", "data:text/javascript,window.ran.push(3)");
+                document.body.append(script);
+            },
+            () => { document.body.setAttribute("onclick", "window.ran.push(4)"); },
+            () => { setTimeout("window.ran.push(5)", 0); },
+        ];
+        for (const attempt of attempts) try { attempt(); } catch { /* refused at once */ }
+        document.body.click();
+        return new Promise((resolve) => setTimeout(() => resolve(window.ran), 200));
+    }""")
+    assert ran == []
+    assert visit.complaints
+    visit.complaints.clear()
+
+
+def test_every_control_has_a_name_and_can_be_reached(visit):
+    """By what the browser tells screen readers, and by the Tab key in the order of the page."""
+    page = visit.page
+    visit.choose("A", "My own recording")
+    page.evaluate("document.querySelector('#settings').open = true")
+    tree = page.context.new_cdp_session(page).send("Accessibility.getFullAXTree")["nodes"]
+    roles = {"button", "textbox", "combobox", "slider", "link", "meter", "region", "form", "list"}
+    controls = [node for node in tree if node.get("role", {}).get("value") in roles]
+    assert len(controls) > 40
+    assert [node for node in controls if not node["name"]["value"].strip()] == []
+    reached = []
+    page.locator("body").press("Tab")
+    for _ in range(60):
+        place = page.evaluate("""() => {
+            const controls = "a, button, input, select, textarea, summary, audio, [tabindex]";
+            const all = [...document.querySelectorAll(controls)];
+            const focused = document.activeElement;
+            return [all.indexOf(focused), getComputedStyle(focused).outlineStyle];
+        }""")
+        if reached and place[0] <= reached[-1]:
+            break
+        assert place[1] != "none"
+        reached.append(place[0])
+        page.keyboard.press("Tab")
+    assert len(reached) > 30
+
+
+CONTRASTS = """() => {
+    const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
+    const channels = (colour) => {
+        canvas.clearRect(0, 0, 1, 1);
+        canvas.fillStyle = colour;
+        canvas.fillRect(0, 0, 1, 1);
+        return [...canvas.getImageData(0, 0, 1, 1).data];
+    };
+    const luminance = (colour) => {
+        const [r, g, b] = channels(colour).map((value) =>
+            value / 255 <= 0.04045 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+    };
+    const background = (element) => {
+        for (; element; element = element.parentElement) {
+            const colour = getComputedStyle(element).backgroundColor;
+            if (channels(colour)[3] === 255) return colour;
+        }
+        return "white";
+    };
+    return [...document.querySelectorAll("body *")]
+        .filter((element) => element.checkVisibility())
+        .filter((element) => !element.closest("[disabled], [aria-disabled=true]"))
+        .filter(({ childNodes }) =>
+            [...childNodes].some((node) => node.nodeType === Node.TEXT_NODE && node.data.trim()))
+        .map((element) => {
+            const values = [getComputedStyle(element).color, background(element)].map(luminance);
+            return [(Math.max(...values) + 0.05) / (Math.min(...values) + 0.05), element.outerHTML];
+        });
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_can_be_read(visit, scheme):
+    """4.5 is what WCAG asks for."""
+    visit.page.emulate_media(color_scheme=scheme)
+    FakeServer(visit.page, answer_with(lambda server: server.play(0.1)))
+    visit.page.evaluate("document.querySelector('#settings').open = true")
+    visit.start()
+    visit.status("s of speech")
+    found = visit.page.evaluate(CONTRASTS)
+    assert len(found) > 40
+    assert [(ratio, element) for ratio, element in found if ratio < 4.5] == []
+    background = visit.page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert (background == "rgb(19, 20, 23)") == (scheme == "dark")
+
+
+def test_it_fits_a_phone(visit):
+    page = visit.page
+    page.set_viewport_size({"width": 360, "height": 740})
+    FakeServer(page, answer_with(lambda server: server.play(0.1)))
+    page.get_by_role("textbox", name="Turn 1").fill("one" * 200)
+    for speaker in "AB":
+        visit.choose(speaker, "My own recording")
+    page.evaluate("document.querySelector('#settings').open = true")
+    visit.choose("A", "slt")
+    visit.choose("B", "slt")
+    visit.start()
+    visit.status("s of speech")
+    visit.choose("B", "My own recording")
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+    page.goto(page.url.rstrip("/") + "/docs.html")
+    page.locator("details").nth(3).locator("summary").click()
+    assert page.evaluate("document.documentElement.scrollWidth") == 360
+
+
+def test_the_apis_are_described_without_scripts_from_elsewhere(visit):
+    visit.page.goto(f"{visit.url}/docs")
+    visit.page.get_by_text("/v1/audio/speech", exact=True).click()
+    visit.page.get_by_role("cell", name="response_format").wait_for()

@@ -16,19 +16,16 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from csm_jax.errors import InputError
 from csm_jax.serve.caller import Caller, set_caller
 from csm_jax.serve.errors import ApiError
+from csm_jax.serve.page import PAGE
 from csm_jax.serve.quotas import Quotas, Rates
 
-PAGE = "/page"
 # Paths that need no key: probes and figures; the page, which is a client like any other; and files,
 # whose names are random. They are compared with the decoded path that the router matches, and what
 # is below a directory has plain names only: `/files/../v1/models` is not below `/files/`.
 _OPEN = re.compile(
-    rf"/|/healthz|/readyz|/metrics|{PAGE}|(?:{PAGE}|/files)/(?:[\w-][\w.-]*/)*(?:[\w-][\w.-]*)?",
+    rf"/|/docs|/healthz|/readyz|/metrics|{PAGE}|(?:{PAGE}|/files)/(?:[\w-][\w.-]*/)*(?:[\w-][\w.-]*)?",
     re.ASCII,
 )
-# Recordings for the page, of everybody together: they lie on the disk for ten minutes.
-_UPLOADS = f"{PAGE}/gradio_api/upload"
-_UPLOADS_PER_MINUTE = 30
 # Keys that may be refused within a minute from one address; the others are refused with 429.
 REFUSALS_PER_MINUTE = 10
 # Digits of a key's digest that name its owner.
@@ -128,7 +125,6 @@ class Keys:
         self._keys = keys
         self._quotas = quotas
         self._refusals = Rates(REFUSALS_PER_MINUTE, "wrong API keys")
-        self._uploads = Rates(_UPLOADS_PER_MINUTE, "uploads")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
@@ -146,18 +142,11 @@ class Keys:
 
     def _admit(self, connection: HTTPConnection) -> Caller:
         """The caller, whose request is counted. Raises `ApiError`."""
-        path = connection.scope["path"]
-        if not is_open(path):
-            caller = self._find(connection)
-            self._quotas.count(caller.share)
-            return caller
-        share = address_share(connection)
-        if path.startswith(f"{PAGE}/") and connection.scope.get("method") == "POST":
-            # The page asks for a key itself, but does not count.
-            self._quotas.count(share)
-            if path.startswith(_UPLOADS):
-                self._uploads.count("")
-        return Caller("", share)
+        if is_open(connection.scope["path"]):
+            return Caller("", address_share(connection))
+        caller = self._find(connection)
+        self._quotas.count(caller.share)
+        return caller
 
     def _find(self, connection: HTTPConnection) -> Caller:
         """The caller of a request. Raises `ApiError` if its key is missing or wrong."""

@@ -1,0 +1,167 @@
+/** The settings of how speech is drawn. */
+
+import { find, fromTemplate, showError, tie } from "./dom.js";
+
+/**
+ * A setting, by the name that the APIs give it.
+ * @typedef {{name: string, label: string, hint: string, type: "range" | "text",
+ *   min?: number, max?: number, step?: number, unit?: number}} Setting
+ */
+
+/** @type {Setting[]} */
+const SETTINGS = [
+  {
+    name: "temperature",
+    label: "Temperature",
+    type: "range",
+    min: 0,
+    max: 2,
+    step: 0.05,
+    hint: "How varied it is. 0 is the likeliest.",
+  },
+  {
+    name: "top_k",
+    label: "Top k",
+    type: "range",
+    min: 1,
+    max: 500,
+    step: 1,
+    hint: "Sounds to draw from.",
+  },
+  {
+    name: "top_p",
+    label: "Top p",
+    type: "range",
+    min: 0.01,
+    max: 1,
+    step: 0.01,
+    hint: "Only the likeliest, up to this probability. 1 is off.",
+  },
+  {
+    name: "min_p",
+    label: "Min p",
+    type: "range",
+    min: 0,
+    max: 0.99,
+    step: 0.01,
+    hint: "None that is less likely than this part of the likeliest. 0 is off.",
+  },
+  {
+    name: "repetition_penalty",
+    label: "Repetition penalty",
+    type: "range",
+    min: 0.5,
+    max: 3,
+    step: 0.05,
+    hint: "Avoids sounds that were used. 1 is off.",
+  },
+  {
+    name: "seed",
+    label: "Seed",
+    type: "text",
+    hint: "The same seed speaks the same. Empty: another each time.",
+  },
+  {
+    name: "max_audio_length_ms",
+    label: "Longest turn, in seconds",
+    type: "text",
+    unit: 1000,
+    hint: "Longer speech is cut. Empty: as long as the text can need.",
+  },
+];
+
+export class Settings {
+  /** @type {Map<string, {setting: Setting, parts: Record<string, any>, isChanged: boolean}>} */
+  #fields = new Map();
+
+  constructor() {
+    for (const setting of SETTINGS) {
+      const { element, parts } = fromTemplate("setting-template");
+      const field = { setting, parts, isChanged: false };
+      this.#fields.set(setting.name, field);
+      parts.label.textContent = setting.label;
+      parts.hint.textContent = setting.hint;
+      parts.hint.id = `hint-${setting.name}`;
+      parts.input.setAttribute("aria-describedby", parts.hint.id);
+      parts.input.id = setting.name;
+      parts.input.type = setting.type;
+      parts.output.hidden = setting.type === "text";
+      if (setting.type === "text") {
+        parts.input.inputMode = setting.unit ? "decimal" : "numeric";
+        parts.input.autocomplete = "off";
+      } else {
+        const { min, max, step } = setting;
+        Object.assign(parts.input, { min, max, step });
+      }
+      tie(parts.label, parts.input);
+      parts.input.addEventListener("input", () => {
+        field.isChanged = true;
+        this.#refresh(setting.name);
+      });
+      find("#setting-fields").append(element);
+      this.#refresh(setting.name);
+    }
+  }
+
+  /**
+   * Shows the server's own values, where nothing else has been chosen.
+   * @param {Record<string, number>} values
+   */
+  setDefaults(values) {
+    for (const [name, field] of this.#fields) {
+      if (field.isChanged || values[name] === undefined) continue;
+      field.parts.input.value = values[name];
+      this.#refresh(name);
+    }
+  }
+
+  /**
+   * The fields of a request: what has been changed, and a seed always. What is not a number stays
+   * as it was written, and the server says what is wrong with it.
+   * @returns {Record<string, unknown>}
+   */
+  get options() {
+    /** @type {Record<string, unknown>} */
+    const options = { seed: crypto.getRandomValues(new Uint32Array(1))[0] };
+    for (const [name, { setting, parts, isChanged }] of this.#fields) {
+      const written = parts.input.value.trim();
+      if (!isChanged || !written) continue;
+      const value = Number(written.replace(",", "."));
+      options[name] = Number.isFinite(value) ? value * (setting.unit ?? 1) : written;
+    }
+    return options;
+  }
+
+  /** @param {number} seed */
+  keepSeed(seed) {
+    const field = this.#fields.get("seed");
+    if (!field) return;
+    field.parts.input.value = String(seed);
+    field.isChanged = true;
+    find("#settings").open = true;
+    field.parts.input.focus();
+  }
+
+  /**
+   * Shows what is wrong with a setting; false if it is none.
+   * @param {string} message
+   * @param {string | null} name
+   */
+  showError(message, name) {
+    const field = this.#fields.get(name ?? "");
+    if (!field) return false;
+    find("#settings").open = true;
+    showError(field.parts.error, message, field.parts.input);
+    return true;
+  }
+
+  clearErrors() {
+    for (const { parts } of this.#fields.values()) showError(parts.error, "", parts.input);
+  }
+
+  /** @param {string} name */
+  #refresh(name) {
+    const parts = this.#fields.get(name)?.parts;
+    if (parts) parts.output.textContent = parts.input.value;
+  }
+}

@@ -1,0 +1,119 @@
+"""The page in a real browser: headless Chromium, driven by Playwright."""
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import soundfile
+
+CHROMIUM = shutil.which("chromium")
+ARGUMENTS = [
+    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
+    *("--disable-component-update", "--disable-sync"),
+    # Its microphone beeps, and nobody is asked whether the page may hear it.
+    *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
+]
+SPEAK_MS = 60_000
+
+
+@dataclass
+class Visit:
+    """A visit to the page, and what the browser said and asked for meanwhile."""
+
+    page: object
+    url: str
+    complaints: list[str] = field(default_factory=list)
+    requests: list[str] = field(default_factory=list)
+    sent: list[dict] = field(default_factory=list)
+
+    def __post_init__(self):
+        page = self.page
+        page.on("console", self._note)
+        page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        page.on("request", lambda request: self.requests.append(request.url))
+        page.on("websocket", self._follow)
+        page.on("dialog", lambda dialog: dialog.accept())
+        page.goto(self.url)
+        page.locator("#speak").wait_for()
+
+    def _note(self, message) -> None:
+        # A browser tells of every response that is an error; the page shows them.
+        if message.type == "error" and "Failed to load resource" not in message.text:
+            self.complaints.append(message.text)
+
+    def _follow(self, socket) -> None:
+        self.requests.append(socket.url)
+        socket.on("framesent", lambda data: self.sent.append(json.loads(data)))
+
+    def write(self, text: str) -> None:
+        """Writes a dialogue as text."""
+        self.page.get_by_role("button", name="Text", exact=True).click()
+        self.page.locator("#text").fill(text)
+
+    def set(self, label: str, value: str) -> None:
+        """Fills in a setting."""
+        self.page.evaluate("document.querySelector('#settings').open = true")
+        self.page.get_by_label(label, exact=True).fill(value)
+
+    def choose(self, speaker: str, voice: str) -> None:
+        self.panel(speaker).get_by_label("Voice", exact=True).select_option(label=voice)
+
+    def panel(self, speaker: str):
+        return self.page.get_by_role("region", name=f"Voice of {speaker}")
+
+    def start(self) -> None:
+        self.page.locator("#speak").click()
+
+    def speak(self) -> np.ndarray:
+        """Speaks, and downloads what it comes to: float32 [num_samples]."""
+        self.start()
+        self.page.get_by_text("s of speech").wait_for(timeout=SPEAK_MS)
+        return self.download("WAV")
+
+    def download(self, name: str) -> np.ndarray:
+        with self.page.expect_download() as download:
+            self.page.get_by_role("button", name=name, exact=True).click()
+        data = download.value.path().read_bytes()
+        return soundfile.read(io.BytesIO(data), dtype="float32")[0]
+
+    def status(self, text: str, seconds: float = 30) -> None:
+        """Waits until the page says it."""
+        self.page.locator("#status").get_by_text(text).wait_for(timeout=1000 * seconds)
+
+
+class FakeServer:
+    """Stands for the WebSocket of a server: a function answers what the page sends."""
+
+    def __init__(self, page, answer: Callable[["FakeServer", dict], None]):
+        self._answer = answer
+        self.messages: list[dict] = []
+        page.route_web_socket("**/v1/realtime", self._open)
+
+    def _open(self, socket) -> None:
+        self.socket = socket
+        socket.on_message(self._take)
+
+    def _take(self, data: str) -> None:
+        self.messages.append(message := json.loads(data))
+        self._answer(self, message)
+
+    def tell(self, kind: str, **fields: object) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def play(self, seconds: float) -> None:
+        """Sends a tone as frames of 80 ms."""
+        times = np.arange(round(24_000 * seconds)) / 24_000
+        samples = (8000 * np.sin(2 * np.pi * 220 * times)).astype("<i2")
+        for start in range(0, len(samples), 1920):
+            self.socket.send(samples[start : start + 1920].tobytes())
+
+
+def pcm(text: str) -> np.ndarray:
+    """float32 [num_samples] of a recording in base64."""
+    samples, rate = soundfile.read(io.BytesIO(base64.b64decode(text)), dtype="float32")
+    assert rate == 24_000
+    return samples
