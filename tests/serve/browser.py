@@ -4,9 +4,11 @@ import base64
 import io
 import json
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import av
 import numpy as np
 import soundfile
 
@@ -78,7 +80,19 @@ class Visit:
         with self.page.expect_download() as download:
             self.page.get_by_role("button", name=name, exact=True).click()
         data = download.value.path().read_bytes()
-        return soundfile.read(io.BytesIO(data), dtype="float32")[0]
+        # libsndfile does not read a FLAC file that was streamed: it does not say how long it is.
+        resampler = av.AudioResampler("flt", "mono", 24_000)
+        with av.open(io.BytesIO(data)) as file:
+            frames = [each for frame in file.decode(audio=0) for each in resampler.resample(frame)]
+        return np.concatenate([frame.to_ndarray()[0] for frame in frames])
+
+    def wait_until(self, condition: str, seconds: float = 30) -> None:
+        """Waits until an expression of JavaScript is true. The page's policy forbids what
+        Playwright's own function does, which compiles text."""
+        deadline = time.monotonic() + seconds
+        while not self.page.evaluate(condition):
+            assert time.monotonic() < deadline, condition
+            self.page.wait_for_timeout(20)
 
     def status(self, text: str, seconds: float = 30) -> None:
         """Waits until the page says it."""

@@ -52,9 +52,8 @@ export function speakerNumbers(voices, speaks) {
     numbers[i] = number;
   }
   for (const i of voices.keys()) {
-    for (let free = i; numbers[i] === undefined; free = (free + 1) % (voices.length + 1)) {
-      if (!numbers.includes(free)) numbers[i] = free;
-    }
+    const candidates = [i, ...Array(voices.length + 1).keys()];
+    numbers[i] ??= candidates.find((each) => !numbers.includes(each)) ?? i;
   }
   return numbers;
 }
