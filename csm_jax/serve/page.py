@@ -80,22 +80,21 @@ def router() -> APIRouter:
     paths = [path for path in DIRECTORY.iterdir() if path.suffix in _MEDIA_TYPES]
     files = {path.name: StaticFile.read(path) for path in paths}
     routes = APIRouter(include_in_schema=False)
-    methods = ["GET", "HEAD"]
 
-    @routes.api_route("/", methods=methods)
-    @routes.api_route(PAGE, methods=methods)
+    @routes.get("/")
+    @routes.get(PAGE)
     def root() -> RedirectResponse:
         return RedirectResponse(f"{PAGE[1:]}/")
 
-    @routes.api_route("/docs", methods=methods)
+    @routes.get("/docs")
     def docs() -> RedirectResponse:
         return RedirectResponse(f"{PAGE[1:]}/{DOCS}")
 
-    @routes.api_route(f"{PAGE}/", methods=methods)
+    @routes.get(f"{PAGE}/")
     def index(request: Request) -> Response:
         return files[INDEX].response(request)
 
-    @routes.api_route(f"{PAGE}/{{name}}", methods=methods)
+    @routes.get(f"{PAGE}/{{name}}")
     def file(request: Request, name: str) -> Response:
         if name not in files:
             raise ApiError(404, "the page has no such file", code="not_found")

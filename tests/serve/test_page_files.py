@@ -9,11 +9,13 @@ from fastapi import FastAPI
 from small import ask
 
 from csm_jax.serve import errors, page
+from csm_jax.serve.middleware.head import Head
 from csm_jax.serve.middleware.headers import SecurityHeaders
 
 app = FastAPI(docs_url=None, redoc_url=None)
 app.include_router(page.router())
 errors.install(app)
+app.add_middleware(Head)
 app.add_middleware(SecurityHeaders)
 FILES = sorted(path for path in page.DIRECTORY.iterdir() if path.is_file())
 # What would be an address of another host; the namespace of SVG is a name.
