@@ -5,11 +5,13 @@ as the arguments have the same shapes, types and places; it needs no memory for 
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+
+from csm_jax.errors import CancelledError
 
 # A jitted function, its positional arguments (or their shapes), and its named ones.
 Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -24,13 +26,21 @@ def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place)
 
 
-def compile_all(programs: Iterable[Program]) -> None:
-    """Compiles programs side by side; what has been compiled before takes no time."""
+def compile_all(
+    programs: Iterable[Program], is_unwanted: Callable[[], bool] = lambda: False
+) -> None:
+    """Compiles programs side by side; what has been compiled before takes no time.
+
+    Args:
+      is_unwanted: asked before each program whether to stop, with `CancelledError`.
+    """
+
+    def compile_one(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        if is_unwanted():
+            raise CancelledError("compiling was cancelled")
+        function.lower(*arguments, **named).compile()
+
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(num_threads, "csm_jax.compile") as threads:
-        for compiled in [threads.submit(_compile, *program) for program in programs]:
+        for compiled in [threads.submit(compile_one, *program) for program in programs]:
             compiled.result()
-
-
-def _compile(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-    function.lower(*arguments, **named).compile()

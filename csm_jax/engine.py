@@ -14,7 +14,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,13 +110,18 @@ class Engine:
         """Requests without a row, those in the background included."""
         return len(self._waiting.live) + len(self._waiting.background)
 
-    def warm_up(self, prefix_lengths: Sequence[int] = ()) -> None:
+    def warm_up(
+        self,
+        prefix_lengths: Sequence[int] = (),
+        is_unwanted: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Compiles all that requests of any kind need, so that none of them waits for a compiler.
 
         It does so in the thread that calls it; requests are spoken meanwhile.
 
         Args:
           prefix_lengths: positions of what requests will share, such as the sample of a voice.
+          is_unwanted: asked between two programs; if it says so, `CancelledError` is raised.
         """
         batch, decoder, model = self._batch, self._decoder, self.model
         if batch is None or decoder is None:

@@ -12,8 +12,11 @@ import logging
 import os
 import socket
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -21,10 +24,13 @@ from csm_jax import cli, sampling_flags
 from csm_jax.errors import CSMError, InputError
 from csm_jax.generator import NAMES
 
+if TYPE_CHECKING:
+    from csm_jax.serve.deadline import Deadline
+
 PROGRAM = "csm_jax.serve"
 KEYS_VARIABLE = "CSM_JAX_API_KEYS"
-# Seconds that those who are being answered get when the server is told to end.
-DRAIN_SECONDS = 60
+# Of the time to drain, for responses; jobs that are not over get some of the rest.
+CONNECTIONS_PART = 0.7
 # Connections there may be; those who come then are told to come again.
 MAX_CONNECTIONS = 1000
 # Connections that may wait to be let in.
@@ -36,7 +42,7 @@ def define_flags(values: flags.FlagValues) -> None:
         kind(name, default, help, flag_values=values, **kwargs)
 
     text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
+    flag, listed, real = flags.DEFINE_boolean, flags.DEFINE_list, flags.DEFINE_float
     define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(NAMES)}")
     define(text, "adapters", None, "directory of LoRA adapters")
     define(text, "dtype", "auto", "auto, float32, bfloat16 or float16")
@@ -56,6 +62,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "api_keys_file", None, "lines KEY [tenant=NAME] [weight=NUMBER]")
     define(whole, "requests_per_minute", 0, "and utterances, of a caller; 0: any", lower_bound=0)
     define(whole, "speech_seconds_per_minute", 0, "of one caller; 0: any", lower_bound=0)
+    define(real, "drain_seconds", 60.0, "from SIGTERM until the process is gone", lower_bound=1.0)
     define(flag, "fetch_urls", False, "fetch recordings from addresses in requests")
     define(flag, "allow_private", False, "also from private networks; webhooks too")
     define(listed, "cors_origins", [], "whose web pages may ask; * is all")
@@ -74,7 +81,18 @@ def main(values: flags.FlagValues) -> None:
     listening = _listen(values.host, values.port)
     app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
     _log_to_stderr()
-    server = uvicorn.Server(
+    service = app.state.service
+
+    class Server(uvicorn.Server):
+        """One that tells the service of the signal, so that its deadline runs from there."""
+
+        def handle_exit(self, signal: int, frame: FrameType | None) -> None:
+            if not service.deadline.is_started:
+                service.drain()
+                _end_by(service.deadline)
+            super().handle_exit(signal, frame)
+
+    server = Server(
         uvicorn.Config(
             app,
             ssl_certfile=values.ssl_certfile,
@@ -82,7 +100,7 @@ def main(values: flags.FlagValues) -> None:
             log_config=None,
             # `RequestLog` writes a line for each.
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_SECONDS,
+            timeout_graceful_shutdown=CONNECTIONS_PART * settings.drain_seconds,
             server_header=False,
             limit_concurrency=MAX_CONNECTIONS,
         )
@@ -90,7 +108,22 @@ def main(values: flags.FlagValues) -> None:
     try:
         server.run([listening])
     finally:
-        app.state.service.engine.close()
+        service.engine.close()
+
+
+def _end_by(deadline: "Deadline") -> None:
+    """Ends the process at the deadline, whatever a thread of it is doing then."""
+
+    def end() -> None:
+        logging.getLogger("csm_jax.serve").error(
+            "not everything was over within %g s (--drain_seconds): the process ends",
+            deadline.seconds,
+        )
+        os._exit(1)
+
+    timer = threading.Timer(deadline.left, end)
+    timer.daemon = True
+    timer.start()
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -119,6 +152,7 @@ def _settings(values: flags.FlagValues):
         api_keys=_keys(values),
         requests_per_minute=values.requests_per_minute,
         speech_seconds_per_minute=values.speech_seconds_per_minute,
+        drain_seconds=values.drain_seconds,
         fetch_urls=values.fetch_urls,
         allow_private=values.allow_private,
         cors_origins=tuple(values.cors_origins),

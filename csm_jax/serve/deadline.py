@@ -15,6 +15,10 @@ class Deadline:
     def is_started(self) -> bool:
         return self._at is not None
 
+    def left_before(self, reserve: float) -> float:
+        """Seconds left for what has to be over before the last part, `reserve` of the whole."""
+        return max(0.0, self.left - reserve * self.seconds)
+
     @property
     def left(self) -> float:
         """Seconds left, at least 0; all of them before the start."""

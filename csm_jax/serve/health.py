@@ -13,15 +13,15 @@ def router(service: Service) -> APIRouter:
     @routes.get("/healthz")
     def healthz() -> dict[str, str]:
         """The process answers, and can speak."""
-        if not service.engine.is_alive and not service.is_closing:
+        if not service.engine.is_alive and not service.deadline.is_started:
             raise ApiError(503, "the engine has stopped: restart the server", code="stopped")
         return {"status": "ok"}
 
     @routes.get("/readyz")
     def readyz() -> dict[str, str]:
-        """The frame loop is compiled, a request has been spoken, and nobody is closing."""
+        """Everything is compiled, a request has been spoken, and the server is not closing."""
         if not service.is_ready or not service.engine.is_alive:
-            why = "warming up" if service.engine.is_alive else "closing"
+            why = service.reason if service.engine.is_alive else "closing"
             raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
         if service.store.problem is not None:
             message = f"not ready: {service.store.problem}"

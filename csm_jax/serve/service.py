@@ -4,20 +4,21 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from csm_jax.batch import MAX_PREFIXES, MIN_BUCKET
 from csm_jax.engine import Engine
-from csm_jax.errors import InputError
+from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
-from csm_jax.prompt import Segment
+from csm_jax.prompt import Segment, Turn
 from csm_jax.serve.caller import INTERNAL, Caller
+from csm_jax.serve.deadline import Deadline
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs import Jobs
 from csm_jax.serve.live import Live
@@ -44,12 +45,13 @@ logger = logging.getLogger("csm_jax.serve")
 _THREADS = 4
 # Threads that decode and compress recordings: what they call leaves Python's lock.
 _WORK_THREADS = 3
-# What jobs get that are not over when the server is told to end.
-_JOB_SECONDS = 60
-# Two frames of this are spoken before anybody is let in.
+# Two frames of this are spoken before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
-# Positions that its texts and frames may take.
-_TEXT_ROOM = 24
+# A voice is spoken under any number; the longest has the most tokens.
+_SPEAKERS = (0, 2**31 - 1)
+# Parts of the time to drain that are kept: for the engine and what comes after it, for webhooks
+# and what comes after them, for closing the store.
+_KEPT_FOR_ENGINE, _KEPT_FOR_WEBHOOKS, _KEPT_FOR_STORE = 0.1, 0.06, 0.03
 
 
 class Service:
@@ -61,7 +63,9 @@ class Service:
       jobs: requests that go on without their client.
       quotas: how much work callers may ask for.
       outgoing, webhooks: what requests ask the server to fetch and to post.
-      is_ready: the frame loop is compiled, and a request has been spoken.
+      is_ready: everything is compiled, and a request has been spoken.
+      reason: why it is not ready, while it is not.
+      deadline: by which everything is over when the server is told to end.
     """
 
     def __init__(
@@ -75,7 +79,9 @@ class Service:
         self.settings = settings
         self.metrics = Metrics()
         self.is_ready = False
+        self.reason = "warming up"
         self.is_closing = False
+        self.deadline = Deadline(settings.drain_seconds)
         self.warmed: asyncio.Task | None = None
         self.store = store or Store(settings.data, settings.limits)
         self.voices = Voices(
@@ -108,45 +114,44 @@ class Service:
         self.metrics.watch_store(self.store.database)
 
     async def warm_up(self) -> None:
-        """Speaks in all the shapes that requests come in, so that nobody waits for a compiler."""
+        """Compiles all that requests need, and speaks; then the server is ready."""
         started = time.perf_counter()
         try:
-            # What the guard compares with, which these requests do without.
-            await self.in_thread(lambda: self.model.silent_codes)
-            for request in (*self._all_lengths(), *self._all_voices()):
-                for stream in (True, False):
-                    live = await self.speak(request, INTERNAL, stream=stream, wait=True)
-                    await live.audio()
-        except Exception:
-            # Whoever asks /readyz hears no to the end; why, stands here.
-            logger.exception("the warm-up failed: this server will not be ready")
-            raise
+            await self._compile(self.voices.all_owners())
+            live = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
+            await live.audio()
+        except Exception as error:
+            self.reason = f"the warm-up failed: {first_line(error)}"
+            logger.error("%s; this server will not be ready", self.reason)
+            return
         logger.info("ready after %.1f s of warming up", time.perf_counter() - started)
-        self.is_ready = True
+        self.is_ready = not self.deadline.is_started
 
-    def _all_lengths(self) -> Iterator[Request]:
-        """Contexts that make prompts as long as the engine compiles for."""
-        shape = (1, self.model.config.num_codebooks)
-        length = MIN_BUCKET
-        while length <= self.engine.max_seq_len:
-            codes = np.repeat(np.ones(shape, np.int32), length - _TEXT_ROOM, axis=0)
-            context = [Segment(0, ".", codes=codes)]
-            yield dataclasses.replace(_WARM_UP, context=context)
-            length *= 2
+    async def _compile(self, voices: Sequence[Voice]) -> None:
+        """Compiles what requests need that begin with these voices, outside the event loop."""
+        config, tokenizer = self.model.config, self.model.tokenizer
+        turns = [voice.turn(speaker) for voice in voices for speaker in _SPEAKERS]
+        lengths = [Turn(turn, config, tokenizer).length for turn in turns]
+        unwanted = threading.Event()
+        try:
+            await asyncio.to_thread(self.engine.warm_up, lengths, unwanted.is_set)
+        finally:
+            unwanted.set()
 
-    def _all_voices(self) -> Iterator[Request]:
-        for voice in self.voices.all(INTERNAL.owner)[:MAX_PREFIXES]:
-            yield dataclasses.replace(
-                _WARM_UP, speaker=voice.speaker, context=[voice.turn()], shared_turns=1
-            )
+    def drain(self) -> None:
+        """Lets the deadline run: from now on new requests are refused, and the others finish."""
+        self.deadline.start()
+        self.is_ready = False
+        self.reason = "closing"
 
     async def close(self) -> None:
-        """Lets everybody finish."""
-        self.is_ready = False
-        await self.jobs.close(_JOB_SECONDS)
+        """Finishes what is in progress, as far as the deadline allows."""
+        self.drain()
+        await self.jobs.close(self.deadline.left_before(_KEPT_FOR_ENGINE))
         self.is_closing = True
-        await asyncio.to_thread(self.engine.close, finish=True)
-        await self.webhooks.close()
+        seconds = self.deadline.left_before(_KEPT_FOR_WEBHOOKS)
+        await asyncio.to_thread(self.engine.close, True, seconds)
+        await self.webhooks.close(self.deadline.left_before(_KEPT_FOR_STORE))
         await self.outgoing.close()
         await asyncio.to_thread(self.store.close)
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -176,7 +181,8 @@ class Service:
         Raises:
           ApiError: no place is free, or the server is closing.
         """
-        self._check_open()
+        if not wait:
+            self._check_open()
         return await self.places.take(caller, wait)
 
     async def encoded(self, request: Request, caller: Caller) -> Request:
@@ -198,8 +204,10 @@ class Service:
     async def add_voice(
         self, caller: Caller, owner: str, name: str, speaker: int, text: str, audio: np.ndarray
     ) -> Voice:
-        """`Voices.add`, when it is the caller's turn to encode."""
-        return await self._encoders.run(caller, self.voices.add, owner, name, speaker, text, audio)
+        """`Voices.add`, when it is the caller's turn to encode; then it is as fast as others."""
+        voice = await self._encoders.run(caller, self.voices.add, owner, name, speaker, text, audio)
+        await self._compile([voice])
+        return voice
 
     def _limited(self, request: Request) -> Request:
         """The request, cut at the longest that is spoken here. Raises `InputError` if it asks for
@@ -212,8 +220,8 @@ class Service:
         return request
 
     def _check_open(self) -> None:
-        if self.is_closing:
-            raise ApiError(503, "the server is closing", code="closing", retry_after=10)
+        if self.deadline.is_started:
+            raise _closing()
 
     async def speak(
         self,
@@ -238,7 +246,8 @@ class Service:
           ApiError: the server is closing, or the caller has spoken more than its share.
           CSMError: as `Engine.submit`.
         """
-        self._check_open()
+        if self.is_closing:
+            raise _closing()
         if not background:
             self.quotas.check_speech(caller)
         started = time.perf_counter()
@@ -259,6 +268,10 @@ class Service:
             submitted.add_done_callback(_cancel_ticket)
             raise
         return Live(self, caller, ticket, stream, started, notices, is_charged=not background)
+
+
+def _closing() -> ApiError:
+    return ApiError(503, "the server is closing", code="closing", retry_after=10)
 
 
 def _cancel_ticket(submitted: Future[Ticket]) -> None:

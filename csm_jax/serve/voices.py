@@ -99,6 +99,11 @@ class Voices:
         known = self._shared | own
         return [known[name] for name in sorted(known)]
 
+    def all_owners(self) -> list[Voice]:
+        """Everybody's voices and those of all owners."""
+        with self._lock:
+            return [*self._shared.values(), *self._own.values()]
+
     def find(self, name: str, owner: str) -> Voice:
         """A voice of `owner` or everybody's; raises `InputError` if there is none."""
         found = self._own.get((owner, name)) or self._shared.get(name)

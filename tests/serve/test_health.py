@@ -5,12 +5,11 @@ import threading
 import time
 
 import httpx
-import jax
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from serving import SMALL, as_samples, serve
 
-from csm_jax import Request
+from csm_jax import Engine, Request
 from csm_jax.serve.settings import Settings
 from csm_jax.speech import Speech
 
@@ -33,18 +32,28 @@ def test_it_is_alive_before_it_is_ready(model):
         while (answer := running.get("/readyz")).status_code == 503:
             assert answer.json()["error"]["code"] == "not_ready"
             time.sleep(0.05)
-        assert answer.json() == {"status": "ready"}
+        assert answer.json()["status"] == "ready"
 
 
-def test_when_it_is_ready_nothing_is_compiled_any_more(model, caplog):
-    """The first request is as fast as the second."""
-    body = {"text": "one two three", "voice": "slt", "seed": 1}
-    vars(model).pop("silent_codes", None)
-    with serve(model, Settings(**SMALL), warm=True) as running, jax.log_compiles():
-        assert "silent_codes" in vars(model)  # worked out once, from sound
-        running.post("/generate", json=body)
-        running.post("/generate", json=body | {"streaming": True})
-    assert not [record for record in caplog.records if "Compiling" in record.message]
+def test_a_warm_up_that_fails_is_told(model, monkeypatch, caplog):
+    """In one line of the log, and by the probe."""
+
+    def fail(self, *_: object) -> None:
+        raise RuntimeError("out of memory\nand so on")
+
+    monkeypatch.setattr(Engine, "warm_up", fail)
+    with serve(model, Settings(**SMALL), warm=None) as running:
+        deadline = time.monotonic() + 30
+        while "failed" not in (answer := running.get("/readyz")).text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert answer.status_code == 503
+        assert "the warm-up failed: out of memory" in answer.json()["detail"]
+        assert running.get("/healthz").status_code == 200
+    told = [message for message in caplog.messages if "warm-up" in message]
+    assert len(told) == 1
+    assert "\n" not in told[0]
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_figures(server):
