@@ -52,15 +52,10 @@ async def fifo_as_file(target: Target) -> str:
         os.mkfifo(fifo)
         async with target.client() as client:
             for path in (fifo, f"{target.url}/healthz"):
-                task = asyncio.create_task(_copies_in_gradio(client, path))
                 await _recordings_by_path(client, path)
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(6):
-                        await client.get("/healthz")
-                # A reader that waits for the FIFO goes on.
-                with contextlib.suppress(OSError):
-                    os.close(os.open(fifo, os.O_WRONLY | os.O_NONBLOCK))
-                await asyncio.gather(task, return_exceptions=True)
+                await _copies_in_gradio(client, path)
+                async with asyncio.timeout(6):
+                    await client.get("/healthz")
     return "refused; the event loop went on"
 
 
