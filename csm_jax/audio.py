@@ -111,8 +111,9 @@ def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
     """
     samples = check_audio(audio, name)
     peak, seconds = float(np.abs(samples).max()), len(samples) / SAMPLE_RATE
-    if peak < _SILENT_PEAK:
-        raise InputError(f"{name}: silent, with a peak of {peak:.2g}; record it louder")
+    # A constant is no sound either.
+    if (swing := float(np.ptp(samples)) / 2) < _SILENT_PEAK:
+        raise InputError(f"{name}: silent, with a peak of {swing:.2g}; record it louder")
     if peak > _MAX_PEAK:
         raise InputError(
             f"{name}: a peak of {peak:.3g}, but float samples go from -1 to 1; divide by 32768 "

@@ -88,7 +88,6 @@ async def names_that_are_paths(target: Target) -> str:
     """Voices, files, jobs and models called ../x, absolute, encoded twice, or by odd Unicode."""
     names = ["../x", "..\\x", "/etc/passwd", "%2e%2e%2fx", "..%252fx", "x\x00.flac", ".", "..", ""]
     names += [
-        "CON",
         "x/../y",
         "\uff0e\uff0e\uff0fx",
         "\uff53lt",

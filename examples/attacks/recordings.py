@@ -50,7 +50,7 @@ def _lies() -> dict[str, bytes]:
         "mp3 of a tag of 4 MB": big_tag,
         "1000 Ogg streams": ogg * 100,
         "1000 mp3 files": mp3 * 100,
-        "nothing": b"",
+        "one byte": b"R",
         "text": b"RIFF but not really",
         "a zip": b"PK\x03\x04" + bytes(1000),
     }
@@ -80,6 +80,9 @@ async def lying_recordings(target: Target) -> str:
                 bad.append(f"{name} {answer.status_code}")
     if bad:
         raise BrokeError(f"internal errors or object addresses: {', '.join(bad)}")
+    read = [name for name in rare if name in told]
+    if read:
+        raise BrokeError(f"formats that nobody sends are read: {', '.join(read)}")
     return f"{len(lies) + len(rare)} files; spoken after: {', '.join(told) or 'none'}"
 
 

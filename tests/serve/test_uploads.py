@@ -43,6 +43,14 @@ def test_every_format_rate_and_channel(form, coding, rate, channels):
     assert np.sqrt(np.mean(audio**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.1)
 
 
+@pytest.mark.parametrize("form", ["AU", "AIFF", "CAF", "W64", "RF64", "VOC", "MAT5", "SDS", "NIST"])
+def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monkeypatch):
+    data = as_file(tone(0.3), form=form)
+    monkeypatch.setattr(soundfile, "SoundFile", None)
+    with pytest.raises(InputError, match="send WAV, FLAC, Ogg or MP3"):
+        decode_recording(data, LIMITS)
+
+
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -54,6 +62,7 @@ def test_every_format_rate_and_channel(form, coding, rate, channels):
         (as_file(tone(0.1, 1000), 1000), "1000 Hz"),
         (as_file(np.zeros((0, 1), np.float32)), "no samples"),
         (as_file(np.zeros((99, 1), np.float32)), "silent"),
+        (as_file(np.full((9999, 1), 0.5, np.float32)), "silent"),
         (as_file(np.full((99, 1), np.nan, np.float32), coding="FLOAT"), "not finite"),
     ],
 )
