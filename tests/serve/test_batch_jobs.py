@@ -2,6 +2,7 @@
 
 import base64
 import json
+import logging
 import os
 import signal
 import socket
@@ -14,7 +15,9 @@ import openai
 import pytest
 from serving import SMALL, as_samples, serve
 
+from csm_jax.serve import batches
 from csm_jax.serve.settings import Limits, Settings
+from csm_jax.serve.store import database
 
 
 def lines(count: int, **more) -> bytes:
@@ -194,3 +197,123 @@ def test_files_have_room_up_to_a_limit(model):
         running.get("/v1/batches")
         httpx.delete(f"{running.url}/v1/files/{answers[0].json()['id']}").raise_for_status()
         assert running.post("/v1/files", files=files).status_code == 200
+
+
+def limit_pages(service, more: int | None) -> None:
+    """Lets the database grow by so many pages of 4 kB; None is any number."""
+
+    def limit(connection) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        most = 2**30 if more is None else pages + more
+        connection.execute(f"PRAGMA max_page_count = {most}").fetchall()
+
+    service.store.database.call(limit)
+
+
+def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
+    model, tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(database, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(database, "LAST_PAUSE", 0.2)
+    spoken = []
+    before = batches.as_request
+    monkeypatch.setattr(
+        batches,
+        "as_request",
+        lambda service, caller, fields: (
+            spoken.append(fields.input) or before(service, caller, fields)
+        ),
+    )
+    with (
+        caplog.at_level(logging.WARNING, "csm_jax.serve"),
+        serve(model, Settings(**SMALL, data=tmp_path), warm=False) as running,
+    ):
+        running.service.is_ready = True
+        batch = running.post("/v1/batches", files={"file": lines(30)}).json()
+        wait(running.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 3)
+        limit_pages(running.service, 5)
+        deadline = time.monotonic() + 60
+        while not running.service.store.database.is_full:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        time.sleep(1)
+        running.wait_until_idle()
+        at_full, failures = len(spoken), running.service.store.database.num_failures
+        time.sleep(1)
+        # It tries to write, and says nothing more.
+        assert running.service.store.database.num_failures > failures
+        assert len(spoken) == at_full
+        assert running.post("/v1/files", files={"file": lines(500)}).status_code == 507
+        assert running.get(f"/v1/batches/{batch['id']}").json()["status"] == "in_progress"
+        assert results(running.url, batch)
+        assert running.get("/readyz").json() == {"status": "ready", "storage": "full"}
+        assert "csm_storage_full 1.0" in running.get("/metrics").text
+        assert running.post("/generate", json={"text": "one"}).status_code == 200
+        limit_pages(running.service, None)
+        done = wait(running.url, batch["id"])
+        found = results(running.url, done)
+        assert "csm_storage_full 0.0" in running.get("/metrics").text
+    assert [each["custom_id"] for each in found] == [f"line-{i}" for i in range(30)]
+    assert sorted(spoken, key=int) == [f"{i}" for i in range(30)]
+    told = [record for record in caplog.records if "full" in record.message]
+    assert len(told) == 1
+    assert not any(record.exc_info for record in caplog.records)
+
+
+def test_a_worker_that_fails_is_reported_once_and_goes_on(model, monkeypatch, caplog):
+    monkeypatch.setattr(batches, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(batches, "_LAST_PAUSE", 0.1)
+    with (
+        caplog.at_level(logging.ERROR, "csm_jax.serve"),
+        serve(model, Settings(**SMALL), warm=False) as running,
+    ):
+        running.service.is_ready = True
+        store = running.service.store.batches
+        with monkeypatch.context() as patch:
+
+            async def fail(running):
+                raise RuntimeError("a bug")
+
+            patch.setattr(store, "next_line", fail)
+            batch = running.post("/v1/batches", files={"file": lines(2)}).json()
+            time.sleep(1)
+            answer = running.get("/readyz")
+            assert answer.status_code == 503
+            assert "a bug" in answer.json()["detail"]
+        wait(running.url, batch["id"])
+        assert running.get("/readyz").status_code == 200
+    assert len([record for record in caplog.records if "a bug" in record.message]) == 1
+
+
+def test_one_bad_line_of_50_000_is_named(server):
+    data = lines(49_999) + b'{"custom_id": "b", "body": {"model": "csm-1b"}}'
+    answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("line 50000: body.")
+
+
+def test_metadata_comes_back(server):
+    data = {"metadata": {"who": "me"}}
+    file = server.post("/v1/files", files={"file": lines(1)}).json()["id"]
+    batch = server.post("/v1/batches", json=data | {"input_file_id": file}).json()
+    assert batch["metadata"] == {"who": "me"}
+    assert wait(server.url, batch["id"])["metadata"] == {"who": "me"}
+
+
+def test_deleting_the_results_of_a_running_batch_ends_it(server):
+    batch = server.post("/v1/batches", files={"file": lines(300)}).json()
+    wait(server.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 1)
+    url = f"{server.url}/v1/files/{batch['output_file_id']}"
+    assert httpx.delete(url).status_code == 200
+    server.wait_until_idle()
+    assert server.get(f"/v1/batches/{batch['id']}").status_code == 404
+    assert httpx.delete(url).status_code == 404
+
+
+def test_the_openai_client_pages_through_batches(server):
+    made = [server.post("/v1/batches", files={"file": lines(1)}).json()["id"] for _ in range(5)]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        listed = [each.id for each in client.batches.list(limit=2)]
+        files = [each.id for each in client.files.list(limit=3)]
+    assert listed[:5] == made[::-1]
+    assert len(files) == len(set(files)) >= 10
