@@ -7,6 +7,7 @@ from typing import Protocol
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.serve.errors import ApiError
+from csm_jax.serve.middleware.bodies import Held
 from csm_jax.serve.settings import Limits
 
 # What an empty message counts for, in characters.
@@ -30,10 +31,14 @@ class Talker(Protocol):
 
 
 class Inbox:
-    """Messages that have come and wait to be worked on, bounded by their length together."""
+    """Messages that have come and are not done, bounded by their length together."""
 
-    def __init__(self, max_characters: int):
-        self._left = max_characters
+    def __init__(self, max_characters: int, held: Held, share: str):
+        """Args: held: what is bounded for all sockets of a share, and of all shares."""
+        self._max_characters = max_characters
+        self._held = held
+        self._share = share
+        self._num_held = 0
         self._messages: asyncio.Queue[str | None] = asyncio.Queue()
 
     def __bool__(self) -> bool:
@@ -41,23 +46,55 @@ class Inbox:
 
     def put(self, message: str | None) -> None:
         """Raises `ApiError` if too much waits already."""
-        self._left -= len(message or "") + MESSAGE_COST
-        if self._left < 0:
+        cost = _cost(message)
+        if self._num_held + cost > self._max_characters:
             raise ApiError(429, "too many messages wait to be worked on", code="queue_full")
+        self._held.check(self._share, cost)
+        self._hold(cost)
         self._messages.put_nowait(message)
 
     async def get(self) -> str | None:
-        message = await self._messages.get()
-        self._left += len(message or "") + MESSAGE_COST
-        return message
+        """The next message, which is held until it is `done`."""
+        return await self._messages.get()
+
+    def done(self, message: str | None) -> None:
+        """Says that a message is not needed any more."""
+        self._hold(-_cost(message))
+
+    def close(self) -> None:
+        """Forgets all messages."""
+        self._hold(-self._num_held)
+
+    def _hold(self, cost: int) -> None:
+        self._num_held += cost
+        self._held.add(self._share, cost)
 
 
-async def converse(socket: WebSocket, talker: Talker, limits: Limits) -> None:
+def _cost(message: str | None) -> int:
+    return len(message or "") + MESSAGE_COST
+
+
+def held_messages(limits: Limits) -> Held:
+    """The counter of the messages of several sockets."""
+    return Held(limits.pending_body_bytes, "messages")
+
+
+async def converse(
+    socket: WebSocket,
+    talker: Talker,
+    limits: Limits,
+    held: Held | None = None,
+    share: str = "",
+) -> None:
     """Takes the messages of a client until it leaves, says nothing for too long, or reads nothing.
 
     Messages are received while earlier ones are worked on, so that this ends with the client.
+
+    Args:
+      held: counts the messages of all sockets; by default of this one.
+      share: whose messages they are.
     """
-    inbox = Inbox(limits.body_bytes)
+    inbox = Inbox(limits.body_bytes, held or held_messages(limits), share)
     tasks = [
         asyncio.create_task(_receive(socket, talker, inbox, limits.socket_idle_seconds)),
         asyncio.create_task(_take_all(talker, inbox)),
@@ -69,6 +106,7 @@ async def converse(socket: WebSocket, talker: Talker, limits: Limits) -> None:
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
+        inbox.close()
     for result in results:
         if isinstance(result, ApiError):
             raise result
@@ -95,4 +133,6 @@ async def _receive(socket: WebSocket, talker: Talker, inbox: Inbox, idle_seconds
 async def _take_all(talker: Talker, inbox: Inbox) -> None:
     with contextlib.suppress(WebSocketDisconnect):
         while True:
-            await talker.take(await inbox.get())
+            message = await inbox.get()
+            await talker.take(message)
+            inbox.done(message)

@@ -40,7 +40,7 @@ from csm_jax.prompt import Segment, check_text
 from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
-from csm_jax.serve.inbox import converse
+from csm_jax.serve.inbox import converse, held_messages
 from csm_jax.serve.live import Live
 from csm_jax.serve.parsing import parse_json
 from csm_jax.serve.service import Service
@@ -127,14 +127,17 @@ class Utterance:
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Conversation"])
+    limits = service.settings.limits
+    held = held_messages(limits)
 
     @routes.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
         await socket.accept()
+        caller = caller_of(socket)
         try:
-            with service.sockets.opened(caller_of(socket)):
+            with service.sockets.opened(caller):
                 async with Conversation(service, socket) as conversation:
-                    await converse(socket, conversation, service.settings.limits)
+                    await converse(socket, conversation, limits, held, caller.share)
         except ApiError as error:
             with contextlib.suppress(WebSocketDisconnect):
                 await socket.send_json(_as_message(error))
@@ -256,7 +259,12 @@ class Conversation:
         await self._tell("turn", turns=len(self._turns))
 
     def _remember(self, turn: Segment) -> None:
-        self._turns = [*self._turns, turn][-self._service.settings.limits.turns :]
+        turns = [*self._turns, turn][-self._service.settings.limits.turns :]
+        # Older ones would never be heard, and would only take memory.
+        room = self._service.engine.max_seq_len - sum(map(_num_frames, turns))
+        while room < 0 and len(turns) > 1:
+            room += _num_frames(turns.pop(0))
+        self._turns = turns
 
     async def _cancel(self) -> None:
         self._num_cancels += 1
@@ -337,6 +345,10 @@ class Conversation:
                 await sending
         except TimeoutError as error:
             raise WebSocketDisconnect(TRY_AGAIN_LATER) from error
+
+
+def _num_frames(turn: Segment) -> int:
+    return 0 if turn.codes is None else len(turn.codes)
 
 
 def _as_message(error: Exception) -> dict[str, Any]:

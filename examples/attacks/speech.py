@@ -10,7 +10,7 @@ import time
 import httpx
 
 from attacks.registry import Server, attack
-from attacks.target import BYSTANDER, BrokeError, Target
+from attacks.target import BYSTANDER, BrokeError, Target, closing
 
 _LONG = " ".join(["one two three four five six seven."] * 250)
 # A gap of that length is heard.
@@ -168,6 +168,47 @@ async def cancel_flood(target: Target) -> str:
         await asyncio.sleep(5)
         reading.cancel()
     return "sent and cancelled"
+
+
+@attack()
+async def message_flood(target: Target) -> str:
+    """20 WebSockets that send 3000 small messages each as fast as they can."""
+    message = '{"type":"session","temperature":0.5}'
+
+    async def flood() -> int:
+        sent = 0
+        with contextlib.suppress(Exception):
+            async with target.socket() as socket:
+                reading = asyncio.create_task(_count(socket))
+                while sent < 3000:
+                    await socket.send(message)
+                    sent += 1
+                reading.cancel()
+        return sent
+
+    async with asyncio.timeout(60):
+        sent = await asyncio.gather(*(flood() for _ in range(20)))
+    return f"{sum(sent)} sent"
+
+
+@attack()
+async def followers(target: Target) -> str:
+    """400 clients that follow the status of a job as a stream of events."""
+    async with target.client() as client:
+        scene = {"scene": [{"text": _LONG[:4000]}] * 4}
+        jobs = [await client.post("/queue/fal-ai/csm-1b", json=scene) for _ in range(20)]
+        names = [job.json()["request_id"] for job in jobs if job.is_success]
+        path = f"/queue/fal-ai/csm-1b/requests/{names[-1]}/status/stream"
+        request = target.head("GET", path)
+        pairs = []
+        for _ in range(400):
+            reader, writer = await target.connect()
+            pairs.append((reader, writer))
+            writer.write(request)
+        async with closing([writer for _, writer in pairs]):
+            await asyncio.sleep(15)
+        await _cancel_all(client, names)
+    return f"{len(pairs)} followed one of {len(names)} jobs"
 
 
 async def _count(socket: object) -> None:

@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 
 from csm_jax.prompt import Segment
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.inbox import converse
+from csm_jax.serve.inbox import converse, held_messages
 from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.realtime import Conversation
 from csm_jax.serve.settings import Limits, Settings
@@ -314,6 +314,41 @@ def test_messages_that_wait_are_bounded():
     limits = Limits(body_bytes=20_000)
     with pytest.raises(ApiError, match="too many messages"):
         asyncio.run(converse(Client("slow", *["a"] * 100), Silent(), limits))
+
+
+def test_messages_of_all_sockets_of_a_caller_are_bounded_together():
+    """Also the one that is worked on; what a client that has left had sent is given back."""
+    limits = Limits(body_bytes=20_000, pending_body_bytes=100_000)
+    held = held_messages(limits)
+
+    async def scenario() -> None:
+        def sending(text: str, share: str) -> asyncio.Task:
+            client = Client("slow", text)
+            return asyncio.create_task(converse(client, Silent(), limits, held, share))
+
+        waiting = [sending("a" * 10_000, "one") for _ in range(4)]
+        await asyncio.sleep(0.05)
+        with pytest.raises(ApiError, match="too many of your messages"):
+            await sending("a" * 10_000, "one")
+        others = sending("a" * 10_000, "other")
+        await asyncio.sleep(0.05)
+        assert not others.done()
+        for task in (*waiting, others):
+            task.cancel()
+        await asyncio.gather(*waiting, others, return_exceptions=True)
+        held.check("one", 50_000)
+
+    asyncio.run(scenario())
+
+
+def test_turns_that_can_never_be_heard_are_forgotten():
+    service = SimpleNamespace(settings=Settings(), engine=SimpleNamespace(max_seq_len=100))
+    conversation = Conversation(service, Gone())
+    for number in range(10):
+        conversation._remember(Segment(number, "a", codes=np.zeros((40, 4), np.int32)))
+    assert [turn.speaker for turn in conversation._turns] == [8, 9]
+    conversation._remember(Segment(10, "a", codes=np.zeros((400, 4), np.int32)))
+    assert [turn.speaker for turn in conversation._turns] == [10]
 
 
 def test_a_client_that_does_not_read_is_gone():

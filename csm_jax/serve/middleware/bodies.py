@@ -69,20 +69,21 @@ def _announced(scope: Scope) -> int:
 
 
 class Held:
-    """Bytes of request bodies in memory, of all callers and of each."""
+    """Bytes of request bodies, or of messages, in memory: of all callers and of each."""
 
-    def __init__(self, limit: int):
+    def __init__(self, limit: int, what: str = "request bodies"):
         self._limit = limit
+        self._what = what
         self._total = 0
         self._shares: Counter[str] = Counter()
 
     def check(self, share: str, num_bytes: int) -> None:
         """Raises `ApiError` if there is no room for so many more."""
         if self._total + num_bytes > self._limit:
-            message = "the server reads too many request bodies at the moment"
+            message = f"the server reads too many {self._what} at the moment"
             raise ApiError(503, message, code="busy", retry_after=RETRY_AFTER)
         if self._shares[share] + num_bytes > _SHARE * self._limit:
-            message = "too many of your request bodies are being read"
+            message = f"too many of your {self._what} are being read"
             raise ApiError(429, message, code="busy", retry_after=RETRY_AFTER)
 
     def add(self, share: str, num_bytes: int) -> None:
