@@ -15,7 +15,6 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from absl import flags
@@ -29,12 +28,6 @@ if TYPE_CHECKING:
 
 PROGRAM = "csm_jax.serve"
 KEYS_VARIABLE = "CSM_JAX_API_KEYS"
-# Of the time to drain, for responses; jobs that are not over get some of the rest.
-CONNECTIONS_PART = 0.7
-# Connections there may be; those who come then are told to come again.
-MAX_CONNECTIONS = 1000
-# Connections that may wait to be let in.
-BACKLOG = 2048
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -65,46 +58,33 @@ def define_flags(values: flags.FlagValues) -> None:
     define(real, "drain_seconds", 60.0, "from SIGTERM until the process is gone", lower_bound=1.0)
     define(flag, "fetch_urls", False, "fetch recordings from addresses in requests")
     define(flag, "allow_private", False, "also from private networks; webhooks too")
-    define(listed, "cors_origins", [], "whose web pages may ask; * is all")
+    define(listed, "cors_origins", [], "of web pages that may send requests; * is any")
+    define(listed, "allowed_hosts", [], "further names of this server in Host; * is any")
+    define(listed, "trusted_proxies", [], "addresses or networks that X-Forwarded-For is taken of")
 
 
 def main(values: flags.FlagValues) -> None:
     try:
-        import uvicorn
-
         from csm_jax.serve.app import load_app
+        from csm_jax.serve.transport import BACKLOG, make_server
     except ImportError as error:
         message = f"{error.name} is missing: pip install 'csm-jax[serve]'"
         raise CSMError(message) from error
+    # What is written belongs to the user who serves, and to nobody else.
+    os.umask(0o077)
     settings = _settings(values)
-    _check_files(values)
-    listening = _listen(values.host, values.port)
+    _check(values)
+    listening = _listen(values.host, values.port, BACKLOG)
     app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
     _log_to_stderr()
     service = app.state.service
 
-    class Server(uvicorn.Server):
-        """One that tells the service of the signal, so that its deadline runs from there."""
+    def drain() -> None:
+        # The deadline runs from the signal.
+        service.drain()
+        _end_by(service.deadline)
 
-        def handle_exit(self, signal: int, frame: FrameType | None) -> None:
-            if not service.deadline.is_started:
-                service.drain()
-                _end_by(service.deadline)
-            super().handle_exit(signal, frame)
-
-    server = Server(
-        uvicorn.Config(
-            app,
-            ssl_certfile=values.ssl_certfile,
-            ssl_keyfile=values.ssl_keyfile,
-            log_config=None,
-            # `RequestLog` writes a line for each.
-            access_log=False,
-            timeout_graceful_shutdown=CONNECTIONS_PART * settings.drain_seconds,
-            server_header=False,
-            limit_concurrency=MAX_CONNECTIONS,
-        )
-    )
+    server = make_server(app, settings, values.ssl_certfile, values.ssl_keyfile, drain)
     try:
         server.run([listening])
     finally:
@@ -126,11 +106,11 @@ def _end_by(deadline: "Deadline") -> None:
     timer.start()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, backlog: int) -> socket.socket:
     """Before the model is loaded, which takes a while."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+        return socket.create_server((host, port), family=family, backlog=backlog)
     except OSError as error:
         reason = error.strerror or error
         raise InputError(
@@ -156,6 +136,8 @@ def _settings(values: flags.FlagValues):
         fetch_urls=values.fetch_urls,
         allow_private=values.allow_private,
         cors_origins=tuple(values.cors_origins),
+        allowed_hosts=(values.host, *values.allowed_hosts),
+        trusted_proxies=tuple(values.trusted_proxies),
         webhook_secret=os.environ.get("CSM_JAX_WEBHOOK_SECRET", ""),
     )
 
@@ -197,8 +179,17 @@ def _some_keys(lines: list[str], source: str) -> list[str]:
     return [line for line in lines if line]
 
 
-def _check_files(values: flags.FlagValues) -> None:
+def _check(values: flags.FlagValues) -> None:
     """What can be said before the model is loaded."""
+    from csm_jax.serve.middleware.hosts import check_names, check_origins
+    from csm_jax.serve.middleware.proxies import check_proxies
+
+    checks = {"allowed_hosts": check_names, "cors_origins": check_origins}
+    for name, check in (checks | {"trusted_proxies": check_proxies}).items():
+        try:
+            check(values[name].value)
+        except ValueError as error:
+            raise InputError(f"--{name}: {error}") from error
     if (values.ssl_certfile is None) != (values.ssl_keyfile is None):
         raise InputError("--ssl_certfile and --ssl_keyfile go together: give both")
     for name in ("ssl_certfile", "ssl_keyfile"):

@@ -11,14 +11,14 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Health"])
 
     @routes.get("/healthz")
-    def healthz() -> dict[str, str]:
+    async def healthz() -> dict[str, str]:
         """The process answers, and can speak."""
         if not service.engine.is_alive and not service.deadline.is_started:
             raise ApiError(503, "the engine has stopped: restart the server", code="stopped")
         return {"status": "ok"}
 
     @routes.get("/readyz")
-    def readyz() -> dict[str, str]:
+    async def readyz() -> dict[str, str]:
         """Everything is compiled, a request has been spoken, and the server is not closing."""
         if not service.is_ready or not service.engine.is_alive:
             why = service.reason if service.engine.is_alive else "closing"
@@ -30,7 +30,7 @@ def router(service: Service) -> APIRouter:
         return {"status": "ready"} | ({"storage": "full"} if service.store.database.is_full else {})
 
     @routes.get("/metrics", response_class=Response)
-    def metrics() -> Response:
+    async def metrics() -> Response:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return routes

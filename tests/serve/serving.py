@@ -11,12 +11,12 @@ from pathlib import Path
 import httpx
 import numpy as np
 import soundfile
-import uvicorn
 
 from csm_jax.generator import BUNDLED, Generator
 from csm_jax.serve.app import create_app
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
+from csm_jax.serve.transport import make_server
 
 PRESETS = [Path(BUNDLED["demo"]) / "prompts"]
 # Shapes that are compiled once for all tests.
@@ -48,7 +48,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(model: Generator, settings: Settings, warm: bool | None = False, **more):
-    """Runs a server, with uvicorn's settings `more`.
+    """Runs a server, with arguments `more` of `make_server`.
 
     Args:
       warm: waits until it is ready; False compiles what is needed when it is, None does not wait.
@@ -56,7 +56,7 @@ def serve(model: Generator, settings: Settings, warm: bool | None = False, **mor
     app = create_app(model, settings, PRESETS)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, **more))
+    server = make_server(app, settings, **more)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     kind = "https" if "ssl_certfile" in more else "http"

@@ -37,6 +37,11 @@ def refuse(capsys):
         (["--checkpoint=demo", "--ssl_certfile=a", "--ssl_keyfile=b"], "a, which is no file"),
         (["--checkpoint=demo", "--api_keys_file=nowhere"], "nowhere cannot be read"),
         (["--checkpoint=demo", "--voices=/proc/none"], "/proc/none"),
+        (["--checkpoint=demo", "--trusted_proxies=nginx"], "nginx"),
+        (["--checkpoint=demo", "--trusted_proxies=10.0.0.1/8"], "10.0.0.1/8"),
+        (["--checkpoint=demo", "--allowed_hosts=https://a.example"], "https://a.example"),
+        (["--checkpoint=demo", "--cors_origins=a.example"], "a.example"),
+        (["--checkpoint=demo", "--drain_seconds=0"], "drain_seconds"),
     ],
 )
 def test_what_is_wrong_is_one_line(refuse, flags, message):

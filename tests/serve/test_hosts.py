@@ -1,5 +1,7 @@
 """Whom a request is addressed to, and whose page sent it."""
 
+import socket
+
 import httpx
 import pytest
 from small import ask, echo, open_socket
@@ -146,3 +148,31 @@ def test_head_and_hosts_of_the_server(server):
     assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
     foreign = {"Origin": "https://evil.example"}
     assert server.post("/generate", json={"text": "a"}, headers=foreign).status_code == 403
+    forwarded = {"X-Forwarded-Proto": "https", "X-Forwarded-For": "203.0.113.7"}
+    moved = server.get("/v1/models/", headers=forwarded)
+    assert moved.headers["location"].startswith("http://localhost:")
+
+
+@pytest.mark.parametrize(
+    ("line", "status"),
+    [
+        ("GET /healthz HTTP/1.1", 200),
+        ("GET /healthz HTTP/2.0", 505),
+        ("PRI * HTTP/2.0", 505),
+        ("GET http://evil.example/healthz HTTP/1.1", 400),
+        ("GET healthz HTTP/1.1", 400),
+        ("OPTIONS * HTTP/1.1", 400),
+        ("GET //healthz HTTP/1.1", 404),
+        ("GET /healthz/.. HTTP/1.1", 404),
+        ("GET /%68ealthz HTTP/1.1", 200),
+        ("GET /healthz%2f.. HTTP/1.1", 404),
+        ("GET /healthz?a=b HTTP/1.1", 200),
+        ("TRACE /healthz HTTP/1.1", 405),
+        ("CONNECT localhost:80 HTTP/1.1", 400),
+    ],
+)
+def test_targets_of_requests(server, line, status):
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as made:
+        made.sendall(f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+        assert made.recv(1000).split()[1] == str(status).encode()

@@ -48,6 +48,8 @@ class Hosts:
 
     def _check(self, scope: Scope) -> None:
         """Raises `ApiError` for a request that is not to be served."""
+        if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+            raise ApiError(505, "this server speaks HTTP/1.1", code="bad_version")
         if not scope["path"].startswith("/"):
             # Such as `GET http://other/path`, whose Host header would mean nothing.
             raise ApiError(400, "the target of a request has to begin with /", code="bad_target")
