@@ -3,6 +3,7 @@
 python -m csm_jax.convert --source=DIR_OR_HUB_NAME --out=DIR              any layout to native
 python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back
 python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with LoRA adapters in it
+python -m csm_jax.convert --verify=DIR                                    looks for damage
 """
 
 import sys
@@ -16,6 +17,7 @@ from csm_jax import checkpoint, cli, hub, lora
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
+from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.generator import open_source
 from csm_jax.precision import DTYPES, QUANTIZE
@@ -34,11 +36,17 @@ def define_flags(values: flags.FlagValues) -> None:
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
     define("adapters", None, "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT")
+    define("verify", None, "directory to look for damage in; goes alone")
     define("quantize", "none", "none or int8")
     define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
 
 
 def main(values: flags.FlagValues) -> None:
+    if values.verify is not None:
+        if others := [n for n in ("source", "out", "adapters", "codec") if values[n].present]:
+            raise InputError(f"--verify goes alone, without --{others[0]}")
+        print(verify(Path(values.verify).expanduser()))
+        return
     if values.source is None or values.out is None:
         raise InputError("give --source and --out")
     if values.dtype not in (None, *DTYPES):

@@ -14,6 +14,7 @@ from csm_jax.convert import csm, mimi
 from csm_jax.convert.configs import csm_to_huggingface
 from csm_jax.convert.rules import Table, invert
 from csm_jax.errors import CheckpointError
+from csm_jax.files import new_directory
 from csm_jax.tokenizer import load_tokenizer
 
 # A shard is held in memory while it is written.
@@ -40,7 +41,7 @@ def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) 
     tokenizer = load_tokenizer(source, config)
     params = dict(checkpoint.read_params(source, config))
     size = sum(array.nbytes for array in params.values())
-    with checkpoint.new_directory(out, size) as partial:
+    with new_directory(out, size) as partial:
         _write_shards(partial, _tensors(config, params, dtype))
         stored = params["csm/text_embedding"].dtype
         values = csm_to_huggingface(config) | {"dtype": str(np.dtype(dtype or stored))}

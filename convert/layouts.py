@@ -80,7 +80,7 @@ def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
 
     The Hugging Face layout tells its sizes itself, kyutai's is read in those of `config`.
     """
-    for tensors in _candidates(source):
+    for tensors in candidates(source):
         if _HUGGINGFACE_CODEC_KEY in tensors.shapes:
             config = configs.mimi_from_huggingface(_read_config(source))
             return config, Part("codec", mimi.huggingface_table(config), tensors)
@@ -93,7 +93,7 @@ def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
 
 
 def _find_model(source: Path) -> TensorSource:
-    for tensors in _candidates(source):
+    for tensors in candidates(source):
         if _HUGGINGFACE_KEY in tensors.shapes or _SESAME_KEY in tensors.shapes:
             return tensors
     raise CheckpointError(
@@ -143,7 +143,7 @@ def _sesame_config(source: Path) -> CSMConfig:
     raise CheckpointError(f"{source}: config.json tells no sizes; give them with --config")
 
 
-def _candidates(source: Path) -> Iterator[TensorSource]:
+def candidates(source: Path) -> Iterator[TensorSource]:
     """The checkpoints of a directory, Hugging Face's file names first: they bring a codec."""
     if source.is_file():
         yield _open_file(source)

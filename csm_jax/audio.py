@@ -7,7 +7,6 @@ import contextlib
 import io
 import os
 import struct
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +16,7 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, OutputError, first_line
-from csm_jax.files import replace_file
+from csm_jax.files import check_file, new_file, replace_file, reporting
 
 SAMPLE_RATE = 24_000
 
@@ -165,10 +164,8 @@ def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int
     path = Path(path)
     check_output(path)
     data = encode_audio(audio, sample_rate, path.suffix)
-    try:
+    with reporting(_failure(path)):
         replace_file(path, data)
-    except OSError as error:
-        raise OutputError(_cannot_write(path, error)) from error
 
 
 @contextlib.contextmanager
@@ -183,28 +180,40 @@ def open_audio(
     path = Path(path)
     check_output(path)
     how = _format(path.suffix, str(path))
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     form = dict(samplerate=sample_rate, channels=1, format=how.container, subtype=how.coding)
     num_samples = 0
-    try:
-        with soundfile.SoundFile(partial, "w", **form) as file:
+    with reporting(_failure(path)), new_file(path) as temporary, _Sink(temporary, "r+") as sink:
+        with soundfile.SoundFile(sink, "w", **form) as file:
 
             def write(samples: np.ndarray) -> None:
                 nonlocal num_samples
                 num_samples += len(samples)
                 file.write(_as_coded(samples, how))
+                sink.check()
 
             yield write
-        if num_samples:
-            os.replace(partial, path)
-        else:
-            save_audio(path, np.zeros(0, np.float32), sample_rate)
-    except OSError as error:
-        raise OutputError(_cannot_write(path, error)) from error
-    except soundfile.LibsndfileError as error:
-        raise OutputError(f"{path}: cannot be written ({audio_error(error)})") from error
-    finally:
-        partial.unlink(missing_ok=True)
+        sink.check()
+        if not num_samples:  # some formats have no empty file
+            temporary.write_bytes(encode_audio(np.zeros(0, np.float32), sample_rate, path.suffix))
+
+
+class _Sink(io.FileIO):
+    """A file for libsndfile, which does not pass on why a write has failed: `check` does."""
+
+    _error: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        left = memoryview(data)
+        try:
+            while left:
+                left = left[super().write(left) :]
+        except OSError as error:
+            self._error = error
+        return len(data)
+
+    def check(self) -> None:
+        if self._error is not None:
+            raise self._error
 
 
 def wav_header(sample_rate: int) -> bytes:
@@ -232,21 +241,17 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """
     path = Path(path)
     _format(path.suffix, str(path))
-    try:
-        if path.is_dir():
-            raise OutputError(f"{path}: is a directory; name a file in it")
-        # Trying is the only test that also knows of read-only disks, quotas and root.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise OutputError(_cannot_write(path, error)) from error
+    with reporting(_failure(path)):
+        check_file(path)
 
 
-def _cannot_write(path: Path, error: OSError) -> str:
-    return (
-        f"{path}: cannot be written in directory {path.parent} ({error.strerror}); "
-        "choose a directory that exists, is writable and has space"
-    )
+def check_format(suffix: str) -> None:
+    """Raises `OutputError` if no format of audio has this suffix."""
+    _format(suffix, suffix)
+
+
+def _failure(path: Path) -> str:
+    return f"{path}: cannot be written in directory {path.parent}"
 
 
 def _format(suffix: str, name: str) -> _Format:

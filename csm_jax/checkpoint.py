@@ -3,8 +3,9 @@
     DIR/config.json       sizes, and the format's name and version
     DIR/params/PART/      Orbax: a layer, an embedding, the codec, ... each a checkpoint of its own
     DIR/tokenizer.json    or tokenizer.model; and small files of the source, kept for the way back
+    DIR/checksums.json    of all these files
 
-A directory appears under its name only when it is whole: it is written beside it and renamed.
+A directory appears under its name only when it is whole (`files.new_directory`).
 """
 
 import contextlib
@@ -12,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -25,9 +25,10 @@ import orbax.checkpoint as ocp
 from absl import logging
 from flax import nnx, traverse_util
 
-from csm_jax import model
+from csm_jax import checksums, model
 from csm_jax.config import CSMConfig, read_json
-from csm_jax.errors import CheckpointError, CSMError, OutputError, first_line
+from csm_jax.errors import CheckpointError, first_line
+from csm_jax.files import new_directory
 from csm_jax.mimi import codec
 from csm_jax.precision import FLOAT32, Precision
 from csm_jax.quantize import prepare
@@ -35,6 +36,10 @@ from csm_jax.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
 VERSION = 2
+# Values that are looked at together, which fit the cache.
+_BLOCK = 1 << 18
+# Bytes of the files whose checksums are compared on loading: larger ones take too long.
+_CHECKED_BYTES = 1 << 18
 Params = dict[str, Any]
 Place = Callable[[str, np.ndarray | jax.Array], jax.Array]
 
@@ -89,34 +94,43 @@ def save(
     small_files: Iterable[Path] = (),
     dtype: jnp.dtype | None = None,
     int8: bool = False,
+    replace: bool = False,
 ) -> None:
     """Writes a native checkpoint, whole or not at all.
 
     Args:
-      directory: must not exist, or be empty.
+      directory, replace: as in `files.new_directory`.
       tensors: (path, array) of every parameter, those of one layer after another, as from
         `Checkpoint.tensors`.
       dtype: type to store the model's parameters in; None keeps them as they come.
       int8: store the matrices as int8 (`quantize.py`).
 
     Raises:
+      CheckpointError: a parameter has values that are not finite.
       OutputError: it exists, cannot be written, or the disk is full.
     """
     shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=int8))
-    with new_directory(directory, _size(flatten(shapes), dtype)) as partial:
+    description = {
+        "format": FORMAT,
+        "version": VERSION,
+        "int8": int8,
+        "checksums": True,
+        "config": config.to_dict(),
+    }
+    size = _size(flatten(shapes), dtype)
+    with new_directory(directory, size, replace) as partial, checksums.Writer(partial) as sums:
         with _checkpointer() as checkpointer:
             for part, group in itertools.groupby(tensors, _part_of):
                 stored = [_as_stored(path, tensor, dtype, int8) for path, tensor in group]
                 flat = dict(itertools.chain.from_iterable(stored))
                 args = ocp.args.PyTreeSave(unflatten(flat, shapes))
                 checkpointer.save(partial.absolute() / "params" / part, args=args)
-        description = {
-            "format": FORMAT,
-            "version": VERSION,
-            "int8": int8,
-            "config": config.to_dict(),
-        }
+                sums.add(partial / "params" / part)
         write_beside_weights(partial, description, tokenizer, small_files)
+        for file in partial.iterdir():
+            if file.is_file():
+                sums.add(file)
+        sums.write()
 
 
 def write_beside_weights(
@@ -147,7 +161,25 @@ def _as_stored(
     """(path, array) of what is written for one tensor."""
     kept = jnp.dtype(dtype or tensor.dtype)
     for name, array in prepare(path, tensor, Precision(kept, kept, int8)).items():
-        yield name, np.ascontiguousarray(array)
+        stored = np.ascontiguousarray(array)
+        check_finite(name, stored)
+        yield name, stored
+
+
+def check_finite(path: str, array: np.ndarray) -> None:
+    """Raises `CheckpointError` for an array that has NaN or infinite values."""
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        return
+    # By their bits: numpy has no fast test of bfloat16, and floats would warn.
+    bits = np.ascontiguousarray(array).reshape(-1).view(f"u{array.dtype.itemsize}")
+    infinity = np.array(np.inf, array.dtype).view(bits.dtype)
+    for start in range(0, len(bits), _BLOCK):
+        block = bits[start : start + _BLOCK]
+        if ((block & infinity) == infinity).any():
+            raise CheckpointError(
+                f"{path} has values that are NaN or infinite in {array.dtype}: its source is "
+                "damaged, or too large for this type"
+            )
 
 
 def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
@@ -184,56 +216,6 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
         logging.set_verbosity(verbosity)
 
 
-@contextlib.contextmanager
-def new_directory(directory: Path, size: int) -> Iterator[Path]:
-    """A directory to fill, which gets its name when the block ends without an error."""
-    directory = directory.resolve()  # "." has no name to write beside, and a link cannot be removed
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise OutputError(f"{directory} exists and is not empty: choose another, or remove it")
-    partial = directory.with_name(f"{directory.name}.partial-{os.getpid()}")
-    try:
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(directory)
-        free = shutil.disk_usage(directory.parent).free
-        if free < size:
-            raise OutputError(
-                f"{directory} needs {size / 1e9:.1f} GB, but its disk has {free / 1e9:.1f} GB free"
-            )
-        partial.mkdir()
-    except OSError as error:
-        raise OutputError(f"{directory} cannot be created: {error}") from error
-    try:
-        yield partial
-        if directory.exists():
-            directory.rmdir()
-        partial.rename(directory)
-    except CSMError:
-        raise
-    except Exception as error:
-        # Orbax reports a failed write as an OSError, a ValueError or an error of its own.
-        raise OutputError(f"{directory} could not be written: {first_line(error)}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _remove_abandoned(directory: Path) -> None:
-    """Removes what killed conversions to the same place have left."""
-    for partial in directory.parent.glob(f"{directory.name}.partial-*"):
-        pid = partial.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_running(int(pid)):
-            shutil.rmtree(partial, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
-
-
 def load_config(directory: Path) -> CSMConfig:
     """The config of a native checkpoint."""
     return CSMConfig.from_dict(_description(directory).get("config") or {})
@@ -242,6 +224,29 @@ def load_config(directory: Path) -> CSMConfig:
 def is_int8(directory: Path) -> bool:
     """Whether the matrices of a native checkpoint are stored as int8."""
     return _description(directory).get("int8") is True
+
+
+def check_files(directory: Path, thorough: bool = False) -> int:
+    """Compares the files of a native checkpoint with its checksums; returns how many there are.
+
+    Checkpoints of older versions have none, which are 0.
+
+    Args:
+      thorough: reads all files, instead of the small ones alone.
+
+    Raises:
+      CheckpointError: a file is missing, changed or additional.
+    """
+    if not _description(directory).get("checksums"):
+        return 0
+    sums = checksums.read(directory)
+    found = checksums.differences(directory, sums, None if thorough else _CHECKED_BYTES)
+    if found:
+        more = f", and {len(found) - 1} more files are not as they were" if found[1:] else ""
+        raise CheckpointError(
+            f"{directory} is damaged ({found[0]}{more}): convert the checkpoint again"
+        )
+    return len(sums)
 
 
 def _description(directory: Path) -> dict[str, Any]:
@@ -283,6 +288,7 @@ def place_params(
 def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.ndarray]]:
     """Yields (path, array) in host memory, in the types they are stored in, part by part."""
     shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=is_int8(directory)))
+    check_files(directory)
     try:
         with _checkpointer() as checkpointer:
             for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):

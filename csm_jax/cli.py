@@ -1,8 +1,11 @@
 """What the command lines share: flags, one-line errors, exit codes, the compilation cache."""
 
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 from absl import flags, logging
@@ -12,6 +15,12 @@ from csm_jax.errors import CSMError
 from csm_jax.hub import cache_directory
 
 USAGE_ERROR = 2
+# What ends a program from outside: a machine that shuts down, a terminal that closes.
+_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class _Ended(BaseException):
+    """A signal has told this program to end."""
 
 
 def run(
@@ -34,15 +43,47 @@ def run(
     try:
         _parse(values, program, argv)
         _prepare_jax()
-        main(values)
+        with _unwinding():
+            main(values)
     except (CSMError, flags.Error) as error:
         print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
+    except _Ended as ended:
+        return _die_of(ended.args[0])
     except BrokenPipeError:
         abandon_stdout()  # whoever listened has heard enough
     return 0
+
+
+@contextlib.contextmanager
+def _unwinding() -> Iterator[None]:
+    """Lets signals that end the program unwind it first, so that it removes what is half written.
+
+    Signals that are ignored, as under nohup, stay so.
+    """
+
+    def unwind(number: int, _: object) -> None:
+        for each in before:
+            signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the unwinding
+        raise _Ended(number)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    before = [each for each in _ENDINGS if is_main and signal.getsignal(each) == signal.SIG_DFL]
+    for number in before:
+        signal.signal(number, unwind)
+    try:
+        yield
+    finally:
+        for number in before:
+            signal.signal(number, signal.SIG_DFL)
+
+
+def _die_of(number: int) -> int:
+    """Ends as if the signal had not been caught; returns a code where that has no effect."""
+    os.kill(os.getpid(), number)
+    return 128 + number  # process 1 of a container
 
 
 def _parse(values: flags.FlagValues, program: str, argv: Sequence[str]) -> None:

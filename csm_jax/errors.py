@@ -17,6 +17,10 @@ class OutputError(CSMError):
     """Somewhere that cannot be written to."""
 
 
+class BusyError(OutputError):
+    """Somewhere that another process is writing to."""
+
+
 class QueueFullError(CSMError):
     """As many requests wait for an engine as may."""
 

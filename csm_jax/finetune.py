@@ -32,7 +32,7 @@ from csm_jax.train.examples import TURNS, Example, Selection, make_examples
 from csm_jax.train.log import plot_losses
 from csm_jax.train.loop import Run, Schedule, evaluate
 from csm_jax.train.optimiser import KINDS, OptimiserConfig
-from csm_jax.train.result import Sampler, claim_directory, write_result
+from csm_jax.train.result import Sampler, claimed, write_result
 from csm_jax.train.step import Recipe, init_state
 
 PROGRAM = "csm_jax.finetune"
@@ -133,8 +133,18 @@ def _train(values: flags.FlagValues) -> None:
     recipe, base = _prepare(values, trains_all=not values.lora_rank)
     placement.check_rows(values.batch_size, recipe.accumulate, recipe.mesh)
     learnt, held_out = _read_data(values, base)
-    out = Path(values.out)
-    claim_directory(out, _settings(values))
+    with claimed(Path(values.out), _settings(values)):
+        _train_in(Path(values.out), values, recipe, base, learnt, held_out)
+
+
+def _train_in(
+    out: Path,
+    values: flags.FlagValues,
+    recipe: Recipe,
+    base: Base,
+    learnt: list[Example],
+    held_out: list[Example],
+) -> None:
     params, frozen = base.params, None
     if recipe.lora:
         params, frozen = new_adapters(base, recipe.lora, values.seed, recipe.mesh), base.params

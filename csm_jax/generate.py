@@ -18,9 +18,10 @@ import numpy as np
 from absl import flags
 
 from csm_jax import cli, processes, sampling_flags
-from csm_jax.audio import check_output, load_audio
+from csm_jax.audio import check_format, load_audio
 from csm_jax.engine import Engine
-from csm_jax.errors import CSMError, InputError, OutputError
+from csm_jax.errors import CSMError, InputError
+from csm_jax.files import make_directory
 from csm_jax.generator import BUNDLED, NAMES, RANDOM, Generator, load
 from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
@@ -249,11 +250,8 @@ def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
     if values.out_dir is None:
         raise InputError("--out_dir is missing: name the directory for the files of --manifest")
     out_dir, suffix = Path(values.out_dir), f".{values.format or 'wav'}"
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OutputError(f"{out_dir} cannot be made: {error.strerror}") from error
-    check_output(out_dir / f"line{suffix}")
+    check_format(suffix)
+    make_directory(out_dir)
     return out_dir, suffix
 
 

@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from csm_jax import checkpoint
 from csm_jax.convert.layouts import needs_codec
 from csm_jax.convert.native import write_native
-from csm_jax.errors import CheckpointError, OutputError, first_line
+from csm_jax.errors import CheckpointError, first_line
+from csm_jax.files import make_once
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
@@ -36,23 +37,21 @@ def is_name(name: str) -> bool:
 def native_copy(repository: str) -> Path:
     """The native checkpoint of a hub repository, made on the first call.
 
-    The download uses huggingface_hub, its token and its cache. Remove the returned directory to
-    follow a repository that has changed.
+    Of several processes one makes it, and the others wait. The download uses huggingface_hub, its
+    token and its cache. Remove the returned directory to follow a repository that has changed.
 
     Raises:
       CheckpointError: a file cannot be had, named with what to do about it.
     """
     native = cache_directory() / "checkpoints" / repository.replace("/", "--")
-    if not checkpoint.is_native(native):
-        source = download(repository)
-        try:
-            codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
-            write_native(source, native, codec)
-        except OutputError:
-            # Another process may have converted it meanwhile; then its copy serves as well.
-            if not checkpoint.is_native(native):
-                raise
+    make_once(native, lambda: checkpoint.is_native(native), lambda: _convert(repository, native))
     return native
+
+
+def _convert(repository: str, native: Path) -> None:
+    source = download(repository)
+    codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
+    write_native(source, native, codec)
 
 
 def download(repository: str) -> Path:

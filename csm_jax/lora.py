@@ -18,10 +18,10 @@ import numpy as np
 from flax import nnx
 from safetensors.numpy import load_file, save
 
-from csm_jax.checkpoint import new_directory
 from csm_jax.config import CSMConfig, LlamaConfig, read_json
 from csm_jax.convert.csm import fused_qkv
 from csm_jax.errors import CheckpointError, InputError, first_line
+from csm_jax.files import new_directory
 from csm_jax.layers import LowRank
 from csm_jax.model import CSM
 
@@ -176,11 +176,13 @@ def merged(
     return merge(tensors, config, *read_adapters(directory, config))
 
 
-def write_adapters(directory: Path, adapters: Adapters, lora: LoRAConfig, base: str) -> None:
+def write_adapters(
+    directory: Path, adapters: Adapters, lora: LoRAConfig, base: str, replace: bool = False
+) -> None:
     """Writes a directory that PEFT loads too, whole or not at all.
 
     Args:
-      directory: must not exist, or be empty.
+      directory, replace: as in `files.new_directory`.
       base: name of the checkpoint that was adapted.
 
     Raises:
@@ -199,7 +201,8 @@ def write_adapters(directory: Path, adapters: Adapters, lora: LoRAConfig, base: 
         "bias": "none",
         "target_modules": sorted({_peft_name(path) for path in adapters}),
     }
-    with new_directory(directory, sum(tensor.nbytes for tensor in tensors.values())) as partial:
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with new_directory(directory, size, replace) as partial:
         (partial / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
         (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from csm_jax import cli
 from csm_jax.audio import check_output, encode_audio, open_audio, save_audio, to_pcm, wav_header
 from csm_jax.errors import InputError, OutputError
-from csm_jax.files import replace_file
+from csm_jax.files import check_file, replace_file, reporting
 
 STDOUT = "-"
 PIPE_FORMATS = ("wav", "pcm")
@@ -46,10 +45,8 @@ def check_codes_out(path: Path) -> None:
     """Raises `OutputError` if `save_codes` could not write `path`."""
     if path.suffix != ".npy":
         raise OutputError(f"codes are written as .npy, not to {path}")
-    if path.is_dir():
-        raise OutputError(f"{path} is a directory: name a file in it")
-    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise OutputError(f"{path} cannot be written: {path.parent} is no writable directory")
+    with reporting(f"{path} cannot be written"):
+        check_file(path)
 
 
 def save_speech(out: str, form: str | None, audio: np.ndarray, sample_rate: int) -> None:
@@ -87,10 +84,8 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
     """Writes int32 [num_frames, Q] as .npy, whole or not at all."""
     buffer = io.BytesIO()
     np.save(buffer, codes)
-    try:
+    with reporting(f"{path} could not be written"):
         replace_file(path, buffer.getvalue())
-    except OSError as error:
-        raise OutputError(f"{path} could not be written: {error.strerror}") from error
 
 
 def _write_to_pipe(data: bytes) -> None:

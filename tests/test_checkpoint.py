@@ -1,7 +1,9 @@
 """Native checkpoints, every published layout on the way in and out, and what can go wrong there."""
 
+import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,7 +47,7 @@ def one_error(capsys) -> str:
 
 
 def assert_nothing_left(out: Path) -> None:
-    assert [path.name for path in out.parent.glob(f"{out.name}*")] == []
+    assert [path.name for path in out.parent.iterdir() if out.name in path.name] == []
 
 
 # --- The native form ----------------------------------------------------------------------------
@@ -57,7 +59,7 @@ def test_native_round_trip(native):
     assert_same_params(loaded(native), params())
     assert_same_params(dict(checkpoint.read_params(native, CONFIG)), params())
     files = {path.name for path in native.iterdir()}
-    assert files == {"config.json", "params", "tokenizer.json"}
+    assert files == {"checksums.json", "config.json", "params", "tokenizer.json"}
 
 
 # Looked up by an index, and in bfloat16 held as bits where a CPU computes in float32.
@@ -412,7 +414,7 @@ def command(module: str) -> list[str]:
 # --- Killed conversions -------------------------------------------------------------------------
 
 KILLED = """
-    import os, signal, sys
+    import os, signal, sys, time
     from csm_jax import checkpoint
     from csm_jax.convert import __main__ as convert
     from csm_jax.convert import layouts
@@ -427,21 +429,24 @@ KILLED = """
             yield pair
 
     real = layouts.convert
-    if sys.argv[1] == "reading":
+    if sys.argv[1] == "paused":
+        kill = lambda: time.sleep(100)
+    if sys.argv[1] in ("reading", "paused"):
         layouts.convert = lambda *arguments: killed_at(real(*arguments), 20)
     else:
         BPETokenizer.save = kill
-    convert.run(sys.argv[2:])
+    sys.exit(convert.run(sys.argv[2:]))
 """
 
 
 def assert_recovers(source: Path, out: Path) -> None:
     """Nothing that is left is taken for a checkpoint, and the next run cleans up and succeeds."""
-    left = list(out.parent.iterdir())
-    assert [path.name.rpartition("-")[0] for path in left] == ["out.partial"]
+    partial, lock = sorted(out.parent.iterdir())
+    assert re.fullmatch(r"\.out\.[0-9a-f]{16}\.partial", partial.name)
+    assert lock.name == ".out.lock"
     assert not out.exists()
     assert not checkpoint.is_native(out)
-    assert not checkpoint.is_native(left[0])
+    assert not checkpoint.is_native(partial)
     assert convert.run([f"--source={source}", f"--out={out}"]) == 0
     assert list(out.parent.iterdir()) == [out]
     assert_same_params(loaded(out), params())
@@ -454,7 +459,7 @@ def test_a_killed_conversion_is_no_checkpoint(huggingface, tmp_path, moment):
     code = [sys.executable, "-c", textwrap.dedent(KILLED), moment, *flags]
     assert subprocess.run(code).returncode == -signal.SIGKILL
     if moment == "almost done":
-        assert any(path.name == "params" for path in out.parent.glob("*/*"))
+        assert any(path.name == "params" for path in out.parent.glob("*/new/*"))
     assert_recovers(huggingface, out)
 
 
@@ -462,7 +467,7 @@ def test_a_conversion_killed_from_outside_is_no_checkpoint(huggingface, tmp_path
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     process = subprocess.Popen([*command("convert"), *flags])
-    while not list(out.parent.glob("out.partial-*")):
+    while not list(out.parent.glob(".out.*.partial")):
         assert process.poll() is None, "it ended before it could be killed"
         time.sleep(0.001)
     process.kill()
@@ -470,11 +475,88 @@ def test_a_conversion_killed_from_outside_is_no_checkpoint(huggingface, tmp_path
     assert_recovers(huggingface, out)
 
 
-def test_a_running_conversion_is_left_alone(native, tmp_path):
-    other = tmp_path / f"out.partial-{os.getppid()}"
-    other.mkdir()
-    fixtures.write_native(tmp_path / "out")
-    assert other.is_dir()
+def in_namespace(*flags: str) -> subprocess.Popen:
+    """A conversion that is process 1, as in a container, and dies with what is returned."""
+    if subprocess.run(["unshare", "--pid", "--fork", "true"], stderr=subprocess.DEVNULL).returncode:
+        pytest.skip("process namespaces need rights that this user does not have")
+    unshare = ["unshare", "--pid", "--fork", "--kill-child"]
+    return subprocess.Popen([*unshare, *command("convert"), *flags], stderr=subprocess.PIPE)
+
+
+def wait_for_partial(out: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list(out.parent.glob(".out.*.partial/new/params/*")):
+        assert process.poll() is None, "it ended too early"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def test_process_1_of_a_container_is_killed_and_started_again(huggingface, tmp_path):
+    """Its successor has the same process id."""
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    process = in_namespace(*flags)
+    wait_for_partial(out, process)
+    process.kill()
+    process.wait()
+    again = in_namespace(*flags)
+    assert again.communicate() == (None, b"")
+    assert again.returncode == 0
+    assert list(out.parent.iterdir()) == [out]
+    assert_same_params(loaded(out), params())
+
+
+def test_a_living_conversion_of_another_namespace_is_left_alone(huggingface, tmp_path, capsys):
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    process = in_namespace(*flags)
+    wait_for_partial(out, process)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[0]), signal.SIGSTOP)
+    assert convert.run(flags) == 2
+    assert "could not be written (another process is writing there)" in one_error(capsys)
+    assert convert.run([f"--verify={out}"]) == 2
+    assert "is being written by another process" in one_error(capsys)
+    os.kill(int(children[0]), signal.SIGCONT)
+    assert process.communicate() == (None, b"")
+    assert process.returncode == 0
+    assert list(out.parent.iterdir()) == [out]
+    assert_same_params(loaded(out), params())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_conversion_that_is_told_to_end_leaves_nothing(huggingface, tmp_path, number):
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    code = [sys.executable, "-c", textwrap.dedent(KILLED), "paused", *flags]
+    process = subprocess.Popen(code, stderr=subprocess.PIPE)
+    wait_for_partial(out, process)
+    process.send_signal(number)
+    assert process.communicate() == (None, b"")
+    assert process.returncode == -number
+    assert list(out.parent.iterdir()) == []
+
+
+@pytest.mark.long
+def test_killed_at_any_moment_the_next_conversion_is_whole(huggingface, tmp_path):
+    out = tmp_path / "home" / "out"
+    flags = [f"--source={huggingface}", f"--out={out}"]
+    random = np.random.default_rng(0)
+    for _ in range(10):
+        process = subprocess.Popen([*command("convert"), *flags])
+        while not out.parent.exists():
+            assert process.poll() is None
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 1.5))
+        process.kill()
+        process.wait()
+        assert convert.run([f"--verify={out}"]) == (0 if out.exists() else 2)
+        if out.exists():
+            assert_same_params(loaded(out), params())
+            shutil.rmtree(out)
+    assert convert.run(flags) == 0
+    assert list(out.parent.iterdir()) == [out]
+    assert_same_params(loaded(out), params())
 
 
 def test_an_empty_directory_may_be_filled(tmp_path):
@@ -496,3 +578,187 @@ def test_a_checkpoint_is_never_overwritten(native):
     with pytest.raises(OutputError, match="exists and is not empty"):
         fixtures.write_native(native)
     assert_same_params(loaded(native), params())
+
+
+# --- Damage -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def copy(native, tmp_path):
+    shutil.copytree(native, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def largest_file(directory: Path) -> Path:
+    return max((directory / "params").rglob("*"), key=lambda path: path.stat().st_size)
+
+
+def make_noise(file: Path) -> None:
+    """4 kB in the middle of a file, whose size stays."""
+    content = bytearray(file.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 4096] = np.random.default_rng(0).bytes(4096)
+    file.write_bytes(content)
+
+
+def test_checksums_are_those_of_gzip(native):
+    sums = json.loads((native / "checksums.json").read_text())["files"]
+    files = {path.relative_to(native).as_posix() for path in native.rglob("*") if path.is_file()}
+    assert sums.keys() == files - {"checksums.json"}
+    for name, values in sums.items():
+        *_, crc, size = np.frombuffer(gzip.compress((native / name).read_bytes())[-8:], "<u4")
+        assert (values["size"], values["crc32"]) == (size, f"{crc:08x}"), name
+
+
+def test_a_whole_checkpoint_is_verified(native, copy, tmp_path, capsys):
+    """Under any name of its directory, and with what is added to it later."""
+    (copy / "prompts").mkdir()
+    (copy / "prompts" / "voice.wav").write_bytes(b"")
+    (tmp_path / "link").symlink_to(copy)
+    for directory in (native, copy, tmp_path / "link"):
+        assert convert.run([f"--verify={directory}"]) == 0
+        out = capsys.readouterr().out
+        assert "files are as they were written" in out
+        assert out.count("\n") == 1
+
+
+def noise_in_weights(copy):
+    make_noise(largest_file(copy))
+    return "has changed"
+
+
+def noise_in_the_tokenizer(copy):
+    file = copy / "tokenizer.json"
+    file.write_text(file.read_text().replace("a", "b", 1))
+    return "tokenizer.json has changed"
+
+
+def a_small_file_changed(copy):
+    file = copy / "tokenizer.json"
+    file.write_text(file.read_text().replace(": ", " :", 1))
+    return "tokenizer.json has changed"
+
+
+def a_missing_file(copy):
+    (copy / "tokenizer.json").unlink()
+    return "tokenizer.json is missing"
+
+
+def a_shorter_file(copy):
+    os.truncate(largest_file(copy), 100)
+    return "has 100 bytes instead of"
+
+
+def a_file_more(copy):
+    (copy / "params" / "more").write_text("")
+    return "params/more is additional"
+
+
+def a_pipe(copy):
+    (copy / "tokenizer.json").unlink()
+    os.mkfifo(copy / "tokenizer.json")
+    return "tokenizer.json is not a file"
+
+
+def no_checksums(copy):
+    (copy / "checksums.json").unlink()
+    return "checksums.json is missing"
+
+
+def noise_in_checksums(copy):
+    (copy / "checksums.json").write_text('{"files": {"config.json": 5}}')
+    return "checksums.json is damaged"
+
+
+def checksums_of_others(copy):
+    text = json.dumps({"files": {"../native": {"size": 1, "crc32": "0"}}})
+    (copy / "checksums.json").write_text(text)
+    return "names ../native, which is outside"
+
+
+def no_config(copy):
+    (copy / "config.json").unlink()
+    return "config.json is missing"
+
+
+def nothing(copy):
+    shutil.rmtree(copy)
+    return "does not exist"
+
+
+def nothing_in_it(copy):
+    shutil.rmtree(copy)
+    copy.mkdir()
+    return "holds no checkpoint"
+
+
+DAMAGE = [
+    noise_in_weights,
+    noise_in_the_tokenizer,
+    a_small_file_changed,
+    a_missing_file,
+    a_shorter_file,
+    a_file_more,
+]
+DAMAGE += [a_pipe, no_checksums, noise_in_checksums, checksums_of_others, no_config]
+DAMAGE += [nothing, nothing_in_it]
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+def test_damage_is_found(copy, capsys, damage):
+    says = damage(copy)
+    assert convert.run([f"--verify={copy}"]) == 2
+    error = one_error(capsys)
+    assert says in error
+    assert str(copy) in error
+
+
+@pytest.mark.parametrize("damage", [a_small_file_changed, a_shorter_file, no_checksums])
+def test_damage_of_small_files_and_sizes_is_found_on_loading(copy, damage):
+    says = damage(copy)
+    with pytest.raises(CheckpointError, match=says):
+        csm_jax.load(copy)
+
+
+def test_noise_in_small_weights_is_found_on_loading(copy):
+    make_noise(largest_file(copy))
+    with pytest.raises(CheckpointError, match=r"is damaged .* has changed"):
+        csm_jax.load(copy)
+
+
+def test_checkpoints_of_older_versions_have_no_checksums(copy, capsys):
+    values = json.loads((copy / "config.json").read_text())
+    del values["checksums"]
+    (copy / "config.json").write_text(json.dumps(values))
+    (copy / "checksums.json").unlink()
+    assert_same_params(loaded(copy), params())
+    assert convert.run([f"--verify={copy}"]) == 0
+    assert "there are no checksums to compare them with" in capsys.readouterr().out
+
+
+def test_other_layouts_are_whole_and_finite(mixed, tmp_path, capsys):
+    assert convert.run([f"--verify={mixed}"]) == 0
+    assert "tensors" in capsys.readouterr().out
+    tensors = fixtures.huggingface_tensors()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].copy()
+    tensors["lm_head.weight"][1, 2] = np.nan
+    source = fixtures.write_huggingface(tmp_path / "source", tensors)
+    assert convert.run([f"--verify={source}"]) == 2
+    assert "lm_head.weight has values that are NaN or infinite" in one_error(capsys)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
+def test_values_that_are_not_finite_are_not_converted(tmp_path, capsys, value):
+    """A million is no float16."""
+    tensors = fixtures.huggingface_tensors()
+    tensors["lm_head.weight"] = tensors["lm_head.weight"].copy()
+    tensors["lm_head.weight"][1, 2] = value
+    source, out = fixtures.write_huggingface(tmp_path / "source", tensors), tmp_path / "out"
+    assert convert.run([f"--source={source}", f"--out={out}", "--dtype=float16"]) == 2
+    assert "csm/codebook0_head/weight has values that are NaN or infinite" in one_error(capsys)
+    assert_nothing_left(out)
+
+
+def test_verify_goes_alone(native, tmp_path, capsys):
+    assert convert.run([f"--verify={native}", f"--out={tmp_path / 'out'}"]) == 2
+    assert "--verify goes alone, without --out" in one_error(capsys)

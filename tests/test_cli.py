@@ -179,7 +179,10 @@ BAD_INPUT = {
     "format of a file": ([HI, "--format=wav"], "--format is for --out=- and --manifest"),
     "processes": ([HI, "--num_processes=2"], "--num_processes is for --manifest, which is missing"),
     "codes format": ([HI, "--codes_out={out}/a.txt"], "codes are written as .npy"),
-    "codes parent": ([HI, "--codes_out={out}/no/a.npy"], "is no writable directory"),
+    "codes parent": (
+        [HI, "--codes_out={out}/no/a.npy"],
+        "cannot be written (No such file or directory)",
+    ),
     "codes directory": ([HI, "--codes_out={files}/codes.npy"], "codes.npy is a directory"),
     # Scripts.
     "script missing": (["--script={files}/no.json"], "no.json cannot be read: No such file"),

@@ -294,7 +294,10 @@ BAD_FLAGS = {
     "stream": (["--stream"], "--manifest takes neither --stream nor"),
     "context": (["--context_audio=a.wav"], "--manifest takes neither --stream nor"),
     "format": (["--format=txt"], "unknown audio format '.txt'"),
-    "out_dir is a file": (["--out_dir={0}/voice.wav"], "voice.wav cannot be made: File exists"),
+    "out_dir is a file": (
+        ["--out_dir={0}/voice.wav"],
+        "voice.wav cannot be written to (File exists)",
+    ),
     "process": (["--process_id=2", "--num_processes=2"], "--process_id is 2, but must be under"),
     "coordinator without port": (["--coordinator=localhost"], "but must be host:port, or auto"),
     "coordinator of a strange port": (["--coordinator=localhost:x"], "must be host:port, or auto"),

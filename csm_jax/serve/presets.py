@@ -2,11 +2,11 @@
 
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
 from csm_jax import hub
-from csm_jax.errors import CheckpointError
+from csm_jax.errors import CheckpointError, OutputError
+from csm_jax.files import make_once, new_directory
 
 # What is said in the recordings that Sesame published, whose repository does not tell.
 # Source: `SPEAKER_PROMPTS` of the model's space on the Hugging Face hub.
@@ -35,16 +35,17 @@ def find_presets(checkpoint: str, directory: Path | None) -> list[Path]:
 
 def _download(repository: str, target: Path) -> None:
     """Makes `target`, whole or not at all: recordings, and a transcript beside each."""
-    try:
+
+    def make() -> None:
         recordings = hub.download_prompts(repository)
-        with tempfile.TemporaryDirectory(dir=target.parent) as temporary:
-            made = Path(temporary) / target.name
-            made.mkdir()
+        with new_directory(target) as made:
             for recording in recordings:
                 shutil.copy(recording, made)
                 _add_transcript(made / recording.name)
-            made.rename(target)
-    except (CheckpointError, OSError) as error:
+
+    try:
+        make_once(target, target.is_dir, make)
+    except (CheckpointError, OutputError) as error:
         logger.warning("the voices of %s are not there: %s", repository, error)
 
 

@@ -9,8 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from csm_jax.audio import decode_audio, is_headerless, read_recording
-from csm_jax.errors import InputError, OutputError
-from csm_jax.files import replace_file
+from csm_jax.errors import InputError
+from csm_jax.files import replace_file, reporting
 from csm_jax.mimi.codec import Codec
 
 # Seconds of audio that are read before they are sorted and encoded, and, padding included, that
@@ -102,14 +102,10 @@ class CodeCache:
         return codes.astype(np.int32)
 
     def _write(self, file: Path, codes: np.ndarray) -> None:
-        try:
+        way_out = "choose a directory that is writable and has space with --codes_cache"
+        with reporting(f"codes cannot be kept in {self._directory}", way_out):
             self._directory.mkdir(parents=True, exist_ok=True)
             replace_file(file, _content(codes))
-        except OSError as error:
-            raise OutputError(
-                f"codes cannot be kept in {self._directory} ({error.strerror}): choose a directory "
-                "that is writable and has space with --codes_cache"
-            ) from error
 
 
 class _Recording(NamedTuple):

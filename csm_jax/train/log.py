@@ -1,7 +1,9 @@
 """What a run says of itself: JSON lines, TensorBoard, a plot."""
 
+import io
 import json
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,10 @@ class Log:
 
     def __init__(self, directory: Path, step: int):
         """Args: step: the last one that counts."""
-        # Hundreds of milliseconds of imports that only a run needs.
-        from tensorboardX import SummaryWriter
-
         self._path = directory / METRICS
         lines = [line for line in read_metrics(directory) if line["step"] <= step]
         replace_file(self._path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
-        self._writer = SummaryWriter(str(directory / TENSORBOARD), purge_step=step + 1)
+        self._events = _Events(directory / TENSORBOARD, step + 1)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
         """Adds a line. Numbers go to TensorBoard too, those that are not finite are null."""
@@ -35,9 +34,42 @@ class Log:
         }
         with open(self._path, "a") as file:
             file.write(json.dumps({"step": step, **finite}) + "\n")
-        for name, value in finite.items():
-            if isinstance(value, int | float):
-                self._writer.add_scalar(name, value, step)
+        numbers = {name: v for name, v in finite.items() if isinstance(v, int | float)}
+        self._events.write(step, numbers)
+
+    def close(self) -> None:
+        self._events.close()
+
+
+class _Events:
+    """Numbers for TensorBoard, written at once.
+
+    tensorboardX's `SummaryWriter` writes in a thread, which dies of a full disk: the next figures
+    would wait for it for ever.
+    """
+
+    def __init__(self, directory: Path, first: int):
+        """Args: first: step from which on older events do not count any more."""
+        # Hundreds of milliseconds of imports that only a run needs.
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.summary import scalar
+
+        self._event, self._scalar = Event, scalar
+        directory.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(directory / "events"))
+        self._writer.write_event(
+            Event(
+                wall_time=time.time(), step=first, session_log=SessionLog(status=SessionLog.START)
+            )
+        )
+        self._writer.flush()
+
+    def write(self, step: int, numbers: dict[str, float]) -> None:
+        for name, value in numbers.items():
+            summary = self._scalar(name, value)
+            self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
@@ -69,4 +101,6 @@ def plot_losses(directory: Path) -> None:
     axes.set(xlabel="step", ylabel="nats (backbone + depth decoder)", title=directory.name)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(directory / PLOT, dpi=120)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    replace_file(directory / PLOT, buffer.getvalue())

@@ -183,17 +183,22 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 @contextlib.contextmanager
 def _listening(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM, which a preempted machine sends, ends the run after the step at hand."""
+    """SIGTERM, which a preempted machine sends, ends the run after the step at hand; so does
+    SIGHUP, of a terminal that closes, unless it is ignored."""
     is_main = threading.current_thread() is threading.main_thread()
     # Of several processes all must stop at the same step: jax has a handler for that.
     if not is_main or jax.process_count() > 1:
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda *_: stop.set())
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def evaluate(

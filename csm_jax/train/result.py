@@ -1,17 +1,20 @@
 """What comes of a run: checkpoints to use, and samples on the way there."""
 
+import contextlib
 import json
-import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from csm_jax import checkpoint, lora
 from csm_jax.audio import save_audio
 from csm_jax.config import read_json
-from csm_jax.errors import InputError, OutputError
-from csm_jax.files import replace_file
+from csm_jax.errors import CSMError, InputError, OutputError
+from csm_jax.files import locked, replace_file, reporting
 from csm_jax.generator import Generator
 from csm_jax.lora import LoRAConfig
 from csm_jax.precision import Precision
@@ -21,27 +24,57 @@ from csm_jax.train.base import Base, whole_model
 from csm_jax.train.step import compute_params
 
 SETTINGS, MODEL, ADAPTERS, SAMPLES = "run.json", "model", "adapters", "samples"
+_WAY_OUT = "make room, and the same command goes on from its last checkpoint"
 
 
-def claim_directory(out: Path, settings: dict[str, Any]) -> None:
-    """Makes the directory of a run, or finds it to be one with the same settings.
+@contextlib.contextmanager
+def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Holds the directory of a run, which is made, or found to be one with the same settings.
+
+    Of several processes that train together the first one holds it, for all. What cannot be
+    written in the block is reported in one line.
 
     Raises:
-      InputError: it belongs to another run.
+      BusyError: another run holds it.
+      InputError: it belongs to a run with other settings.
       OutputError: it cannot be written, or has other things in it.
     """
-    path = out / SETTINGS
-    if path.is_file():
-        _check_same(read_json(path), settings, out)
-        return
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if any(out.iterdir()):
-            raise OutputError(f"{out} is not empty, and no run: choose another --out")
+    with reporting(f"{out} could not be written", _WAY_OUT), contextlib.ExitStack() as held:
+        refusal = None
         if jax.process_index() == 0:
-            replace_file(path, (json.dumps(settings, indent=2) + "\n").encode())
-    except OSError as error:
-        raise OutputError(f"{out} cannot be written: {error.strerror}") from error
+            try:
+                _check_is_run(out)
+                held.enter_context(locked(out / "run"))
+                _check_or_write(out / SETTINGS, settings)
+            except (CSMError, OSError) as error:
+                refusal = error
+        _agree(refusal, out)
+        yield
+
+
+def _check_is_run(out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    # A run that was killed while it began has left its lock, or half of its settings.
+    others = (path for path in out.iterdir() if not path.name.startswith(".run."))
+    if not (out / SETTINGS).is_file() and any(others):
+        raise OutputError(f"{out} is not empty, and no run: choose another --out")
+
+
+def _check_or_write(path: Path, settings: dict[str, Any]) -> None:
+    if path.is_file():
+        _check_same(read_json(path), settings, path.parent)
+    else:
+        replace_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _agree(refusal: Exception | None, out: Path) -> None:
+    """Ends all processes that train together if the first one cannot use the directory."""
+    if jax.process_count() > 1:
+        is_refused = multihost_utils.broadcast_one_to_all(np.bool_(refusal is not None))
+        if is_refused and refusal is None:
+            raise OutputError(f"{out} cannot be used by process 0, which says why")
+    if refusal is not None:
+        raise refusal
 
 
 def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
@@ -61,17 +94,20 @@ def write_result(
     Args:
       trained: as of `base.whole_model`.
     """
-    directory = out / (MODEL if config is None else ADAPTERS)
-    # A run that is gone on with after its end has one already.
-    shutil.rmtree(directory, ignore_errors=True)
+    # A run that is gone on with after its end has a result already, which is replaced.
     if config is not None:
-        lora.write_adapters(directory, trained, config, base.name)
-        return directory
-    tensors = whole_model(base, trained, None)
+        lora.write_adapters(out / ADAPTERS, trained, config, base.name, replace=True)
+        return out / ADAPTERS
     checkpoint.save(
-        directory, base.config, tensors, base.tokenizer, base.small_files, precision.weights
+        out / MODEL,
+        base.config,
+        whole_model(base, trained, None),
+        base.tokenizer,
+        base.small_files,
+        precision.weights,
+        replace=True,
     )
-    return directory
+    return out / MODEL
 
 
 class Sampler:

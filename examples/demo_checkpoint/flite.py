@@ -6,6 +6,8 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from csm_jax.files import new_file
+
 # Voices by speaker number; a third one is for the codec, and to adapt to.
 VOICES = ("slt", "rms")
 THIRD_VOICE = "awb"
@@ -14,10 +16,9 @@ THIRD_VOICE = "awb"
 def synthesise(text: str, voice: str, path: Path) -> Path:
     """Speaks a text into a wav file, 16 kHz. A file that is there is kept."""
     if not path.exists():
-        partial = path.with_suffix(".partial")
-        command = ["flite", "-voice", voice, "-t", text, "-o", str(partial)]
-        subprocess.run(command, check=True, capture_output=True)
-        partial.rename(path)
+        with new_file(path) as partial:
+            command = ["flite", "-voice", voice, "-t", text, "-o", str(partial)]
+            subprocess.run(command, check=True, capture_output=True)
     return path
 
 

@@ -1,0 +1,55 @@
+"""Looks for damage in a checkpoint: with checksums where it has some, else by what it holds."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from csm_jax import checkpoint, checksums
+from csm_jax.convert.layouts import candidates
+from csm_jax.errors import BusyError, CheckpointError
+from csm_jax.files import is_locked
+
+
+def verify(directory: Path) -> str:
+    """Reads a whole checkpoint, in any layout; returns a line about what is known of it now.
+
+    A native checkpoint is compared with the checksums that were written with it. Other layouts,
+    and native ones of older versions, have none: then their files must have the tensors that
+    their headers name, whole, and only finite values.
+
+    Raises:
+      BusyError: another process is writing it.
+      CheckpointError: it is damaged, or there is none.
+    """
+    directory = Path(os.path.realpath(directory))
+    if is_locked(directory):
+        raise BusyError(f"{directory} is being written by another process: verify it afterwards")
+    if not directory.exists():
+        raise CheckpointError(f"{directory} does not exist")
+    is_native = checkpoint.is_native(directory) or (directory / checksums.FILE).exists()
+    if is_native and (count := checkpoint.check_files(directory, thorough=True)):
+        return f"{directory}: {count} files are as they were written"
+    num_tensors = num_bytes = 0
+    for path, array in _tensors(directory):
+        checkpoint.check_finite(f"{directory}: {path}", array)
+        num_tensors += 1
+        num_bytes += array.nbytes
+    return (
+        f"{directory}: {num_tensors} tensors of {num_bytes / 1e9:.3f} GB are whole and finite; "
+        "there are no checksums to compare them with"
+    )
+
+
+def _tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
+    if checkpoint.is_native(directory):
+        yield from checkpoint.read_params(directory, checkpoint.load_config(directory))
+        return
+    is_empty = True
+    for source in candidates(directory):
+        for key in source.shapes:
+            yield key, source.read(key)
+            is_empty = False
+    if is_empty:
+        raise CheckpointError(f"{directory} holds no checkpoint: no tensors are in it")
