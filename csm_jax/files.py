@@ -18,6 +18,7 @@ import io
 import logging
 import math
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -86,6 +87,8 @@ def _reason(error: BaseException | None) -> str | None:
 def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
     """Holds the lock of what is to be written, and gives its file; None where there are no locks.
 
+    Removes what a holder has left that was killed.
+
     Args:
       wait: seconds to wait for another holder.
 
@@ -96,6 +99,8 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
     path = _beside(target, "lock")
     file = _acquire(path, time.monotonic() + wait)
     try:
+        if file is not None:
+            _remove_left(target, os.fsdecode(file.read()))
         yield file
     finally:
         if file is not None:
@@ -108,15 +113,14 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
 
 def is_locked(target: Path) -> bool:
     """Whether a process is writing something."""
-    if not os.path.lexists(_beside(target, "lock")):
-        return False
     try:
-        with locked(target):
-            return False
+        with open(_beside(target, "lock"), "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
-        return False
+    except (OSError, AttributeError):  # there is none, or there are no locks
+        pass
+    return False
 
 
 def _acquire(path: Path, deadline: float) -> io.FileIO | None:
@@ -187,21 +191,20 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _temporary(target: Path, lock: io.FileIO | None) -> Path:
-    """A new name for what is to become `target`, kept in its lock.
-
-    Removes what a holder of the lock has left that was killed.
-    """
+    """A new name for what is to become `target`, kept in its lock."""
     temporary = _beside(target, f"{secrets.token_hex(8)}.partial")
-    if lock is None:
-        return temporary
-    left = os.fsdecode(lock.read())
-    prefix, suffix = _beside(target, "").name, ".partial"
-    if left.startswith(prefix) and left.endswith(suffix) and "/" not in left and "\0" not in left:
-        _remove(target.parent / left)
-    lock.seek(0)
-    lock.truncate()
-    lock.write(os.fsencode(temporary.name))
+    if lock is not None:
+        lock.seek(0)
+        lock.truncate()
+        lock.write(os.fsencode(temporary.name))
     return temporary
+
+
+def _remove_left(target: Path, name: str) -> None:
+    """Removes what the last holder of a lock called its temporary file, if that is its name."""
+    pattern = rf"{re.escape(_beside(target, '').name)}[0-9a-f]{{16}}\.partial"
+    if re.fullmatch(pattern, name):
+        _remove(target.parent / name)
 
 
 def _remove(path: Path) -> None:

@@ -1,5 +1,6 @@
 """What a run goes on from after it was stopped, in the middle or not: Orbax checkpoints."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,23 @@ class Checkpoints:
         )
         self.directory = directory.absolute()
         self._manager = ocp.CheckpointManager(self.directory, options=options)
+        self._hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
+        sys.unraisablehook = self._without_stragglers
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        try:
+            self._manager.close()
+        finally:
+            sys.unraisablehook = self._hook
+
+    def _without_stragglers(self, caught: Any) -> None:
+        """The first array that cannot be written ends Orbax's event loop, and is an exception for
+        us. Threads of tensorstore that write the others each report that this loop is closed."""
+        if str(caught.exc_value) != "Event loop is closed":
+            self._hook(caught)
 
     def latest(self) -> Path | None:
         """The last one that is whole."""

@@ -1,7 +1,10 @@
 """`python -m csm_jax.finetune`, from recordings to a model that says them."""
 
+import errno
+import fcntl
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +140,64 @@ def test_told_to_stop_it_saves_and_leaves(whole_run, tmp_path):
     assert str(stopped) in [path.name for path in (out / "checkpoints").iterdir()]
     assert run(*flags, f"--out={out}") == 0
     assert_same_runs(out, whole, 6)
+
+
+def test_a_directory_has_one_run_at_a_time(whole_run, tmp_path, capsys):
+    """The lock is held here as another process would hold it, and free when its holder is gone."""
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    out.mkdir()
+    shutil.copy(whole / "run.json", out)
+    with open(out / ".run.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert run(*flags, f"--out={out}") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"csm_jax.finetune: error: {out} could not be written (another ")
+    assert sorted(path.name for path in out.iterdir()) == [".run.lock", "run.json"]
+    assert run(*flags, f"--out={out}") == 0
+    assert metrics(out) == metrics(whole)
+    assert not (out / ".run.lock").exists()
+
+
+@pytest.mark.parametrize(
+    "size", [200, 20_000, *(pytest.param(n, marks=pytest.mark.long) for n in (2000, 50_000))]
+)
+def test_a_run_on_a_full_disk_ends_with_a_line_and_goes_on(whole_run, tmp_path, size):
+    """Files cannot grow beyond so many bytes: the settings, the figures, or a checkpoint fail."""
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size}, r.RLIM_INFINITY)); "
+    code = f"{limit} import sys; from csm_jax import finetune; sys.exit(finetune.run())"
+    arguments = [*COMMON, *flags, f"--out={out}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith(f"csm_jax.finetune: error: {out}")
+    assert "(File too large)" in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert run(*flags, f"--out={out}") == 0
+    assert_same_runs(out, whole, 6)
+
+
+def test_a_result_is_replaced_only_by_a_whole_one(whole_run, tmp_path, monkeypatch, capsys):
+    whole, flags = whole_run
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    before = (out / "model" / "checksums.json").read_text()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("csm_jax.checkpoint.write_beside_weights", full)
+        assert run(*flags, f"--out={out}") == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert (out / "model" / "checksums.json").read_text() == before
+    (out / "model" / "config.json").unlink()
+    assert run(*flags, f"--out={out}") == 0
+    assert (out / "model" / "checksums.json").read_text() == before
+    assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
 def test_other_settings_are_another_run(whole_run, capsys):
