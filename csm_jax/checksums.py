@@ -9,7 +9,7 @@ import json
 import os
 import stat
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -80,32 +80,27 @@ def read(directory: Path) -> dict[str, Sum]:
     return sums
 
 
-def differences(directory: Path, sums: dict[str, Sum], largest: int | None = None) -> list[str]:
-    """Compares files with their sums; returns what is wrong with each that is not as it was.
-
-    Args:
-      largest: bytes of the files that are read; of larger ones, only the size is compared. None
-        reads all, and looks for additional files too.
-    """
+def differences(directory: Path, sums: Mapping[str, Sum]) -> list[str]:
+    """Compares files with their sums; returns what is wrong with each that is not as it was."""
     with ThreadPoolExecutor() as pool:
-        faults = list(pool.map(lambda item: _fault(directory, *item, largest), sums.items()))
-    found = [fault for fault in faults if fault is not None]
-    if largest is None:
-        known = {FILE, *sums}
-        added = (name for name in _files(directory) if name not in known and not _is_later(name))
-        found += [f"{name} is additional" for name in added]
-    return found
+        found = pool.map(lambda item: _fault(directory, *item), sums.items())
+        return [fault for fault in found if fault is not None]
 
 
-def _fault(directory: Path, name: str, wanted: Sum, largest: int | None) -> str | None:
+def additions(directory: Path, sums: Mapping[str, Sum]) -> list[str]:
+    """What is wrong with files that have no sums, but should not be there without."""
+    known = {FILE, *sums}
+    names = (name for name in _files(directory) if name not in known and not _is_later(name))
+    return [f"{name} is additional" for name in names]
+
+
+def _fault(directory: Path, name: str, wanted: Sum) -> str | None:
     try:
         status = os.stat(directory / name)
         if not stat.S_ISREG(status.st_mode):
             return f"{name} is not a file"
         if status.st_size != wanted.size:
             return f"{name} has {status.st_size} bytes instead of {wanted.size}"
-        if largest is not None and wanted.size > largest:
-            return None
         return None if _crc32(directory / name) == wanted.crc32 else f"{name} has changed"
     except FileNotFoundError:
         return f"{name} is missing"

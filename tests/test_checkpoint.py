@@ -650,7 +650,7 @@ def a_missing_file(copy):
 
 def a_shorter_file(copy):
     os.truncate(largest_file(copy), 100)
-    return "has 100 bytes instead of"
+    return "has 100 bytes"
 
 
 def a_file_more(copy):
@@ -718,15 +718,9 @@ def test_damage_is_found(copy, capsys, damage):
 
 
 @pytest.mark.parametrize("damage", [a_small_file_changed, a_shorter_file, no_checksums])
-def test_damage_of_small_files_and_sizes_is_found_on_loading(copy, damage):
+def test_damage_beside_the_weights_and_wrong_sizes_are_found_on_loading(copy, damage):
     says = damage(copy)
     with pytest.raises(CheckpointError, match=says):
-        csm_jax.load(copy)
-
-
-def test_noise_in_small_weights_is_found_on_loading(copy):
-    make_noise(largest_file(copy))
-    with pytest.raises(CheckpointError, match=r"is damaged .* has changed"):
         csm_jax.load(copy)
 
 
