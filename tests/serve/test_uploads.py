@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from csm_jax.errors import InputError
 from csm_jax.serve.settings import Limits
-from csm_jax.serve.uploads import decode_base64, decode_recording
+from csm_jax.serve.uploads import check_head, decode_base64, decode_recording
 
 LIMITS = Limits(audio_bytes=100_000, audio_seconds=2.0)
 RATE = 24_000
@@ -61,6 +61,14 @@ def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monke
         (as_file(tone(0.1, channels=9)), "9 channels"),
         (as_file(tone(0.1, 1000), 1000), "1000 Hz"),
         (as_file(np.zeros((0, 1), np.float32)), "no samples"),
+        (as_file(np.full((1, 1), 0.5, np.float32)), "1 samples last"),
+        (as_file(tone(0.09)), "at least 0.1 s"),
+        (as_file(np.zeros((RATE, 1), np.float32)), "silent"),
+        (as_file(9e-4 * tone(1)), "silent"),
+        (as_file(tone(1) * 32768, coding="FLOAT"), "divide by 32768"),
+        (as_file(np.full((RATE, 1), 1e38, np.float32), coding="FLOAT"), "a peak of 1e\\+38"),
+        (as_file(np.full((4000, 2), 3e38, np.float32), coding="FLOAT"), "not finite|a peak of"),
+        (as_file(np.full((RATE, 1), np.inf, np.float32), coding="FLOAT"), "not finite"),
         (as_file(np.zeros((99, 1), np.float32)), "silent"),
         (as_file(np.full((9999, 1), 0.5, np.float32)), "silent"),
         (as_file(np.full((99, 1), np.nan, np.float32), coding="FLOAT"), "not finite"),
@@ -69,6 +77,29 @@ def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monke
 def test_what_cannot_be_used_is_said(data, message):
     with pytest.raises(InputError, match=message):
         decode_recording(data, LIMITS)
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", b"x" * 1000, as_file(tone(1))[:40]])
+def test_objects_have_no_addresses_in_messages(data):
+    for read in (decode_recording, check_head):
+        with pytest.raises(InputError) as error:
+            read(data, LIMITS)
+        assert "0x" not in str(error.value)
+        assert "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"RIFF", "not readable"),
+        (as_file(tone(2.5, 8000), 8000), "longer than 2 s"),
+        (as_file(tone(0.1, channels=9)), "9 channels"),
+    ],
+)
+def test_a_head_says_what_cannot_be_used(data, message):
+    with pytest.raises(InputError, match=message):
+        check_head(data, LIMITS)
+    check_head(as_file(tone(1)), LIMITS)
 
 
 def test_a_small_file_that_unpacks_to_much_takes_no_memory():

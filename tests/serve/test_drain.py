@@ -1,0 +1,84 @@
+"""A server that is told to end is gone by its deadline, whatever its clients do."""
+
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from websockets.sync.client import connect
+
+DRAIN_SECONDS = 6
+LONG = "one two three four five six seven. " * 100
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return listening.getsockname()[1]
+
+
+@pytest.fixture
+def process(own_cache):
+    """A server of its own and its address."""
+    port = free_port()
+    more = ["--checkpoint=random:tiny", "--max_seq_len=256", f"--drain_seconds={DRAIN_SECONDS}"]
+    started = subprocess.Popen([sys.executable, "-m", "csm_jax.serve", f"--port={port}", *more])
+    url = f"http://127.0.0.1:{port}"
+    deadline = time.monotonic() + 120
+    try:
+        while True:
+            assert time.monotonic() < deadline
+            assert started.poll() is None
+            try:
+                httpx.get(f"{url}/healthz")
+                break
+            except httpx.HTTPError:
+                time.sleep(0.1)
+        yield started, url, port
+    finally:
+        started.kill()
+        started.wait()
+
+
+@pytest.mark.long
+def test_one_deadline_for_everything(process):
+    """For a reader that never reads, a job, a WebSocket, and a request that waits for them."""
+    server, url, port = process
+    body = json.dumps({"text": LONG, "streaming": True, "max_audio_length_ms": 300_000})
+    head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json"
+    job = {"scene": [{"text": LONG[:3000]}] * 20}
+    address = url.replace("http", "ws") + "/v1/realtime"
+    with socket.create_connection(("127.0.0.1", port)) as deaf, connect(address) as talk:
+        deaf.sendall(f"{head}\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        assert httpx.post(f"{url}/queue/fal-ai/csm-1b", json=job).status_code == 200
+        talk.send(json.dumps({"type": "say", "text": LONG[:3000]}))
+        talk.recv(timeout=60)
+        kept = httpx.Client()
+        kept.get(f"{url}/healthz")
+        told = time.monotonic()
+        server.send_signal(signal.SIGTERM)
+        refused = _ask(kept, f"{url}/readyz")
+        assert refused in (503, None)
+        assert server.wait(DRAIN_SECONDS + 2) is not None
+        assert time.monotonic() - told < DRAIN_SECONDS + 2
+
+
+@pytest.mark.long
+def test_who_has_nothing_to_finish_ends_at_once(process):
+    server, _, _ = process
+    told = time.monotonic()
+    server.send_signal(signal.SIGTERM)
+    server.wait(DRAIN_SECONDS + 2)
+    assert time.monotonic() - told < DRAIN_SECONDS
+
+
+def _ask(client: httpx.Client, url: str) -> int | None:
+    """The status, None if nobody listens any more."""
+    try:
+        return client.get(url).status_code
+    except httpx.HTTPError:
+        return None
