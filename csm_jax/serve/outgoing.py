@@ -14,11 +14,11 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 
 from csm_jax.errors import InputError, first_line
+from csm_jax.serve.special_addresses import is_public
 
 MAX_REDIRECTS = 3
 # What somebody has to answer a webhook.
 POST_SECONDS = 20.0
-_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
 
@@ -130,19 +130,8 @@ async def public_address(host: str, port: int, allow_private: bool) -> str:
 def _check_public(host: str, addresses: Iterable[str]) -> None:
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
-        for each in (address, *_within(address)):
-            if not each.is_global or each.is_multicast or each.is_reserved:
-                raise InputError(f"{host} is not a public address")
-
-
-def _within(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> list[ipaddress.IPv4Address]:
-    """IPv4 addresses that an IPv6 address leads to."""
-    if address.version == 4:
-        return []
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in _NAT64:
-        found.append(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
-    return [each for each in found if each is not None]
+        if not is_public(address):
+            raise InputError(f"{host} is not a public address")
 
 
 class _Checked(httpcore.AsyncNetworkBackend):
