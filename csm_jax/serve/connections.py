@@ -6,7 +6,9 @@ long, and it knows at any time what the connection waits for.
 """
 
 import asyncio
+import contextlib
 import enum
+import socket
 import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -17,6 +19,8 @@ from csm_jax.serve.middleware.keys import network_of
 from csm_jax.serve.middleware.proxies import is_proxy
 from csm_jax.serve.settings import Limits
 
+# Bytes that the kernel takes before the client has room for them.
+_KERNEL_BYTES = 262_144
 # Bytes that a protocol is given at once.
 _PIECE = 8192
 # Seconds in which the rest of a body may come that has been answered already.
@@ -149,6 +153,17 @@ class Connections:
             connection.abort()
 
 
+def _limit_kernel(connected: Any) -> None:
+    """Lets the kernel hold little of what the client has not asked for.
+
+    By default it takes megabytes, minutes of speech, from a server whose client does not read.
+    """
+    option = getattr(socket, "TCP_NOTSENT_LOWAT", None)
+    if option is not None and connected is not None:
+        with contextlib.suppress(OSError):  # such as a Unix socket
+            connected.setsockopt(socket.IPPROTO_TCP, option, _KERNEL_BYTES)
+
+
 class Connection(asyncio.Protocol):
     """One connection: a protocol for the event loop, and a transport for uvicorn's protocol.
 
@@ -181,6 +196,7 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
         self.since = self._taken_at = self._loop.time()
+        _limit_kernel(transport.get_extra_info("socket"))
         peer = transport.get_extra_info("peername")
         if not self.book.admit(self, str(peer[0]) if peer else ""):
             self._refuse()

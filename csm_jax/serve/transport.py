@@ -49,6 +49,9 @@ class HTTP(H11Protocol):
         return self.cycle is None or self.cycle.response_complete
 
     def on_response_complete(self) -> None:
+        if {name for name, _ in self.headers} >= {b"content-length", b"transfer-encoding"}:
+            # What follows may be part of a body to a proxy on the way (RFC 9112, 6.3).
+            self.transport.close()
         super().on_response_complete()
         self.transport.settle(is_answered=True)
 

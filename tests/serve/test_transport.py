@@ -34,11 +34,12 @@ LIMITS = Limits(
 class Application:
     """Answers with the length of the body; keeps what it has seen.
 
-    `/large` is a response that nobody's buffers take, `/slow` one that takes a while.
+    `/large` is a response that nobody's buffers take, `/slow` one that takes a while, `/pieces` one
+    of which what was sent is counted.
     """
 
     def __init__(self):
-        self.paths, self.messages, self.closed = [], [], 0
+        self.paths, self.messages, self.closed, self.sent = [], [], 0, 0
 
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] == "lifespan":
@@ -53,6 +54,8 @@ class Application:
         request = Request(scope, receive)
         if scope["path"] == "/large":
             response = StreamingResponse(self._chunks())
+        elif scope["path"] == "/pieces":
+            response = StreamingResponse(self._pieces())
         else:
             body = b"" if scope["path"] == "/unread" else await request.body()
             if scope["path"] == "/slow":
@@ -66,6 +69,11 @@ class Application:
                 yield b"a" * 1_000_000
         finally:
             self.closed += 1
+
+    async def _pieces(self):
+        for _ in range(1000):
+            yield b"a" * 10_000
+            self.sent += 10_000
 
     async def _talk(self, talk: WebSocket) -> None:
         await talk.accept()
@@ -240,6 +248,26 @@ def test_requests_in_one_packet_are_answered_in_order(running):
     answer = running.exchange(two)
     assert answer.count(b"200 OK") == 3
     assert answer.index(b"0 bytes") < answer.index(b"1000 bytes")
+
+
+def test_a_request_with_two_lengths_is_the_last_of_its_connection(running):
+    """To one server on the way the second is a request, to another a part of the body."""
+    head = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
+    answer = running.exchange(head + b"0\r\n\r\n" + REQUEST.replace(b"/ ", b"/hidden "))
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert ("GET", "/hidden") not in running.app.paths
+
+
+def test_the_kernel_takes_little_from_a_client_that_does_not_read(running, opened):
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.connect(("127.0.0.1", running.port))
+    opened.append(made)
+    made.sendall(REQUEST.replace(b"/ ", b"/pieces "))
+    deadline = time.monotonic() + 1
+    while time.monotonic() < deadline:
+        assert running.app.sent < 1_000_000
+        time.sleep(0.05)
 
 
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
