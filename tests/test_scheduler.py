@@ -1,11 +1,12 @@
 """Fair shares: nobody starves, weights count, nothing idles, and a share keeps its order."""
 
 from collections import Counter
+from dataclasses import dataclass
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_jax.scheduler import FairQueue
+from csm_jax.scheduler import FairQueue, RowScheduler
 
 NAMES = st.sampled_from("abcd")
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 4.0}
@@ -158,3 +159,98 @@ def test_an_item_can_leave():
     assert list(queue) == [("b", 0)]
     queue.clear()
     assert queue.pop() is None
+
+
+@dataclass(eq=False)
+class Wanted:
+    """A request for a row."""
+
+    share: str
+    weight: float = 1.0
+    in_background: bool = False
+
+
+def fill(rows: RowScheduler, *shares: str, in_background: bool = False) -> None:
+    for share in shares:
+        rows.push(Wanted(share, in_background=in_background))
+
+
+def taken(rows: RowScheduler) -> str:
+    """The shares that get rows now, in their order."""
+    return "".join(request.share for request in iter(rows.pop, None))
+
+
+def test_rows_are_given_to_shares_in_turn():
+    rows = RowScheduler(4)
+    fill(rows, *"aaaabc")
+    assert taken(rows) == "abca"
+
+
+def test_the_background_leaves_a_row_free_and_yields_to_everybody():
+    rows = RowScheduler(3)
+    fill(rows, *"xxyy", in_background=True)
+    background = [rows.pop() for _ in range(2)]
+    assert [request.share for request in background] == ["x", "y"]
+    assert rows.pop() is None
+    assert not rows.should_yield(background[0])
+    fill(rows, *"aa")
+    assert taken(rows) == "a"
+    assert rows.should_yield(background[0])
+    rows.finish(background[0])
+    rows.push_front(background[0])
+    assert taken(rows) == "a"
+
+
+def test_owners_take_turns_in_the_background():
+    """However many lines one of them has."""
+    rows = RowScheduler(1)
+    fill(rows, *"xxxxyyy", in_background=True)
+    order = ""
+    while request := rows.pop():
+        order += request.share
+        rows.finish(request)
+    assert order == "xyxyxyx"
+
+
+def test_rows_are_kept_for_shares_without_one():
+    rows = RowScheduler(3, kept_rows=1)
+    fill(rows, *"aaaa")
+    assert taken(rows) == "aa"
+    fill(rows, *"b")
+    assert taken(rows) == "b"
+    # An only row is kept from nobody.
+    alone = RowScheduler(1, kept_rows=1)
+    fill(alone, "a")
+    assert taken(alone) == "a"
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), min_size=1, max_size=12),
+    st.integers(1, 4),
+)
+def test_long_texts_that_yield_are_finished(texts, num_rows):
+    """All parts of all texts are spoken, and with rows for all of them nobody yields."""
+    rows = RowScheduler(num_rows)
+    parts = {}
+    for share, count in texts:
+        request = Wanted(share)
+        parts[request] = count
+        rows.push(request)
+    running, num_steps = [], 0
+    while any(parts.values()):
+        running += iter(rows.pop, None)
+        assert running, "a row is idle while requests wait"
+        assert len(running) == min(num_rows, sum(count > 0 for count in parts.values()))
+        request = running.pop(0)
+        parts[request] -= 1
+        num_steps += 1
+        if not parts[request]:
+            rows.finish(request)
+        elif rows.should_yield(request):
+            assert len(texts) > num_rows
+            rows.finish(request)
+            rows.push_front(request)
+        else:
+            running.append(request)
+    assert num_steps == sum(count for _, count in texts)
