@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
@@ -224,6 +225,16 @@ def test_voices_of_a_repository(hub, run, tmp_path):
     shutil.rmtree(tmp_path / "hf")
     assert run("sesame/gated-csm", str(native), code=code, HF_HUB_OFFLINE="1") == []
     assert list(native.iterdir()) == []
+
+
+def test_two_processes_at_once_make_one_copy(hub, run, tmp_path):
+    native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
+    with ThreadPoolExecutor(2) as pool:
+        said = list(pool.map(run, ["sesame/gated-csm"] * 2))
+    assert said == [[f"native: {native}"]] * 2
+    assert list(native.parent.iterdir()) == [native]
+    loaded = fixtures.load_params(native, CONFIG, FLOAT32)
+    assert_same_params(checkpoint.flatten(loaded), params())
 
 
 def test_what_the_hub_refuses(hub, run, tmp_path):
