@@ -19,7 +19,8 @@ ARGUMENTS = [
     # Its microphone beeps, and nobody is asked whether the page may hear it.
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 ]
-SPEAK_MS = 60_000
+# The first request of a server that has not been warmed up waits for its programs to compile.
+SPEAK_MS = 180_000
 
 
 @dataclass

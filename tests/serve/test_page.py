@@ -5,6 +5,7 @@ import base64
 import httpx
 import numpy as np
 import pytest
+import trustme
 from browser import ARGUMENTS, CHROMIUM, SPEAK_MS, FakeServer, Visit, pcm
 from serving import SMALL, as_samples, as_wav, same, serve
 
@@ -150,11 +151,20 @@ def test_it_can_be_heard_again_from_any_place(visit):
 def test_stop_frees_the_row(visit, server):
     visit.write("A: one two three four five six seven eight\n" * 10)
     visit.start()
-    visit.status("Line 1 of 10")
+    visit.status("Line 1 of 10", seconds=SPEAK_MS / 1000)
     visit.page.keyboard.press("Escape")
     visit.status("Stopped")
     server.wait_until_idle(seconds=5)
     assert visit.sent[-1] == {"type": "cancel"}
+
+
+def test_stop_silences_what_has_come_already(visit):
+    FakeServer(visit.page, answer_with(lambda server: server.play(2)))
+    visit.start()
+    visit.status("6.0 s of speech")
+    visit.page.locator("#stop").click()
+    visit.wait_until("document.querySelector('#speech').dataset.state === 'paused'")
+    assert visit.page.locator("#stop").is_disabled()
 
 
 def test_a_turn_that_was_cut_says_so(visit):
@@ -354,13 +364,24 @@ def test_a_server_that_is_gone(model, browser):
 # Keys
 
 
-def test_with_keys_it_asks_for_one(model, browser):
-    with serve(model, Settings(**SMALL, api_keys=("secret+/~key",))) as guarded:
-        page = browser.new_page()
+@pytest.fixture
+def certificate(tmp_path):
+    """Settings of uvicorn for https."""
+    issued = trustme.CA().issue_cert("localhost")
+    issued.private_key_pem.write_to_path(tmp_path / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(tmp_path / "cert.pem")
+    return {f"ssl_{name}file": str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
+
+
+def test_with_keys_it_asks_for_one(model, browser, certificate):
+    """Over https, as a server with keys should be."""
+    with serve(model, Settings(**SMALL, api_keys=("secret+/~key",)), **certificate) as guarded:
+        page = browser.new_page(ignore_https_errors=True)
         visit = Visit(page, guarded.url)
         page.get_by_label("Key", exact=True).fill("wrong")
         page.get_by_role("button", name="Use key").click()
         page.get_by_text("The server does not know this key").wait_for()
+        assert page.evaluate("sessionStorage.length") == 0
         page.get_by_label("Key", exact=True).fill("secret+/~key")
         page.get_by_role("button", name="Use key").click()
         page.locator("#key-panel").wait_for(state="hidden")
@@ -371,6 +392,7 @@ def test_with_keys_it_asks_for_one(model, browser):
         # Nowhere but in this tab.
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert not [url for url in visit.requests if "secret" in url or "key=" in url]
+        assert any(url.startswith("wss:") for url in visit.requests)
         page.get_by_role("button", name="API key").click()
         page.get_by_role("button", name="Forget it").click()
         page.get_by_label("Key", exact=True).wait_for()

@@ -70,6 +70,7 @@ function show(document, path, method, operation) {
   parts.path.textContent = path;
   parts.summary.textContent = operation.summary ?? "";
   parts.description.textContent = operation.description ?? "";
+  parts.description.hidden = !operation.description;
   parts.fields.hidden = !fields.length;
   parts.fields.setAttribute("aria-label", `Fields of ${method.toUpperCase()} ${path}`);
   for (const field of fields) {

@@ -29,8 +29,10 @@ export class KeyPanel {
   ask() {
     this.panel.hidden = false;
     find("#key-button").hidden = false;
-    find("#key-forget").hidden = !this.api.key;
+    find("#key-forget").hidden = true;
     if (this.api.key) showError(this.error, "The server does not know this key.", this.input);
+    // Wrong keys are limited: it must not be sent again by itself.
+    this.api.key = "";
     this.input.focus();
   }
 

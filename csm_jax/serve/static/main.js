@@ -27,6 +27,7 @@ class Page {
     this.stage = new Stage({
       onAgain: () => this.speak(),
       onKeepSeed: (seed) => this.settings.keepSeed(seed),
+      onPlayer: () => this.#showRunning(),
     });
     this.keyPanel = new KeyPanel(this.api, () => this.connect());
     find("#speak").addEventListener("click", () => this.speak());
@@ -73,9 +74,10 @@ class Page {
     }
   }
 
-  /** Silences it, and tells the server that it can stop. */
+  /** Silences it, and ends the server's work on it. */
   stop() {
-    this.#running?.abort();
+    if (this.#running) this.#running.abort();
+    else this.stage.pause();
   }
 
   /** @param {number} speaker */
@@ -161,7 +163,7 @@ class Page {
 
   #showRunning() {
     find("#speak").disabled = this.#running !== null;
-    find("#stop").disabled = this.#running === null;
+    find("#stop").disabled = this.#running === null && !this.stage.isHeard;
   }
 
   /** @param {KeyboardEvent} event */

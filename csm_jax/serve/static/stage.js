@@ -24,8 +24,11 @@ export class Stage {
   #current = -1;
   #seed = 0;
 
-  /** @param {{onAgain: () => void, onKeepSeed: (seed: number) => void}} handlers */
-  constructor({ onAgain, onKeepSeed }) {
+  /**
+   * @param {{onAgain: () => void, onKeepSeed: (seed: number) => void, onPlayer: () => void}} handlers
+   */
+  constructor({ onAgain, onKeepSeed, onPlayer }) {
+    this.onPlayer = onPlayer;
     this.waveform = new Waveform(find("#wave"));
     this.position = find("#position");
     this.status = find("#status");
@@ -44,13 +47,14 @@ export class Stage {
     new ResizeObserver(() => this.#draw()).observe(this.waveform.canvas);
   }
 
-  /** The player, if something has been spoken. */
-  get player() {
-    return this.#player;
+  /** Whether speech is heard. */
+  get isHeard() {
+    return this.#player?.state === "playing";
   }
 
-  get speech() {
-    return this.#speech;
+  /** Silences what is heard. */
+  pause() {
+    this.#player?.pause();
   }
 
   /**
@@ -76,7 +80,7 @@ export class Stage {
     find("#other-formats").replaceChildren();
     showError(find("#download-error"), "");
     this.#player.load(this.#speech);
-    this.#say("Connecting…");
+    this.#say("Waiting for the server…");
     this.#animate();
   }
 
@@ -105,7 +109,7 @@ export class Stage {
 
   /** Silences it; what has come can be heard again. */
   stop() {
-    this.#player?.pause();
+    this.pause();
     this.#end("Stopped");
   }
 
@@ -161,7 +165,9 @@ export class Stage {
     const player = new Player(new AudioContext({ sampleRate: SAMPLE_RATE }));
     player.addEventListener("change", () => {
       this.#showPlayer();
+      this.#draw();
       this.#animate();
+      this.onPlayer();
     });
     return player;
   }
