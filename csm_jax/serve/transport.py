@@ -21,8 +21,9 @@ from csm_jax.serve.settings import Limits, Settings
 
 logger = logging.getLogger("csm_jax.serve")
 
-# Connections that may wait to be let in.
-BACKLOG = 2048
+# Connections that may wait to be accepted. The event loop accepts all of them before it looks at
+# anything else; more than these try again by themselves.
+BACKLOG = 256
 # Files that are open besides connections: libraries, the store, requests of the server's own.
 _SPARE_FILES = 512
 # What a message of a WebSocket has besides a recording and a text.
