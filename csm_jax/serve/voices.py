@@ -88,7 +88,7 @@ class Voices:
                 data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
                 self._recordings[file.name] = data
                 self._shared[file.name] = self._make(None, file.name, file.speaker, file.text, data)
-        if old is not None and old.is_dir():
+        if old is not None and old.is_dir() and not any(map(old.samefile, presets)):
             self._import(old)
         self._load()
 

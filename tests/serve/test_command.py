@@ -8,6 +8,8 @@ import pytest
 
 from csm_jax import cli
 from csm_jax.serve import __main__ as command
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store import Store
 
 
 @pytest.fixture
@@ -64,6 +66,20 @@ def test_a_port_that_is_taken(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")
     assert "cannot listen at 127.0.0.1" in said
+
+
+def test_a_data_directory_in_use_is_refused(refuse, tmp_path):
+    store = Store(tmp_path, Limits())
+    said = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
+    assert "in use by another server" in said
+    store.close()
+
+
+def test_a_damaged_database_is_refused(refuse, tmp_path):
+    (tmp_path / "store.sqlite").write_bytes(b"no database " * 1000)
+    said = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
+    assert f"{tmp_path}/store.sqlite cannot be used" in said
+    assert "move it away" in said
 
 
 def test_without_the_extra_it_says_what_to_install(tmp_path):

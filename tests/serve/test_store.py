@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 
 import pytest
@@ -595,3 +595,66 @@ def test_an_owners_downloads_make_room_for_themselves_only(opened):
     assert asyncio.run(store.downloads.find(other.name))
     assert len({len(name) for name in names}) == 1
     assert len(names[0]) == 24 + len(".wav")
+
+
+# What is stored costs those who ask for something else nothing.
+
+
+def steps(store: Store, ask: Callable[[], Coroutine]) -> int:
+    """How many instructions SQLite runs for a call."""
+    count = 0
+
+    def tick() -> int:
+        nonlocal count
+        count += 1
+        return 0
+
+    store.database.call(lambda connection: connection.set_progress_handler(tick, 1))
+    asyncio.run(ask())
+    store.database.call(lambda connection: connection.set_progress_handler(None, 1))
+    return count
+
+
+def test_50_000_pending_lines_cost_no_more_than_50(opened):
+    costs = []
+    for count in (50, 50_000):
+        store = opened()
+        batch = add_batch(store, count=count)
+        line = asyncio.run(store.batches.next_line([]))
+        calls = [
+            lambda b=store.batches, n=batch.id: b.find(n, "anna"),
+            lambda b=store.batches: b.list("anna", None, 100),
+            lambda b=store.batches: b.list_files("anna", None, 100),
+            lambda b=store.batches, line=line: b.next_line([line]),
+            lambda b=store.batches, line=line: b.write_result(line, "a", True),
+            lambda b=store.batches: b.add_file("anna", "a", b"a"),
+            lambda b=store.batches, n=batch.id: b.cancel(n, "anna"),
+            lambda b=store.batches, n=batch.output_file: b.delete_file(n, "anna"),
+            lambda b=store.batches: b.purge(),
+        ]
+        costs.append([steps(store, call) for call in calls])
+    few, many = costs
+    assert all(more < 1.2 * less + 50 for less, more in zip(few, many, strict=True)), costs
+
+
+def test_sql_runs_in_one_thread_beside_the_event_loop(opened, tmp_path):
+    store = opened(tmp_path)
+    threads = set()
+
+    def note(_: str) -> None:
+        threads.add(threading.current_thread().name)
+
+    store.database.call(lambda connection: connection.set_trace_callback(note))
+
+    async def work() -> None:
+        batches, jobs = store.batches, store.jobs
+        batch = await batches.add_batch(ANNA, [BODY], None, None, b"x")
+        await batches.list("anna", None, 1)
+        await batches.write_result(await batches.next_line([]), "a", True)
+        assert [each async for each in batches.results(batch.id)] == ["a"]
+        await jobs.unfinished()
+        await store.downloads.add("anna", b"a", "audio/wav", "wav")
+
+    asyncio.run(work())
+    assert len(threads) == 1
+    assert threading.current_thread().name not in threads

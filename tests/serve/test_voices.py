@@ -2,9 +2,14 @@
 
 import base64
 import logging
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from hearing import median_pitch
 from serving import PRESETS, SMALL, as_samples, serve
@@ -122,3 +127,134 @@ def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording
     with caplog.at_level(logging.WARNING):
         assert make_voices(model, presets=[tmp_path]).all("") == []
     assert "a.txt" in caplog.text
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, 4800).astype(np.float32)
+
+
+def test_a_voice_sounds_the_same_after_a_restart(model, tmp_path, noise):
+    """Its codes are of what is stored, not of what came."""
+    store = Store(tmp_path, Limits())
+    before = Voices(model, [], store.voices, Limits()).add("anna", "a", 3, "hello", noise)
+    store.close()
+    after = make_voices(model, data=tmp_path).find("a", "anna")
+    np.testing.assert_array_equal(before.codes, after.codes)
+    assert (after.speaker, after.text, after.seconds) == (3, "hello", 0.2)
+
+
+REPLACE = """
+import sys
+from pathlib import Path
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store import Store
+from csm_jax.serve.store.voices import VoiceRow
+
+store = Store(Path(sys.argv[1]), Limits())
+print("open", flush=True)
+number = 0
+while True:
+    number += 1
+    digit = str(number % 10)
+    store.voices.put(VoiceRow("anna", "a", number % 10, digit * 1000, digit.encode() * 200_000))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.11, 0.23])
+def test_a_voice_that_is_replaced_is_the_old_or_the_new_one(tmp_path, seconds):
+    """Whenever the process is killed."""
+    command = [sys.executable, "-c", REPLACE, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    store = Store(tmp_path, Limits())
+    voice = store.voices.find("anna", "a")
+    store.close()
+    assert voice is not None
+    assert {*voice.text, *voice.recording.decode()} == {str(voice.speaker)}
+
+
+def test_voices_of_an_earlier_version_are_imported_once(model, tmp_path, recording, caplog):
+    old = tmp_path / "voices"
+    old.mkdir()
+    (old / "mine.flac").write_bytes(recording)
+    (old / "mine.txt").write_text("speaker: 5\nsix zero\n")
+    (old / "bad.flac").write_bytes(b"no recording")
+    (old / "bad.txt").write_text("six zero")
+    for is_there in (True, False):
+        store = Store(tmp_path, Limits())
+        voices = Voices(model, [], store.voices, Limits(), old=old)
+        assert [voice.name for voice in voices.all("")] == ["mine"] * is_there
+        assert voices.all("anna") == []
+        if is_there:
+            assert (voices.find("mine", "").speaker, voices.find("mine", "").text) == (
+                5,
+                "six zero",
+            )
+            voices.delete("", "mine")
+        store.close()
+    # What cannot be used is not thrown away.
+    assert {path.name for path in old.iterdir()} == {"bad.flac", "bad.txt"}
+
+
+def test_a_directory_of_presets_is_not_imported(model, tmp_path, recording):
+    old = tmp_path / "voices"
+    old.mkdir()
+    (old / "mine.flac").write_bytes(recording)
+    (old / "mine.txt").write_text("six zero")
+    store = Store(tmp_path, Limits())
+    voices = Voices(model, [old], store.voices, Limits(), old=tmp_path / "." / "voices")
+    assert not voices.find("mine", "").is_own
+    assert len(list(old.iterdir())) == 2
+    store.close()
+
+
+def test_presets_can_lie_where_nothing_can_be_written(model, tmp_path, recording, transcript):
+    (tmp_path / "a.flac").write_bytes(recording)
+    (tmp_path / "a.txt").write_text(transcript)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+    voices = make_voices(model, presets=[tmp_path])
+    voices.add("anna", "b", 0, transcript, as_samples(recording))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+
+
+def test_a_later_preset_does_not_replace_an_owners_voice(
+    model, tmp_path, noise, recording, transcript
+):
+    store = Store(None, Limits())
+    Voices(model, [], store.voices, Limits()).add("anna", "a", 3, "hello", noise)
+    (tmp_path / "a.flac").write_bytes(recording)
+    (tmp_path / "a.txt").write_text(transcript)
+    voices = Voices(model, [tmp_path], store.voices, Limits())
+    assert voices.find("a", "anna").text == "hello"
+    assert voices.find("a", "ben").text == transcript
+    assert [voice.text for voice in voices.all("anna")] == ["hello"]
+    voices.delete("anna", "a")
+    assert voices.find("a", "anna").text == transcript
+
+
+def test_adding_a_voice_changes_no_known_name(model, noise):
+    voices = make_voices(model, presets=PRESETS)
+    before = voices.find_as("alloy", "anna", ["alloy"]).name
+    voices.add("anna", "aaa", 0, "hello", noise)
+    assert voices.find_as("alloy", "anna", ["alloy"]).name == before
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a" * 101])
+def test_a_transcript_has_the_limits_of_a_request(model, noise, text):
+    voices = make_voices(model, Limits(text_characters=100))
+    with pytest.raises(InputError, match="transcript"):
+        voices.add("anna", "a", 0, text, noise)
+    assert voices.all("anna") == []
+
+
+def test_a_voice_that_is_deleted_is_spoken_to_the_end(server, recording, transcript):
+    """And its recording cannot be heard any more."""
+    add(server, recording, transcript)
+    voice = server.service.voices.find("mine", "")
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+    assert len(voice.turn().codes)
+    with pytest.raises(InputError, match="deleted"):
+        server.service.voices.recording(voice)
