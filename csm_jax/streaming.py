@@ -1,4 +1,4 @@
-"""How a stream stays ahead of whoever listens."""
+"""How a stream stays ahead of its listener."""
 
 import time
 from collections.abc import Iterator

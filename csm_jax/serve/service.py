@@ -4,6 +4,7 @@ import asyncio
 import dataclasses
 import functools
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ logger = logging.getLogger("csm_jax.serve")
 # Threads for what takes a moment, such as the disk.
 _THREADS = 4
 # Threads that decode and compress recordings: what they call leaves Python's lock.
-_WORK_THREADS = 3
+_WORK_THREADS = max(4, os.cpu_count() or 1)
 # Two frames of this are spoken before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
 # A voice is spoken under any number; the longest has the most tokens.
