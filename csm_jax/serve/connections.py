@@ -9,7 +9,6 @@ import asyncio
 import contextlib
 import enum
 import socket
-import ssl
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -71,17 +70,11 @@ class Group:
 
 
 class Connections:
-    """All connections of a server.
-
-    Attributes:
-      limits: what they are held to.
-      tls: for https; None is http.
-    """
+    """All connections of a server. Those of https are counted after their handshake."""
 
     def __init__(self, limits: Limits, proxies: Sequence[str] = ()):
         """Args: proxies: addresses and networks whose connections are those of many clients."""
         self.limits = limits
-        self.tls: ssl.SSLContext | None = None
         self._proxies = proxies
         self._all: set[Connection] = set()
         self._everybody = Group()
@@ -189,7 +182,6 @@ class Connection(asyncio.Protocol):
         self._is_reading = True
         self._can_write = True
         self._written, self._taken, self._taken_at = 0, 0, 0.0
-        self._opening: asyncio.Task | None = None
 
     # What the event loop calls.
 
@@ -200,41 +192,16 @@ class Connection(asyncio.Protocol):
         peer = transport.get_extra_info("peername")
         if not self.book.admit(self, str(peer[0]) if peer else ""):
             self._refuse()
-        elif self.book.tls:
-            # The handshake counts as part of the first head.
-            transport.pause_reading()
-            self._opening = self._loop.create_task(self._open_tls(self.book.tls))
         else:
-            self._open()
-
-    def _open(self) -> None:
-        self._inner = self._make_protocol()
-        self._inner.connection_made(self)
-
-    async def _open_tls(self, context: ssl.SSLContext) -> None:
-        plain = self._transport
-        try:
-            self._transport = await self._loop.start_tls(
-                plain,
-                self,
-                context,
-                server_side=True,
-                ssl_handshake_timeout=self.book.limits.head_seconds,
-            )
-            self._open()
-        except OSError:
-            # Such as one that speaks http, or has gone.
-            plain.abort()
-            self.book.remove(self)
+            self._inner = self._make_protocol()
+            self._inner.connection_made(self)
 
     def _refuse(self) -> None:
-        if not self.book.tls:
-            response = ApiError(
-                503, "too many connections", code="busy", retry_after=RETRY_AFTER
-            ).response
-            headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
-            head = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers
-            self._transport.write(head + b"\r\n" + response.body)
+        error = ApiError(503, "too many connections", code="busy", retry_after=RETRY_AFTER)
+        response = error.response
+        headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
+        head = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers
+        self._transport.write(head + b"\r\n" + response.body)
         self._transport.close()
 
     def data_received(self, data: bytes) -> None:

@@ -175,9 +175,6 @@ def make_server(
         timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=_RESPONSES_PART * settings.drain_seconds,
     )
-    config.load()
-    # A connection is counted before its handshake.
-    connections.tls, config.ssl = config.ssl, None
     return Server(config, connections, on_exit)
 
 
