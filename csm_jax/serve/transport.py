@@ -164,8 +164,6 @@ def make_server(
         ws_per_message_deflate=False,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
-        # uvloop's `start_tls` does not read on from a transport that was paused.
-        loop="asyncio" if ssl_certfile else "auto",
         lifespan="on",
         log_config=None,
         # `RequestLog` writes a line for each.
