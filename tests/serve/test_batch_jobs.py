@@ -166,6 +166,39 @@ def test_kill_9(tmp_path, seed):
     assert all(each["error"] is None for each in found)
 
 
+@pytest.mark.long
+def test_kill_9_loses_no_job_of_the_queue(tmp_path):
+    """Neither one that is over, nor one that runs, nor one that waits."""
+    path = "/queue/fal-ai/csm-1b"
+    process, url = start(tmp_path)
+    scene = {"scene": [{"text": "one two three", "speaker_id": 0}] * 3, "seed": 1}
+    jobs = [httpx.post(url + path, json=scene, timeout=60).json()["request_id"] for _ in range(8)]
+    status = f"{url}{path}/requests/{jobs[0]}/status"
+    deadline = time.monotonic() + 300
+    while httpx.get(status, timeout=60).json()["status"] != "COMPLETED":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process, new_url = start(tmp_path)
+    try:
+        heard = set()
+        for job in jobs:
+            status = f"{new_url}{path}/requests/{job}/status"
+            while httpx.get(status, timeout=60).json()["status"] != "COMPLETED":
+                assert time.monotonic() < deadline + 300
+                time.sleep(0.05)
+            answer = httpx.get(f"{new_url}{path}/requests/{job}", timeout=60)
+            name = answer.json()["audio"]["file_name"]
+            heard.add(httpx.get(f"{new_url}/files/{name}", timeout=60).content)
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    # One seed, one recording, whichever process spoke it.
+    assert len(heard) == 1
+    assert len(as_samples(*heard)) > 10_000
+
+
 def start(data) -> tuple[subprocess.Popen, str]:
     """The command, until it answers."""
     with socket.create_server(("127.0.0.1", 0)) as free:
