@@ -15,6 +15,8 @@ from csm_jax.serve.metrics import Metrics
 logger = logging.getLogger("csm_jax.serve")
 
 _HEADER = b"x-request-id"
+# Characters of a path and a method that are logged: a head can have 64 kB, and nothing limits who is refused.
+_MAX_PATH, _MAX_METHOD = 200, 20
 # What callers may call their requests.
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _current: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("request")
@@ -44,8 +46,8 @@ class RequestLog:
             return
         fields = {
             "request_id": _given_id(scope) or uuid.uuid4().hex,
-            "method": scope.get("method", "WEBSOCKET"),
-            "path": scope["path"],
+            "method": scope.get("method", "WEBSOCKET")[:_MAX_METHOD],
+            "path": scope["path"][:_MAX_PATH],
             "status": 0,
         }
         _current.set(fields)
