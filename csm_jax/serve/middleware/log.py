@@ -15,7 +15,8 @@ from csm_jax.serve.metrics import Metrics
 logger = logging.getLogger("csm_jax.serve")
 
 _HEADER = b"x-request-id"
-# Characters of a path and a method that are logged: a head can have 64 kB, and nothing limits who is refused.
+# Characters of a path and a method that are logged: a head can have 64 kB, and requests that are
+# refused are logged too.
 _MAX_PATH, _MAX_METHOD = 200, 20
 # What callers may call their requests.
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
