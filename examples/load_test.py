@@ -29,6 +29,7 @@ STREAMS = flags.DEFINE_integer("streams", 64, "at once")
 REQUESTS = flags.DEFINE_integer("requests", 256, "in all")
 DIFFERENT = flags.DEFINE_integer("different", 64, "texts and seeds, asked for in turn")
 LEAVE = flags.DEFINE_float("leave", 0.0, "share of the clients that hang up on the way")
+PATIENCE = flags.DEFINE_float("patience", 0.0, "seconds to come again when there is no place")
 PID = flags.DEFINE_integer("pid", None, "of the server, for its memory")
 SEED = flags.DEFINE_integer("seed", 0, "of the texts and of who leaves")
 
@@ -75,9 +76,23 @@ async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: 
     return np.frombuffer(data[HEAD_BYTES : len(data) // 2 * 2], "<i2"), first
 
 
+async def ask_again(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: int) -> tuple:
+    """The same of a client that comes again when it is told to (429), and has waited meanwhile."""
+    started = time.perf_counter()
+    while True:
+        waited = time.perf_counter() - started
+        try:
+            samples, first = await ask(client, request, leave_after)
+            return samples, first and waited + first
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != 429 or waited > PATIENCE.value:
+                raise
+            await asyncio.sleep(float(error.response.headers.get("Retry-After", 1)))
+
+
 async def run_one(client: httpx.AsyncClient, request, expected: np.ndarray, leaves: int) -> Outcome:
     try:
-        samples, first = await ask(client, request, leaves)
+        samples, first = await ask_again(client, request, leaves)
     except httpx.HTTPError as error:
         logging.error("%s: %r", request.text, error)
         return Outcome("lost", None, 0.0)
