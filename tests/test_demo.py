@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hearing import count_errors, median_pitch, recognise_digits
+from hearing import median_pitch, recognise_digits
 from judge import draw_requests, largest_difference, share_in_voice, speak, word_error_rate
 from texts import draw_text, is_held_out, spell
+from word_errors import count_errors
 
 import csm_jax
 from csm_jax import generate

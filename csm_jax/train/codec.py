@@ -17,6 +17,7 @@ import optax
 from flax import nnx
 
 from csm_jax.config import MimiConfig
+from csm_jax.layers import linear_float32
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.mimi.quantizer import ResidualQuantizer, SplitQuantizer, nearest
 from csm_jax.train.optimiser import OptimiserConfig, make_optimiser
@@ -40,6 +41,10 @@ class CodecRecipe:
       dead: an entry that is chosen by less than this share of what is chosen on average starts
         anew.
       dropout: share of the rows that make do with fewer codebooks, so that the first ones count.
+      average: what a step keeps of the moving average of the weights, later on.
+      num_labels: kinds of sounds (phonemes) that the first codebook has to tell apart; 0 without.
+      labels_per_frame: of them, evenly spaced.
+      label_weight: of their cross entropy.
     """
 
     config: MimiConfig
@@ -49,6 +54,10 @@ class CodecRecipe:
     decay: float = 0.99
     dead: float = 0.2
     dropout: float = 0.25
+    average: float = 0.999
+    num_labels: int = 0
+    labels_per_frame: int = 2
+    label_weight: float = 0.1
 
 
 class Usage(NamedTuple):
@@ -69,12 +78,16 @@ class CodecState(NamedTuple):
     Attributes:
       step: int32 [].
       params: float32, of `Mimi`.
-      optimiser: optax's.
+      average: their moving average, which is what to use.
+      label_head: float32, the linear classifier of labels; empty without labels.
+      optimiser: optax's, of `params` and `label_head`.
       usage: of the semantic and of the acoustic codebooks.
     """
 
     step: Array
     params: Params
+    average: Params
+    label_head: Params
     optimiser: optax.OptState
     usage: tuple[list[Usage], list[Usage]]
 
@@ -88,12 +101,14 @@ class CodecMetrics(NamedTuple):
       commitment: mean square distance of latents from what they are quantised to.
       perplexity: of the codes of this batch, the mean of the codebooks: how many entries are in
         use, if each that is were chosen alike.
+      labels: cross entropy of the labels, nats each; 0 without.
     """
 
     mel: Array
     wave: Array
     commitment: Array
     perplexity: Array
+    labels: Array
 
 
 class _Choice(NamedTuple):
@@ -116,8 +131,25 @@ def init_codec_state(recipe: CodecRecipe, seed: int) -> CodecState:
         [Usage(jnp.zeros(len(book)), jnp.zeros_like(book)) for _, book in _books(quantizer[group])]
         for group in GROUPS
     )
-    optimiser = make_optimiser(recipe.optimiser).init(params)
-    return CodecState(jnp.zeros((), jnp.int32), params, optimiser, usage)
+    head = _init_label_head(recipe)
+    optimiser = make_optimiser(recipe.optimiser).init(_learnt(params, head))
+    average = jax.tree.map(jnp.copy, params)
+    return CodecState(jnp.zeros((), jnp.int32), params, average, head, optimiser, usage)
+
+
+def _init_label_head(recipe: CodecRecipe) -> Params:
+    if not recipe.num_labels:
+        return {}
+    outputs = recipe.labels_per_frame * recipe.num_labels
+    return {
+        "weight": jnp.zeros((outputs, recipe.config.codebook_dim)),
+        "bias": jnp.zeros(outputs),
+    }
+
+
+def _learnt(params: Params, label_head: Params) -> Params:
+    """What the optimiser updates, under the names that it knows matrices from tables by."""
+    return {"codec": params, "label_head": label_head}
 
 
 def with_weights(state: CodecState, params: Params) -> CodecState:
@@ -134,12 +166,17 @@ def with_weights(state: CodecState, params: Params) -> CodecState:
         ]
         for group in GROUPS
     )
-    return state._replace(params=params, usage=usage)
+    return state._replace(params=params, average=jax.tree.map(jnp.copy, params), usage=usage)
 
 
 @functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
 def codec_step(
-    state: CodecState, audio: Array, seed: Array, *, recipe: CodecRecipe
+    state: CodecState,
+    audio: Array,
+    seed: Array,
+    labels: Array | None = None,
+    *,
+    recipe: CodecRecipe,
 ) -> tuple[CodecState, CodecMetrics]:
     """Learns from recordings. `state` is donated: use the one returned.
 
@@ -147,27 +184,54 @@ def codec_step(
       audio: float32 [B, F * frame_size] at the codec's sample rate.
       seed: uint32 []; with the step it chooses who makes do with fewer codebooks, and which
         vectors entries start anew at.
+      labels: int32 [B, F, labels_per_frame], -1 where they are unknown; for recipes with labels.
     """
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     drop, revive = jax.random.split(key)
     kept = _draw_kept(drop, len(audio), recipe)
 
-    def loss(params: Params) -> tuple[Array, tuple[CodecMetrics, Any]]:
-        mimi = bind(recipe.config, params)
+    def loss(learnt: Params) -> tuple[Array, tuple[CodecMetrics, Any]]:
+        mimi = bind(recipe.config, learnt["codec"])
         heard, commitment, choices = reconstruct(mimi, audio, kept)
         mel = mel_distance(heard, audio, recipe.config.sample_rate)
         wave = jnp.mean(jnp.abs(heard - audio))
         total = mel + recipe.wave_weight * wave + recipe.commitment * commitment
-        return total, (CodecMetrics(mel, wave, commitment, jnp.zeros(())), choices)
+        told = jnp.zeros(())
+        if recipe.num_labels:
+            told = _label_loss(mimi.quantizer.semantic, choices[0][0], learnt["label_head"], labels)
+            total = total + recipe.label_weight * told
+        return total, (CodecMetrics(mel, wave, commitment, jnp.zeros(()), told), choices)
 
-    gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(state.params)
-    updates, optimiser = make_optimiser(recipe.optimiser).update(
-        gradients, state.optimiser, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    learnt = _learnt(state.params, state.label_head)
+    gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(learnt)
+    updates, optimiser = make_optimiser(recipe.optimiser).update(gradients, state.optimiser, learnt)
+    learnt = optax.apply_updates(learnt, updates)
+    params = learnt["codec"]
     usage = _follow(params["quantizer"], state.usage, choices, revive, recipe)
     metrics = metrics._replace(perplexity=jnp.mean(_perplexities(choices, recipe.config)))
-    return CodecState(state.step + 1, params, optimiser, usage), metrics
+    average = _moved(state.average, params, state.step, recipe)
+    head = learnt["label_head"]
+    return CodecState(state.step + 1, params, average, head, optimiser, usage), metrics
+
+
+def _moved(average: Params, params: Params, step: Array, recipe: CodecRecipe) -> Params:
+    """The moving average after another step; over the first steps it forgets faster."""
+    keep = jnp.minimum(recipe.average, (1 + step) / (10 + step))
+    return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
+
+
+def _label_loss(
+    quantizer: ResidualQuantizer, choice: "_Choice", head: Params, labels: Array
+) -> Array:
+    """Mean cross entropy [] of the labels that are known, told from the first codebook alone."""
+    entry = jax.lax.stop_gradient(quantizer.codebooks[0][...])[choice.codes]
+    quantised = choice.residual + jax.lax.stop_gradient(entry - choice.residual)
+    logits = linear_float32(quantised, head["weight"]) + head["bias"][None]
+    logits = logits.reshape(labels.size, -1)
+    labels = labels.reshape(-1)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    known = labels >= 0
+    return jnp.sum(losses * known) / jnp.maximum(jnp.sum(known), 1)
 
 
 def reconstruct(

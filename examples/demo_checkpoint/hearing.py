@@ -40,16 +40,6 @@ def recognise_digits(audio: np.ndarray, sample_rate: int) -> list[str]:
     return found.hypstr.split() if found else []
 
 
-def count_errors(said: list[str], heard: list[str]) -> int:
-    """Words put in, left out or replaced: the edit distance of two lists."""
-    row = list(range(len(heard) + 1))
-    for i, word in enumerate(said, 1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(heard, 1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (word != other))
-    return row[-1]
-
-
 def median_pitch(audio: np.ndarray, sample_rate: int) -> float:
     """Hz of the voiced parts of float32 [num_samples], by autocorrelation; nan if there are none.
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from flite import VOICES, synthesise
-from hearing import count_errors, median_pitch, recognise_digits
+from hearing import median_pitch, recognise_digits
 from texts import draw_digits
+from word_errors import count_errors
 
 import csm_jax
 from csm_jax.audio import SAMPLE_RATE, load_audio

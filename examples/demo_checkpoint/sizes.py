@@ -17,6 +17,20 @@ CODEC = MimiConfig(
     codebook_size=256,
     codebook_dim=64,
 )
+# Of the open-vocabulary voice. Its strides are the other way round than the released codec's: the
+# channels that are many are then at the rates that are low.
+VOICE_CODEC = MimiConfig(
+    num_filters=32,
+    ratios=(8, 6, 5, 4),
+    embed_dim=256,
+    num_layers=2,
+    num_heads=4,
+    mlp_dim=512,
+    attention_window=50,
+    num_codebooks=8,
+    codebook_size=1024,
+    codebook_dim=64,
+)
 # That the model speaks. Words are understood as well as with all of the codec's, and what comes
 # after them is close to noise: the model learns neither the faster nor the better for it.
 NUM_CODEBOOKS = 4

@@ -98,6 +98,11 @@ def is_held_out(words: list[str]) -> bool:
     return len(words) > 2 and zlib.crc32(" ".join(words).encode()) % 10 == 0
 
 
+def is_held_out_text(text: str) -> bool:
+    """One sentence of 64, by what it says: nothing learns from it, and codecs are judged by it."""
+    return zlib.crc32(text.encode()) % 64 == 0
+
+
 def draw_number(source: random.Random) -> str:
     """A whole number from 10 to 9999, spelled out."""
     digits = source.randint(2, 4)

@@ -12,8 +12,9 @@ import httpx
 import numpy as np
 import pytest
 import trustme
-from hearing import count_errors, median_pitch, recognise_digits
+from hearing import median_pitch, recognise_digits
 from serving import SMALL, as_samples, serve
+from word_errors import count_errors
 
 from csm_jax.serve.settings import Settings
 

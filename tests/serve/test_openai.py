@@ -9,8 +9,9 @@ import av
 import numpy as np
 import openai
 import pytest
-from hearing import count_errors, recognise_digits
+from hearing import recognise_digits
 from serving import as_samples, same
+from word_errors import count_errors
 
 from csm_jax import Request
 

@@ -21,6 +21,7 @@ STEPS = 40
 RECIPE = CodecRecipe(
     CONFIG, OptimiserConfig(kind="muon", learning_rate=1e-2, steps=STEPS, warmup=4)
 )
+LABELLED = dataclasses.replace(RECIPE, num_labels=5, label_weight=1.0)
 SEED = np.uint32(3)
 
 
@@ -131,18 +132,72 @@ def test_an_entry_that_nobody_chooses_starts_anew_at_a_vector_of_the_batch():
 @pytest.mark.long
 def test_it_learns():
     audio = tones(4, 4)
-    state = init_codec_state(RECIPE, 0)
+    # What is heard at a time depends on the row only: it has a pitch of its own.
+    labels = np.broadcast_to(np.arange(4, dtype=np.int32)[:, None, None], (4, 4, 2))
+    state = init_codec_state(LABELLED, 0)
     before = state.params["quantizer"]["acoustic"]["codebooks"][5].copy()
     distances, compiled = [], codec_step._cache_size()
     for _ in range(STEPS):
-        state, metrics = codec_step(state, audio, SEED, recipe=RECIPE)
+        state, metrics = codec_step(state, audio, SEED, labels, recipe=LABELLED)
         distances.append(float(metrics.mel))
     assert codec_step._cache_size() == compiled + 1
     everything = jnp.full(len(audio), CONFIG.num_codebooks)
-    heard, _, _ = reconstruct(bind(CONFIG, state.params), audio, everything)
-    assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
+    for params in (state.params, state.average):
+        heard, _, _ = reconstruct(bind(CONFIG, params), audio, everything)
+        assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
     assert not np.array_equal(before, state.params["quantizer"]["acoustic"]["codebooks"][5])
     assert 1 < metrics.perplexity <= CONFIG.codebook_size
+    assert metrics.labels < 0.8 * np.log(5)
+
+
+def known_labels(rows: int, num_frames: int) -> np.ndarray:
+    random = np.random.default_rng(0)
+    return random.integers(-1, 5, (rows, num_frames, LABELLED.labels_per_frame)).astype(np.int32)
+
+
+def test_labels_cost_what_torch_says(mimi):
+    torch = pytest.importorskip("torch")
+    random = np.random.default_rng(0)
+    labels = known_labels(2, 3)
+    head = {
+        "weight": random.standard_normal((2 * 5, CONFIG.codebook_dim)).astype(np.float32),
+        "bias": random.standard_normal(2 * 5).astype(np.float32),
+    }
+    everything = jnp.full(2, CONFIG.num_codebooks)
+    _, _, (first, _) = reconstruct(mimi, tones(2, 3), everything)
+    loss = codec._label_loss(mimi.quantizer.semantic, first[0], head, labels)
+    codes = mimi.encode(tones(2, 3), 1)[..., 0]
+    entries = np.asarray(mimi.quantizer.semantic.codebooks[0][...])[np.asarray(codes)]
+    logits = entries @ head["weight"].T + head["bias"]
+    theirs = torch.nn.functional.cross_entropy(
+        torch.tensor(logits.reshape(-1, 5)),
+        torch.tensor(labels.reshape(-1)).long(),
+        ignore_index=-1,
+    )
+    assert float(loss) == pytest.approx(theirs.item(), rel=1e-4)
+
+
+def test_labels_that_are_unknown_teach_nothing(mimi):
+    head = {"weight": jnp.ones((2 * 5, CONFIG.codebook_dim)), "bias": jnp.arange(10.0)}
+    choice = codec._Choice(jnp.ones((6, CONFIG.codebook_dim)), jnp.zeros(6, jnp.int32))
+
+    def gradients(labels):
+        def loss(residual, head):
+            asked = choice._replace(residual=residual)
+            return codec._label_loss(mimi.quantizer.semantic, asked, head, labels)
+
+        return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(choice.residual, head))
+
+    unknown = np.full((2, 3, 2), -1, np.int32)
+    assert not any(np.any(leaf) for leaf in gradients(unknown))
+    assert all(np.any(leaf) for leaf in gradients(known_labels(2, 3)))
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (40, 41 / 50), (10**6, RECIPE.average)])
+def test_the_average_follows_the_weights_fast_at_first(step, kept):
+    zeros, ones = {"weight": jnp.zeros(3)}, {"weight": jnp.ones(3)}
+    average = codec._moved(zeros, ones, jnp.int32(step), RECIPE)
+    np.testing.assert_allclose(average["weight"], 1 - kept, rtol=1e-3)
 
 
 def test_a_run_that_begins_with_weights_keeps_their_codebooks():
@@ -156,6 +211,7 @@ def test_a_run_that_begins_with_weights_keeps_their_codebooks():
     ):
         np.testing.assert_allclose(usage.total / usage.count[:, None], book)
     jax.tree.map(np.testing.assert_array_equal, state.params, params)
+    jax.tree.map(np.testing.assert_array_equal, state.average, params)
 
 
 def test_rows_make_do_with_fewer_codebooks_as_often_as_they_should():

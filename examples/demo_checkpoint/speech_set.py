@@ -1,0 +1,126 @@
+"""A set of speech on disk: lines in `manifest.jsonl`, and recordings beside it."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from phonemes import SILENCE, SOUNDS, sounds_of
+from tqdm import tqdm
+
+from csm_jax.audio import load_audio
+
+SAMPLE_RATE = 24_000
+# Samples that a duration of one stands for.
+UNIT = 600
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A recording and what the synthesizer knows of it.
+
+    Attributes:
+      phonemes: the synthesizer's symbols.
+      durations: in units of `UNIT` samples: of the leading silence, of every symbol, of the end.
+      start: samples that were cut off the front of what the durations describe; None if unknown.
+      dialogue: what it shares with the other turns of its dialogue; None if it is in none.
+    """
+
+    audio: Path
+    text: str
+    voice: str
+    phonemes: str
+    durations: tuple[int, ...]
+    start: int | None
+    dialogue: int | None = None
+
+    @property
+    def seconds(self) -> float:
+        """How long it takes, at most: silence that was cut off the end counts."""
+        return (sum(self.durations) * UNIT - (self.start or 0)) / SAMPLE_RATE
+
+
+def read_manifests(directories: Iterable[Path]) -> list[Utterance]:
+    """The utterances of all directories, in the manifests' order.
+
+    A directory's manifest may be in parts, `manifest*.jsonl`, one a process that wrote it.
+    """
+    return [
+        _utterance(directory, json.loads(line))
+        for directory in directories
+        for part in sorted(directory.glob("manifest*.jsonl"))
+        for line in part.read_text().splitlines()
+    ]
+
+
+def _utterance(directory: Path, line: dict) -> Utterance:
+    return Utterance(
+        directory / line["audio"],
+        line["text"],
+        line["voice"],
+        line["phonemes"],
+        tuple(line["durations"]),
+        line["start"],
+        line.get("dialogue"),
+    )
+
+
+def unit_labels(utterance: Utterance) -> np.ndarray:
+    """Which of `SOUNDS` is heard in each unit of the recording, int8; `UNKNOWN` without a start.
+
+    The first unit is the one that the recording's first sample lies in.
+    """
+    if utterance.start is None:
+        return np.full(sum(utterance.durations), UNKNOWN, np.int8)
+    sounds = [SILENCE, *sounds_of(utterance.phonemes), SILENCE]
+    indices = [SOUNDS.index(sound) for sound in sounds]
+    labels = np.repeat(np.array(indices, np.int8), utterance.durations)
+    return labels[utterance.start // UNIT :]
+
+
+class Packed:
+    """Recordings side by side in one file of 16-bit samples, which is mapped and not read.
+
+    Args:
+      utterances: of which the recordings are packed into `directory`, unless they are there.
+    """
+
+    def __init__(self, directory: Path, utterances: Sequence[Utterance]):
+        names = "\n".join(str(each.audio) for each in utterances)
+        path = directory / f"{hashlib.sha256(names.encode()).hexdigest()[:16]}.pcm"
+        lengths = path.with_suffix(".npy")
+        if not lengths.exists():
+            directory.mkdir(parents=True, exist_ok=True)
+            np.save(lengths, _pack(path, utterances))
+        self.utterances = utterances
+        self.lengths: np.ndarray = np.load(lengths)
+        self._offsets = np.concatenate([[0], np.cumsum(self.lengths)])
+        self._samples = np.memmap(path, "<i2", "r")
+        self._labels = [unit_labels(each) for each in utterances]
+
+    def audio(self, index: int, start: int, size: int) -> np.ndarray:
+        """float32 [size] from sample `start` of a recording on, with zeros after its end."""
+        first = self._offsets[index] + start
+        piece = self._samples[first : min(first + size, self._offsets[index + 1])]
+        return np.pad(piece.astype(np.float32) / 32768, (0, size - len(piece)))
+
+    def labels(self, index: int, times: np.ndarray) -> np.ndarray:
+        """int32 [N], what is heard at samples `times` [N] of a recording; silence after its end."""
+        row = self._labels[index]
+        units = (times + (self.utterances[index].start or 0) % UNIT) // UNIT
+        after = UNKNOWN if self.utterances[index].start is None else SOUNDS.index(SILENCE)
+        return np.where(units < len(row), row[np.minimum(units, len(row) - 1)], after)
+
+
+def _pack(path: Path, utterances: Sequence[Utterance]) -> np.ndarray:
+    """Writes all samples to `path`; returns how many each recording has."""
+    lengths = []
+    with path.open("wb") as file:
+        for each in tqdm(utterances, desc="packing", disable=None):
+            audio = load_audio(each.audio, SAMPLE_RATE)
+            file.write((np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes())
+            lengths.append(len(audio))
+    return np.array(lengths)

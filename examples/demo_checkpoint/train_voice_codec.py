@@ -1,0 +1,202 @@
+"""Trains the codec of the open-vocabulary voice; a run that was stopped goes on where it was.
+
+    python examples/demo_checkpoint/train_voice_codec.py --speech=voice/speech --out=voice/codec
+
+Any device, one process. In --out: checkpoints, metrics, and the averaged weights of every
+checkpoint (`weights/STEP.safetensors`), which is what assemble.py and judge_codec.py read.
+"""
+
+import contextlib
+import json
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags, logging
+from codec_batches import Batch, CodecBatches
+from codec_weights import read_weights, write_weights
+from phonemes import SOUNDS
+from sizes import VOICE_CODEC
+from speech_set import Packed, read_manifests
+from texts import is_held_out_text
+
+from csm_jax.errors import InputError
+from csm_jax.mimi.codec import bind
+from csm_jax.train.checkpoints import Checkpoints
+from csm_jax.train.codec import (
+    CodecRecipe,
+    CodecState,
+    codec_step,
+    init_codec_state,
+    with_weights,
+)
+from csm_jax.train.log import Log
+from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.spectral import mel_distance
+
+SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
+OUT = flags.DEFINE_string("out", "voice/codec", "directory of the run")
+CACHE = flags.DEFINE_string("cache", "voice/packed", "directory for the recordings as samples")
+STEPS = flags.DEFINE_integer("steps", 100_000, "of the run; the rate falls to --final_rate there")
+STOP = flags.DEFINE_integer("stop", None, "stop at this step, to go on later")
+BATCH = flags.DEFINE_integer("batch_size", 8, "pieces of recordings in a batch")
+FRAMES = flags.DEFINE_integer("frames", 16, "of 80 ms in a piece")
+OPTIMISER = flags.DEFINE_enum("optimiser", "muon", ["adamw", "muon"], "see BUILD.md")
+RATE = flags.DEFINE_float("learning_rate", 4e-3, "the highest")
+FINAL_RATE = flags.DEFINE_float("final_rate", 1.0, "share of the highest rate at the end")
+WAVE = flags.DEFINE_float("wave_weight", 1.0, "of the distance of waveforms")
+LABEL = flags.DEFINE_float("label_weight", 0.1, "of the phonemes that codebook 0 has to tell")
+AVERAGE = flags.DEFINE_float("average", 0.999, "what a step keeps of the average of the weights")
+INIT = flags.DEFINE_string("init", None, "begin with these weights, a safetensors file")
+SEED = flags.DEFINE_integer("seed", 0, "of the weights and of the order of the data")
+SAVE = flags.DEFINE_float("save_minutes", 10.0, "between checkpoints")
+LOG = flags.DEFINE_integer("log_every", 20, "steps between lines of metrics")
+
+# A run is only gone on with under the same values of these.
+SETTINGS = (
+    "speech",
+    "steps",
+    "batch_size",
+    "frames",
+    "optimiser",
+    "learning_rate",
+    "final_rate",
+    "wave_weight",
+    "label_weight",
+    "average",
+    "init",
+    "seed",
+)
+# Batches of held-out recordings that a checkpoint is measured with.
+EVALUATED = 4
+
+
+def make_recipe() -> CodecRecipe:
+    optimiser = OptimiserConfig(
+        kind=OPTIMISER.value,
+        learning_rate=RATE.value,
+        steps=STEPS.value,
+        warmup=min(50, STEPS.value - 1),
+        final_rate=FINAL_RATE.value,
+        weight_decay=0.0,
+    )
+    return CodecRecipe(
+        VOICE_CODEC,
+        optimiser,
+        wave_weight=WAVE.value,
+        average=AVERAGE.value,
+        num_labels=len(SOUNDS),
+        label_weight=LABEL.value,
+    )
+
+
+def check_settings(out: Path) -> None:
+    """Writes the flags that change what is learnt, or compares them with those of the run."""
+    settings = {name: flags.FLAGS[name].value for name in SETTINGS}
+    path = out / "run.json"
+    if not path.exists():
+        path.write_text(json.dumps(settings, indent=2) + "\n")
+    before = json.loads(path.read_text())
+    changed = sorted(name for name in SETTINGS if before.get(name) != settings[name])
+    if changed:
+        raise InputError(f"{path} was begun with another --{changed[0]}: choose another --out")
+
+
+def first_state(recipe: CodecRecipe) -> CodecState:
+    state = init_codec_state(recipe, SEED.value)
+    if INIT.value is None:
+        return state
+    return with_weights(state, read_weights(Path(INIT.value)))
+
+
+@jax.jit
+def held_out_distance(params: dict[str, Any], audio: jax.Array) -> jax.Array:
+    """Mel distance [] of recordings and what the codec makes of them."""
+    mimi = bind(VOICE_CODEC, params)
+    heard = mimi.decode(mimi.encode(audio, VOICE_CODEC.num_codebooks))
+    return mel_distance(heard[..., 0], audio, VOICE_CODEC.sample_rate)
+
+
+class Run:
+    """A run's state, and what is written of it."""
+
+    def __init__(self, out: Path, recipe: CodecRecipe, checkpoints: Checkpoints):
+        self.out = out
+        self.recipe = recipe
+        self.checkpoints = checkpoints
+        state = first_state(recipe)
+        restored = checkpoints.restore(state)
+        # Restored arrays lie in buffers of another's: a step can be given its own only.
+        self.state = state if restored is None else jax.tree.map(jnp.copy, restored[0])
+        self.seconds = 0.0 if restored is None else restored[1]["seconds"]
+        self.step = int(self.state.step)
+        self.log = Log(out, self.step)
+        self._sums: list[list[float]] = []
+
+    def learn(self, batch: Batch) -> None:
+        start = time.monotonic()
+        self.state, metrics = codec_step(
+            self.state, batch.audio, np.uint32(SEED.value), batch.labels, recipe=self.recipe
+        )
+        self._sums.append([float(value) for value in metrics])
+        self.step += 1
+        self.seconds += time.monotonic() - start
+        if self.step % LOG.value == 0:
+            means = np.mean(self._sums, axis=0).tolist()
+            self._sums = []
+            figures = dict(zip(metrics._fields, means, strict=True))
+            self.log.write(self.step, {"seconds": round(self.seconds, 1), **figures})
+
+    def save(self, held_out: list[Batch]) -> None:
+        """A checkpoint, its averaged weights, and how far what it makes is from recordings."""
+        average = self.state.average
+        distances = [float(held_out_distance(average, each.audio)) for each in held_out]
+        self.log.write(self.step, {"held_out": float(np.mean(distances))})
+        write_weights(self.out / "weights" / f"{self.step:06}.safetensors", average)
+        self.checkpoints.save(self.state, {"seconds": self.seconds})
+
+
+@contextlib.contextmanager
+def told_to_stop() -> Iterator[list[int]]:
+    """A list that is empty until the process is told to end (SIGTERM)."""
+    stopped: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
+    try:
+        yield stopped
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def main(_: list[str]) -> None:
+    logging.set_verbosity(logging.ERROR)
+    out = Path(OUT.value)
+    out.mkdir(parents=True, exist_ok=True)
+    check_settings(out)
+    utterances = read_manifests(Path(each) for each in SPEECH.value)
+    held = [each for each in utterances if is_held_out_text(each.text)]
+    learnt = [each for each in utterances if not is_held_out_text(each.text)]
+    cache = Path(CACHE.value)
+    make = dict(config=VOICE_CODEC, rows=BATCH.value, frames=FRAMES.value)
+    batches = CodecBatches(Packed(cache, learnt), seed=SEED.value, **make)
+    held_out = CodecBatches(Packed(cache, held), seed=1, **make)
+    evaluated = [held_out.batch(i) for i in range(EVALUATED)]
+    recipe = make_recipe()
+    with Checkpoints(out / "checkpoints", keep=2) as checkpoints, told_to_stop() as stopped:
+        run = Run(out, recipe, checkpoints)
+        saved = time.monotonic()
+        while run.step < (STOP.value or STEPS.value) and not stopped:
+            run.learn(batches.batch(run.step))
+            if time.monotonic() - saved > 60 * SAVE.value:
+                run.save(evaluated)
+                saved = time.monotonic()
+        run.save(evaluated)
+
+
+if __name__ == "__main__":
+    flags.mark_flag_as_required("speech")
+    app.run(main)
