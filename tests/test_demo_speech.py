@@ -78,6 +78,13 @@ def test_a_set_is_read_from_all_its_manifests(directory):
     assert second.audio == directory / "1.wav"
 
 
+def test_a_line_that_is_still_being_written_is_left_out(directory):
+    before = read_manifests([directory])
+    with (directory / "manifest-1.jsonl").open("a") as file:
+        file.write('{"id": 2, "audio": "2.w')
+    assert read_manifests([directory]) == before
+
+
 def test_labels_are_those_of_the_units(directory):
     utterance = read_manifests([directory])[1]
     assert "".join(SOUNDS[label] for label in unit_labels(utterance)) == HEARD

@@ -49,11 +49,17 @@ def read_manifests(directories: Iterable[Path]) -> list[Utterance]:
     A directory's manifest may be in parts, `manifest*.jsonl`, one a process that wrote it.
     """
     return [
-        _utterance(directory, json.loads(line))
+        _utterance(directory, line)
         for directory in directories
         for part in sorted(directory.glob("manifest*.jsonl"))
-        for line in part.read_text().splitlines()
+        for line in read_lines(part)
     ]
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Lines of JSON. A last one that was cut off when its writer was killed is left out."""
+    text = path.read_text() if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def _utterance(directory: Path, line: dict) -> Utterance:

@@ -22,6 +22,7 @@ from kokoro import LONGEST, SAMPLE_RATE, Kokoro
 from levels import level, trim
 from phonemes import phonemes_of
 from plan import Job, plan
+from speech_set import read_lines
 from tqdm import tqdm
 
 OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
@@ -52,12 +53,6 @@ def make_plan(out: Path) -> list[Job]:
         partial.write_text("".join(json.dumps(dataclasses.asdict(job)) + "\n" for job in jobs))
         partial.rename(path)
     return [Job(**line) for line in read_lines(path)]
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Lines of JSON. A last one that was cut off when its writer was killed is left out."""
-    text = path.read_text() if path.exists() else ""
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def done(out: Path) -> set[int]:
