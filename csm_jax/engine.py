@@ -134,7 +134,8 @@ class Engine:
                 *batch.programs(prefix_lengths),
                 *decoder.programs(count),
                 *model.codec.programs(count),
-            ]
+            ],
+            is_unwanted,
         )
 
     def submit(

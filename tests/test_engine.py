@@ -716,3 +716,8 @@ def test_the_time_of_a_request_is_told(model):
 def test_no_more_turns_are_shared_than_there_are(count):
     with pytest.raises(InputError, match=f"shared_turns is {count}, but there are 1 turns"):
         Request("Hi.", context=[Segment(0, "Well.", codes=CODES)], shared_turns=count)
+
+
+def test_an_unwanted_warm_up_is_cancelled(model):
+    with Engine(model, max_batch=1, max_seq_len=128) as engine, pytest.raises(CancelledError):
+        engine.warm_up(is_unwanted=lambda: True)

@@ -106,7 +106,7 @@ def create_app(
     parsing.document(app)
     # The last is the outermost.
     app.add_middleware(bodies.Bodies, limits=settings.limits)
-    app.add_middleware(keys.Keys, keys=keys.parse_keys(settings.api_keys), quotas=service.quotas)
+    app.add_middleware(keys.Keys, keys=service.keys, quotas=service.quotas)
     if settings.cors_origins:
         app.add_middleware(
             CORSMiddleware,

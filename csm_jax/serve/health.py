@@ -13,15 +13,15 @@ def router(service: Service) -> APIRouter:
     @routes.get("/healthz")
     async def healthz() -> dict[str, str]:
         """The process answers, and can speak."""
-        if not service.engine.is_alive and not service.deadline.is_started:
+        if _has_stopped(service):
             raise ApiError(503, "the engine has stopped: restart the server", code="stopped")
         return {"status": "ok"}
 
     @routes.get("/readyz")
     async def readyz() -> dict[str, str]:
         """Everything is compiled, a request has been spoken, and the server is not closing."""
-        if not service.is_ready or not service.engine.is_alive:
-            why = service.reason if service.engine.is_alive else "closing"
+        why = "the engine has stopped" if _has_stopped(service) else service.not_ready
+        if why is not None:
             raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
         if service.store.problem is not None:
             message = f"not ready: {service.store.problem}"
@@ -34,3 +34,8 @@ def router(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type=CONTENT_TYPE)
 
     return routes
+
+
+def _has_stopped(service: Service) -> bool:
+    """Whether an error has ended the engine's thread, and not the end of the server."""
+    return not service.engine.is_alive and not service.deadline.is_started

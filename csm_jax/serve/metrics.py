@@ -44,16 +44,16 @@ class Metrics:
         self._storage_full = make(
             Gauge, "storage_full", "1 while the disk has no room for what is to be stored"
         )
-        self._storage_failures = make(
-            Gauge, "storage_failed_transactions", "since the start, of the database"
+        self.storage_failures = make(
+            Counter, "storage_failures", "transactions of the database that failed"
         )
 
-    def watch_store(self, database: Database) -> None:
+    def watch_database(self, database: Database) -> None:
         """Reads the figures of what is stored off a database from now on."""
         self._storage_full.set_function(lambda: int(database.is_full))
-        self._storage_failures.set_function(lambda: database.num_failures)
+        database.on_failure = self.storage_failures.inc
 
-    def watch(self, engine: Engine) -> None:
+    def watch_engine(self, engine: Engine) -> None:
         """Reads the gauges off an engine from now on."""
         self._queue.set_function(lambda: engine.num_waiting)
         self._speaking.set_function(lambda: engine.num_speaking)

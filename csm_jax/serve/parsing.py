@@ -150,7 +150,7 @@ def _parse_urlencoded(data: bytes, options: dict[bytes, bytes]) -> dict[str, Any
         raise ApiError(400, f"not a form ({str(error)[:100]})", code="bad_form") from error
     fields = _Fields()
     for name, value in pairs:
-        fields.add(name, value)
+        fields.add(name, value, bool(value))
     return fields.values
 
 
@@ -177,12 +177,12 @@ class _Fields:
         self.values: dict[str, str | bytes] = {}
         self._names: set[str] = set()
 
-    def add(self, name: str, value: str | bytes) -> None:
+    def add(self, name: str, value: str | bytes, is_filled: bool) -> None:
+        """Adds a field, unless it was not filled in. Raises `ApiError` if it is there already."""
         if name in self._names:
             raise ApiError(400, f"the field {name[:80]!r} is there twice", code="bad_form")
         self._names.add(name)
-        # An empty field of a form is one that was not filled in.
-        if len(value):
+        if is_filled:
             self.values[name] = value
 
 
@@ -232,9 +232,10 @@ class _Multipart:
             raise ApiError(400, "a part of the form has no name", code="bad_form")
         name, value = _text(options[b"name"], "a name"), bytes(self._data)
         self._data = bytearray()
-        # A file has a file name, which is not looked at.
+        # A browser sends a file that was not chosen as an empty one without a name.
+        is_filled = bool(value or options.get(b"filename"))
         is_file = b"filename" in options
-        self.fields.add(name, value if is_file else _text(value, name[:80]))
+        self.fields.add(name, value if is_file else _text(value, name[:80]), is_filled)
 
     def _end(self) -> None:
         self.is_complete = True

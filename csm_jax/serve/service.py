@@ -24,7 +24,7 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs import Jobs
 from csm_jax.serve.live import Live
 from csm_jax.serve.metrics import Metrics
-from csm_jax.serve.middleware.keys import parse_keys
+from csm_jax.serve.middleware.keys import Key, parse_keys
 from csm_jax.serve.outgoing import Outgoing
 from csm_jax.serve.places import Place, Places, Sockets
 from csm_jax.serve.pool import FairPool
@@ -60,12 +60,18 @@ class Service:
 
     Attributes:
       model, settings, metrics, voices: what it was made with.
+      keys: the parsed API keys; none without authentication.
       store: everything that is kept, with its owners.
       jobs: requests that go on without their client.
       quotas: how much work callers may ask for.
       outgoing, webhooks: what requests ask the server to fetch and to post.
-      is_ready: everything is compiled, and a request has been spoken.
-      reason: why it is not ready, while it is not.
+      places: how many requests are worked on or wait at once, shared between callers.
+      sockets: the open WebSockets of each caller.
+      readers: the responses whose speech waits to be read.
+      engine: speaks all requests.
+      not_ready: why the server is not ready; None while it is.
+      warmed: the task of `warm_up`, once the application has started it.
+      is_closing: the engine takes no more requests.
       deadline: by which everything is over when the server is told to end.
     """
 
@@ -78,9 +84,9 @@ class Service:
         """
         self.model = model
         self.settings = settings
+        self.keys = parse_keys(settings.api_keys)
         self.metrics = Metrics()
-        self.is_ready = False
-        self.reason = "warming up"
+        self.not_ready: str | None = "warming up"
         self.is_closing = False
         self.deadline = Deadline(settings.drain_seconds)
         self.warmed: asyncio.Task | None = None
@@ -90,7 +96,6 @@ class Service:
             [*presets, *filter(None, [settings.voices])],
             self.store.voices,
             settings.limits,
-            old=settings.data and settings.data / "voices",
         )
         self.quotas = Quotas(settings.requests_per_minute, settings.speech_seconds_per_minute)
         self.outgoing = Outgoing(settings.allow_private)
@@ -109,10 +114,15 @@ class Service:
             settings.max_seq_len,
             # What has a place is not refused any more.
             max_queue=self.places.total,
-            kept_rows=int(_has_tenants(settings)),
+            kept_rows=int(_has_tenants(self.keys)),
         )
-        self.metrics.watch(self.engine)
-        self.metrics.watch_store(self.store.database)
+        self.metrics.watch_engine(self.engine)
+        self.metrics.watch_database(self.store.database)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether everything is compiled and a request has been spoken."""
+        return self.not_ready is None
 
     async def warm_up(self) -> None:
         """Compiles all that requests need, and speaks; then the server is ready."""
@@ -122,11 +132,12 @@ class Service:
             live = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
             await live.audio()
         except Exception as error:
-            self.reason = f"the warm-up failed: {first_line(error)}"
-            logger.error("%s; this server will not be ready", self.reason)
+            self.not_ready = f"the warm-up failed: {first_line(error)}"
+            logger.error("%s; this server will not be ready", self.not_ready)
             return
         logger.info("ready after %.1f s of warming up", time.perf_counter() - started)
-        self.is_ready = not self.deadline.is_started
+        if not self.deadline.is_started:
+            self.not_ready = None
 
     async def _compile(self, voices: Sequence[Voice]) -> None:
         """Compiles what requests need that begin with these voices, outside the event loop."""
@@ -142,8 +153,7 @@ class Service:
     def drain(self) -> None:
         """Lets the deadline run: from now on new requests are refused, and the others finish."""
         self.deadline.start()
-        self.is_ready = False
-        self.reason = "closing"
+        self.not_ready = "closing"
 
     async def close(self) -> None:
         """Finishes what is in progress, as far as the deadline allows."""
@@ -280,9 +290,9 @@ def _cancel_ticket(submitted: Future[Ticket]) -> None:
         submitted.result().cancel()
 
 
-def _has_tenants(settings: Settings) -> bool:
-    """Whether keys name several tenants, so that one row is kept for those who have none."""
-    return len({key.caller.owner for key in parse_keys(settings.api_keys)}) > 1
+def _has_tenants(keys: Sequence[Key]) -> bool:
+    """Whether keys name several tenants, so that one row is kept for a tenant without a row."""
+    return len({key.caller.owner for key in keys}) > 1
 
 
 def _is_unencoded(turn: Segment) -> bool:

@@ -36,14 +36,12 @@ class VoiceFile:
     """Attributes:
     text: transcript of `audio`.
     audio: float32 [num_samples] at 24 kHz.
-    paths: of the recording and of the transcript.
     """
 
     name: str
     speaker: int
     text: str
     audio: np.ndarray
-    paths: tuple[Path, Path]
 
 
 def is_name(name: str) -> bool:
@@ -92,11 +90,10 @@ def _is_recording(path: Path) -> bool:
 
 
 def _read_voice(path: Path, limits: Limits) -> VoiceFile:
-    beside = path.with_suffix(".txt")
-    speaker, text = _parse(_read_text(beside, limits))
+    speaker, text = _parse(_read_text(path.with_suffix(".txt"), limits))
     text = check_transcript(text, limits)
     audio = decode_recording(_read_file(path, limits.audio_bytes), limits, "the recording")
-    return VoiceFile(path.stem, speaker, text, audio, (path, beside))
+    return VoiceFile(path.stem, speaker, text, audio)
 
 
 def _read_text(path: Path, limits: Limits) -> str:

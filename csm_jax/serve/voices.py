@@ -20,12 +20,9 @@ from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
-from csm_jax.serve.voice_files import VoiceFile, check_transcript, is_name, read_voices
+from csm_jax.serve.voice_files import check_transcript, is_name, read_voices
 
 logger = logging.getLogger("csm_jax.serve")
-
-# Who has the voices of servers that knew no owners.
-_FIRST_OWNER = ""
 
 
 @dataclass(frozen=True)
@@ -64,13 +61,11 @@ class Voices:
         presets: Sequence[Path],
         store: VoiceStore,
         limits: Limits,
-        old: Path | None = None,
     ):
         """Reads all voices; those that cannot be used are left out and logged.
 
         Args:
           presets: directories of everybody's voices; later ones win.
-          old: where earlier versions kept added voices, which are moved into the store.
 
         Raises:
           InputError: a directory cannot be read.
@@ -88,8 +83,6 @@ class Voices:
                 data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
                 self._recordings[file.name] = data
                 self._shared[file.name] = self._make(None, file.name, file.speaker, file.text, data)
-        if old is not None and old.is_dir() and not any(map(old.samefile, presets)):
-            self._import(old)
         self._load()
 
     def all(self, owner: str) -> list[Voice]:
@@ -176,18 +169,6 @@ class Voices:
             if name in self._shared:
                 logger.warning("added voice %s hides everybody's from its owner", name)
 
-    def _import(self, directory: Path) -> None:
-        """Moves added voices of an earlier version into the store, once."""
-        name = directory.name
-        if self._store.was_imported(name):
-            return
-        files = list(read_voices(directory, self._limits))
-        self._store.import_all(name, map(_as_row, files))
-        for file in files:
-            for path in file.paths:
-                path.unlink(missing_ok=True)
-        logger.info("%d voices of an earlier version were imported", len(files))
-
     def _make(self, owner: str | None, name: str, speaker: int, text: str, data: bytes) -> Voice:
         """A voice of a FLAC file; the codes are of what is stored, now and after a restart."""
         try:
@@ -204,8 +185,3 @@ def check_name(name: str) -> None:
         raise InputError(
             f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, - and _ make a name"
         )
-
-
-def _as_row(file: VoiceFile) -> VoiceRow:
-    data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
-    return VoiceRow(_FIRST_OWNER, file.name, file.speaker, file.text, data)

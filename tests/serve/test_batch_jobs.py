@@ -261,7 +261,7 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
         caplog.at_level(logging.WARNING, "csm_jax.serve"),
         serve(model, Settings(**SMALL, data=tmp_path), warm=False) as running,
     ):
-        running.service.is_ready = True
+        running.service.not_ready = None
         batch = running.post("/v1/batches", files={"file": lines(30)}).json()
         wait(running.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 3)
         limit_pages(running.service, 5)
@@ -300,7 +300,7 @@ def test_a_worker_that_fails_is_reported_once_and_goes_on(model, monkeypatch, ca
         caplog.at_level(logging.ERROR, "csm_jax.serve"),
         serve(model, Settings(**SMALL), warm=False) as running,
     ):
-        running.service.is_ready = True
+        running.service.not_ready = None
         store = running.service.store.batches
         with monkeypatch.context() as patch:
 

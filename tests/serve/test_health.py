@@ -56,6 +56,15 @@ def test_a_warm_up_that_fails_is_told(model, monkeypatch, caplog):
     assert not [record for record in caplog.records if record.exc_info]
 
 
+def test_an_engine_that_has_stopped_is_reported(model):
+    with serve(model, Settings(**SMALL), warm=False) as running:
+        running.service.engine.close()
+        for path in ("/healthz", "/readyz"):
+            answer = running.get(path)
+            assert answer.status_code == 503
+            assert "the engine has stopped" in answer.json()["detail"]
+
+
 def test_figures(server):
     before = figures(server)
     answer = server.post("/generate", json={"text": "one two", "streaming": True})

@@ -1,6 +1,7 @@
 """The database of a server: locked, private, checked, with owners, and safe on a full disk."""
 
 import asyncio
+import contextlib
 import itertools
 import json
 import logging
@@ -26,26 +27,6 @@ from csm_jax.serve.store.voices import VoiceRow
 
 ANNA, BEN = Caller("anna", "anna", 1.0), Caller("ben", "ben", 1.0)
 BODY = '{"custom_id": "a"}'
-
-# As the servers wrote it that kept batches only.
-OLD_TABLES = """
-PRAGMA journal_mode=WAL;
-CREATE TABLE IF NOT EXISTS files (
-    id TEXT PRIMARY KEY, name TEXT, purpose TEXT, created INTEGER, data BLOB, batch TEXT);
-CREATE TABLE IF NOT EXISTS batches (
-    id TEXT PRIMARY KEY, input_file TEXT, output_file TEXT, created INTEGER, ended INTEGER,
-    is_cancelled INTEGER DEFAULT 0);
-CREATE TABLE IF NOT EXISTS lines (
-    batch TEXT, number INTEGER, body TEXT, result TEXT, is_good INTEGER,
-    PRIMARY KEY (batch, number));
-CREATE INDEX IF NOT EXISTS pending ON lines (batch, number) WHERE result IS NULL;
-INSERT INTO files VALUES ('file-1', 'input.jsonl', 'batch', 7, x'616263', NULL);
-INSERT INTO files VALUES ('file-2', 'out.jsonl', 'batch_output', 7, NULL, 'batch_1');
-INSERT INTO batches VALUES ('batch_1', 'file-1', 'file-2', 7, NULL, 0);
-INSERT INTO lines VALUES ('batch_1', 0, 'body', 'good', 1);
-INSERT INTO lines VALUES ('batch_1', 1, 'body', 'bad', 0);
-INSERT INTO lines VALUES ('batch_1', 2, '{"custom_id": "c"}', NULL, NULL);
-"""
 
 
 @pytest.fixture
@@ -184,16 +165,15 @@ def a_link(path: Path) -> None:
     path.symlink_to(target)
 
 
-@pytest.mark.parametrize("name", ["store.sqlite", "batches.sqlite"])
 @pytest.mark.parametrize(
     "damage",
     [garbage, of_another_program, of_a_newer_version, a_directory, a_pipe, a_link],
 )
-def test_what_is_no_database_of_this_server_is_refused(opened, tmp_path, damage, name):
+def test_what_is_no_database_of_this_server_is_refused(opened, tmp_path, damage):
     data = tmp_path / "data"
     data.mkdir()
-    damage(data / name)
-    with pytest.raises(CSMError, match=r"store\.sqlite|batches\.sqlite") as refused:
+    damage(data / "store.sqlite")
+    with pytest.raises(CSMError, match=r"store\.sqlite") as refused:
         opened(data)
     assert "\n" not in str(refused.value)
 
@@ -327,28 +307,11 @@ def modes(directory: Path) -> dict[Path, int]:
 # Earlier versions.
 
 
-def test_batches_of_an_earlier_version_go_on(opened, tmp_path):
-    old = sqlite3.connect(tmp_path / "batches.sqlite")
-    old.executescript(OLD_TABLES)
-    # Not closed, so that the log is still to be read, as after kill -9.
-    for name in ("batches.sqlite", "batches.sqlite-wal"):
-        (tmp_path / "data").mkdir(exist_ok=True)
-        (tmp_path / "data" / name).write_bytes((tmp_path / name).read_bytes())
-    old.close()
-    for _ in range(2):
-        store = opened(tmp_path / "data")
-        batch = asyncio.run(store.batches.find("batch_1", ""))
-        assert (batch.total, batch.completed, batch.failed, batch.created) == (3, 1, 1, 7)
-        assert asyncio.run(store.batches.read_file("file-1", "")) == b"abc"
-        assert asyncio.run(store.batches.find_file("file-1", "")).num_bytes == 3
-        store.close()
-    store = opened(tmp_path / "data")
-    line = asyncio.run(store.batches.next_line([]))
-    assert (line.number, line.body) == (2, '{"custom_id": "c"}')
-    asyncio.run(store.batches.write_result(line, "late", True))
-    assert asyncio.run(store.batches.find("batch_1", "")).ended
-    assert asyncio.run(_all(store.batches.results("batch_1"))) == ["good", "bad", "late"]
-    assert not (tmp_path / "data" / "batches.sqlite").exists()
+def test_a_database_of_an_older_version_is_refused(opened, tmp_path):
+    with contextlib.closing(sqlite3.connect(tmp_path / "store.sqlite")) as old:
+        old.execute("CREATE TABLE batches (id TEXT)")
+    with pytest.raises(StorageError, match="not a database of this server: move it away, or"):
+        opened(tmp_path)
 
 
 async def _all(items) -> list:

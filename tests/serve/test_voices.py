@@ -176,41 +176,6 @@ def test_a_voice_that_is_replaced_is_the_old_or_the_new_one(tmp_path, seconds):
     assert {*voice.text, *voice.recording.decode()} == {str(voice.speaker)}
 
 
-def test_voices_of_an_earlier_version_are_imported_once(model, tmp_path, recording, caplog):
-    old = tmp_path / "voices"
-    old.mkdir()
-    (old / "mine.flac").write_bytes(recording)
-    (old / "mine.txt").write_text("speaker: 5\nsix zero\n")
-    (old / "bad.flac").write_bytes(b"no recording")
-    (old / "bad.txt").write_text("six zero")
-    for is_there in (True, False):
-        store = Store(tmp_path, Limits())
-        voices = Voices(model, [], store.voices, Limits(), old=old)
-        assert [voice.name for voice in voices.all("")] == ["mine"] * is_there
-        assert voices.all("anna") == []
-        if is_there:
-            assert (voices.find("mine", "").speaker, voices.find("mine", "").text) == (
-                5,
-                "six zero",
-            )
-            voices.delete("", "mine")
-        store.close()
-    # What cannot be used is not thrown away.
-    assert {path.name for path in old.iterdir()} == {"bad.flac", "bad.txt"}
-
-
-def test_a_directory_of_presets_is_not_imported(model, tmp_path, recording):
-    old = tmp_path / "voices"
-    old.mkdir()
-    (old / "mine.flac").write_bytes(recording)
-    (old / "mine.txt").write_text("six zero")
-    store = Store(tmp_path, Limits())
-    voices = Voices(model, [old], store.voices, Limits(), old=tmp_path / "." / "voices")
-    assert not voices.find("mine", "").is_own
-    assert len(list(old.iterdir())) == 2
-    store.close()
-
-
 def test_presets_can_lie_where_nothing_can_be_written(model, tmp_path, recording, transcript):
     (tmp_path / "a.flac").write_bytes(recording)
     (tmp_path / "a.txt").write_text(transcript)

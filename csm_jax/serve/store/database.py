@@ -8,9 +8,9 @@ import sqlite3
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, TypeVarTuple
 
 from csm_jax.serve.store import schema
 from csm_jax.serve.store.directory import Directory, shown
@@ -18,9 +18,9 @@ from csm_jax.serve.store.errors import StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
 
-P = ParamSpec("P")
+Arguments = TypeVarTuple("Arguments")
 T = TypeVar("T")
-Query = Callable[Concatenate[sqlite3.Connection, P], T]
+Query = Callable[[sqlite3.Connection, *Arguments], T]
 
 # Seconds between attempts to write what must not be lost: doubled up to the last.
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0
@@ -52,6 +52,7 @@ class Database:
       problems: why the server is not ready, by what has failed.
       is_full: the last write found no room on the disk.
       num_failures: transactions that failed since the start.
+      on_failure: called after each of them, in the database's thread.
     """
 
     def __init__(self, directory: Path | None):
@@ -64,6 +65,7 @@ class Database:
         self.problems: dict[str, str] = {}
         self.is_full = False
         self.num_failures = 0
+        self.on_failure: Callable[[], None] = lambda: None
         self._is_closed = False
         self._logged: dict[str, float] = {}
         self._clock = time.time() - time.monotonic()
@@ -85,37 +87,37 @@ class Database:
         """Seconds since 1970 by a clock that is not set while the process lives."""
         return self._clock + time.monotonic()
 
-    async def run(self, query: Query[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    async def run(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         """The result of `query(connection, *arguments)`, as one transaction.
 
         Raises:
           StorageFullError, StorageError: the disk is full, or the database cannot be used.
         """
-        return await asyncio.wrap_future(self._submit(self._transact, query, arguments, named))
+        return await asyncio.wrap_future(self._submit(self._transact, query, *arguments))
 
-    def call(self, query: Query[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    def call(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         """`run` for threads that may wait."""
-        return self._submit(self._transact, query, arguments, named).result()
+        return self._submit(self._transact, query, *arguments).result()
 
-    async def persist(self, query: Query[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    async def persist(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         """`run` for what must not be lost: tried again, ever more seldom, until it succeeds."""
         pause = FIRST_PAUSE
         while True:
             try:
-                return await self.run(query, *arguments, **named)
+                return await self.run(query, *arguments)
             except StorageError:
                 if self._is_closed:
                     raise
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, LAST_PAUSE)
 
-    async def free(self, query: Query[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    async def free(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         """`run` for deletions, which work on a full disk too."""
-        return await asyncio.wrap_future(self._submit(self._free, query, arguments, named))
+        return await asyncio.wrap_future(self._submit(self._free, query, *arguments))
 
-    def call_free(self, query: Query[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    def call_free(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         """`free` for threads that may wait."""
-        return self._submit(self._free, query, arguments, named).result()
+        return self._submit(self._free, query, *arguments).result()
 
     def report(self, name: str, message: str, error: Exception | None = None) -> None:
         """Notes why the server is not ready; logs it, with `error`, if that was not done lately."""
@@ -143,18 +145,18 @@ class Database:
         if self._directory is not None:
             self._directory.close()
 
-    def _submit(self, function: Callable[..., T], *arguments: Any):
+    def _submit(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         try:
             return self._thread.submit(function, *arguments)
         except RuntimeError as error:
             raise StorageError("the server is closing") from error
 
-    def _transact(self, query: Query[P, T], arguments: tuple, named: dict[str, Any]) -> T:
+    def _transact(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         connection = self._connection
         before = connection.total_changes
         try:
             connection.execute("BEGIN")
-            result = query(connection, *arguments, **named)
+            result = query(connection, *arguments)
             connection.execute("COMMIT")
         except BaseException as error:
             with contextlib.suppress(sqlite3.Error):
@@ -166,17 +168,18 @@ class Database:
             self._succeeded()
         return result
 
-    def _free(self, query: Query[P, T], arguments: tuple, named: dict[str, Any]) -> T:
+    def _free(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
         try:
-            return self._transact(query, arguments, named)
+            return self._transact(query, *arguments)
         except StorageFullError:
             if self._directory is None:
                 raise
             self._directory.release_reserve()
-            return self._transact(query, arguments, named)
+            return self._transact(query, *arguments)
 
     def _failed(self, error: sqlite3.Error) -> StorageError:
         self.num_failures += 1
+        self.on_failure()
         if _code(error) == sqlite3.SQLITE_FULL:
             self.is_full = True
             self._log_once("full", "the disk of --data is full: batches and jobs wait for room")
@@ -204,32 +207,11 @@ def _open(directory: Directory | None) -> sqlite3.Connection:
     """A connection to checked tables; raises `StorageError` with what to do."""
     if directory is None:
         return _connect(":memory:")
-    _rename_old(directory)
-    return _explained(_connect, directory.database)
-
-
-def _rename_old(directory: Directory) -> None:
-    """Moves the database of an earlier version to its new name, with what its log holds."""
-    old = directory.old_database
-    if directory.database.exists() or not old.exists():
-        return
-
-    def fold_log(path: Path) -> None:
-        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-            connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            connection.execute("PRAGMA journal_mode = DELETE").fetchall()
-            connection.execute("BEGIN EXCLUSIVE")
-            connection.execute("COMMIT")
-
-    _explained(fold_log, old)
-    old.rename(directory.database)
-
-
-def _explained(function: Callable[[Path], T], path: Path) -> T:
     try:
-        return function(path)
+        return _connect(directory.database)
     except (sqlite3.Error, schema.SchemaError) as error:
-        raise StorageError(f"{shown(path)} cannot be used: {_explain(error)}") from error
+        message = f"{shown(directory.database)} cannot be used: {_explain(error)}"
+        raise StorageError(message) from error
 
 
 def _explain(error: Exception) -> str:

@@ -12,16 +12,9 @@ from csm_jax.errors import OutputError
 logger = logging.getLogger("csm_jax.serve")
 
 DATABASE = "store.sqlite"
-# What the database was called before it held more than batches.
-OLD_DATABASE = "batches.sqlite"
 _LOCK = "lock"
 _RESERVE = "reserve"
-_SUFFIXES = ("", "-wal", "-shm", "-journal")
-_OURS = (
-    _LOCK,
-    _RESERVE,
-    *(f"{name}{suffix}" for name in (DATABASE, OLD_DATABASE) for suffix in _SUFFIXES),
-)
+_OURS = (_LOCK, _RESERVE, *(DATABASE + suffix for suffix in ("", "-wal", "-shm", "-journal")))
 # Room that is given back on a full disk, so that rows can be deleted: deleting writes a log first.
 RESERVE_BYTES = 1_000_000
 
@@ -55,10 +48,6 @@ class Directory:
     @property
     def database(self) -> Path:
         return self._path / DATABASE
-
-    @property
-    def old_database(self) -> Path:
-        return self._path / OLD_DATABASE
 
     def close(self) -> None:
         """Releases the lock."""
@@ -100,7 +89,7 @@ class Directory:
     def _make_private(self) -> None:
         names = set(os.listdir(self._path))
         # A directory that holds other things too, such as a home directory, keeps its mode.
-        if names - {_LOCK} and not names & {*_OURS, "voices"} - {_LOCK}:
+        if names - {_LOCK} and not names & set(_OURS) - {_LOCK}:
             logger.warning(
                 "--data %s holds other files, so its permissions stay as they are; a directory of "
                 "its own would be private",
@@ -114,11 +103,7 @@ class Directory:
                 raise OutputError(f"{shown(path)} is no regular file: move it away")
             _chmod(path, 0o600)
         # Made here, as the database's log gets the mode of the database.
-        os.close(_create(self.old_database if self._is_old else self.database))
-
-    @property
-    def _is_old(self) -> bool:
-        return self.old_database.exists() and not self.database.exists()
+        os.close(_create(self.database))
 
 
 _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK

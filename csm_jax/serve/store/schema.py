@@ -1,4 +1,4 @@
-"""The tables, their version, and how older versions become this one."""
+"""The tables and their version."""
 
 import sqlite3
 
@@ -7,81 +7,43 @@ VERSION = 1
 # Large values stand last in their rows, or in tables of their own: what is behind one is slow to
 # read.
 SCHEMA = """
-CREATE TABLE IF NOT EXISTS files (
+CREATE TABLE files (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, purpose TEXT NOT NULL,
     created INTEGER NOT NULL, num_bytes INTEGER NOT NULL, batch TEXT);
-CREATE INDEX IF NOT EXISTS files_of_owner ON files (owner);
-CREATE TABLE IF NOT EXISTS uploads (file TEXT PRIMARY KEY, data BLOB NOT NULL);
--- Columns of version 0 first, as ALTER TABLE adds the others behind them.
-CREATE TABLE IF NOT EXISTS batches (
-    id TEXT PRIMARY KEY, input_file TEXT, output_file TEXT, created INTEGER, ended INTEGER,
-    is_cancelled INTEGER DEFAULT 0,
-    owner TEXT NOT NULL DEFAULT '', share TEXT NOT NULL DEFAULT '',
-    weight REAL NOT NULL DEFAULT 1, metadata TEXT,
-    total INTEGER NOT NULL DEFAULT 0, completed INTEGER NOT NULL DEFAULT 0,
-    failed INTEGER NOT NULL DEFAULT 0, num_bytes INTEGER NOT NULL DEFAULT 0);
-CREATE INDEX IF NOT EXISTS batches_of_owner ON batches (owner);
-CREATE INDEX IF NOT EXISTS open_batches ON batches (owner) WHERE ended IS NULL;
-CREATE TABLE IF NOT EXISTS lines (
-    batch TEXT, number INTEGER, body TEXT, result TEXT, is_good INTEGER,
-    PRIMARY KEY (batch, number));
-CREATE INDEX IF NOT EXISTS pending ON lines (batch, number) WHERE result IS NULL;
-CREATE TABLE IF NOT EXISTS trash (batch TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL);
-CREATE TABLE IF NOT EXISTS voices (
-    owner TEXT NOT NULL, name TEXT NOT NULL, speaker INTEGER NOT NULL, text TEXT NOT NULL,
-    num_bytes INTEGER NOT NULL, recording BLOB NOT NULL, PRIMARY KEY (owner, name));
-CREATE TABLE IF NOT EXISTS imports (directory TEXT PRIMARY KEY);
-CREATE TABLE IF NOT EXISTS jobs (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, share TEXT NOT NULL, weight REAL NOT NULL,
-    kind TEXT NOT NULL, webhook TEXT, attempts INTEGER NOT NULL DEFAULT 0, until REAL,
-    seconds REAL NOT NULL DEFAULT 0, logs TEXT NOT NULL, error TEXT,
-    num_bytes INTEGER NOT NULL, result TEXT, body TEXT);
-CREATE INDEX IF NOT EXISTS jobs_of_owner ON jobs (owner);
-CREATE INDEX IF NOT EXISTS ended_jobs ON jobs (until) WHERE until IS NOT NULL;
-CREATE INDEX IF NOT EXISTS open_jobs ON jobs (id) WHERE until IS NULL;
-CREATE TABLE IF NOT EXISTS deliveries (
-    id TEXT PRIMARY KEY, owner TEXT NOT NULL, url TEXT NOT NULL, attempts INTEGER NOT NULL,
-    num_bytes INTEGER NOT NULL, body BLOB NOT NULL);
-CREATE TABLE IF NOT EXISTS downloads (
-    name TEXT PRIMARY KEY, owner TEXT NOT NULL, media_type TEXT NOT NULL, until REAL NOT NULL,
-    num_bytes INTEGER NOT NULL, data BLOB NOT NULL);
-CREATE INDEX IF NOT EXISTS downloads_of_owner ON downloads (owner);
-CREATE INDEX IF NOT EXISTS downloads_by_age ON downloads (until);
-"""
-
-# Version 0 had no owners and counted lines when it was asked.
-_SCHEMA_0 = """
-CREATE TABLE files (
-    id TEXT PRIMARY KEY, name TEXT, purpose TEXT, created INTEGER, data BLOB, batch TEXT);
+CREATE INDEX files_of_owner ON files (owner);
+CREATE TABLE uploads (file TEXT PRIMARY KEY, data BLOB NOT NULL);
 CREATE TABLE batches (
-    id TEXT PRIMARY KEY, input_file TEXT, output_file TEXT, created INTEGER, ended INTEGER,
-    is_cancelled INTEGER DEFAULT 0);
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, share TEXT NOT NULL, weight REAL NOT NULL,
+    input_file TEXT NOT NULL, output_file TEXT NOT NULL, created INTEGER NOT NULL, ended INTEGER,
+    is_cancelled INTEGER NOT NULL DEFAULT 0, metadata TEXT, total INTEGER NOT NULL,
+    completed INTEGER NOT NULL DEFAULT 0, failed INTEGER NOT NULL DEFAULT 0,
+    num_bytes INTEGER NOT NULL);
+CREATE INDEX batches_of_owner ON batches (owner);
+CREATE INDEX open_batches ON batches (owner) WHERE ended IS NULL;
 CREATE TABLE lines (
     batch TEXT, number INTEGER, body TEXT, result TEXT, is_good INTEGER,
     PRIMARY KEY (batch, number));
 CREATE INDEX pending ON lines (batch, number) WHERE result IS NULL;
-"""
-
-_FROM_0 = """
-ALTER TABLE files RENAME TO old_files;
-ALTER TABLE batches ADD COLUMN owner TEXT NOT NULL DEFAULT '';
-ALTER TABLE batches ADD COLUMN share TEXT NOT NULL DEFAULT '';
-ALTER TABLE batches ADD COLUMN weight REAL NOT NULL DEFAULT 1;
-ALTER TABLE batches ADD COLUMN metadata TEXT;
-ALTER TABLE batches ADD COLUMN total INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE batches ADD COLUMN completed INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE batches ADD COLUMN failed INTEGER NOT NULL DEFAULT 0;
-ALTER TABLE batches ADD COLUMN num_bytes INTEGER NOT NULL DEFAULT 0;
-UPDATE batches SET (total, completed, failed, num_bytes) = (
-    SELECT COUNT(*), COALESCE(SUM(is_good = 1), 0), COALESCE(SUM(is_good = 0), 0),
-        COALESCE(SUM(length(CAST(body AS BLOB)) + COALESCE(length(CAST(result AS BLOB)), 0)), 0)
-    FROM lines WHERE batch = id);
-"""
-_COPY_FROM_0 = """
-INSERT INTO files SELECT id, '', name, purpose, created, COALESCE(length(data), 0), batch
-    FROM old_files;
-INSERT INTO uploads SELECT id, data FROM old_files WHERE data IS NOT NULL;
-DROP TABLE old_files;
+CREATE TABLE trash (batch TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL);
+CREATE TABLE voices (
+    owner TEXT NOT NULL, name TEXT NOT NULL, speaker INTEGER NOT NULL, text TEXT NOT NULL,
+    num_bytes INTEGER NOT NULL, recording BLOB NOT NULL, PRIMARY KEY (owner, name));
+CREATE TABLE jobs (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, share TEXT NOT NULL, weight REAL NOT NULL,
+    kind TEXT NOT NULL, webhook TEXT, attempts INTEGER NOT NULL DEFAULT 0, until REAL,
+    seconds REAL NOT NULL DEFAULT 0, logs TEXT NOT NULL, error TEXT,
+    num_bytes INTEGER NOT NULL, result TEXT, body TEXT);
+CREATE INDEX jobs_of_owner ON jobs (owner);
+CREATE INDEX ended_jobs ON jobs (until) WHERE until IS NOT NULL;
+CREATE INDEX open_jobs ON jobs (id) WHERE until IS NULL;
+CREATE TABLE deliveries (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, url TEXT NOT NULL, attempts INTEGER NOT NULL,
+    num_bytes INTEGER NOT NULL, body BLOB NOT NULL);
+CREATE TABLE downloads (
+    name TEXT PRIMARY KEY, owner TEXT NOT NULL, media_type TEXT NOT NULL, until REAL NOT NULL,
+    num_bytes INTEGER NOT NULL, data BLOB NOT NULL);
+CREATE INDEX downloads_of_owner ON downloads (owner);
+CREATE INDEX downloads_by_age ON downloads (until);
 """
 
 
@@ -93,21 +55,19 @@ def prepare(connection: sqlite3.Connection) -> None:
     """Makes the tables of an empty database, or checks those that are there; in a transaction.
 
     Raises:
-      SchemaError: it is another program's database, or a newer version's.
+      SchemaError: it is another program's database, or another version's.
     """
     version = connection.execute("PRAGMA user_version").fetchone()[0]
-    if version > VERSION:
-        raise SchemaError(f"it has version {version}, and this server knows {VERSION}: upgrade it")
-    found = _layout(connection)
-    if version == 0 and found:
-        if found != _layout_of(_SCHEMA_0):
-            raise SchemaError("it is not a database of this server")
-        _execute(connection, _FROM_0 + SCHEMA + _COPY_FROM_0)
+    if version not in (0, VERSION):
+        way_out = "upgrade the server" if version > VERSION else "move it away"
+        raise SchemaError(f"it has version {version}, and this server knows {VERSION}: {way_out}")
+    if version == 0 and _layout(connection):
+        raise SchemaError("it is not a database of this server: move it away")
     if version == 0:
         _execute(connection, SCHEMA)
         connection.execute(f"PRAGMA user_version = {VERSION}")
     if _layout(connection) != _layout_of(SCHEMA):
-        raise SchemaError("its tables are not those of this server")
+        raise SchemaError("its tables are not those of this server: move it away")
 
 
 def _execute(connection: sqlite3.Connection, script: str) -> None:

@@ -24,7 +24,6 @@ class Store:
     """Attributes:
     database: its connection, lock and state.
     batches, voices, jobs, downloads: the tables by subject.
-    directory: of the database; None if it is in memory.
     """
 
     def __init__(self, directory: Path | None, limits: Limits):
@@ -34,7 +33,6 @@ class Store:
           OutputError: the directory cannot be used, or another server uses it.
           StorageError: the database is damaged, or not one of this server.
         """
-        self.directory = directory
         self.database = database = Database(directory)
         most = limits.stored_bytes
         quota = Quota(

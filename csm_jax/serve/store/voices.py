@@ -1,7 +1,6 @@
 """Added voices as rows: replacing one is one transaction."""
 
 import sqlite3
-from collections.abc import Iterable
 from typing import NamedTuple
 
 from csm_jax.serve.store.database import Database
@@ -39,20 +38,6 @@ class VoiceStore:
     def delete(self, owner: str, name: str) -> None:
         self._database.call_free(_delete, owner, name)
 
-    def was_imported(self, directory: str) -> bool:
-        """Whether `import_all` has read a directory."""
-        return self._database.call(_was_imported, directory)
-
-    def import_all(self, directory: str, voices: Iterable[VoiceRow]) -> None:
-        """Adds voices that were files, once."""
-
-        def add(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT INTO imports VALUES (?)", (directory,))
-            for voice in voices:
-                _insert(connection, voice)
-
-        self._database.call(add)
-
     def _put(self, connection: sqlite3.Connection, voice: VoiceRow) -> None:
         quota = self._quota
         known = _keys(connection)
@@ -84,8 +69,3 @@ def _insert(connection: sqlite3.Connection, voice: VoiceRow) -> None:
 
 def _delete(connection: sqlite3.Connection, owner: str, name: str) -> None:
     connection.execute("DELETE FROM voices WHERE owner = ? AND name = ?", (owner, name))
-
-
-def _was_imported(connection: sqlite3.Connection, directory: str) -> bool:
-    query = "SELECT 1 FROM imports WHERE directory = ?"
-    return connection.execute(query, (directory,)).fetchone() is not None
