@@ -6,18 +6,19 @@ process ends is run again by the next one, from its stored request.
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
 import uuid
-from collections import Counter
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import Enum
 from typing import Any, NamedTuple
 
 from csm_jax.errors import QueueFullError
+from csm_jax.scheduler import FairQueue
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
 from csm_jax.serve.middleware.log import request_id
@@ -29,8 +30,8 @@ logger = logging.getLogger("csm_jax.serve")
 
 # A request that ends the process each time is not begun once more after so many.
 MAX_ATTEMPTS = 3
-# Attempts at a job whose caller asks for more at once than the engine or the quotas allow.
-_BUSY_ATTEMPTS = 100
+# How often a job is put back whose caller asks for more than the engine or the quotas allow.
+_MAX_DELAYS = 100
 # All shares together can have so many times as many jobs waiting as one.
 _SHARES = 8
 # What a cancelled job gets to end in before its client is answered.
@@ -43,7 +44,7 @@ class Status(Enum):
     OVER = "COMPLETED"
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """Attributes:
     caller: whose it is; other owners do not find it.
@@ -52,7 +53,9 @@ class Job:
     logs: what has been said of it so far, with times.
     task: what runs it, while it is running.
     is_stored: it is in the store, so it can be run.
-    is_ending: its outcome is known, and is being stored.
+    is_ending: it was cancelled, or its outcome is known and is being stored.
+    num_delays: how often it was put back.
+    timer: ends its delay, while it is put back.
     """
 
     id: str
@@ -67,6 +70,8 @@ class Job:
     task: asyncio.Task | None = None
     is_stored: bool = True
     is_ending: bool = False
+    num_delays: int = 0
+    timer: asyncio.TimerHandle | None = None
     seconds: float = 0.0
 
     def log(self, message: str) -> None:
@@ -88,8 +93,17 @@ class Kind(NamedTuple):
     keeps_result: bool = True
 
 
+class _Delay(NamedTuple):
+    """A job is to be run later, because its caller has asked for too much."""
+
+    seconds: float
+
+
 class Jobs:
-    """Runs some jobs at a time, those of each share in their order."""
+    """Runs some jobs at a time: shares take turns, each with its jobs in their order.
+
+    Of several slots one is kept for shares that have none.
+    """
 
     def __init__(self, store: JobStore, webhooks: Webhooks, at_once: int, max_waiting: int):
         """Args: max_waiting: jobs of one share that can wait."""
@@ -100,7 +114,10 @@ class Jobs:
         self._kinds: dict[str, Kind] = {}
         # Those that are not over, in their order.
         self._jobs: dict[str, Job] = {}
+        # Those of them that can run now.
+        self._queue: FairQueue[Job] = FairQueue()
         self._is_closing = False
+        self._is_closed = False
 
     def register(self, name: str, kind: Kind) -> None:
         """Lets jobs be submitted as `name`."""
@@ -112,6 +129,7 @@ class Jobs:
             job = _as_job(row)
             job.log("taken up again after a restart of the server")
             self._jobs[job.id] = job
+            self._queue.push(job, job.caller.share, job.caller.weight)
         await self._webhooks.start()
         self._advance()
 
@@ -136,6 +154,7 @@ class Jobs:
             del self._jobs[job.id]
             raise
         job.is_stored = True
+        self._queue.push(job, caller.share, caller.weight)
         self._advance()
         return job
 
@@ -154,13 +173,14 @@ class Jobs:
         return queued.index(job.id) if job.id in queued else 0
 
     async def cancel(self, job: Job) -> bool:
-        """Ends a job, whether it has begun or not; False if it is over already."""
-        if job.is_ending or job.status is Status.OVER:
+        """Ends a job, whether it has begun or not; False if it is over or cancelled already."""
+        if job.is_ending or job.status is Status.OVER or self._is_closed:
             return False
         if job.task is None:
-            job.error = _cancelled()
-            self._begin(job, self._end(job))
+            self._take_out(job)
+            self._start_ending(job, _cancelled())
         else:
+            job.is_ending = True
             job.task.cancel()
         await asyncio.wait({job.task}, timeout=_CANCEL_SECONDS)
         return True
@@ -174,6 +194,10 @@ class Jobs:
         deadline = time.monotonic() + seconds
         while (tasks := self._tasks) and (left := deadline - time.monotonic()) > 0:
             await asyncio.wait(tasks, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        self._is_closed = True
+        self._queue.clear()
+        for job in self._jobs.values():
+            _stop_timer(job)
         tasks = self._tasks
         for task in tasks:
             task.cancel()
@@ -188,6 +212,15 @@ class Jobs:
     def _queued(self) -> list[Job]:
         return [job for job in self._jobs.values() if job.is_stored and job.task is None]
 
+    @property
+    def _leaves_jobs(self) -> bool:
+        """Whether what is not over is left to the next process."""
+        return self._is_closing and self._store.is_durable
+
+    @property
+    def _begins_no_more(self) -> bool:
+        return self._is_closed or self._leaves_jobs
+
     def _check_room(self, caller: Caller) -> None:
         waiting = [job.caller.share for job in self._jobs.values() if job.task is None]
         own = waiting.count(caller.share)
@@ -196,26 +229,62 @@ class Jobs:
             raise ApiError(429, message, code="queue_full", retry_after=10)
 
     def _advance(self) -> None:
-        """Begins as many jobs as there is room for: of the share with the fewest first."""
-        running = Counter(job.caller.share for job in self._jobs.values() if job.task is not None)
-        while running.total() < self._at_once and (queued := self._queued):
-            if self._is_closing and self._store.is_durable:
+        """Begins as many jobs as there are slots for."""
+        while not self._begins_no_more and (free := self._at_once - self._queue.num_running) > 0:
+            job = self._queue.pop(idle_only=free == 1 and self._at_once > 1)
+            if job is None:
                 return
-            job = min(queued, key=lambda job: running[job.caller.share] / job.caller.weight)
-            running[job.caller.share] += 1
-            self._begin(job, self._run(job))
+            job.task = asyncio.create_task(self._run(job))
+            job.task.add_done_callback(functools.partial(self._free_slot, job))
 
-    def _begin(self, job: Job, work: Coroutine[Any, Any, None]) -> None:
-        job.task = asyncio.create_task(work)
-        job.task.add_done_callback(lambda task: self._done(job, task))
+    def _free_slot(self, job: Job, task: asyncio.Task) -> None:
+        """Goes on when a job has left its slot, whether it is over or not."""
+        self._queue.finish(job.caller.share)
+        is_over = not task.cancelled()
+        delay = task.result() if is_over and task.exception() is None else None
+        if job.is_ending and delay is not None:
+            is_over = False
+        if not is_over and not self._is_closed and (job.is_ending or not self._leaves_jobs):
+            # Cancelled before its first step, or while it was put back.
+            self._start_ending(job, _cancelled())
+        elif delay is not None:
+            self._delay(job, delay)
+        else:
+            self._forget(job, task)
+        self._advance()
 
-    def _done(self, job: Job, task: asyncio.Task) -> None:
+    def _delay(self, job: Job, delay: _Delay) -> None:
+        """Lets a job wait without a slot, and be the next of its share after that."""
+        job.task, job.status = None, Status.QUEUED
+        if not self._is_closed:
+            loop = asyncio.get_running_loop()
+            job.timer = loop.call_later(delay.seconds, self._put_back, job)
+
+    def _put_back(self, job: Job) -> None:
+        job.timer = None
+        self._queue.push_front(job, job.caller.share, job.caller.weight)
+        self._advance()
+
+    def _take_out(self, job: Job) -> None:
+        """Lets a job that has no slot wait no longer."""
+        if job.timer is not None:
+            _stop_timer(job)
+        elif job.is_stored:
+            self._queue.remove(job)
+
+    def _start_ending(self, job: Job, error: ApiError) -> None:
+        """Ends a job that has no slot."""
+        job.error, job.is_ending = error, True
+        job.task = asyncio.create_task(self._end(job))
+        job.task.add_done_callback(functools.partial(self._forget, job))
+
+    def _forget(self, job: Job, task: asyncio.Task) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a job was interrupted until the next start", exc_info=error)
         self._jobs.pop(job.id, None)
-        self._advance()
 
-    async def _run(self, job: Job) -> None:
+    async def _run(self, job: Job) -> _Delay | None:
+        """Runs a job to its end, unless it is to be run later."""
         started = time.perf_counter()
         try:
             await self._store.begin(job.id)
@@ -223,35 +292,29 @@ class Jobs:
             job.result = await self._work(job)
             job.log("done")
         except asyncio.CancelledError:
-            if self._is_closing and self._store.is_durable:
+            if self._leaves_jobs and not job.is_ending:
                 await self._leave(job)
-                return
+                return None
             job.error = _cancelled()
         except Exception as error:
+            if (delay := _delay_after(job, error)) is not None:
+                await self._leave(job)
+                return delay
             job.error = as_api_error(error)
             job.log(str(job.error))
         job.seconds = time.perf_counter() - started
         await self._end(job)
+        return None
 
     async def _work(self, job: Job) -> dict[str, Any]:
         if job.kind not in self._kinds:
             raise ApiError(500, f"jobs of kind {job.kind} are not run by this version")
         if job.attempts >= MAX_ATTEMPTS:
             raise ApiError(500, f"the server ended {job.attempts} times while it ran this job")
-        body = await self._store.body(job.id)
-        for _ in range(_BUSY_ATTEMPTS):
-            try:
-                return await self._kinds[job.kind].work(job, body)
-            except (ApiError, QueueFullError) as error:
-                # Its caller has asked for too much at once: that passes.
-                busy = as_api_error(error)
-                if busy.status != 429 or busy.code == "storage_full":
-                    raise
-            await asyncio.sleep(busy.retry_after or 1)
-        raise busy
+        return await self._kinds[job.kind].work(job, await self._store.body(job.id))
 
     async def _leave(self, job: Job) -> None:
-        """Leaves a job to the next process, without counting the attempt."""
+        """Leaves a job as it was before this attempt, for later or for the next process."""
         with contextlib.suppress(StorageError):  # it is run again all the same
             await self._store.give_back(job.id)
 
@@ -271,6 +334,23 @@ class Jobs:
             return None
         body = await self._store.body(job.id)
         return await asyncio.to_thread(lambda: json.dumps(kind.post(job, body)).encode())
+
+
+def _delay_after(job: Job, error: Exception) -> _Delay | None:
+    """How long a job waits after an error that passes; None after another one."""
+    if not isinstance(error, ApiError | QueueFullError):
+        return None
+    busy = as_api_error(error)
+    if busy.status != 429 or busy.code == "storage_full" or job.num_delays >= _MAX_DELAYS:
+        return None
+    job.num_delays += 1
+    return _Delay(busy.retry_after or 1)
+
+
+def _stop_timer(job: Job) -> None:
+    if job.timer is not None:
+        job.timer.cancel()
+        job.timer = None
 
 
 def _outcome(job: Job) -> Outcome:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from csm_jax.errors import InputError
-from csm_jax.serve import webhook
+from csm_jax.serve import jobs, webhook
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs import MAX_ATTEMPTS, Job, Jobs, Kind, Status
@@ -183,6 +183,117 @@ def test_a_cancelled_job_stays_cancelled(tmp_path):
         async with Process(tmp_path) as second:
             for job in jobs:
                 assert (await second.jobs.find(job.id, "anna")).error.code == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_cancelling_a_queued_job_twice_at_once_cancels_it(tmp_path):
+    async def work() -> None:
+        async with Process(tmp_path, block, at_once=1) as process:
+            first = await process.submit("a")
+            await until(lambda: first.status is Status.RUNNING)
+            job = await process.submit("b")
+            answers = await asyncio.gather(*[process.jobs.cancel(job) for _ in range(3)])
+            assert answers == [True, False, False]
+            assert (await process.jobs.find(job.id, "anna")).error.code == "cancelled"
+        async with Process(tmp_path) as second:
+            assert (await second.jobs.find(job.id, "anna")).error.code == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_a_job_that_is_cancelled_before_its_first_step_stays_cancelled(tmp_path):
+    async def work() -> None:
+        async with Process(tmp_path, block, at_once=1) as process:
+            job = await process.submit("a")
+            # Its task has been made, and has not run.
+            assert await process.jobs.cancel(job)
+            await over(process, job)
+            assert (await process.jobs.find(job.id, "anna")).error.code == "cancelled"
+            assert process.jobs._queue.num_running == 0
+        async with Process(tmp_path) as second:
+            assert (await second.jobs.find(job.id, "anna")).error.code == "cancelled"
+
+    asyncio.run(work())
+
+
+def test_a_job_that_waits_for_its_quota_has_no_slot():
+    """One share in debt does not hold up the others, nor more jobs of its own kind."""
+
+    async def work_of(job: Job, body: str) -> dict:
+        if job.caller is ANNA:
+            raise ApiError(429, "in debt", code="rate_limited", retry_after=3600)
+        return {}
+
+    async def work() -> None:
+        async with Process(None, work_of, at_once=1) as process:
+            waiting = [await process.submit("a", ANNA) for _ in range(3)]
+            await until(lambda: all(job.timer for job in waiting))
+            assert [job.status for job in waiting] == [Status.QUEUED] * 3
+            assert [process.jobs.position(job) for job in waiting] == [0, 1, 2]
+            await over(process, await process.submit("b", BEN))
+            assert await process.jobs.cancel(waiting[0])
+            await over(process, waiting[0])
+            assert waiting[0].timer is None
+
+    asyncio.run(work())
+
+
+def test_a_job_that_was_put_back_is_run_by_the_next_process(tmp_path):
+    async def busy(job: Job, body: str) -> dict:
+        raise ApiError(429, "in debt", code="rate_limited", retry_after=3600)
+
+    async def work() -> None:
+        for _ in range(MAX_ATTEMPTS + 1):
+            async with Process(tmp_path, busy) as process:
+                job = next(iter(process.jobs._jobs.values()), None) or await process.submit("a")
+                await until(lambda job=job: job.timer)
+        async with Process(tmp_path) as last:
+            await over(last, job)
+            assert (await last.jobs.find(job.id, "anna")).result == {"body": "a"}
+
+    asyncio.run(work())
+
+
+def test_a_job_is_put_back_a_limited_number_of_times():
+    calls = []
+
+    async def busy(job: Job, body: str) -> dict:
+        calls.append(job)
+        raise ApiError(429, "in debt", code="rate_limited", retry_after=0)
+
+    async def work() -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jobs, "_MAX_DELAYS", 1)
+            async with Process(None, busy) as process:
+                job = await process.submit("a")
+                await over(process, job)
+                assert (await process.jobs.find(job.id, "anna")).error.status == 429
+        assert len(calls) == 2
+
+    asyncio.run(work())
+
+
+def test_long_jobs_of_one_share_leave_a_slot_for_others():
+    async def long_for_anna(job: Job, body: str) -> dict:
+        return await (block if job.caller is ANNA else echo)(job, body)
+
+    async def work() -> None:
+        async with Process(None, long_for_anna, at_once=3) as process:
+            given = [await process.submit("a", ANNA) for _ in range(6)]
+            await over(process, *[await process.submit("b", BEN) for _ in range(3)])
+            assert sum(job.task is not None for job in given) == 2
+
+    asyncio.run(work())
+
+
+def test_nothing_is_begun_when_a_server_without_a_directory_has_closed():
+    async def work() -> None:
+        async with Process(None, block, at_once=1) as process:
+            given = [await process.submit("a") for _ in range(3)]
+            await until(lambda: given[0].status is Status.RUNNING)
+        await asyncio.sleep(0.05)
+        assert [job.task is None for job in given] == [False, True, True]
 
     asyncio.run(work())
 

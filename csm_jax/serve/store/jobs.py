@@ -85,12 +85,12 @@ class JobStore:
         await self._database.persist(begin)
 
     async def body(self, job_id: str) -> str:
-        """The request of a job that is not over."""
+        """The request of a job that is not over; tried again until it can be read."""
 
         def read(connection: sqlite3.Connection) -> str:
             return connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()[0]
 
-        return await self._database.run(read)
+        return await self._database.persist(read)
 
     async def give_back(self, job_id: str) -> None:
         """Takes back an attempt that the server's end has interrupted."""
