@@ -153,8 +153,8 @@ class Engine:
 
         Args:
           *arguments, **named: those of `Request`, or one `Request`.
-          stream: whether somebody listens while it is spoken; otherwise it is decoded in the end,
-            by the thread that asks for the result, and the others do not wait for that.
+          stream: whether chunks come while it is spoken; otherwise it is decoded in the end, by the
+            thread that asks for the result, and the others do not wait for that.
           wait: for a place in the queue, instead of being refused.
           background: all other requests go first, and a row is left free for them.
           share, weight: requests of one share have rows together, as many as other shares in

@@ -10,7 +10,7 @@ from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
-# Weights are taken for at most this and at least its inverse: nobody waits for ever.
+# Weights are taken for at most this and at least its inverse, so that no share waits for ever.
 MAX_WEIGHT = 1000.0
 
 

@@ -23,7 +23,7 @@ class Timing:
     """What the time of a request went to so far, in seconds.
 
     Attributes:
-      context: encoding the turns that were heard, before the request could wait.
+      context: encoding the turns of the context, before the request could wait.
       queue: waiting for a row, also between parts of a long text.
       prefill: reading its prompts.
       frames: generating, together with all other running requests.
@@ -47,14 +47,19 @@ class Ticket:
       is_cancelled: whether `cancel` was called.
     """
 
-    def __init__(self, request: Request, model: "Generator", streams: bool, keeps: bool = True):
-        """Args: keeps: whether chunks are kept after a listener has got them."""
+    def __init__(self, request: Request, model: "Generator", stream: bool, keep: bool):
+        """Begins with nothing.
+
+        Args:
+          stream: whether chunks come while it is spoken.
+          keep: whether chunks are kept after a listener has got them.
+        """
         self.request = request
         self.timing = Timing()
         self.notices: list[Notice] = []
         self._model = model
-        self._streams = streams
-        self._keeps = keeps
+        self._stream = stream
+        self._keep = keep
         self._lock = threading.RLock()
         self._over = threading.Event()
         self.is_cancelled = False
@@ -72,7 +77,7 @@ class Ticket:
           CancelledError: after `cancel`, or because the engine was closed.
           CSMError: the request failed.
         """
-        if not (self._streams and self._keeps):
+        if not (self._stream and self._keep):
             yield self.result()
             return
         chunks: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
@@ -95,7 +100,7 @@ class Ticket:
     def result(self) -> np.ndarray:
         """Waits for the end; float32 [num_samples]. Raises as iterating does."""
         codes = self.codes()
-        if not (self._streams and self._keeps):
+        if not (self._stream and self._keep):
             return self._model.decode(codes)
         return np.concatenate([np.zeros(0, np.float32), *self._chunks])
 
@@ -117,7 +122,7 @@ class Ticket:
             self._listeners.append(listener)
             for chunk in self._chunks:
                 self._call(listener, chunk)
-            if not self._keeps:
+            if not self._keep:
                 self._chunks.clear()
             if self._over.is_set():
                 self._call(listener, None)
@@ -129,7 +134,7 @@ class Ticket:
 
     def add_chunk(self, chunk: np.ndarray) -> None:
         with self._lock:
-            if self._keeps or not self._listeners:
+            if self._keep or not self._listeners:
                 self._chunks.append(chunk)
             for listener in list(self._listeners):
                 self._call(listener, chunk)

@@ -181,8 +181,8 @@ def _some_keys(lines: list[str], source: str) -> list[str]:
 
 def _check(values: flags.FlagValues) -> None:
     """What can be said before the model is loaded."""
+    from csm_jax.serve.addresses import check_proxies
     from csm_jax.serve.middleware.hosts import check_names, check_origins
-    from csm_jax.serve.middleware.proxies import check_proxies
 
     checks = {"allowed_hosts": check_names, "cors_origins": check_origins}
     for name, check in (checks | {"trusted_proxies": check_proxies}).items():

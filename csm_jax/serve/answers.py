@@ -49,7 +49,7 @@ async def _wait_until_gone(http: HTTPRequest) -> None:
         pass
 
 
-class Whole(NamedTuple):
+class SpokenFile(NamedTuple):
     """Speech that is over, as a file."""
 
     data: bytes
@@ -64,7 +64,7 @@ async def speak_whole(
     speed: float = 1.0,
     background: bool = False,
     notices: Sequence[Notice] = (),
-) -> Whole:
+) -> SpokenFile:
     """All the speech of a request, in a format of `FORMATS`."""
     live = await service.speak(
         request, caller, stream=False, background=background, notices=notices
@@ -77,7 +77,7 @@ async def speak_whole(
     started = time.perf_counter()
     data = await service.work(caller, encode, audio, rate, form, speed)
     note(encode_s=round(time.perf_counter() - started, 4), notices=live.notice_kinds)
-    return Whole(data, live)
+    return SpokenFile(data, live)
 
 
 async def speak_streamed(

@@ -30,6 +30,7 @@ from csm_jax.serve.openai import Speech, as_request
 from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 from csm_jax.serve.store.batches import Batches, BatchRow, FileRow, Line, Page
+from csm_jax.serve.store.database import FIRST_PAUSE, LAST_PAUSE
 from csm_jax.serve.store.errors import StorageError
 
 T = TypeVar("T")
@@ -39,8 +40,6 @@ MAX_LINES = 50_000
 # Attempts at a line that fails through no fault of its own.
 _ATTEMPTS = 3
 _IDLE_SECONDS = 5.0
-# Seconds until a worker that failed goes on: doubled up to the last.
-_FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
 
 After = Annotated[str | None, Query(max_length=64, description="id of the last one of a page")]
 PageSize = Annotated[int, Query(ge=1, le=100)]
@@ -140,7 +139,7 @@ def router(service: Service, worker: "Worker") -> APIRouter:
     return routes
 
 
-class _Spoken(NamedTuple):
+class _Result(NamedTuple):
     """What came of a line, as a line of the results."""
 
     text: str
@@ -170,18 +169,18 @@ class Worker:
 
     async def run(self) -> None:
         """Until it is cancelled; what is being spoken then is spoken again after a restart."""
-        pause = _FIRST_PAUSE
+        pause = FIRST_PAUSE
         try:
             while True:
                 self._woken.clear()
                 try:
                     await self._begin_lines()
                     self._database.problems.pop("batches", None)
-                    pause = _FIRST_PAUSE
+                    pause = FIRST_PAUSE
                 except Exception as error:
                     self._report(error)
                     await asyncio.sleep(pause)
-                    pause = min(2 * pause, _LAST_PAUSE)
+                    pause = min(2 * pause, LAST_PAUSE)
                     continue
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._woken.wait(), _IDLE_SECONDS)
@@ -220,7 +219,7 @@ class Worker:
         if (spoken := await self._outcome(line)) is not None:
             await self._store.write_result(line, *spoken)
 
-    async def _outcome(self, line: Line) -> _Spoken | None:
+    async def _outcome(self, line: Line) -> _Result | None:
         """What came of a line; None if its turn comes again, if need be after a restart."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
@@ -232,9 +231,9 @@ class Worker:
                 await asyncio.sleep(attempt)
         if error.status == 429 or self._service.is_closing or not self._service.engine.is_alive:
             return None
-        return _Spoken(_result(line, None, error.body["error"]), False)
+        return _Result(_result(line, None, error.body["error"]), False)
 
-    async def _answer(self, line: Line) -> _Spoken:
+    async def _answer(self, line: Line) -> _Result:
         service, fields = self._service, _fields(line)
         request = as_request(service, line.caller, fields)
         form = fields.response_format
@@ -247,7 +246,7 @@ class Worker:
             body["content_type"] = FORMATS[form].media_type
             return _result(line, {"status_code": 200, "body": body}, None)
 
-        return _Spoken(await service.in_thread(write), True)
+        return _Result(await service.in_thread(write), True)
 
 
 def _fields(line: Line) -> Speech:

@@ -13,9 +13,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from csm_jax.serve.addresses import is_proxy, network_of
 from csm_jax.serve.errors import RETRY_AFTER, ApiError
-from csm_jax.serve.middleware.keys import network_of
-from csm_jax.serve.middleware.proxies import is_proxy
 from csm_jax.serve.settings import Limits
 
 # Bytes that the kernel takes before the client has room for them.

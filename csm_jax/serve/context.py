@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from csm_jax.prompt import Segment
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import check_length
+from csm_jax.serve.fields import check_length, check_turns
 from csm_jax.serve.service import Service
 from csm_jax.serve.uploads import check, decode
 from csm_jax.speech import Notice
@@ -56,9 +56,7 @@ async def read_context(
       ApiError, InputError: there are too many turns, or a recording cannot be used.
     """
     limits = service.settings.limits
-    if len(given) > limits.turns:
-        message = f"{len(given)} turns of context, but at most {limits.turns} are read"
-        raise ApiError(400, message, param="context", code="too_long")
+    check_turns(service, len(given))
     for turn in given:
         check_length(service, turn.text)
     turns: list[Segment] = []
@@ -73,6 +71,23 @@ async def read_context(
         elif not is_address:
             await service.work(caller, check, turn.recording, limits, name)
     return Context(turns[::-1], _dropped(len(given) - len(turns), len(given)))
+
+
+async def read_turn(
+    service: Service, caller: Caller, turn: GivenTurn, name: str, transcript_name: str
+) -> Context:
+    """`read_context` of one turn, whose transcript the request may have left out.
+
+    Args:
+      name, transcript_name: what errors call the recording and its transcript.
+
+    Raises:
+      ApiError, InputError: there is no transcript, or the recording cannot be used.
+    """
+    if not turn.text.strip():
+        message = f"{name} needs {transcript_name}, what is said in it"
+        raise ApiError(400, message, param=transcript_name)
+    return await read_context(service, caller, [turn], name)
 
 
 def _dropped(count: int, total: int) -> list[Notice]:

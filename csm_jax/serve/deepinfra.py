@@ -14,14 +14,8 @@ from pydantic import BaseModel, Field
 
 from csm_jax.serve.answers import speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
-from csm_jax.serve.context import Context, GivenTurn, read_context
-from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import (
-    Options,
-    Recording,
-    Text,
-    make_request,
-)
+from csm_jax.serve.context import GivenTurn, read_turn
+from csm_jax.serve.fields import Options, Recording, Text, make_named_request, make_request
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.jobs import Job, Kind
 from csm_jax.serve.middleware.log import request_id
@@ -36,7 +30,7 @@ _KIND = "deepinfra"
 
 
 class Inference(Options):
-    """As DeepInfra has it; any voice of the server is a preset too."""
+    """The fields of DeepInfra's API; any voice of the server is a preset too."""
 
     text: Text
     response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
@@ -50,7 +44,7 @@ class Inference(Options):
     webhook: str | None = Field(None, max_length=2048, description="where the answer is posted")
 
 
-class Queued(BaseModel):
+class QueuedInference(BaseModel):
     """A request in the queue: `name` is its id."""
 
     name: str
@@ -78,7 +72,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["DeepInfra"])
 
     async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = Queued.model_validate_json(body)
+        queued = QueuedInference.model_validate_json(body)
         return (
             await _answer(service, job.caller, queued.fields, queued.name, wait=True)
         ).model_dump()
@@ -100,7 +94,11 @@ def router(service: Service) -> APIRouter:
 async def _answer(
     service: Service, caller: Caller, fields: Inference, name: str, wait: bool = False
 ) -> Answer:
-    """Args: wait: for a place, as jobs do."""
+    """Speaks a request.
+
+    Args:
+      wait: for a place, as jobs do.
+    """
     with await service.admit(caller, wait):
         request = await _request(service, caller, fields)
         started = time.perf_counter()
@@ -126,17 +124,17 @@ async def _answer_later(service: Service, caller: Caller, fields: Inference) -> 
     if isinstance(fields.speaker_audio, bytes):
         audio = base64.b64encode(fields.speaker_audio).decode()
         fields = fields.model_copy(update={"speaker_audio": audio})
-    queued = Queued(name=request_id(), fields=fields)
+    queued = QueuedInference(name=request_id(), fields=fields)
     body = await service.in_thread(queued.model_dump_json)
     await service.jobs.submit(caller, _KIND, body, fields.webhook)
     return JSONResponse(_without_audio(fields, queued.name, "queued").model_dump(), 202)
 
 
 def _posted(job: Job, body: str) -> dict[str, Any]:
-    """What a job's webhook is sent."""
+    """The body that a job's webhook gets."""
     if job.result is not None:
         return job.result
-    queued = Queued.model_validate_json(body)
+    queued = QueuedInference.model_validate_json(body)
     failed = _without_audio(queued.fields, queued.name, "failed").model_dump()
     return failed | (job.error.body if job.error else {})
 
@@ -152,18 +150,10 @@ def _without_audio(fields: Inference, name: str, status: str) -> Answer:
 
 async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
     if fields.speaker_audio is not None:
-        context = await _given_voice(service, caller, fields)
+        turn = GivenTurn(0, fields.speaker_transcript or "", fields.speaker_audio)
+        names = "speaker_audio", "speaker_transcript"
+        context = await read_turn(service, caller, turn, *names)
         return make_request(service, fields.text, 0, fields, context.turns)
     if fields.preset_voice == NO_PRESET:
         return make_request(service, fields.text, 0, fields)
-    voice = service.voices.find_as(fields.preset_voice, caller.owner, PRESETS)
-    speaker = voice.speaker if voice else PRESETS.index(fields.preset_voice)
-    return make_request(service, fields.text, speaker, fields, voice=voice)
-
-
-async def _given_voice(service: Service, caller: Caller, fields: Inference) -> Context:
-    if not (fields.speaker_transcript or "").strip():
-        message = "speaker_audio needs speaker_transcript, what is said in it"
-        raise ApiError(400, message, param="speaker_transcript")
-    given = [GivenTurn(0, fields.speaker_transcript, fields.speaker_audio)]
-    return await read_context(service, caller, given, "speaker_audio")
+    return make_named_request(service, caller, fields.text, fields.preset_voice, PRESETS, fields)

@@ -25,10 +25,12 @@ _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
 _TOLD = 200
 # Seconds after which a place in the queue is likely to be free.
 RETRY_AFTER = 1
+# Code of a WebSocket close, for a client that can come again.
+TRY_AGAIN_LATER = 1013
 
 
 class ApiError(Exception):
-    """What a request gets instead of its answer.
+    """An error response.
 
     Attributes:
       status: of HTTP.
@@ -67,11 +69,11 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """Nobody is there to be answered."""
+    """The client has closed the connection."""
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """What a client is told of any error."""
+    """The `ApiError` that a client gets for an exception."""
     match error:
         case ApiError():
             return error

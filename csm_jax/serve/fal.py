@@ -24,7 +24,7 @@ from csm_jax.serve.fields import Options, Speaker, Text
 from csm_jax.serve.formats import FORMATS, encode
 from csm_jax.serve.jobs import Job, Kind, Status
 from csm_jax.serve.parsing import describe, read_fields
-from csm_jax.serve.scene import Line, speak_scene
+from csm_jax.serve.scene import SceneLine, speak_scene
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Limits
 
@@ -53,7 +53,7 @@ class Scene(Options):
     context: Annotated[list[ContextTurn], FailFast()] = Field([], max_length=MAX_TURNS)
 
 
-class Queued(BaseModel):
+class QueuedScene(BaseModel):
     """A request in the queue: `base` is the address that it was sent to."""
 
     base: str
@@ -88,7 +88,7 @@ def router(service: Service) -> APIRouter:
         return Response(file.data, media_type=file.media_type)
 
     async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = Queued.model_validate_json(body)
+        queued = QueuedScene.model_validate_json(body)
         spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log, wait=True)
         return spoken.model_dump()
 
@@ -101,7 +101,7 @@ def router(service: Service) -> APIRouter:
         fields, caller = await read_fields(http, Scene, recordings=True), caller_of(http)
         if fal_webhook:
             service.webhooks.check(fal_webhook, caller)
-        queued = Queued(base=str(http.base_url), fields=fields)
+        queued = QueuedScene(base=str(http.base_url), fields=fields)
         body = await service.in_thread(queued.model_dump_json)
         job = await service.jobs.submit(caller, _KIND, body, fal_webhook)
         return _state(service, job, _where(http, job))
@@ -157,7 +157,7 @@ async def _speak(
         context = await read_context(service, caller, given, "audio_url", fetch)
         for notice in context.notices:
             progress(notice.message)
-        lines = [Line(turn.text, turn.speaker_id) for turn in fields.scene]
+        lines = [SceneLine(turn.text, turn.speaker_id) for turn in fields.scene]
         audio = await speak_scene(service, caller, lines, context.turns, fields, progress)
         data = await service.work(caller, encode, audio, service.model.sample_rate, "wav")
     media_type = FORMATS["wav"].media_type

@@ -1,6 +1,7 @@
 """Fields that requests of several APIs have."""
 
 import random
+from collections.abc import Sequence
 from typing import Annotated
 
 import numpy as np
@@ -8,15 +9,16 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from csm_jax.prompt import Segment
 from csm_jax.sampling import Sampling
-from csm_jax.serve.caller import INTERNAL, Caller
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
 from csm_jax.serve.uploads import decode
+from csm_jax.serve.voice_files import MAX_SPEAKER
 from csm_jax.serve.voices import Voice
 from csm_jax.speech import Request
 
 # Numbers that int32 and JSON's readers agree on.
-Speaker = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Speaker = Annotated[int, Field(ge=0, le=MAX_SPEAKER)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
 # A file of a form, or base64 in JSON.
@@ -24,7 +26,7 @@ Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})
 
 
 class Options(BaseModel):
-    """How speech is drawn. What is left out is as the server was told at its start."""
+    """How speech is drawn. What is left out is as in `Settings.sampling`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -60,10 +62,10 @@ def make_request(
     text: str,
     speaker: int,
     options: Options,
-    context: list[Segment] = (),
+    context: Sequence[Segment] = (),
     voice: Voice | None = None,
 ) -> Request:
-    """The one request that all APIs make of their own.
+    """The request to the engine that a request of any API becomes.
 
     Args:
       voice: whose recording `speaker` begins with.
@@ -71,12 +73,9 @@ def make_request(
     Raises:
       ApiError, InputError: something is beyond a limit.
     """
-    limits = service.settings.limits
     for each in (text, *(turn.text for turn in context)):
         check_length(service, each)
-    if len(context) > limits.turns:
-        message = f"{len(context)} turns of context, but at most {limits.turns} are read"
-        raise ApiError(400, message, param="context", code="too_long")
+    check_turns(service, len(context))
     shared = [voice.turn(speaker)] if voice else []
     return Request(
         text,
@@ -89,6 +88,31 @@ def make_request(
     )
 
 
+def make_named_request(
+    service: Service,
+    caller: Caller,
+    text: str,
+    name: str,
+    known_names: Sequence[str],
+    options: Options,
+) -> Request:
+    """`make_request` in the voice of a name, as `Voices.find_as` finds it.
+
+    Without any voice, the place of the name in `known_names` is the number of the speaker.
+    """
+    voice = service.voices.find_as(name, caller.owner, known_names)
+    speaker = voice.speaker if voice else known_names.index(name)
+    return make_request(service, text, speaker, options, voice=voice)
+
+
+def check_turns(service: Service, count: int) -> None:
+    """Raises `ApiError` for a context of too many turns."""
+    limit = service.settings.limits.turns
+    if count > limit:
+        message = f"{count} turns of context, but at most {limit} are read"
+        raise ApiError(400, message, param="context", code="too_long")
+
+
 def check_length(service: Service, text: str) -> None:
     """Raises `ApiError` for a text or transcript that is too long."""
     limit = service.settings.limits.text_characters
@@ -98,7 +122,7 @@ def check_length(service: Service, text: str) -> None:
 
 
 async def read_recording(
-    service: Service, given: str | bytes, name: str, caller: Caller = INTERNAL
+    service: Service, given: str | bytes, name: str, caller: Caller
 ) -> np.ndarray:
     """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
     return await service.work(caller, decode, given, service.settings.limits, name)

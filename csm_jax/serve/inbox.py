@@ -7,7 +7,7 @@ from typing import Protocol
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.middleware.bodies import Held
+from csm_jax.serve.held import Held
 from csm_jax.serve.settings import Limits
 
 # What an empty message counts for, in characters.

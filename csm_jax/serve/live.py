@@ -28,14 +28,17 @@ class Live:
         service: "Service",
         caller: Caller,
         ticket: Ticket,
-        streams: bool,
+        stream: bool,
         started: float,
-        notices: Sequence[Notice] = (),
-        is_charged: bool = True,
+        notices: Sequence[Notice],
+        is_charged: bool,
     ):
-        """Args:
-        notices: what the listener should know besides what the ticket says.
-        is_charged: whether the caller's quota counts the speech.
+        """Begins to listen to a ticket.
+
+        Args:
+          stream: whether chunks come while it is spoken.
+          notices: what the listener should know besides what the ticket says.
+          is_charged: whether the caller's quota counts the speech.
         """
         self.name = request_id()
         self.unread_seconds = self.taken_seconds = 0.0
@@ -43,7 +46,7 @@ class Live:
         self._caller = caller
         self._is_charged = is_charged
         self._ticket = ticket
-        self._streams = streams
+        self._stream = stream
         self._started = started
         self._notices = notices
         self._chunks: deque[np.ndarray] = deque()
@@ -111,11 +114,11 @@ class Live:
         finally:
             self.cancel()
             self._charge()
-        if self._streams:
+        if self._stream:
             self._report(num_samples)
 
     def _charge(self) -> None:
-        """Charges what has been spoken, whether or not somebody listened."""
+        """Charges what has been spoken, whether or not the client listened."""
         if self._is_charged:
             self._is_charged = False
             model = self._service.model
@@ -125,7 +128,7 @@ class Live:
     async def audio(self) -> np.ndarray:
         """All of it, float32 [num_samples]. Raises as `chunks` does."""
         chunks = [chunk async for chunk in self.chunks()]
-        if self._streams:
+        if self._stream:
             return np.concatenate([np.zeros(0, np.float32), *chunks])
         started = time.perf_counter()
         audio = await self._service.work(self._caller, self._ticket.result)

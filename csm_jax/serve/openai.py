@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from csm_jax.serve.answers import speak_streamed, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import Options, Text, make_request
+from csm_jax.serve.fields import Options, Text, make_named_request, make_request
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.live import Live
 from csm_jax.serve.parsing import describe, read_fields
@@ -37,7 +37,7 @@ class VoiceId(BaseModel):
 
 
 class Speech(Options):
-    """As OpenAI has it; sampling, seed and length go in `extra_body`."""
+    """The fields of OpenAI's API; sampling, seed and length go in `extra_body`."""
 
     model: str = Field(max_length=256)
     input: Text
@@ -103,14 +103,12 @@ def _no_model(name: str) -> ApiError:
 
 
 def as_request(service: Service, caller: Caller, fields: Speech) -> Request:
-    """What a `Speech` asks for. Raises `InputError` and `ApiError`."""
+    """The request to the engine for a `Speech`. Raises `InputError` and `ApiError`."""
     name = fields.voice if isinstance(fields.voice, str) else fields.voice.id
     is_known = service.voices.has(name, caller.owner)
     if not is_known and name.isdecimal() and len(name) < 10:
         return make_request(service, fields.input, int(name), fields)
-    voice = service.voices.find_as(name, caller.owner, VOICES)
-    speaker = voice.speaker if voice else VOICES.index(name)
-    return make_request(service, fields.input, speaker, fields, voice=voice)
+    return make_named_request(service, caller, fields.input, name, VOICES, fields)
 
 
 async def _events(live: Live, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

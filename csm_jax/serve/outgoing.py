@@ -6,7 +6,6 @@ is the one that is dialled. A redirect is a connection like any other.
 
 import asyncio
 import contextlib
-import ipaddress
 import socket
 from collections.abc import AsyncIterator, Iterable
 from urllib.parse import urljoin, urlsplit
@@ -14,20 +13,25 @@ from urllib.parse import urljoin, urlsplit
 import httpcore
 
 from csm_jax.errors import InputError, first_line
+from csm_jax.serve.addresses import parse_address
 from csm_jax.serve.special_addresses import is_public
 
 MAX_REDIRECTS = 3
-# What somebody has to answer a webhook.
+# Until the receiver of a webhook has answered.
 POST_SECONDS = 20.0
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
 
 
 class Outgoing:
-    """An HTTP client for addresses that strangers choose."""
+    """An HTTP client for addresses that clients choose."""
 
-    def __init__(self, allow_private: bool = False):
-        """Args: allow_private: also dial addresses of private networks and of this machine."""
+    def __init__(self, allow_private: bool):
+        """Opens a pool of connections.
+
+        Args:
+          allow_private: also dial addresses of private networks and of this machine.
+        """
         self._pool = httpcore.AsyncConnectionPool(
             network_backend=_Checked(allow_private), max_connections=16, max_keepalive_connections=0
         )
@@ -129,8 +133,8 @@ async def public_address(host: str, port: int, allow_private: bool) -> str:
 
 def _check_public(host: str, addresses: Iterable[str]) -> None:
     for text in addresses:
-        address = ipaddress.ip_address(text.partition("%")[0])
-        if not is_public(address):
+        address = parse_address(text)
+        if address is None or not is_public(address):
             raise InputError(f"{host} is not a public address")
 
 

@@ -38,7 +38,7 @@ from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
 from csm_jax.prompt import Segment, check_text
 from csm_jax.serve.caller import caller_of
-from csm_jax.serve.errors import ApiError, ClientGoneError, as_api_error
+from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
 from csm_jax.serve.inbox import converse, held_messages
 from csm_jax.serve.live import Live
@@ -49,8 +49,7 @@ from csm_jax.text import take_sentences
 
 # Sentences that may wait to be spoken.
 MAX_WAITING = 256
-# Of WebSocket closes: the code for a client that can come again, and the longest reason in bytes.
-TRY_AGAIN_LATER = 1013
+# Bytes of the reason of a WebSocket close.
 MAX_REASON = 120
 
 
@@ -242,7 +241,7 @@ class Conversation:
         check_text(text)
         if self._waiting.full():
             raise ApiError(429, f"{MAX_WAITING} sentences wait already", code="queue_full")
-        self._service.quotas.count(self._caller.share)
+        self._service.quotas.count(self._caller)
         self._is_silent.clear()
         self._num_given += 1
         self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))

@@ -13,7 +13,7 @@ from csm_jax.serve.service import Service
 
 
 @dataclass(frozen=True)
-class Line:
+class SceneLine:
     """What a speaker says."""
 
     text: str
@@ -23,7 +23,7 @@ class Line:
 async def speak_scene(
     service: Service,
     caller: Caller,
-    lines: list[Line],
+    lines: list[SceneLine],
     context: Sequence[Segment],
     options: Options,
     progress: Callable[[str], None] = lambda message: None,
@@ -40,7 +40,7 @@ async def speak_scene(
         most = service.settings.limits.turns
         raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
     # The first is the request, which has been counted when it came.
-    service.quotas.count_more(caller.share, len(lines) - 1)
+    service.quotas.count_more(caller, len(lines) - 1)
     heard, audio = list(context), []
     for number, line in enumerate(lines, 1):
         seed = None if options.seed is None else (options.seed + number - 1) % 2**32

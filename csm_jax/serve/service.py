@@ -32,6 +32,7 @@ from csm_jax.serve.quotas import Quotas
 from csm_jax.serve.readers import Readers
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
+from csm_jax.serve.voice_files import MAX_SPEAKER
 from csm_jax.serve.voices import Voice, Voices
 from csm_jax.serve.webhook import Webhooks
 from csm_jax.speech import Notice, Request
@@ -49,7 +50,7 @@ _WORK_THREADS = max(4, os.cpu_count() or 1)
 # Two frames of this are spoken before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
 # A voice is spoken under any number; the longest has the most tokens.
-_SPEAKERS = (0, 2**31 - 1)
+_SPEAKERS = (0, MAX_SPEAKER)
 # Parts of the time to drain that are kept: for the engine and what comes after it, for webhooks
 # and what comes after them, for closing the store.
 _KEPT_FOR_ENGINE, _KEPT_FOR_WEBHOOKS, _KEPT_FOR_STORE = 0.1, 0.06, 0.03
@@ -178,7 +179,7 @@ class Service:
         """Calls what takes long, such as decoding a recording, when it is the caller's turn."""
         return await self._workers.run(caller, function, *arguments)
 
-    async def encode(self, audio: np.ndarray, caller: Caller = INTERNAL) -> np.ndarray:
+    async def encode(self, audio: np.ndarray, caller: Caller) -> np.ndarray:
         """Codes int32 [num_frames, Q] of a recording, float32 [num_samples] at 24 kHz."""
         codec, count = self.model.codec, self.model.config.num_codebooks
         return await self._encoders.run(caller, codec.encode, audio, count)

@@ -12,7 +12,7 @@ https://www.iana.org/assignments/multicast-addresses
 
 import ipaddress
 
-Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+from csm_jax.serve.addresses import Address
 
 _IPV4 = [
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16"),

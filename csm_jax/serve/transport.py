@@ -17,6 +17,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from csm_jax.serve.connections import Connection, Connections, Phase
+from csm_jax.serve.errors import TRY_AGAIN_LATER
 from csm_jax.serve.settings import Limits, Settings
 
 logger = logging.getLogger("csm_jax.serve")
@@ -33,7 +34,8 @@ _MAX_FRAGMENTS = 1024
 _PING_SECONDS = 20.0
 # Of the time to drain, for responses; jobs that are not over get some of the rest.
 _RESPONSES_PART = 0.7
-_GOING_AWAY_LATER, _TOO_BIG = 1013, 1009
+# Code of a WebSocket close.
+_TOO_BIG = 1009
 
 
 class HTTP(H11Protocol):
@@ -73,7 +75,7 @@ class Socket(WebSocketsSansIOProtocol):
         super().data_received(data)
         held = len(self.conn.reader.buffer) + sum(map(len, self.frames))
         if not self._hold(held):
-            self._end(_GOING_AWAY_LATER)
+            self._end(TRY_AGAIN_LATER)
 
     def handle_cont(self, event: Any) -> None:
         if len(self.frames) >= _MAX_FRAGMENTS:

@@ -9,15 +9,8 @@ from pydantic import Field
 
 from csm_jax.serve.answers import speak_streamed, speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
-from csm_jax.serve.context import Context, GivenTurn, read_context
-from csm_jax.serve.errors import ApiError
-from csm_jax.serve.fields import (
-    Options,
-    Recording,
-    Speaker,
-    Text,
-    make_request,
-)
+from csm_jax.serve.context import Context, GivenTurn, read_turn
+from csm_jax.serve.fields import Options, Recording, Speaker, Text, make_request
 from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
 
@@ -30,7 +23,7 @@ class Generate(Options):
     streaming: bool = False
     voice: str | None = Field(None, max_length=64, description="a name of /v1/audio/voices")
     audio: Recording | None = Field(
-        None, description="a turn of the same speaker heard before: a file, or base64 in JSON"
+        None, description="an earlier turn of the same speaker: a file, or base64 in JSON"
     )
     audio_text: str | None = Field(None, description="its transcript")
 
@@ -61,7 +54,5 @@ async def _speak(service: Service, caller: Caller, fields: Generate) -> Response
 async def _context(service: Service, caller: Caller, fields: Generate) -> Context:
     if fields.audio is None:
         return Context()
-    if not (fields.audio_text or "").strip():
-        raise ApiError(400, "audio needs audio_text, what is said in it", param="audio_text")
-    given = [GivenTurn(fields.speaker, fields.audio_text, fields.audio)]
-    return await read_context(service, caller, given, "audio")
+    turn = GivenTurn(fields.speaker, fields.audio_text or "", fields.audio)
+    return await read_turn(service, caller, turn, "audio", "audio_text")

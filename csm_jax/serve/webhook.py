@@ -34,7 +34,11 @@ class Webhooks:
     """Posts results in the background."""
 
     def __init__(self, store: JobStore, outgoing: Outgoing, secret: str):
-        """Args: secret: what bodies are signed with; without one nothing is posted."""
+        """Starts without anything to post.
+
+        Args:
+          secret: signs the bodies; without one nothing is posted.
+        """
         self._store = store
         self._outgoing = outgoing
         self._secret = secret
@@ -68,7 +72,7 @@ class Webhooks:
         self._pending[delivery.owner] += 1
         task.add_done_callback(lambda task: self._done(task, delivery.owner))
 
-    async def close(self, seconds: float = 10.0) -> None:
+    async def close(self, seconds: float) -> None:
         """Waits a little for those under way, and leaves the others to the next process."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)

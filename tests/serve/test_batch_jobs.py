@@ -294,8 +294,8 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
 
 
 def test_a_worker_that_fails_is_reported_once_and_goes_on(model, monkeypatch, caplog):
-    monkeypatch.setattr(batches, "_FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(batches, "_LAST_PAUSE", 0.1)
+    monkeypatch.setattr(batches, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(batches, "LAST_PAUSE", 0.1)
     with (
         caplog.at_level(logging.ERROR, "csm_jax.serve"),
         serve(model, Settings(**SMALL), warm=False) as running,

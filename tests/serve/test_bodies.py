@@ -14,7 +14,7 @@ from small import ask
 from csm_jax.serve import errors, parsing
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Recording
-from csm_jax.serve.middleware import bodies
+from csm_jax.serve.held import Held
 from csm_jax.serve.middleware.bodies import Bodies
 from csm_jax.serve.settings import Limits
 
@@ -292,7 +292,7 @@ def test_two_lengths_are_refused():
 
 
 def test_all_bodies_together_have_a_limit():
-    held = bodies.Held(1000)
+    held = Held(1000, "request bodies")
     held.add("a", 400)
     with pytest.raises(ApiError, match="your request bodies") as raised:
         held.check("a", 200)

@@ -210,13 +210,13 @@ def test_the_filter_sees_arguments_and_tracebacks(caplog):
 
 def test_utterances_and_lines_are_counted_as_requests_are(clock):
     limits = Quotas(requests_per_minute=10, speech_seconds_per_minute=0)
-    limits.count("a")
-    limits.count_more("a", 29)  # a scene of 30 lines, let in as one request
+    limits.count(Caller(share="a"))
+    limits.count_more(Caller(share="a"), 29)  # a scene of 30 lines, let in as one request
     with pytest.raises(Exception, match="requests and utterances a minute; wait 126 s"):
-        limits.count("a")
-    limits.count("b")
+        limits.count(Caller(share="a"))
+    limits.count(Caller(share="b"))
     clock[0] = 127.0
-    limits.count("a")
+    limits.count(Caller(share="a"))
 
 
 def test_a_caller_in_debt_of_speech_waits(clock):

@@ -7,9 +7,9 @@ import pytest
 from small import ask, echo, open_socket
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
+from csm_jax.serve.addresses import check_proxies, is_proxy
 from csm_jax.serve.middleware.head import Head
 from csm_jax.serve.middleware.hosts import Hosts, check_names, check_origins
-from csm_jax.serve.middleware.proxies import check_proxies, is_proxy
 
 
 def served(names=("speech.example.com",), origins=("https://app.example.com",)) -> Hosts:

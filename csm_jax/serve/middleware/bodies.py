@@ -1,18 +1,16 @@
 """Request bodies: how large they may be, how fast they must come, how many are held at once."""
 
 import asyncio
-from collections import Counter
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm_jax.serve.caller import caller_of
-from csm_jax.serve.errors import RETRY_AFTER, ApiError
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.held import Held
 from csm_jax.serve.settings import Limits
 
 _SCOPE_KEY = "csm_jax.body"
-# What one caller may hold of all that is held.
-_SHARE = 0.5
 
 
 def body_of(connection: HTTPConnection) -> "Body":
@@ -29,7 +27,7 @@ class Bodies:
     def __init__(self, app: ASGIApp, limits: Limits):
         self._app = app
         self._limits = limits
-        self._held = Held(limits.pending_body_bytes)
+        self._held = Held(limits.pending_body_bytes, "request bodies")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -66,31 +64,6 @@ def _announced(scope: Scope) -> int:
     if not value.isdigit():
         raise ApiError(400, "the Content-Length is no number")
     return int(value) if len(value) < 20 else 10**20
-
-
-class Held:
-    """Bytes of request bodies, or of messages, in memory: of all callers and of each."""
-
-    def __init__(self, limit: int, what: str = "request bodies"):
-        self._limit = limit
-        self._what = what
-        self._total = 0
-        self._shares: Counter[str] = Counter()
-
-    def check(self, share: str, num_bytes: int) -> None:
-        """Raises `ApiError` if there is no room for so many more."""
-        if self._total + num_bytes > self._limit:
-            message = f"the server reads too many {self._what} at the moment"
-            raise ApiError(503, message, code="busy", retry_after=RETRY_AFTER)
-        if self._shares[share] + num_bytes > _SHARE * self._limit:
-            message = f"too many of your {self._what} are being read"
-            raise ApiError(429, message, code="busy", retry_after=RETRY_AFTER)
-
-    def add(self, share: str, num_bytes: int) -> None:
-        self._total += num_bytes
-        self._shares[share] += num_bytes
-        if self._shares[share] <= 0:
-            del self._shares[share]
 
 
 class Body:

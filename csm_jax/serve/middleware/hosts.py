@@ -4,13 +4,13 @@ A page of another site can make a browser send requests here (with an Origin hea
 site), or give its own name our address (DNS rebinding; then the Host header has that name).
 """
 
-import ipaddress
 import re
 from collections.abc import Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from csm_jax.serve.addresses import parse_address
 from csm_jax.serve.errors import ApiError
 
 ANY = "*"
@@ -67,7 +67,7 @@ class Hosts:
             raise ApiError(400, "send one Host header, a name or address", code="bad_host")
         address, name, port = found.groups()
         host = (address or name).lower().rstrip(".")
-        if ANY not in self._names and host not in self._names and not _is_address(host):
+        if ANY not in self._names and host not in self._names and parse_address(host) is None:
             message = f"this server is not {host[:100]}: start it with --allowed_hosts={host[:100]}"
             raise ApiError(421, message, code="bad_host")
         return host, int(port) if port else None
@@ -97,14 +97,6 @@ class Hosts:
 def _foreign(origin: str) -> ApiError:
     message = f"pages of {origin} may not send requests here: start with --cors_origins"
     return ApiError(403, message, code="foreign_origin")
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 def check_names(names: Sequence[str]) -> None:

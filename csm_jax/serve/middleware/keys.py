@@ -4,7 +4,6 @@ import base64
 import binascii
 import hashlib
 import hmac
-import ipaddress
 import math
 import re
 from collections.abc import Sequence
@@ -14,6 +13,8 @@ from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm_jax.errors import InputError
+from csm_jax.scheduler import MAX_WEIGHT
+from csm_jax.serve.addresses import network_of
 from csm_jax.serve.caller import Caller, set_caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.page import PAGE
@@ -32,7 +33,6 @@ REFUSALS_PER_MINUTE = 10
 _OWNER_DIGITS = 32
 # Shorter than a digest, so that no tenant has the name of another key's owner.
 _TENANT = re.compile(r"[a-z0-9][a-z0-9_-]{0,30}")
-_MAX_WEIGHT = 1000.0
 
 # Subprotocols by which a browser, which cannot set the headers of a WebSocket, sends a key beside
 # the one that it wants to speak.
@@ -99,8 +99,8 @@ def _weight(text: str, what: str) -> float:
         weight = float(text)
     except ValueError:
         weight = math.nan
-    if not 1 / _MAX_WEIGHT <= weight <= _MAX_WEIGHT:
-        rule = f"a number from {1 / _MAX_WEIGHT:g} to {_MAX_WEIGHT:g}"
+    if not 1 / MAX_WEIGHT <= weight <= MAX_WEIGHT:
+        rule = f"a number from {1 / MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
         raise InputError(f"{what} has the weight {text[:40]!r}, but a weight is {rule}")
     return weight
 
@@ -145,7 +145,7 @@ class Keys:
         if is_open(connection.scope["path"]):
             return Caller("", address_share(connection))
         caller = self._find(connection)
-        self._quotas.count(caller.share)
+        self._quotas.count(caller)
         return caller
 
     def _find(self, connection: HTTPConnection) -> Caller:
@@ -176,19 +176,6 @@ def is_open(path: str) -> bool:
 def address_share(connection: HTTPConnection) -> str:
     """The share of a client without a key: its address, or the /64 of an IPv6 address."""
     return network_of(connection.client.host if connection.client else "")
-
-
-def network_of(host: str) -> str:
-    """The addresses that one client has: an IPv4 address, or the /64 of an IPv6 address."""
-    try:
-        address = ipaddress.ip_address(host.partition("%")[0])
-    except ValueError:
-        return host[:64]
-    if address.version == 4:
-        return str(address)
-    if address.ipv4_mapped:
-        return str(address.ipv4_mapped)
-    return str(ipaddress.ip_network((int(address) >> 64 << 64, 64)))
 
 
 def _given_key(connection: HTTPConnection) -> str | None:

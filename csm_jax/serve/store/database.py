@@ -22,7 +22,7 @@ Arguments = TypeVarTuple("Arguments")
 T = TypeVar("T")
 Query = Callable[[sqlite3.Connection, *Arguments], T]
 
-# Seconds between attempts to write what must not be lost: doubled up to the last.
+# Seconds between attempts at what has to succeed, such as writing a result: doubled up to the last.
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0
 # Seconds for looking for damage at the start; the rest of a large database is not looked at.
 CHECK_SECONDS = 5.0
