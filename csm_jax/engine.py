@@ -56,6 +56,7 @@ class Engine:
         max_seq_len: int = 2048,
         max_queue: int = 64,
         kept_rows: int = 0,
+        kept_beside_others: int = 0,
     ):
         """Starts the thread that runs the batch.
 
@@ -65,6 +66,7 @@ class Engine:
           max_seq_len: positions of a row, prompt and speech together; the model has a limit too.
           max_queue: requests that may wait for a row; so many again in the background.
           kept_rows: rows, fewer than all, that only shares without a row get.
+          kept_beside_others: the same, while several shares ask for rows.
 
         Raises:
           InputError: a number is less than 1, or the model's mesh does not divide the rows.
@@ -79,7 +81,7 @@ class Engine:
         self.max_queue = max_queue
         self._slots: list[Slot | None] = [None] * max_batch
         self._to_prefill: deque[int] = deque()  # rows, in their order
-        self._waiting: RowScheduler[Slot] = RowScheduler(max_batch, kept_rows)
+        self._waiting: RowScheduler[Slot] = RowScheduler(max_batch, kept_rows, kept_beside_others)
         self._frame_seconds = math.inf
         self._changed = threading.Condition()
         self._is_closing = False

@@ -3,8 +3,9 @@
 Nothing here runs anything, so the same rules serve the rows of a batch and the threads of a pool.
 """
 
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -12,6 +13,8 @@ T = TypeVar("T")
 
 # Weights are taken for at most this and at least its inverse, so that no share waits for ever.
 MAX_WEIGHT = 1000.0
+# After the last request of another share, a row is kept for others so long.
+COMPANY_SECONDS = 60.0
 
 
 @dataclass
@@ -146,6 +149,24 @@ class Shared(Protocol):
     in_background: bool
 
 
+class Company:
+    """Whether requests of more than one share have come lately."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock = clock
+        self._last: str | None = None
+        self._last_time = self._other_time = float("-inf")
+
+    def came(self, share: str) -> None:
+        """Notes a request of a share."""
+        if share != self._last:
+            self._other_time = self._last_time
+        self._last, self._last_time = share, self._clock()
+
+    def __bool__(self) -> bool:
+        return self._clock() - self._other_time < COMPANY_SECONDS
+
+
 R = TypeVar("R", bound=Shared)
 
 
@@ -156,13 +177,22 @@ class RowScheduler(Generic[R]):
       live, background: the requests that wait.
     """
 
-    def __init__(self, num_rows: int, kept_rows: int = 0):
+    def __init__(
+        self,
+        num_rows: int,
+        kept_rows: int = 0,
+        kept_beside_others: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
         """Args:
         kept_rows: rows that only shares without a row get. One row of several is kept from
           requests in the background in any case.
+        kept_beside_others: the same while several shares ask, in seconds of `clock`.
         """
         self._num_rows = num_rows
         self._kept_rows = min(kept_rows, num_rows - 1)
+        self._kept_beside_others = min(max(kept_rows, kept_beside_others), num_rows - 1)
+        self._company = Company(clock)
         self._kept_from_background = max(self._kept_rows, min(1, num_rows - 1))
         self.live: FairQueue[R] = FairQueue()
         self.background: FairQueue[R] = FairQueue()
@@ -179,7 +209,8 @@ class RowScheduler(Generic[R]):
         num_free = self._num_rows - self.live.num_running - self.background.num_running
         if num_free < 1:
             return None
-        request = self.live.pop(idle_only=num_free <= self._kept_rows)
+        kept = self._kept_beside_others if self._company else self._kept_rows
+        request = self.live.pop(idle_only=num_free <= kept)
         if request is None and num_free > self._kept_from_background:
             request = self.background.pop()
         return request
@@ -191,6 +222,8 @@ class RowScheduler(Generic[R]):
         return self.queue(request.in_background).should_yield(request.share)
 
     def push(self, request: R) -> None:
+        if not request.in_background:
+            self._company.came(request.share)
         self.queue(request.in_background).push(request, request.share, request.weight)
 
     def push_front(self, request: R) -> None:

@@ -34,6 +34,8 @@ _SENTENCE_END = re.compile(
 _CLAUSE_END = re.compile(
     rf"(?<![;:,—–،])[;:,—–،]++{_CLOSING}+\s+|[—、，；：]+{_CLOSING}\s*"  # noqa: RUF001
 )
+# Characters that more of the same text can make an end of a sentence.
+_UNDECIDED = ".!?…؟।。！？｡\"'”’»)]}」』）】〉》"  # noqa: RUF001
 _SPACE = re.compile(r"\s+")
 # What a full stop after it does not end: initials, e.g. and U.S., numbers of a list, titles.
 _ABBREVIATION = re.compile(
@@ -80,14 +82,33 @@ def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:
     return [part.strip() for part in parts if part]
 
 
-def take_sentences(text: str) -> tuple[list[str], str]:
-    """The sentences that have ended of a text that is still being written, and what follows.
+class Sentences:
+    """Cuts a text that is still being written into sentences.
 
     Where a sentence ends is known once something follows: "No. 5" does not end after its dot.
     """
-    *ended, rest = _sentences(text.strip())
-    has_space = text[-1:].isspace()
-    return [part.strip() for part in ended if part.strip()], rest + " " * has_space
+
+    def __init__(self):
+        self._rest = ""
+        # Before it, no sentence of the rest can end any more.
+        self._start = 0
+
+    def __len__(self) -> int:
+        """Characters that no end has followed yet."""
+        return len(self._rest)
+
+    def add(self, text: str) -> list[str]:
+        """Returns the sentences that have ended with this piece of text."""
+        text = self._rest + text
+        *ended, rest = _sentences(text.strip(), self._start)
+        self._rest = rest + " " * text[-1:].isspace()
+        self._start = len(rest.rstrip(_UNDECIDED))
+        return [part.strip() for part in ended if part.strip()]
+
+    def take_rest(self) -> str:
+        """Returns what follows the last end, and begins again."""
+        rest, self._rest, self._start = self._rest.strip(), "", 0
+        return rest
 
 
 def _spoken_letters(character: str) -> int:
@@ -132,8 +153,9 @@ def _length(part: str) -> int:
     return len(part.strip())
 
 
-def _sentences(text: str) -> list[str]:
-    ends = (match for match in _SENTENCE_END.finditer(text) if _ends_sentence(match))
+def _sentences(text: str, start: int = 0) -> list[str]:
+    """Args: start: where to begin to look for ends."""
+    ends = (match for match in _SENTENCE_END.finditer(text, start) if _ends_sentence(match))
     return _cut(text, (match.end() for match in ends))
 
 

@@ -224,6 +224,45 @@ def test_rows_are_kept_for_shares_without_one():
     assert taken(alone) == "a"
 
 
+def test_a_row_is_kept_while_several_shares_ask():
+    """A lone share has all rows, and again when it has been alone for a minute."""
+    now = 0.0
+    rows = RowScheduler(3, kept_beside_others=1, clock=lambda: now)
+
+    def run(*shares: str) -> str:
+        fill(rows, *shares)
+        running = list(iter(rows.pop, None))
+        for request in running:
+            rows.finish(request)
+        rows.clear()
+        return "".join(request.share for request in running)
+
+    assert run(*"aaaa") == "aaa"
+    assert run("b") == "b"
+    now = 59.0
+    assert run(*"aaaa") == "aa"
+    now = 61.0
+    assert run(*"aaaa") == "aaa"
+    # Requests in the background are no company.
+    fill(rows, "c", in_background=True)
+    assert run(*"aaaa") == "aaa"
+
+
+def test_a_row_is_free_for_the_next_newcomer():
+    """Once a second share has asked, a flood of the first leaves a row to whoever comes next."""
+    rows = RowScheduler(2, kept_beside_others=1, clock=lambda: 0.0)
+    fill(rows, *"aaaa")
+    flood = [rows.pop() for _ in range(2)]
+    fill(rows, "b")
+    assert rows.pop() is None
+    rows.finish(flood.pop())
+    assert taken(rows) == "b"
+    rows.finish(Wanted("b"))
+    assert taken(rows) == ""
+    fill(rows, "c")
+    assert taken(rows) == "c"
+
+
 @settings(deadline=None)
 @given(
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), min_size=1, max_size=12),

@@ -2,9 +2,11 @@ import time
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from csm_jax.errors import InputError
-from csm_jax.text import MAX_CHARACTERS, needed_seconds, split_text
+from csm_jax.text import MAX_CHARACTERS, Sentences, needed_seconds, split_text
 
 SENTENCE = "The quick brown fox jumps over the lazy dog again."  # 50 characters
 ACUTE, JOINER = "\u0301", "\u200d"
@@ -244,3 +246,25 @@ def test_parts_may_take_what_the_text_may_take():
     parts = split_text(text)
     total = sum(needed_seconds(part) - needed_seconds("") for part in parts)
     assert total == pytest.approx(needed_seconds(text) - needed_seconds(""))
+
+
+@given(st.lists(st.text("aB5.!。…\"' \n", max_size=6), max_size=30))
+def test_sentences_are_the_same_wherever_the_search_begins(pieces):
+    """Compared with a search of all that is left, each time."""
+    stored, rest = Sentences(), ""
+    for piece in pieces:
+        fresh = Sentences()
+        assert stored.add(piece) == fresh.add(rest + piece)
+        assert len(stored) == len(fresh)
+        rest = fresh._rest
+    assert stored.take_rest() == rest.strip()
+
+
+@pytest.mark.parametrize("text", ["a" * 10_000, "e.g. " * 2000, "." * 10_000, "a? b" * 2500])
+def test_a_character_more_is_no_search_of_all(text):
+    sentences = Sentences()
+    sentences.add(text)
+    started = time.process_time()
+    for _ in range(1000):
+        sentences.add("b")
+    assert time.process_time() - started < 0.5

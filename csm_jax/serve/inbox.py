@@ -10,7 +10,7 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.held import Held
 from csm_jax.serve.settings import Limits
 
-# What an empty message counts for, in characters.
+# What an empty message counts for, in bytes.
 MESSAGE_COST = 1000
 
 
@@ -23,41 +23,43 @@ class Talker(Protocol):
 
     is_silent: bool
 
-    async def take(self, message: str | None) -> None:
-        """Does what a message asks for; None is a binary one."""
+    async def take(self, message: bytes | None) -> None:
+        """Does what a message, in UTF-8, asks for; None is a binary one."""
 
     async def ended(self) -> None:
         """Returns when nothing can be sent any more."""
 
 
 class Inbox:
-    """Messages that have come and are not done, bounded by their length together."""
+    """Messages that have come and are not done, bounded by their bytes together."""
 
-    def __init__(self, max_characters: int, held: Held, share: str):
+    def __init__(self, max_bytes: int, held: Held, share: str):
         """Args: held: what is bounded for all sockets of a share, and of all shares."""
-        self._max_characters = max_characters
+        self._max_bytes = max_bytes
         self._held = held
         self._share = share
         self._num_held = 0
-        self._messages: asyncio.Queue[str | None] = asyncio.Queue()
+        self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     def __bool__(self) -> bool:
         return not self._messages.empty()
 
-    def put(self, message: str | None) -> None:
+    def put(self, text: str | None) -> None:
         """Raises `ApiError` if too much waits already."""
+        # Of a string, one rare character makes all others take four bytes.
+        message = None if text is None else text.encode()
         cost = _cost(message)
-        if self._num_held + cost > self._max_characters:
+        if self._num_held + cost > self._max_bytes:
             raise ApiError(429, "too many messages wait to be worked on", code="queue_full")
         self._held.check(self._share, cost)
         self._hold(cost)
         self._messages.put_nowait(message)
 
-    async def get(self) -> str | None:
+    async def get(self) -> bytes | None:
         """The next message, which is held until it is `done`."""
         return await self._messages.get()
 
-    def done(self, message: str | None) -> None:
+    def done(self, message: bytes | None) -> None:
         """Says that a message is not needed any more."""
         self._hold(-_cost(message))
 
@@ -70,8 +72,8 @@ class Inbox:
         self._held.add(self._share, cost)
 
 
-def _cost(message: str | None) -> int:
-    return len(message or "") + MESSAGE_COST
+def _cost(message: bytes | None) -> int:
+    return len(message or b"") + MESSAGE_COST
 
 
 def held_messages(limits: Limits) -> Held:

@@ -43,12 +43,14 @@ class Places:
     """The places of all callers. To be used from one event loop.
 
     One caller alone can have `most` places. Beside others it gets no more than its share of them
-    by weight once few are left, and some places on top are for callers who have less than that.
+    by weight once few are left. As many places again are for callers who have less than their
+    share: what others hold already cannot be taken from them.
     """
 
     def __init__(self, most: int):
         self._most = most
-        self._spare = max(1, most // 8)
+        # Free places that a caller with more than its share leaves to others.
+        self._left_free = max(1, most // 8)
         self._held: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
         self._waiting: list[asyncio.Event] = []
@@ -56,7 +58,7 @@ class Places:
     @property
     def total(self) -> int:
         """Places there are."""
-        return self._most + self._spare
+        return 2 * self._most
 
     @property
     def num_held(self) -> int:
@@ -90,7 +92,7 @@ class Places:
         if self._held[caller.share] < max(1.0, part):
             return self.num_held < self.total
         others = len(weights) > 1
-        return self.num_held < self._most - (self._spare if others else 0)
+        return self.num_held < self._most - (self._left_free if others else 0)
 
     async def _wait(self) -> None:
         event = asyncio.Event()
@@ -102,18 +104,19 @@ class Places:
 
 
 class Sockets:
-    """The WebSockets that callers have open. To be used from one event loop."""
+    """The WebSockets, or streams of events, that callers have open. For one event loop."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, what: str = "WebSockets"):
         """Args: most: of one caller."""
         self._most = most
+        self._what = what
         self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def opened(self, caller: Caller) -> Iterator[None]:
         """A block in which one more is open. Raises `ApiError` if there are too many."""
         if self._open[caller.share] >= self._most:
-            message = f"{self._most} WebSockets of yours are open, and no more may be: close one"
+            message = f"{self._most} {self._what} of yours are open, and no more may be: close one"
             raise ApiError(429, message, code="too_many_sockets", retry_after=RETRY_AFTER)
         self._open[caller.share] += 1
         try:

@@ -36,7 +36,7 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.audio import to_pcm
 from csm_jax.errors import CancelledError, CSMError
-from csm_jax.prompt import Segment, check_text
+from csm_jax.prompt import Segment, Turn, check_text
 from csm_jax.serve.caller import caller_of
 from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.fields import Options, Speaker, Text, check_length, make_request, read_recording
@@ -45,10 +45,11 @@ from csm_jax.serve.live import Live
 from csm_jax.serve.parsing import parse_json
 from csm_jax.serve.service import Service
 from csm_jax.serve.voices import Voice, Voices
-from csm_jax.text import take_sentences
+from csm_jax.text import Sentences
 
-# Sentences that may wait to be spoken.
+# Sentences that may wait to be spoken, and their characters together.
 MAX_WAITING = 256
+MAX_WAITING_CHARACTERS = 100_000
 # Bytes of the reason of a WebSocket close.
 MAX_REASON = 120
 
@@ -154,8 +155,11 @@ class Conversation:
         self._caller = caller_of(socket)
         self._manner = Manner()
         self._turns: list[Segment] = []
-        self._unfinished = ""
+        # Positions of the window that each of them takes.
+        self._lengths: list[int] = []
+        self._unfinished = Sentences()
         self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
+        self._num_waiting_characters = 0
         self._live: Live | None = None
         self._is_speaking = False
         self._num_given = 0
@@ -181,7 +185,7 @@ class Conversation:
         """Returns when nothing can be spoken any more, because the client does not read."""
         await asyncio.wait({self._speaking})
 
-    async def take(self, message: str | None) -> None:
+    async def take(self, message: bytes | None) -> None:
         """Does what a message of the client asks for; None is a binary one, which asks nothing."""
         try:
             match await self._parse(message):
@@ -200,10 +204,10 @@ class Conversation:
         except (CSMError, ApiError) as error:
             await self._tell_error(error)
 
-    async def _parse(self, message: str | None) -> BaseModel:
+    async def _parse(self, message: bytes | None) -> BaseModel:
         if message is None:
             raise ApiError(400, "a message is JSON, sent as text", code="bad_message")
-        return await parse_json(_MESSAGE, message.encode(), self._service.settings.limits)
+        return await parse_json(_MESSAGE, message, self._service.settings.limits)
 
     async def _set(self, settings: SetSession) -> None:
         self._manner = manner = self._changed(settings)
@@ -215,17 +219,17 @@ class Conversation:
         return self._manner.changed(change, self._service.voices, self._caller.owner)
 
     def _add(self, text: str) -> None:
-        sentences, self._unfinished = take_sentences(self._unfinished + text)
+        check_length(self._service, text)
+        sentences = self._unfinished.add(text)
         limit = self._service.settings.limits.text_characters
         if len(self._unfinished) > limit:
-            self._unfinished = ""
+            self._unfinished = Sentences()
             raise ApiError(400, f"more than {limit} characters without an end", code="too_long")
         for sentence in sentences:
             self._say(sentence)
 
     def _flush(self) -> None:
-        rest, self._unfinished = self._unfinished.strip(), ""
-        if rest:
+        if rest := self._unfinished.take_rest():
             self._say(rest)
 
     async def _say_turn(self, turn: Say) -> None:
@@ -238,12 +242,19 @@ class Conversation:
             await self._tell_error(error, id=number)
 
     def _say(self, text: str, manner: Manner | None = None) -> None:
+        check_length(self._service, text)
         check_text(text)
-        if self._waiting.full():
-            raise ApiError(429, f"{MAX_WAITING} sentences wait already", code="queue_full")
+        num_characters = self._num_waiting_characters + len(text)
+        if self._waiting.full() or num_characters > MAX_WAITING_CHARACTERS:
+            message = (
+                f"{self._waiting.qsize()} sentences of {self._num_waiting_characters} characters "
+                f"wait already, and at most {MAX_WAITING} of {MAX_WAITING_CHARACTERS} may"
+            )
+            raise ApiError(429, message, code="queue_full")
         self._service.quotas.count(self._caller)
         self._is_silent.clear()
         self._num_given += 1
+        self._num_waiting_characters = num_characters
         self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
 
     async def _hear(self, turn: AddTurn) -> None:
@@ -254,22 +265,29 @@ class Conversation:
             with await self._service.admit(self._caller):
                 audio = await read_recording(self._service, turn.audio, "audio", self._caller)
                 codes = await self._service.encode(audio, self._caller)
-        self._remember(Segment(turn.speaker, turn.text, codes=codes))
+        await self._remember(Segment(turn.speaker, turn.text, codes=codes))
         await self._tell("turn", turns=len(self._turns))
 
-    def _remember(self, turn: Segment) -> None:
-        turns = [*self._turns, turn][-self._service.settings.limits.turns :]
-        # Older ones would never be heard, and would only take memory.
-        room = self._service.engine.max_seq_len - sum(map(_num_frames, turns))
-        while room < 0 and len(turns) > 1:
-            room += _num_frames(turns.pop(0))
-        self._turns = turns
+    async def _remember(self, turn: Segment) -> None:
+        """Adds a turn, and forgets the oldest ones that cannot fit the window any more."""
+        # In a thread: tokenising a long text takes a moment.
+        length = await self._service.work(self._caller, self._length, turn)
+        turns, lengths = [*self._turns, turn], [*self._lengths, length]
+        most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
+        while len(turns) > 1 and (len(turns) > most or sum(lengths) > window):
+            del turns[0], lengths[0]
+        self._turns, self._lengths = turns, lengths
+
+    def _length(self, turn: Segment) -> int:
+        model = self._service.model
+        return Turn(turn, model.config, model.tokenizer).length
 
     async def _cancel(self) -> None:
         self._num_cancels += 1
-        self._unfinished = ""
+        self._unfinished = Sentences()
         while not self._waiting.empty():
             self._waiting.get_nowait()
+        self._num_waiting_characters = 0
         if self._live is not None:
             self._live.cancel()
         if not self._is_speaking:
@@ -286,9 +304,10 @@ class Conversation:
                 if self._waiting.empty():
                     self._is_silent.set()
                 utterance = await self._waiting.get()
+                self._num_waiting_characters -= len(utterance.text)
                 self._is_speaking = True
                 try:
-                    await self._speak(utterance)
+                    await self._speak(utterance, self._num_cancels)
                 except (CSMError, ApiError) as error:
                     await self._tell_error(error, id=utterance.id)
         except (WebSocketDisconnect, ClientGoneError):
@@ -298,7 +317,8 @@ class Conversation:
             self._is_speaking = False
             self._is_silent.set()
 
-    async def _speak(self, utterance: Utterance) -> None:
+    async def _speak(self, utterance: Utterance, num_cancels: int) -> None:
+        """Args: num_cancels: `_num_cancels` when its turn came; after one more it is not heard."""
         text, manner = utterance.text, utterance.manner
         request = make_request(
             self._service, text, manner.speaker, manner.options, self._turns, manner.voice
@@ -306,28 +326,30 @@ class Conversation:
         with await self._service.admit(self._caller):
             self._live = await self._service.speak(request, self._caller, stream=True)
             try:
+                if num_cancels != self._num_cancels:
+                    return
                 with self._live.sending():
-                    await self._send_speech(utterance, self._live)
+                    await self._send_speech(utterance, self._live, num_cancels)
             finally:
                 self._live.cancel()
                 self._live = None
 
-    async def _send_speech(self, utterance: Utterance, live: Live) -> None:
-        cancels, num_samples = self._num_cancels, 0
+    async def _send_speech(self, utterance: Utterance, live: Live, num_cancels: int) -> None:
+        num_samples = 0
         with contextlib.suppress(CancelledError):
             await self._tell("started", id=utterance.id, text=utterance.text)
             async for chunk in live.chunks():
-                if cancels != self._num_cancels:
+                if num_cancels != self._num_cancels:
                     break
                 await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
         heard = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        self._remember(Segment(utterance.manner.speaker, utterance.text, codes=heard))
+        await self._remember(Segment(utterance.manner.speaker, utterance.text, codes=heard))
         await self._tell(
             "done",
             id=utterance.id,
             seconds=round(num_samples / self._service.model.sample_rate, 3),
-            cancelled=cancels != self._num_cancels,
+            cancelled=num_cancels != self._num_cancels,
             notices=live.notice_kinds,
         )
 
@@ -344,10 +366,6 @@ class Conversation:
                 await sending
         except TimeoutError as error:
             raise WebSocketDisconnect(TRY_AGAIN_LATER) from error
-
-
-def _num_frames(turn: Segment) -> int:
-    return 0 if turn.codes is None else len(turn.codes)
 
 
 def _as_message(error: Exception) -> dict[str, Any]:

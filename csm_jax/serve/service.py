@@ -116,6 +116,8 @@ class Service:
             # What has a place is not refused any more.
             max_queue=self.places.total,
             kept_rows=int(_has_tenants(self.keys)),
+            # Without tenants a lone address has all rows.
+            kept_beside_others=1,
         )
         self.metrics.watch_engine(self.engine)
         self.metrics.watch_database(self.store.database)

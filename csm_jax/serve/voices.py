@@ -53,7 +53,7 @@ class Voice:
 
 
 class Voices:
-    """All voices of a server. Safe for many threads."""
+    """All voices of a server. Safe for many threads; only those that change something wait."""
 
     def __init__(
         self,
@@ -74,7 +74,8 @@ class Voices:
         self._model = model
         self._store = store
         self._limits = limits
-        self._lock = threading.Lock()
+        # For changes, which are made to copies: readers never wait for the store.
+        self._changing = threading.Lock()
         self._shared: dict[str, Voice] = {}
         self._recordings: dict[str, bytes] = {}
         self._own: dict[tuple[str, str], Voice] = {}
@@ -87,15 +88,13 @@ class Voices:
 
     def all(self, owner: str) -> list[Voice]:
         """Everybody's voices and those of `owner`, sorted by name."""
-        with self._lock:
-            own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
+        own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
         known = self._shared | own
         return [known[name] for name in sorted(known)]
 
     def all_owners(self) -> list[Voice]:
         """Everybody's voices and those of all owners."""
-        with self._lock:
-            return [*self._shared.values(), *self._own.values()]
+        return [*self._shared.values(), *self._own.values()]
 
     def find(self, name: str, owner: str) -> Voice:
         """A voice of `owner` or everybody's; raises `InputError` if there is none."""
@@ -146,18 +145,18 @@ class Voices:
         data = encode_audio(audio, SAMPLE_RATE, ".flac")
         voice = self._make(owner, name, speaker, text, data)
         # The lock keeps memory and store in step when one name is added twice at once.
-        with self._lock:
+        with self._changing:
             self._store.put(VoiceRow(owner, name, speaker, text, data))
-            self._own[owner, name] = voice
+            self._own = {**self._own, (owner, name): voice}
         return voice
 
     def delete(self, owner: str, name: str) -> None:
         """Removes a voice of an owner. Raises `InputError` if there is no such voice."""
         if not self.find(name, owner).is_own:
             raise InputError(f"voice {name} is a preset, and stays")
-        with self._lock:
+        with self._changing:
             self._store.delete(owner, name)
-            self._own.pop((owner, name), None)
+            self._own = {key: voice for key, voice in self._own.items() if key != (owner, name)}
 
     def _load(self) -> None:
         for owner, name in self._store.names():

@@ -44,7 +44,12 @@ def test_a_newcomer_has_a_place_beside_one_who_has_all():
     places = Places(40)
     first = fill(places, A)
     second = fill(places, B)
-    assert len(second) == 5
+    assert len(second) == 20
+    # And so has one more: each its share.
+    third = fill(places, C)
+    assert len(third) == 14
+    for place in third:
+        place.release()
     # What comes free goes to the one who has less, until both have as many.
     for place in first[:30]:
         place.release()
@@ -64,7 +69,7 @@ def test_places_are_shared_by_weight():
 def test_many_callers_with_one_place_each_fill_it():
     places = Places(16)
     taken = [fill(places, Caller(share=str(number)), 1) for number in range(40)]
-    assert sum(map(len, taken)) == places.total == 18
+    assert sum(map(len, taken)) == places.total == 32
 
 
 @settings(deadline=None)

@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import json
 import time
 from types import SimpleNamespace
@@ -15,10 +16,11 @@ from serving import SMALL, serve
 from websockets.sync.client import connect
 
 from csm_jax.prompt import Segment
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.inbox import converse, held_messages
 from csm_jax.serve.quotas import Quotas
-from csm_jax.serve.realtime import Conversation
+from csm_jax.serve.realtime import MAX_WAITING_CHARACTERS, Conversation
 from csm_jax.serve.settings import Limits, Settings
 
 
@@ -197,7 +199,7 @@ def test_the_voice_can_change(talk):
         ('{"type": "turn", "speaker": 0, "text": "\\u200b\\u2060"}', "nothing to say"),
         ('{"type": "say", "text": " \\u200b"}', "nothing to say"),
         ('{"type": "say", "text": ""}', "text"),
-        (json.dumps({"type": "text", "text": "a" * 20_000}), "characters without an end"),
+        (json.dumps({"type": "text", "text": "a" * 20_000}), "20000 characters"),
     ],
 )
 def test_what_is_wrong_is_said_and_the_conversation_goes_on(talk, message, said):
@@ -239,8 +241,8 @@ def test_a_cancel_of_who_is_gone_waits_for_nothing():
     async def scenario() -> None:
         service = SimpleNamespace(settings=Settings(), quotas=Quotas(0, 0))
         async with Conversation(service, Gone()) as conversation:
-            conversation._say("x" * 20_000)  # too long, which cannot be told either
-            await asyncio.wait_for(conversation.take('{"type": "cancel"}'), 5)
+            conversation._say("x")  # cannot be told either
+            await asyncio.wait_for(conversation.take(b'{"type": "cancel"}'), 5)
 
     asyncio.run(scenario())
 
@@ -265,9 +267,9 @@ class Silent:
     def __init__(self):
         self.taken = []
 
-    async def take(self, message: str) -> None:
+    async def take(self, message: bytes) -> None:
         self.taken.append(message)
-        await asyncio.sleep(3600 if message == "slow" else 0)
+        await asyncio.sleep(3600 if message == b"slow" else 0)
 
     async def ended(self) -> None:
         await asyncio.sleep(3600)
@@ -292,7 +294,7 @@ def test_a_client_that_leaves_ends_what_is_worked_on():
     talker = Silent()
     leaving = converse(Client("a", "slow", "b", None), talker, Limits())
     asyncio.run(asyncio.wait_for(leaving, 5))
-    assert talker.taken in (["a"], ["a", "slow"])
+    assert talker.taken in ([b"a"], [b"a", b"slow"])
 
 
 def test_a_silent_client_is_sent_away():
@@ -341,14 +343,123 @@ def test_messages_of_all_sockets_of_a_caller_are_bounded_together():
     asyncio.run(scenario())
 
 
-def test_turns_that_can_never_be_heard_are_forgotten():
-    service = SimpleNamespace(settings=Settings(), engine=SimpleNamespace(max_seq_len=100))
-    conversation = Conversation(service, Gone())
+def test_messages_are_counted_in_bytes():
+    limits = Limits(body_bytes=20_000)
+    with pytest.raises(ApiError, match="too many messages"):
+        asyncio.run(converse(Client("\U0001f600" * 6_000), Silent(), limits))
+
+
+class Quiet(Gone):
+    """A socket that keeps what it is sent."""
+
+    def __init__(self):
+        self.told = []
+
+    async def send_json(self, message: dict) -> None:
+        self.told.append(message)
+
+    async def send_bytes(self, data: bytes) -> None:
+        self.told.append(data)
+
+
+def a_service(**more) -> SimpleNamespace:
+    return SimpleNamespace(settings=Settings(), quotas=Quotas(0, 0), voices=None, **more)
+
+
+def as_bytes(kind: str, **fields) -> bytes:
+    return json.dumps({"type": kind, **fields}).encode()
+
+
+def test_a_text_that_is_too_long_is_refused_before_it_is_cut():
+    async def scenario() -> None:
+        conversation = Conversation(a_service(), Quiet())
+        for message in ("text", "say"):
+            started = time.process_time()
+            await conversation.take(as_bytes(message, text="a. " * 1_000_000))
+            assert time.process_time() - started < 2
+        assert [each["code"] for each in conversation._socket.told] == ["too_long"] * 2
+        assert conversation._waiting.empty()
+
+    asyncio.run(scenario())
+
+
+def test_what_waits_to_be_spoken_is_bounded_in_characters():
+    async def scenario() -> None:
+        conversation = Conversation(a_service(), Quiet())
+        for _ in range(50):
+            await conversation.take(as_bytes("say", text="a" * 10_000))
+        assert conversation._waiting.qsize() == MAX_WAITING_CHARACTERS // 10_000
+        assert {each["code"] for each in conversation._socket.told} == {"queue_full"}
+
+    asyncio.run(scenario())
+
+
+def test_text_without_an_end_is_bounded():
+    async def scenario() -> None:
+        conversation = Conversation(a_service(), Quiet())
+        for _ in range(3):
+            await conversation.take(as_bytes("text", text="a" * 4000))
+        (error,) = conversation._socket.told
+        assert "characters without an end" in error["message"]
+        assert not len(conversation._unfinished)
+
+    asyncio.run(scenario())
+
+
+def test_a_cancel_while_a_turn_is_submitted_silences_it():
+    """Nothing of it is sent, and its request is cancelled."""
+
+    async def scenario() -> None:
+        class Spoken:
+            num_cancels = 0
+
+            def cancel(self) -> None:
+                self.num_cancels += 1
+
+        submitting, submitted, live = asyncio.Event(), asyncio.Event(), Spoken()
+
+        async def speak(*_, **__) -> Spoken:
+            submitting.set()
+            await submitted.wait()
+            return live
+
+        async def admit(caller: Caller):
+            return contextlib.nullcontext()
+
+        socket = Quiet()
+        service = a_service(speak=speak, admit=admit)
+        async with Conversation(service, socket) as conversation:
+            await conversation.take(as_bytes("say", text="one"))
+            await asyncio.wait_for(submitting.wait(), 5)
+            cancelling = asyncio.create_task(conversation.take(as_bytes("cancel")))
+            await asyncio.sleep(0)
+            submitted.set()
+            await asyncio.wait_for(cancelling, 5)
+        assert socket.told == [{"type": "cancelled"}]
+        assert live.num_cancels
+
+    asyncio.run(scenario())
+
+
+def test_turns_that_can_never_be_heard_are_forgotten(model):
+    """Frames and text take positions."""
+
+    async def work(caller: Caller, function, *arguments):
+        return function(*arguments)
+
+    engine = SimpleNamespace(max_seq_len=100)
+    conversation = Conversation(a_service(engine=engine, model=model, work=work), Gone())
+
+    def remember(speaker: int, text: str, num_frames: int) -> list[int]:
+        codes = np.zeros((num_frames, model.config.num_codebooks), np.int32)
+        asyncio.run(conversation._remember(Segment(speaker, text, codes=codes)))
+        return [turn.speaker for turn in conversation._turns]
+
     for number in range(10):
-        conversation._remember(Segment(number, "a", codes=np.zeros((40, 4), np.int32)))
-    assert [turn.speaker for turn in conversation._turns] == [8, 9]
-    conversation._remember(Segment(10, "a", codes=np.zeros((400, 4), np.int32)))
-    assert [turn.speaker for turn in conversation._turns] == [10]
+        kept = remember(number, "a", 40)
+    assert kept == [8, 9]
+    assert remember(10, "one two three " * 20, 1) == [10]
+    assert remember(11, "a", 400) == [11]
 
 
 def test_a_client_that_does_not_read_is_gone():
@@ -362,7 +473,7 @@ def test_a_client_that_does_not_read_is_gone():
         settings = Settings(limits=Limits(write_seconds=0.1))
         async with Conversation(SimpleNamespace(settings=settings), Deaf()) as conversation:
             with pytest.raises(WebSocketDisconnect):
-                await asyncio.wait_for(conversation.take("{"), 5)
+                await asyncio.wait_for(conversation.take(b"{"), 5)
 
     asyncio.run(scenario())
 

@@ -5,7 +5,9 @@ import logging
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -146,6 +148,8 @@ def test_a_voice_sounds_the_same_after_a_restart(model, tmp_path, noise):
 
 REPLACE = """
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store
@@ -223,3 +227,28 @@ def test_a_voice_that_is_deleted_is_spoken_to_the_end(server, recording, transcr
     assert len(voice.turn().codes)
     with pytest.raises(InputError, match="deleted"):
         server.service.voices.recording(voice)
+
+
+def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
+    """While a voice is being stored, all others are found, and so is that one is missing."""
+    voices = make_voices(model, presets=PRESETS)
+    writing, written = threading.Event(), threading.Event()
+
+    def put(row) -> None:
+        writing.set()
+        assert written.wait(20)
+
+    monkeypatch.setattr(voices._store, "put", put)
+    with ThreadPoolExecutor(2) as threads:
+        adding = threads.submit(voices.add, "", "mine", 0, "one", noise)
+        assert writing.wait(20)
+        try:
+            reading = threads.submit(lambda: (voices.all(""), voices.all_owners()))
+            before, _ = reading.result(5)
+            assert "mine" not in [voice.name for voice in before]
+            with pytest.raises(InputError, match="no voice"):
+                threads.submit(voices.find, "mine", "").result(5)
+        finally:
+            written.set()
+        adding.result(20)
+    assert voices.has("mine", "")
