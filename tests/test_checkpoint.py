@@ -597,7 +597,7 @@ def largest_file(directory: Path) -> Path:
 
 
 def make_noise(file: Path) -> None:
-    """4 kB in the middle of a file, whose size stays."""
+    """Overwrites 4 kB in the middle of a file; its size stays."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4096] = np.random.default_rng(0).bytes(4096)
@@ -757,6 +757,6 @@ def test_values_that_are_not_finite_are_not_converted(tmp_path, capsys, value):
     assert_nothing_left(out)
 
 
-def test_verify_goes_alone(native, tmp_path, capsys):
+def test_verify_takes_no_other_flag(native, tmp_path, capsys):
     assert convert.run([f"--verify={native}", f"--out={tmp_path / 'out'}"]) == 2
     assert "--verify goes alone, without --out" in one_error(capsys)

@@ -674,7 +674,7 @@ def test_a_row_is_kept_for_shares_without_one(model):
             ticket.cancel()
 
 
-def test_chunks_are_not_kept_for_who_does_not_want_them(model, alone):
+def test_chunks_are_not_kept_without_keep(model, alone):
     heard = []
     with Engine(model, max_batch=1) as engine:
         ticket = engine.submit(REQUESTS["short"], keep=False)

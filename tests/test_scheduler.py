@@ -1,4 +1,4 @@
-"""Fair shares: nobody starves, weights count, nothing idles, and a share keeps its order."""
+"""Fair shares: none starves, weights count, nothing idles, and a share keeps its order."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ def test_rows_are_shared_by_weight(num_rows):
 
 @settings(deadline=None)
 @given(st.integers(0, 20), st.integers(1, 3))
-def test_newcomers_without_end_starve_nobody(before, per_service):
+def test_endless_new_shares_starve_none(before, per_service):
     """A share that waits is served although fresh shares come faster than they are served."""
     queue = FairQueue()
     for number in range(before):
@@ -118,7 +118,7 @@ def test_coming_again_and_again_gains_nothing():
     assert abs(served["one"] - served["many"]) <= 2
 
 
-def test_who_yields_goes_first_of_its_share():
+def test_a_yielded_item_goes_first_of_its_share():
     queue = FairQueue()
     for number in range(3):
         push(queue, "a", number)
@@ -151,7 +151,7 @@ def test_shares_that_are_gone_are_forgotten():
     assert len(queue._shares) <= 2
 
 
-def test_an_item_can_leave():
+def test_a_waiting_item_can_be_removed():
     queue = FairQueue()
     push(queue, "a", 0)
     push(queue, "b", 0)
@@ -186,7 +186,7 @@ def test_rows_are_given_to_shares_in_turn():
     assert taken(rows) == "abca"
 
 
-def test_the_background_leaves_a_row_free_and_yields_to_everybody():
+def test_background_leaves_a_row_free_and_yields_to_live_requests():
     rows = RowScheduler(3)
     fill(rows, *"xxyy", in_background=True)
     background = [rows.pop() for _ in range(2)]
@@ -218,7 +218,7 @@ def test_rows_are_kept_for_shares_without_one():
     assert taken(rows) == "aa"
     fill(rows, *"b")
     assert taken(rows) == "b"
-    # An only row is kept from nobody.
+    # The only row of a batch is not kept free.
     alone = RowScheduler(1, kept_rows=1)
     fill(alone, "a")
     assert taken(alone) == "a"
@@ -269,7 +269,7 @@ def test_a_row_is_free_for_the_next_newcomer():
     st.integers(1, 4),
 )
 def test_long_texts_that_yield_are_finished(texts, num_rows):
-    """All parts of all texts are spoken, and with rows for all of them nobody yields."""
+    """All parts of all texts are spoken, and with rows for all of them none yields."""
     rows = RowScheduler(num_rows)
     parts = {}
     for share, count in texts:

@@ -16,7 +16,7 @@ CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync"),
-    # Its microphone beeps, and nobody is asked whether the page may hear it.
+    # A microphone that beeps, and no question whether the page may use it.
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 ]
 # The first request of a server that has not been warmed up waits for its programs to compile.

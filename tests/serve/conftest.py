@@ -1,11 +1,13 @@
 import subprocess
+from pathlib import Path
 
 import pytest
 from serving import PRESETS, SMALL, serve
 
 import csm_jax
 from csm_jax.generator import Generator
-from csm_jax.serve.settings import Settings
+from csm_jax.serve.settings import Limits, Settings
+from csm_jax.serve.store import Store
 
 
 @pytest.fixture(scope="session")
@@ -21,7 +23,7 @@ def server(model):
 
 @pytest.fixture(autouse=True)
 def no_row_is_leaked(request):
-    """Whatever a test did, nobody speaks on when it is over."""
+    """No row is taken when a test ends."""
     yield
     if "server" in request.fixturenames:
         request.getfixturevalue("server").wait_until_idle()
@@ -54,3 +56,17 @@ def run():
         ).stdout
 
     return call
+
+
+@pytest.fixture
+def open_store():
+    """Opens stores, and closes them at the end."""
+    stores = []
+
+    def open_one(directory: Path | None = None, **limits: int) -> Store:
+        stores.append(Store(directory, Limits(**limits)))
+        return stores[-1]
+
+    yield open_one
+    for store in stores:
+        store.close()

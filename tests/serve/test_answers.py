@@ -57,7 +57,7 @@ def test_a_reader_that_is_dropped_frees_its_row_and_its_place(server, in_server)
     server.wait_until_idle(5)
 
 
-def test_a_response_that_is_cancelled_is_cancelled(server, in_server):
+def test_cancelling_a_response_raises_cancelled_error(server, in_server):
     """As when the server ends: that is no dropped reader."""
     service = server.service
 

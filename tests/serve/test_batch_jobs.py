@@ -14,6 +14,7 @@ import httpx
 import openai
 import pytest
 from serving import SMALL, as_samples, serve
+from stores import limit_pages
 
 from csm_jax.serve import batches
 from csm_jax.serve.settings import Limits, Settings
@@ -132,7 +133,7 @@ def test_live_requests_go_first(server):
 
 
 def test_a_restart_goes_on(model, tmp_path):
-    """After the process has been told to end."""
+    """After the server has begun to end."""
     settings = Settings(**SMALL, data=tmp_path)
     with serve(model, settings) as first:
         batch = first.post("/v1/batches", files={"file": lines(30)}).json()
@@ -232,17 +233,6 @@ def test_files_have_room_up_to_a_limit(model):
         assert running.post("/v1/files", files=files).status_code == 200
 
 
-def limit_pages(service, more: int | None) -> None:
-    """Lets the database grow by so many pages of 4 kB; None is any number."""
-
-    def limit(connection) -> None:
-        pages = connection.execute("PRAGMA page_count").fetchone()[0]
-        most = 2**30 if more is None else pages + more
-        connection.execute(f"PRAGMA max_page_count = {most}").fetchall()
-
-    service.store.database.call(limit)
-
-
 def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
     model, tmp_path, monkeypatch, caplog
 ):
@@ -264,7 +254,7 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
         running.service.not_ready = None
         batch = running.post("/v1/batches", files={"file": lines(30)}).json()
         wait(running.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 3)
-        limit_pages(running.service, 5)
+        limit_pages(running.service.store, 5)
         deadline = time.monotonic() + 60
         while not running.service.store.database.is_full:
             assert time.monotonic() < deadline
@@ -282,14 +272,14 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
         assert running.get("/readyz").json() == {"status": "ready", "storage": "full"}
         assert "csm_storage_full 1.0" in running.get("/metrics").text
         assert running.post("/generate", json={"text": "one"}).status_code == 200
-        limit_pages(running.service, None)
+        limit_pages(running.service.store, None)
         done = wait(running.url, batch["id"])
         found = results(running.url, done)
         assert "csm_storage_full 0.0" in running.get("/metrics").text
     assert [each["custom_id"] for each in found] == [f"line-{i}" for i in range(30)]
     assert sorted(spoken, key=int) == [f"{i}" for i in range(30)]
-    told = [record for record in caplog.records if "full" in record.message]
-    assert len(told) == 1
+    records = [record for record in caplog.records if "full" in record.message]
+    assert len(records) == 1
     assert not any(record.exc_info for record in caplog.records)
 
 

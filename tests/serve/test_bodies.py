@@ -106,7 +106,7 @@ def test_json_needs_its_type(kind, message):
         (b'{"speed": 1}', "text: Field required"),
     ],
 )
-def test_what_is_no_such_json_is_said_in_one_line(body, message):
+def test_json_that_is_no_request_gets_400_and_one_line(body, message):
     answer = post("/small", body)
     assert answer.status_code == 400
     said = answer.json()["detail"]

@@ -103,7 +103,7 @@ def test_many_wrong_keys_from_one_address_are_too_many(clock):
     assert statuses[0] == 401
     assert statuses.count(401) <= 10
     assert set(statuses[10:]) == {429}
-    # Nobody else is in it: another address, and the right key behind the same one.
+    # Neither another address is affected, nor the right key at the same one.
     assert ask(app, headers=bearer("guess"), client="10.0.0.2").status_code == 401
     assert ask(app, headers=bearer("sk-first")).status_code == 200
     assert ask(app, headers=bearer("guess")).headers["retry-after"] == "6"
@@ -111,7 +111,7 @@ def test_many_wrong_keys_from_one_address_are_too_many(clock):
     assert ask(app, headers=bearer("guess")).status_code == 401
 
 
-def test_two_credentials_are_none():
+def test_two_credentials_get_401():
     app = guarded()
     both = {"Authorization": "Bearer sk-first", "X-API-Key": "sk-second"}
     assert ask(app, headers=both).status_code == 401
@@ -150,7 +150,7 @@ def test_a_key_in_the_query_is_only_for_sockets():
 
 
 @pytest.mark.parametrize("path", ["/", "/healthz", "/readyz", "/metrics", "/files/a-B_1.wav"])
-def test_these_paths_are_open(path):
+def test_open_paths_need_no_key(path):
     assert is_open(path)
 
 
@@ -163,7 +163,7 @@ def test_these_paths_are_open(path):
         *("/page/..", "/healthz;x", "/files/\u0661", "/v1/models", "/files/a\x00"),
     ],
 )
-def test_no_other_spelling_is(path):
+def test_other_spellings_of_open_paths_need_a_key(path):
     assert not is_open(path)
 
 
@@ -183,13 +183,13 @@ def test_no_other_spelling_is(path):
     ],
 )
 def test_credentials_are_redacted(text, hidden, kept):
-    told = redaction.redact(text)
-    assert hidden not in told
-    assert kept in told
-    assert redaction.REDACTED in told
+    redacted = redaction.redact(text)
+    assert hidden not in redacted
+    assert kept in redacted
+    assert redaction.REDACTED in redacted
 
 
-def test_other_parameters_are_not():
+def test_other_query_parameters_are_not_redacted():
     text = "GET /v1/models?limit=5&order=asc 200 {'path': '/a?b=c'}"
     assert redaction.redact(text) == text
 

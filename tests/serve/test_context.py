@@ -1,4 +1,4 @@
-"""Recordings of a context: newest first, no more than the window holds, and only for who waits."""
+"""Recordings of a context: newest first, within the window, and only while a request waits."""
 
 import asyncio
 import base64
@@ -140,7 +140,7 @@ def test_nothing_is_encoded_for_a_client_that_has_left(server, work):
 
 
 def test_a_newcomer_waits_for_one_turn_of_another(server, work):
-    """Whose ten turns take four seconds to encode."""
+    """Its ten turns take four seconds to encode."""
     service = server.service
     work["pause"] = 0.4
     loop = service.warmed.get_loop()

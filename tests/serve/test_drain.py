@@ -1,4 +1,4 @@
-"""A server that is told to end is gone by its deadline, whatever its clients do."""
+"""A server ends within its deadline after SIGTERM, whatever its clients do."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def process(own_cache):
 
 
 @pytest.mark.long
-def test_one_deadline_for_everything(process):
+def test_the_server_ends_within_its_deadline(process):
     """For a reader that never reads, a job, a WebSocket, and a request that waits for them."""
     server, url, port = process
     body = json.dumps({"text": LONG, "streaming": True, "max_audio_length_ms": 300_000})
@@ -59,25 +59,25 @@ def test_one_deadline_for_everything(process):
         talk.recv(timeout=60)
         kept = httpx.Client()
         kept.get(f"{url}/healthz")
-        told = time.monotonic()
+        started = time.monotonic()
         server.send_signal(signal.SIGTERM)
         refused = _ask(kept, f"{url}/readyz")
         assert refused in (503, None)
         assert server.wait(DRAIN_SECONDS + 2) is not None
-        assert time.monotonic() - told < DRAIN_SECONDS + 2
+        assert time.monotonic() - started < DRAIN_SECONDS + 2
 
 
 @pytest.mark.long
-def test_who_has_nothing_to_finish_ends_at_once(process):
+def test_an_idle_server_ends_at_once(process):
     server, _, _ = process
-    told = time.monotonic()
+    started = time.monotonic()
     server.send_signal(signal.SIGTERM)
     server.wait(DRAIN_SECONDS + 2)
-    assert time.monotonic() - told < DRAIN_SECONDS
+    assert time.monotonic() - started < DRAIN_SECONDS
 
 
 def _ask(client: httpx.Client, url: str) -> int | None:
-    """The status, None if nobody listens any more."""
+    """The status; None if the port is closed."""
     try:
         return client.get(url).status_code
     except httpx.HTTPError:

@@ -35,7 +35,7 @@ def test_it_is_alive_before_it_is_ready(model):
         assert answer.json()["status"] == "ready"
 
 
-def test_a_warm_up_that_fails_is_told(model, monkeypatch, caplog):
+def test_a_failed_warm_up_is_reported_by_readyz(model, monkeypatch, caplog):
     """In one line of the log, and by the probe."""
 
     def fail(self, *_: object) -> None:
@@ -50,9 +50,9 @@ def test_a_warm_up_that_fails_is_told(model, monkeypatch, caplog):
         assert answer.status_code == 503
         assert "the warm-up failed: out of memory" in answer.json()["detail"]
         assert running.get("/healthz").status_code == 200
-    told = [message for message in caplog.messages if "warm-up" in message]
-    assert len(told) == 1
-    assert "\n" not in told[0]
+    lines = [message for message in caplog.messages if "warm-up" in message]
+    assert len(lines) == 1
+    assert "\n" not in lines[0]
     assert not [record for record in caplog.records if record.exc_info]
 
 
@@ -105,8 +105,8 @@ async def hold(url: str, until: asyncio.Event, started: list) -> int:
             return answer.status_code
 
 
-def test_a_full_queue_is_said(model):
-    """Who comes when all rows and places are taken is told to come again."""
+def test_a_full_queue_is_reported(model):
+    """A request gets 429 and Retry-After when all rows and places are taken."""
     settings = Settings(**SMALL, max_queue=2)
 
     async def scenario(running) -> list[int]:
@@ -134,8 +134,8 @@ def test_a_full_queue_is_said(model):
         running.wait_until_idle(seconds=5)
 
 
-def test_a_slow_reader_holds_nobody_up(server):
-    """Whoever does not read what is sent keeps neither the others nor his row for long."""
+def test_a_slow_reader_does_not_delay_other_requests(server):
+    """A client that does not read its response keeps no row."""
     with httpx.stream("POST", f"{server.url}/generate", json=LONG | {"streaming": True}) as slow:
         assert slow.status_code == 200
         started = time.monotonic()
@@ -146,8 +146,8 @@ def test_a_slow_reader_holds_nobody_up(server):
         assert len(b"".join(slow.iter_bytes())) > 100_000
 
 
-def test_who_is_being_answered_is_answered_to_the_end(model):
-    """When the server is told to end, it lets nobody in, and nobody down."""
+def test_a_running_response_is_finished_when_the_server_ends(model):
+    """No response is cut when the server ends before its drain time is over."""
     answers = []
     with serve(model, Settings(**SMALL)) as running:
 
@@ -189,7 +189,7 @@ def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
     assert len(as_samples(answers["one two"].content)) == len(expected)
 
 
-def test_who_comes_during_the_warm_up_does_not_end_it(model):
+def test_requests_during_the_warm_up_do_not_end_it(model):
     """The queue is full of them, and the warm-up waits for its turn."""
     settings = Settings(max_batch=1, max_queue=1, max_seq_len=128)
     with serve(model, settings, warm=None) as running:
@@ -208,7 +208,7 @@ def _ask_briefly(running, statuses: list[int]) -> None:
     statuses.append(running.post("/generate", json=body).status_code)
 
 
-def test_a_server_whose_engine_has_ended_is_not_well(model):
+def test_a_server_whose_engine_has_ended_reports_503(model):
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").status_code == 200
         running.service.engine.close()

@@ -1,4 +1,4 @@
-"""Whom a request is addressed to, and whose page sent it."""
+"""Host and Origin headers, trusted proxies, HEAD, and request targets."""
 
 import socket
 
@@ -29,7 +29,7 @@ def served(names=("speech.example.com",), origins=("https://app.example.com",)) 
         *((name, 400) for name in ("localhost\t", "l\xf6calhost", "localhost#", "localhost?x")),
     ],
 )
-def test_the_host_is_this_server(host, status):
+def test_other_host_headers_are_refused(host, status):
     answer = ask(served(), headers={"Host": host.encode("latin-1")})
     assert answer.status_code == status
     socket = open_socket(served(), headers={"host": host})
@@ -42,7 +42,7 @@ def test_a_refusal_says_how_to_allow_the_name():
     assert ask(served(("*",)), headers={"Host": "csm:8000"}).status_code == 200
 
 
-def test_two_hosts_are_none():
+def test_two_host_headers_get_400():
     headers = [("Host", "localhost"), ("Host", "evil.example")]
     assert ask(served(), headers=headers).status_code == 400
 
@@ -140,7 +140,7 @@ def test_head_is_get_without_a_body():
     assert seen == ["GET", "POST"]
 
 
-def test_head_and_hosts_of_the_server(server):
+def test_the_server_installs_its_middleware(server):
     """What the middleware is put together to."""
     answer = httpx.head(server.url + "/healthz")
     assert (answer.status_code, answer.content) == (200, b"")
@@ -171,7 +171,7 @@ def test_head_and_hosts_of_the_server(server):
         ("CONNECT localhost:80 HTTP/1.1", 400),
     ],
 )
-def test_targets_of_requests(server, line, status):
+def test_a_target_must_begin_with_a_slash(server, line, status):
     host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as made:
         made.sendall(f"{line}\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())

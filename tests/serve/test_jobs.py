@@ -129,7 +129,7 @@ def test_a_job_that_ends_the_process_each_time_is_given_up(tmp_path):
             await process.jobs.start()
             job = next(iter(process.jobs._jobs.values()), None) or await process.submit("a")
             await until(lambda job=job: job.status is Status.RUNNING)
-            # As `kill -9` does, nothing is told to the store.
+            # As with `kill -9`, nothing is written to the store.
             process.store.close()
             job.task.cancel()
             await asyncio.gather(job.task, return_exceptions=True)
@@ -141,7 +141,7 @@ def test_a_job_that_ends_the_process_each_time_is_given_up(tmp_path):
     asyncio.run(work())
 
 
-def test_an_end_that_was_asked_for_is_no_attempt(tmp_path):
+def test_a_graceful_stop_counts_no_attempt(tmp_path):
     async def work() -> None:
         for _ in range(2 * MAX_ATTEMPTS):
             async with Process(tmp_path, block) as process:

@@ -1,4 +1,4 @@
-"""Who may ask, how often, and how much."""
+"""Keys, rates, sizes of bodies, and CORS of a server."""
 
 import base64
 import contextlib
@@ -32,8 +32,8 @@ def guarded(model):
 
 
 @pytest.fixture(autouse=True)
-def nobody_has_asked_yet(monkeypatch):
-    """Rates are of each test alone."""
+def fresh_rates(monkeypatch):
+    """Each test starts with full buckets."""
     monkeypatch.setattr(quotas, "monotonic", CLOCK.__next__)
 
 
@@ -62,7 +62,7 @@ def test_a_key_opens(guarded, headers):
         {"X-API-Key": "\xff"},
     ],
 )
-def test_nothing_else_does(guarded, headers):
+def test_a_request_without_a_known_key_gets_401(guarded, headers):
     for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
         answer = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
         assert answer.status_code == 401
@@ -70,13 +70,13 @@ def test_nothing_else_does(guarded, headers):
         assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_probes_need_none(guarded):
+def test_probes_need_no_key(guarded):
     assert guarded.get("/healthz").status_code == 200
     assert guarded.get("/metrics").status_code == 200
     assert guarded.get("/readyz").status_code in (200, 503)
 
 
-def test_sockets_need_one_too(guarded):
+def test_sockets_need_a_key(guarded):
     url = guarded.url.replace("http", "ws") + "/v1/realtime"
     with pytest.raises((InvalidStatus, ConnectionClosed)), connect(url):
         pass
@@ -124,7 +124,7 @@ def test_rates_are_of_each_key(monkeypatch):
 
 
 def test_callers_are_forgotten(monkeypatch):
-    """Somebody with many addresses does not fill the memory."""
+    """A client with many addresses does not fill the memory."""
     monkeypatch.setattr(quotas, "MAX_CALLERS", 10)
     rates = Rates(3, "requests")
     for caller in range(1000):
@@ -204,7 +204,7 @@ def test_a_transcript_has_an_end(server, path, fields):
     assert "10001 characters, but at most 10000" in answer.json()["detail"]
 
 
-def test_those_that_are_named_may(model):
+def test_named_origins_may_send_requests(model):
     settings = Settings(**SMALL, cors_origins=("https://example.com",), api_keys=KEYS)
     with serve(model, settings) as running:
         for origin, allowed in {"https://example.com": True, "https://other.com": False}.items():

@@ -21,5 +21,5 @@ def test_a_line_of_the_log_is_short_and_one(caplog, monkeypatch):
         assert line.isprintable()
         assert json.loads(line)["path"].startswith("/")
     assert len(caplog.records) == 20
-    # Paths that nobody serves are one label.
+    # Paths without a route share one label.
     assert len(metrics.text()) - before < 500

@@ -51,7 +51,7 @@ def test_one_private_address_among_public_ones_is_enough(names):
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::"])
-def test_public_addresses_are_not(names, address):
+def test_public_addresses_are_dialled(names, address):
     names["host"] = [address]
     assert asyncio.run(public_address("host", 80, False)) == address
 

@@ -105,7 +105,7 @@ def owned_paths(things) -> list[str]:
     ]
 
 
-def test_lists_hold_ones_own(ask, things):
+def test_lists_hold_only_rows_of_the_owner(ask, things):
     for name, own in (("anna", True), ("anna too", True), ("ben", False)):
         files = [each["id"] for each in ask[name].get("/v1/files?limit=100").json()["data"]]
         batches = [each["id"] for each in ask[name].get("/v1/batches").json()["data"]]
@@ -116,14 +116,14 @@ def test_lists_hold_ones_own(ask, things):
         assert "slt" in voices
 
 
-def test_a_place_in_anothers_list_is_no_place(ask, things):
+def test_paging_after_another_owners_row_gets_404(ask, things):
     batch, file = things["batch_id"][0], things["file_id"][0]
     for path in (f"/v1/batches?after={batch}", f"/v1/files?after={file}"):
         assert ask["anna"].get(path).status_code == 200
         assert ask["ben"].get(path).status_code == 404
 
 
-def test_a_file_of_another_tenant_is_no_batch(ask, things):
+def test_a_batch_of_another_tenants_file_is_refused(ask, things):
     body = {"input_file_id": things["file_id"][0]}
     assert ask["ben"].post("/v1/batches", json=body).status_code == 404
 

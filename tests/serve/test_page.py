@@ -1,4 +1,4 @@
-"""What visitors of the page see and hear."""
+"""The page in headless Chromium: speech, voices, errors, keys, and the editor."""
 
 import base64
 
@@ -306,7 +306,7 @@ def test_each_error_stands_beside_what_it_is_about(visit):
     visit.panel("A").get_by_text("There is no recording yet").wait_for()
 
 
-def test_a_file_that_is_no_recording(visit):
+def test_a_file_that_is_no_recording_shows_an_error(visit):
     visit.choose("A", "My own recording")
     file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": b"no sound"}
     visit.panel("A").get_by_label("Recording, a file").set_input_files(file)
@@ -352,7 +352,7 @@ def test_a_broken_connection_keeps_what_was_heard(visit):
     assert page.locator("#speech-error").is_hidden()
 
 
-def test_a_server_that_is_gone(model, browser):
+def test_an_unreachable_server_shows_an_error(model, browser):
     with serve(model, Settings(**SMALL)) as running:
         visit = Visit(browser.new_page(), running.url)
     visit.start()
@@ -373,7 +373,7 @@ def certificate(tmp_path):
     return {f"ssl_{name}file": str(tmp_path / f"{name}.pem") for name in ("cert", "key")}
 
 
-def test_with_keys_it_asks_for_one(model, browser, certificate):
+def test_the_page_asks_for_a_key(model, browser, certificate):
     """Over https, as a server with keys should be."""
     with serve(model, Settings(**SMALL, api_keys=("secret+/~key",)), **certificate) as guarded:
         page = browser.new_page(ignore_https_errors=True)
@@ -404,7 +404,7 @@ def test_with_keys_it_asks_for_one(model, browser, certificate):
 # The editor
 
 
-def test_lines(visit):
+def test_lines_are_parsed(visit):
     text = "A: one\nb:two\n\n three\r\nA four\n A:\nB: A: x\n"
     turns = visit.page.evaluate(
         "async (text) => (await import('./lines.js')).parseLines(text)", text

@@ -102,14 +102,14 @@ def test_a_browser_asks_whether_a_file_has_changed():
         "/static/main.js",
     ],
 )
-def test_nothing_else_is_served(path):
+def test_other_paths_get_404(path):
     response = ask(app, path)
     assert response.status_code == 404
     assert b"root:" not in response.content
 
 
-def test_nothing_is_taken(server):
-    """The address by which any file of the machine could be had."""
+def test_the_page_takes_no_posts(server):
+    """The page has GET and HEAD only."""
     file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     body = {"data": [file], "fn_index": 0, "session_hash": "a"}
     for path in ("queue/join", "upload", "run/predict", "call/speak"):

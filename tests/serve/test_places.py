@@ -17,7 +17,7 @@ A, B, C = (Caller(share=name) for name in "abc")
 
 def fill(places: Places, caller: Caller, most: int = 1000) -> list:
     """Takes places until one is refused."""
-    told = []
+    refusals = []
 
     async def take() -> list:
         taken = []
@@ -25,12 +25,12 @@ def fill(places: Places, caller: Caller, most: int = 1000) -> list:
             try:
                 taken.append(await places.take(caller))
             except ApiError as refused:
-                told.append(refused)
+                refusals.append(refused)
                 break
         return taken
 
     taken = asyncio.run(take())
-    for error in told:
+    for error in refusals:
         assert (error.status, error.code) == (429, "queue_full")
         assert error.retry_after >= 1
     return taken
@@ -109,7 +109,7 @@ def test_a_place_is_given_back_by_its_block_unless_it_is_kept():
     asyncio.run(scenario())
 
 
-def test_who_waits_gets_the_next_place():
+def test_a_waiting_request_gets_the_next_place():
     async def scenario() -> None:
         places = Places(1)
         first = await places.take(A)

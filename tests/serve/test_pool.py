@@ -63,7 +63,7 @@ def test_what_is_cancelled_before_its_turn_never_runs():
     asyncio.run(scenario())
 
 
-def test_what_it_raises_is_raised():
+def test_exceptions_of_a_function_are_raised_to_its_caller():
     async def scenario() -> None:
         pool = FairPool(1, "test")
         with pytest.raises(ZeroDivisionError):

@@ -44,7 +44,7 @@ def test_a_reader_that_never_reads_is_dropped(caplog):
     assert "request-7" in line
 
 
-def test_a_byte_now_and_then_is_no_reading():
+def test_a_reader_slower_than_the_pace_is_dropped():
     scene, reader = Scene(), Reader(unread=20.0)
     scene.readers.add(reader)
     for _ in range(3):
@@ -53,8 +53,8 @@ def test_a_byte_now_and_then_is_no_reading():
     assert reader.is_dropped
 
 
-def test_who_reads_as_fast_as_it_plays_is_never_dropped():
-    """Nor one who has nothing to read, because the speech takes its time."""
+def test_a_reader_at_playing_speed_is_not_dropped():
+    """Nor is one whose speech has not been generated yet."""
     scene, player, waiting = Scene(), Reader(unread=90.0), Reader()
     scene.readers.add(player)
     scene.readers.add(waiting)
@@ -65,7 +65,7 @@ def test_who_reads_as_fast_as_it_plays_is_never_dropped():
     assert not waiting.is_dropped
 
 
-def test_of_all_together_the_slowest_goes():
+def test_the_slowest_reader_is_dropped_when_too_much_waits():
     scene = Scene()
     readers = [Reader(str(number), unread) for number, unread in enumerate((30, 50, 40))]
     for reader in readers:
@@ -74,7 +74,7 @@ def test_of_all_together_the_slowest_goes():
     assert [reader.is_dropped for reader in readers] == [False, True, False]
 
 
-def test_who_is_gone_is_not_counted():
+def test_a_removed_reader_is_not_dropped():
     scene, reader = Scene(), Reader(unread=1000.0)
     scene.readers.add(reader)
     scene.readers.remove(reader)

@@ -52,24 +52,24 @@ def as_base64(seconds: float) -> str:
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("voice", ["slt", None])
-def test_a_long_text(ready, nothing_compiled, streaming, voice):
+def test_a_long_text_compiles_nothing(ready, nothing_compiled, streaming, voice):
     body = {"text": LONG, "streaming": streaming, "voice": voice, "max_audio_length_ms": 30_000}
     assert ready.post("/generate", json=body).status_code == 200
 
 
 @pytest.mark.parametrize("speaker", [0, 2**31 - 1])
-def test_a_voice_under_any_number(ready, nothing_compiled, speaker):
+def test_a_voice_under_any_number_compiles_nothing(ready, nothing_compiled, speaker):
     body = BRIEF | {"text": "one", "voice": "rms", "speaker": speaker}
     assert ready.post("/generate", json=body).status_code == 200
 
 
-def test_recordings_of_any_length(ready, nothing_compiled):
+def test_a_recording_of_any_length_compiles_nothing(ready, nothing_compiled):
     for seconds in (0.15, 0.4, 1.1, 2.7, 6.0, 11.0, 25.0):
         body = BRIEF | {"text": "one", "audio": as_base64(seconds), "audio_text": "two"}
         assert ready.post("/generate", json=body).status_code == 200
 
 
-def test_a_scene(ready, nothing_compiled):
+def test_a_scene_compiles_nothing(ready, nothing_compiled):
     uri = "data:audio/wav;base64," + as_base64(2.0)
     context = [{"prompt": "one", "audio_url": uri, "speaker_id": i % 2} for i in range(9)]
     scene = [{"text": "two"}, {"text": "three", "speaker_id": 1}]
@@ -77,12 +77,12 @@ def test_a_scene(ready, nothing_compiled):
     assert ready.post("/fal-ai/csm-1b", json=body).status_code == 200
 
 
-def test_any_sampling(ready, nothing_compiled):
+def test_any_sampling_compiles_nothing(ready, nothing_compiled):
     for more in ({"temperature": 0}, {"top_k": 3}, {"top_p": 0.5, "repetition_penalty": 1.2}):
         assert ready.post("/generate", json=BRIEF | {"text": "one"} | more).status_code == 200
 
 
-def test_a_line_of_a_batch(ready, nothing_compiled):
+def test_a_line_of_a_batch_compiles_nothing(ready, nothing_compiled):
     spoken = {"model": "tts-1", "input": "one", "voice": "slt", "max_audio_length_ms": 800}
     line = {"custom_id": "a", "method": "POST", "url": "/v1/audio/speech", "body": spoken}
     made = ready.post("/v1/batches", files={"file": json.dumps(line).encode()})
@@ -93,7 +93,7 @@ def test_a_line_of_a_batch(ready, nothing_compiled):
         time.sleep(0.1)
 
 
-def test_a_voice_that_is_added(ready):
+def test_speech_in_an_added_voice_compiles_nothing(ready):
     """What it needs is compiled before it is there."""
     body = {"name": "new", "text": "one two three", "audio": as_base64(9.0)}
     assert ready.post("/v1/audio/voices", json=body).status_code == 201

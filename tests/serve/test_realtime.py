@@ -1,4 +1,4 @@
-"""A conversation over a WebSocket, by a client that nobody here wrote (`websockets`)."""
+"""A conversation over a WebSocket, by an independent client (`websockets`)."""
 
 import asyncio
 import base64
@@ -235,7 +235,7 @@ class Gone:
         raise WebSocketDisconnect
 
 
-def test_a_cancel_of_who_is_gone_waits_for_nothing():
+def test_a_cancel_of_a_disconnected_client_waits_for_nothing():
     """Or the conversation would never end."""
 
     async def scenario() -> None:
@@ -297,12 +297,12 @@ def test_a_client_that_leaves_ends_what_is_worked_on():
     assert talker.taken in ([b"a"], [b"a", b"slow"])
 
 
-def test_a_silent_client_is_sent_away():
+def test_an_idle_socket_ends_with_an_error():
     with pytest.raises(ApiError, match=r"no message for 0\.1 s"):
         asyncio.run(converse(Client("a"), Silent(), Limits(socket_idle_seconds=0.1)))
 
 
-def test_a_client_may_listen_for_as_long_as_it_is_spoken_to():
+def test_a_socket_is_not_idle_while_speech_is_sent():
     async def scenario() -> None:
         talker = Silent()
         talker.is_silent = False
@@ -441,7 +441,7 @@ def test_a_cancel_while_a_turn_is_submitted_silences_it():
     asyncio.run(scenario())
 
 
-def test_turns_that_can_never_be_heard_are_forgotten(model):
+def test_turns_beyond_the_window_are_dropped(model):
     """Frames and text take positions."""
 
     async def work(caller: Caller, function, *arguments):
@@ -462,7 +462,7 @@ def test_turns_that_can_never_be_heard_are_forgotten(model):
     assert remember(11, "a", 400) == [11]
 
 
-def test_a_client_that_does_not_read_is_gone():
+def test_a_socket_that_is_not_read_counts_as_disconnected():
     """A message that cannot be sent within `write_seconds` is not waited for."""
 
     class Deaf(Gone):

@@ -96,7 +96,7 @@ def test_addresses_that_python_has_taken_for_public(address):
         "64:ff9b::808:808",
     ],
 )
-def test_other_addresses_are(address):
+def test_other_addresses_are_public(address):
     assert is_public(ipaddress.ip_address(address))
 
 

@@ -136,23 +136,34 @@ class Page {
   }
 
   /**
-   * Shows an error beside what it is about.
+   * Shows an error, beside what it is about if that is on the page.
    * @param {Error} error
    * @param {import("./reading.js").Dialogue} dialogue
    */
   #fail(error, dialogue) {
+    const isShown = this.#showInPlace(error);
+    const line = error instanceof Problem ? error.about.line : undefined;
+    const where = line === undefined ? "" : ` (line ${line + 1} of ${dialogue.turns.length})`;
+    this.stage.fail(isShown && !where ? "" : `${error.message}${where}`);
+  }
+
+  /**
+   * Shows an error beside what it is about; returns whether there is a place for it.
+   * @param {Error} error
+   * @returns {boolean}
+   */
+  #showInPlace(error) {
     const { voice, line } = error instanceof Problem ? error.about : {};
     const cause = error instanceof Problem ? /** @type {Error} */ (error.cause) : error;
     const status = cause instanceof ApiError ? cause.status : 0;
     const param = cause instanceof ApiError ? cause.param : null;
-    let isShown = true;
     if (status === 401) this.keyPanel.ask();
     else if (voice !== undefined) this.panels[voice].showError(error.message);
-    else if (this.settings.showError(error.message, param)) isShown = true;
-    else if (line !== undefined) this.dialogue.showError(error.message, line);
-    else isShown = false;
-    const where = line === undefined ? "" : ` (line ${line + 1} of ${dialogue.turns.length})`;
-    this.stage.fail(isShown && !where ? "" : `${error.message}${where}`);
+    else if (!this.settings.showError(error.message, param)) {
+      if (line === undefined) return false;
+      this.dialogue.showError(error.message, line);
+    }
+    return true;
   }
 
   /** @param {Error} error */

@@ -88,7 +88,7 @@ export class Stage {
   take(event) {
     if (event.kind === "line") {
       this.#speech.startLine(event.index);
-      this.#say(`Line ${event.index + 1} of ${this.#turns.length}`);
+      this.#sayLine();
     } else if (event.kind === "samples") {
       if (!this.#speech.length) this.#tellFirstAudio();
       this.#speech.add(event.samples);

@@ -1,0 +1,31 @@
+"""Stores of a test, filled and limited."""
+
+import asyncio
+import sqlite3
+from collections.abc import AsyncIterable
+
+from csm_jax.serve.caller import Caller
+from csm_jax.serve.store import Store
+from csm_jax.serve.store.batches import BatchRow
+
+ANNA, BEN = Caller("anna", "anna", 1.0), Caller("ben", "ben", 1.0)
+BODY = '{"custom_id": "a"}'
+
+
+def add_batch(store: Store, caller: Caller = ANNA, count: int = 3) -> BatchRow:
+    return asyncio.run(store.batches.add_batch(caller, [BODY] * count, None, None, b"lines"))
+
+
+def limit_pages(store: Store, more: int | None) -> None:
+    """Lets the database grow by so many pages of 4 kB; None is any number."""
+
+    def limit(connection: sqlite3.Connection) -> None:
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        most = 2**30 if more is None else pages + more
+        connection.execute(f"PRAGMA max_page_count = {most}").fetchall()
+
+    store.database.call(limit)
+
+
+async def collect(items: AsyncIterable) -> list:
+    return [item async for item in items]
