@@ -73,12 +73,12 @@ def main(_: list[str]) -> None:
         print("\n".join(f"{each.name:28} {each.tried}" for each in ATTACKS))
         return
     _allow_files(CONNECTIONS.value + 1000)
-    connections.num_idle = CONNECTIONS.value
     results = []
     for server in Server:
         attacks = [each for each in wanted if each.server is server]
         if attacks and (target := _target(server)):
             with target as running:
+                running.num_idle = CONNECTIONS.value
                 results += asyncio.run(_run_all(running, attacks))
     if JSON.value:
         Path(JSON.value).write_text(json.dumps([asdict(each) for each in results], indent=1))

@@ -10,7 +10,7 @@ import websockets
 
 from attacks.registry import Server, attack
 from attacks.speech import quiet_recording
-from attacks.target import HOUSE_VOICE, BrokeError, Target
+from attacks.target import HOUSE_VOICE, BrokeError, Target, add_voice
 
 _LINE = {"custom_id": "a", "method": "POST", "url": "/v1/audio/speech"}
 _LINE["body"] = {"model": "csm-1b", "input": "one", "voice": "0", "max_audio_length_ms": 160}
@@ -61,9 +61,7 @@ async def _make_things(client: httpx.AsyncClient) -> dict[str, str]:
     batch = {"input_file_id": file["id"], "endpoint": "/v1/audio/speech"}
     batch["completion_window"] = "24h"
     batch = (await client.post("/v1/batches", json=batch)).json()
-    voice = {"name": "attacked", "text": "one two three", "speaker": "0"}
-    audio = {"audio": ("a.flac", quiet_recording(3))}
-    answer = await client.post("/v1/audio/voices", data=voice, files=audio)
+    answer = await add_voice(client, "attacked", quiet_recording(3), "one two three")
     if answer.status_code >= 400:
         raise RuntimeError(f"no voice can be added: {answer.text[:200]}")
     scene = {"scene": [{"text": "one"}], "max_audio_length_ms": 160}
@@ -75,9 +73,7 @@ async def _make_things(client: httpx.AsyncClient) -> dict[str, str]:
 async def voices_of_the_operator(target: Target) -> str:
     """A voice of --voices: replaced and deleted by a client."""
     async with target.client(0) as client:
-        form = {"name": HOUSE_VOICE, "text": "mine now", "speaker": "0"}
-        audio = {"audio": ("a.flac", quiet_recording(3))}
-        added = await client.post("/v1/audio/voices", data=form, files=audio)
+        added = await add_voice(client, HOUSE_VOICE, quiet_recording(3), "mine now")
         deleted = await client.delete(f"/v1/audio/voices/{HOUSE_VOICE}")
     changed = [
         name for name, each in (("replaced", added), ("deleted", deleted)) if each.is_success
@@ -90,16 +86,16 @@ async def voices_of_the_operator(target: Target) -> str:
 @attack(Server.KEYS)
 async def wrong_keys(target: Target) -> str:
     """1500 wrong keys."""
-    told = []
+    statuses = []
     async with target.client() as client:
         for number in range(1500):
             headers = {"Authorization": f"Bearer guess-{number}"}
-            told.append((await client.get("/v1/models", headers=headers)).status_code)
-    if 200 in told or 429 not in told:
+            statuses.append((await client.get("/v1/models", headers=headers)).status_code)
+    if 200 in statuses or 429 not in statuses:
         raise BrokeError(
-            f"{told.count(401)} guesses, {told.count(429)} of 1500 refused as too many"
+            f"{statuses.count(401)} guesses, {statuses.count(429)} of 1500 refused as too many"
         )
-    return f"{told.count(401)} guesses, then {told.count(429)} times 429"
+    return f"{statuses.count(401)} guesses, then {statuses.count(429)} times 429"
 
 
 @attack(Server.KEYS, floods=False)

@@ -9,28 +9,27 @@ import httpx
 import websockets
 
 from attacks.registry import Server, attack
-from attacks.target import BrokeError, Target
+from attacks.target import JSON_TYPE, BrokeError, Target
 
-_JSON = {"Content-Type": "application/json"}
 PATHS = ("/generate", "/v1/audio/speech", "/fal-ai/csm-1b", "/v1/inference/sesame/csm-1b")
 
 
 async def _refused(target: Target, bodies: dict[str, tuple[str, bytes]], **headers: str) -> str:
     """Posts each body once; every one must be refused with an error of the client's kind."""
-    told = []
+    outcomes = []
     async with target.client() as client:
         for name, (path, body) in bodies.items():
             try:
-                answer = await client.post(path, content=body, headers=_JSON | headers)
+                answer = await client.post(path, content=body, headers=JSON_TYPE | headers)
             except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
-                told.append(f"{name}: closed")
+                outcomes.append(f"{name}: closed")
                 continue
             if not 400 <= answer.status_code < 500:
                 raise BrokeError(f"{name} to {path}: {answer.status_code}")
             if len(answer.content) > 100_000:
                 raise BrokeError(f"{name}: an error of {len(answer.content)} bytes")
-            told.append(f"{name}: {answer.status_code}")
-    return "; ".join(told)
+            outcomes.append(f"{name}: {answer.status_code}")
+    return "; ".join(outcomes)
 
 
 @attack()
@@ -49,7 +48,7 @@ async def million_entries(target: Target) -> str:
 
 @attack()
 async def large_ignored_field(target: Target) -> str:
-    """30 MB of JSON with a field that nobody reads, to each API."""
+    """30 MB of JSON with an unknown field, to each API."""
     ignored = b"[" + b",".join([b"[]"] * 10_000_000) + b"]"
     bodies = {path: (path, b'{"text":"a","ignored":' + ignored + b"}") for path in PATHS}
     return await _refused(target, bodies)
@@ -74,13 +73,13 @@ async def large_messages(target: Target) -> str:
         "[" * 15_000_000,
         " " * 15_000_000,
     ]
-    told = []
+    outcomes = []
     for message in messages:
-        told.append(await _last_message(target, [message]))
-    told.append(
+        outcomes.append(await _last_message(target, [message]))
+    outcomes.append(
         await _last_message(target, ['{"type":"text","text":"%s"}' % ("a" * 100_000)] * 200)
     )
-    return "; ".join(told)
+    return "; ".join(outcomes)
 
 
 async def _last_message(target: Target, messages: list[str]) -> str:
@@ -106,11 +105,11 @@ async def compressed_bodies(target: Target) -> str:
     deflated = zlib.compress(b" " * 100_000_000, 9)
     gzip = zlib.compressobj(9, wbits=31)
     packed = gzip.compress(b" " * 100_000_000) + gzip.flush()
-    told = await _refused(
+    deflate = await _refused(
         target, {"deflate": ("/generate", deflated)}, **{"Content-Encoding": "deflate"}
     )
     more = await _refused(target, {"gzip": ("/generate", packed)}, **{"Content-Encoding": "gzip"})
-    return f"{told}; {more}"
+    return f"{deflate}; {more}"
 
 
 @attack(floods=False)
@@ -124,7 +123,7 @@ async def numbers_that_are_none(target: Target) -> str:
             for value in values:
                 limit = "" if field == "max_audio_length_ms" else ',"max_audio_length_ms":160'
                 body = f'{{"text":"a","{field}":{value}{limit}}}'
-                answer = await client.post("/generate", content=body, headers=_JSON)
+                answer = await client.post("/generate", content=body, headers=JSON_TYPE)
                 is_odd = value not in ("true", '"1e3"')
                 if answer.status_code >= 500 or (is_odd and answer.status_code < 400):
                     raise BrokeError(f"{field}={value[:20]}: {answer.status_code}")
@@ -158,10 +157,10 @@ async def blank_turn(target: Target) -> str:
             message = await socket.recv()
             if isinstance(message, bytes):
                 continue
-            told = json.loads(message)
-            if told["type"] == "error":
-                codes.append(told.get("code"))
+            event = json.loads(message)
+            if event["type"] == "error":
+                codes.append(event.get("code"))
             if len(codes) > 1:
                 raise BrokeError("the sentence after it fails")
-            if told["type"] == "done":
+            if event["type"] == "done":
                 return "the sentence after it is spoken"

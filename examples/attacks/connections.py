@@ -6,14 +6,11 @@ import json
 import time
 
 from attacks.registry import Server, attack
-from attacks.target import BrokeError, Target, closing
+from attacks.target import LONG_TEXT, BrokeError, Target, closing
 
-# Set by --connections.
-num_idle = 5000
 # More than a server should need to close a connection that does nothing.
 _HOLD_SECONDS = 30
-_LONG = " ".join(["one two three four five six seven."] * 250)
-_STREAMED = {"text": _LONG, "seed": 1, "streaming": True}
+_STREAMED = {"text": LONG_TEXT, "seed": 1, "streaming": True}
 
 
 async def _open(target: Target, count: int, num_addresses: int, first: bytes = b"") -> list[tuple]:
@@ -45,7 +42,7 @@ async def _is_closed(reader: asyncio.StreamReader) -> bool:
 
 
 async def _hold(target: Target, num_addresses: int, first: bytes = b"") -> str:
-    pairs = await _open(target, num_idle, num_addresses, first)
+    pairs = await _open(target, target.num_idle, num_addresses, first)
     async with closing([writer for _, writer in pairs]):
         await asyncio.sleep(1)
         open_at_once = target.connections()
@@ -160,7 +157,7 @@ async def socket_that_never_reads(target: Target) -> str:
     """A WebSocket that sends 200 long sentences and reads nothing."""
     async with target.socket(max_queue=1) as socket:
         for _ in range(200):
-            text = json.dumps({"type": "text", "text": _LONG[:400].replace(".", ",") + ". "})
+            text = json.dumps({"type": "text", "text": LONG_TEXT[:400].replace(".", ",") + ". "})
             await socket.send(text)
         deadline = time.monotonic() + 90
         while time.monotonic() < deadline:
@@ -181,7 +178,7 @@ async def termination(target: Target) -> str:
     more = {"Content_Type": "application/json", "Content_Length": len(body)}
     pairs = await _open(target, 2, 1, target.head("POST", "/generate", **more) + body)
     async with closing([writer for _, writer in pairs]), target.socket(), target.client() as client:
-        scene = {"scene": [{"text": _LONG}] * 8}
+        scene = {"scene": [{"text": LONG_TEXT}] * 8}
         for _ in range(3):
             await client.post("/queue/fal-ai/csm-1b", json=scene)
         await asyncio.sleep(2)

@@ -8,7 +8,15 @@ import urllib.parse
 
 from attacks.registry import Server, attack
 from attacks.speech import quiet_recording
-from attacks.target import HOUSE_VOICE, BrokeError, Target, closing
+from attacks.target import (
+    HOUSE_VOICE,
+    JSON_TYPE,
+    BrokeError,
+    Target,
+    add_voice,
+    closing,
+    count_statuses,
+)
 
 _HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-ID: smuggled\r\n\r\n"
 
@@ -47,15 +55,15 @@ async def two_lengths(target: Target) -> str:
         "chunk size": f"{chunked}\r\n{'f' * 17}0\r\n",
         "chunk extension": f"{chunked}\r\n0;{'a' * 100_000}\r\n\r\n",
     }
-    told = []
+    outcomes = []
     for name, rest in cases.items():
         said = await _answers(target, head + rest.encode() + _HIDDEN)
         statuses = re.findall(rb"HTTP/1.1 (\d+)", said)
         ambiguous = name in ("length and chunked", "two lengths", "list of lengths", "two codings")
         if b"500" in statuses or (ambiguous and (b"smuggled" in said or len(statuses) > 1)):
             raise BrokeError(f"{name}: {b' '.join(statuses).decode()}")
-        told.append(f"{name} {b' '.join(statuses).decode() or 'closed'}")
-    return "; ".join(told)
+        outcomes.append(f"{name} {b' '.join(statuses).decode() or 'closed'}")
+    return "; ".join(outcomes)
 
 
 @attack(floods=False)
@@ -73,14 +81,14 @@ async def large_heads(target: Target) -> str:
         "no host": b"GET /v1/models HTTP/1.1\r\n\r\n",
         "two hosts": b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nHost: evil.example\r\n\r\n",
     }
-    told = []
+    outcomes = []
     for name, request in cases.items():
         said = await _answers(target, request)
         status = said.split(b" ")[1][:3].decode() if said.startswith(b"HTTP/1.1 ") else "closed"
         if status.startswith(("2", "5")):
             raise BrokeError(f"{name}: {status}")
-        told.append(f"{name} {status}")
-    return "; ".join(told)
+        outcomes.append(f"{name} {status}")
+    return "; ".join(outcomes)
 
 
 @attack(Server.OPEN, floods=False)
@@ -97,13 +105,12 @@ async def names_that_are_paths(target: Target) -> str:
         "x\u202e",
         "~root",
     ]
-    audio = {"audio": ("../../x.flac", quiet_recording(2))}
+    audio = quiet_recording(2)
     accepted = []
     async with target.client() as client:
         for name in names:
             quoted = urllib.parse.quote(name, safe="")
-            form = {"name": name, "text": "one", "speaker": "0"}
-            answer = await client.post("/v1/audio/voices", data=form, files=audio)
+            answer = await add_voice(client, name, audio, file_name="../../x.flac")
             accepted += [f"voice {name!r}"] if answer.is_success else []
             for path in (
                 "/v1/audio/voices/{}",
@@ -160,21 +167,25 @@ async def odd_texts(target: Target) -> str:
         '"\\n\\n"',
     ]
     texts += ['" "', '"<|begin_of_text|>[1]"', json.dumps("[0]" * 500), '"' + "9" * 400 + '"']
-    told = []
+    statuses = []
     async with target.client() as client:
         for text in texts:
             body = f'{{"text":{text},"max_audio_length_ms":160}}'
-            told.append((await client.post("/generate", content=body, headers=_JSON)).status_code)
+            statuses.append(
+                (await client.post("/generate", content=body, headers=JSON_TYPE)).status_code
+            )
         for body in (
             b'{"text":"\xff\xfe"}',
             '{"text":"one"}'.encode("utf-16"),
             b"\xef\xbb\xbf{}",
             b"",
         ):
-            told.append((await client.post("/generate", content=body, headers=_JSON)).status_code)
-    if max(told) >= 500:
-        raise BrokeError(f"{told.count(500)} internal errors: {told}")
-    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+            statuses.append(
+                (await client.post("/generate", content=body, headers=JSON_TYPE)).status_code
+            )
+    if max(statuses) >= 500:
+        raise BrokeError(f"{statuses.count(500)} internal errors: {statuses}")
+    return count_statuses(statuses)
 
 
 @attack(floods=False)
@@ -190,15 +201,12 @@ async def other_methods(target: Target) -> str:
         if HOUSE_VOICE not in voices:
             raise BrokeError("a voice was deleted by another method")
         ranges = "bytes=" + ",".join(f"{start}-{start}" for start in range(2000))
-        told = []
-        for path in ("/", "/page", "/page/", "/page/app.js", "/docs", "/healthz"):
+        statuses = []
+        for path in ("/", "/page", "/page/", "/page/main.js", "/docs", "/healthz"):
             answer = await client.get(path, headers={"Range": ranges})
-            told.append(answer.status_code)
+            statuses.append(answer.status_code)
             if answer.status_code >= 500 or len(answer.content) > 1_000_000:
                 raise BrokeError(f"{path} with 2000 ranges: {answer.status_code}")
         for headers in ({"Expect": "200-ok"}, {"Upgrade": "h2c", "Connection": "Upgrade"}):
-            told.append((await client.get("/healthz", headers=headers)).status_code)
-    return f"no method but the request's counts; {told}"
-
-
-_JSON = {"Content-Type": "application/json"}
+            statuses.append((await client.get("/healthz", headers=headers)).status_code)
+    return f"no method but the request's counts; {statuses}"

@@ -2,10 +2,11 @@
 
 import base64
 import io
+import os
 import struct
 
 from attacks.registry import Server, attack
-from attacks.target import BrokeError, Target
+from attacks.target import BrokeError, Target, count_statuses
 
 
 def _wav_head(channels: int, rate: int, data_bytes: int, bits: int = 16) -> bytes:
@@ -69,21 +70,21 @@ def _rare() -> dict[str, bytes]:
 
 @attack(Server.OPEN)
 async def lying_recordings(target: Target) -> str:
-    """Audio files with lying lengths, channels, rates and tags, and in formats that few know."""
-    lies, told, bad, rare = _lies(), [], [], _rare()
+    """Audio files with lying lengths, channels, rates and tags, and in rare formats."""
+    lies, spoken, bad, rare = _lies(), [], [], _rare()
     async with target.client() as client:
         for name, data in [*lies.items(), *rare.items()]:
             form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
             answer = await client.post("/generate", data=form, files={"audio": ("a", data)})
-            told += [name] if answer.is_success else []
+            spoken += [name] if answer.is_success else []
             if answer.status_code >= 500 or b" object at 0x" in answer.content[:500]:
                 bad.append(f"{name} {answer.status_code}")
     if bad:
         raise BrokeError(f"internal errors or object addresses: {', '.join(bad)}")
-    read = [name for name in rare if name in told]
+    read = [name for name in rare if name in spoken]
     if read:
-        raise BrokeError(f"formats that nobody sends are read: {', '.join(read)}")
-    return f"{len(lies) + len(rare)} files; spoken after: {', '.join(told) or 'none'}"
+        raise BrokeError(f"formats beyond the documented ones are read: {', '.join(read)}")
+    return f"{len(lies) + len(rare)} files; spoken after: {', '.join(spoken) or 'none'}"
 
 
 @attack(floods=False)
@@ -94,11 +95,38 @@ async def kinds_of_base64(target: Target) -> str:
     cases += [good.replace("+", "-").replace("/", "_"), f" {good}", "data:audio/flac," + good]
     cases += ["data:;base64," + good, "data:" + "a;" * 100_000 + "base64," + good, "data:;base64"]
     cases += ["=" * 1000, "A" * 13_500_000, "é" * 100]
-    told = []
+    statuses = []
     async with target.client() as client:
         for case in cases:
             body = {"text": "one", "audio": case, "audio_text": "one", "max_audio_length_ms": 160}
-            told.append((await client.post("/generate", json=body)).status_code)
-    if max(told) >= 500:
-        raise BrokeError(f"{told}")
-    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+            statuses.append((await client.post("/generate", json=body)).status_code)
+    if max(statuses) >= 500:
+        raise BrokeError(f"{statuses}")
+    return count_statuses(statuses)
+
+
+@attack(floods=False)
+async def hopeless_recordings(target: Target) -> str:
+    """Recordings of one sample, of silence, of amplitude 1e38, and of noise as a FLAC file."""
+
+    def wav(samples: list[float]) -> bytes:
+        data = struct.pack(f"<{len(samples)}f", *samples)
+        form = struct.pack("<HHIIHH", 3, 1, 24_000, 96_000, 4, 32)
+        body = b"WAVEfmt " + struct.pack("<I", 16) + form + b"data" + struct.pack("<I", len(data))
+        return b"RIFF" + struct.pack("<I", len(body) + len(data)) + body + data
+
+    cases = {"one sample": wav([0.5]), "silence": wav([0.0] * 24_000)}
+    cases |= {"constant": wav([0.5] * 24_000), "1e38": wav([1e38, -1e38] * 12_000)}
+    cases |= {"not a number": wav([float("nan")] * 24_000), "noise": b"fLaC" + os.urandom(4000)}
+    accepted = []
+    async with target.client() as client:
+        for name, data in cases.items():
+            body = {"text": "one", "audio_text": "one", "max_audio_length_ms": 400}
+            body["audio"] = base64.b64encode(data).decode()
+            answer = await client.post("/generate", json=body)
+            message = answer.text if answer.status_code >= 400 else ""
+            if answer.status_code != 400 or " object at 0x" in message:
+                accepted.append(f"{name} {answer.status_code} {message[:80]}")
+    if accepted:
+        raise BrokeError("; ".join(accepted))
+    return f"{len(cases)} recordings refused"

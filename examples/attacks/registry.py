@@ -18,10 +18,12 @@ class Server(Enum):
 
 @dataclass(frozen=True)
 class Attack:
-    """Attributes:
-    tried: one line for the report.
-    run: returns what happened; raises `BrokeError` if the attack succeeded.
-    floods: whether it wants to use the server up, so that the bystander's experience counts.
+    """A way to harm a server, as it is registered.
+
+    Attributes:
+      tried: one line for the report.
+      run: returns what happened; raises `BrokeError` if the attack succeeded.
+      floods: whether it uses the server up, so that the bystander's experience counts.
     """
 
     name: str

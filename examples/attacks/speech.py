@@ -10,9 +10,16 @@ import time
 import httpx
 
 from attacks.registry import Server, attack
-from attacks.target import BYSTANDER, BrokeError, Target, closing
+from attacks.target import (
+    BYSTANDER,
+    JSON_TYPE,
+    LONG_TEXT,
+    BrokeError,
+    Target,
+    closing,
+    count_statuses,
+)
 
-_LONG = " ".join(["one two three four five six seven."] * 250)
 # A gap of that length is heard.
 _GAP_SECONDS = 1.0
 
@@ -39,18 +46,16 @@ async def context_flood(target: Target) -> str:
     async def ask() -> str:
         async with target.client() as client:
             try:
-                kind = {"Content-Type": "application/json"}
-                return str(
-                    (
-                        await client.post("/fal-ai/csm-1b", content=body, headers=kind, timeout=20)
-                    ).status_code
+                answer = await client.post(
+                    "/fal-ai/csm-1b", content=body, headers=JSON_TYPE, timeout=20
                 )
+                return str(answer.status_code)
             except httpx.TimeoutException:
                 return "left"
 
-    told = await asyncio.gather(*(ask() for _ in range(5)))
+    statuses = await asyncio.gather(*(ask() for _ in range(5)))
     await asyncio.sleep(15)
-    return f"{len(body) / 1e6:.1f} MB each: {', '.join(told)}"
+    return f"{len(body) / 1e6:.1f} MB each: {', '.join(statuses)}"
 
 
 @attack()
@@ -77,10 +82,12 @@ async def first_long_text(target: Target) -> str:
     async with target.client() as client, target.client(address=BYSTANDER) as other:
         listening = asyncio.create_task(_longest_gap(other))
         await asyncio.sleep(1)
-        body = {"text": _LONG[:1500], "voice": "slt", "max_audio_length_ms": 4000, "seed": 1}
+        body = {"text": LONG_TEXT[:1500], "voice": "slt", "max_audio_length_ms": 4000, "seed": 1}
         (await client.post("/generate", json=body)).raise_for_status()
         for speaker in (3, 4):
-            await client.post("/generate", json=body | {"speaker": speaker, "text": _LONG[:400]})
+            await client.post(
+                "/generate", json=body | {"speaker": speaker, "text": LONG_TEXT[:400]}
+            )
         gap = await listening
     if gap > _GAP_SECONDS:
         raise BrokeError(f"the stream was silent for {gap:.1f} s")
@@ -90,7 +97,7 @@ async def first_long_text(target: Target) -> str:
 async def _longest_gap(client: httpx.AsyncClient) -> float:
     """Between two pieces of a long stream, and not counting what was sent ahead of its time."""
     gap, ahead, last = 0.0, 0.0, None
-    body = {"text": _LONG[:1500], "streaming": True, "seed": 2, "max_audio_length_ms": 60_000}
+    body = {"text": LONG_TEXT[:1500], "streaming": True, "seed": 2, "max_audio_length_ms": 60_000}
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(40), client.stream("POST", "/generate", json=body) as answer:
             async for piece in answer.aiter_raw():
@@ -108,7 +115,7 @@ async def long_texts(target: Target) -> str:
     """24 texts of 10 000 characters from one address; the bystander is the newcomer."""
     async with target.client() as client:
         tasks = [
-            asyncio.create_task(client.post("/generate", json={"text": _LONG, "seed": seed}))
+            asyncio.create_task(client.post("/generate", json={"text": LONG_TEXT, "seed": seed}))
             for seed in range(24)
         ]
         await asyncio.sleep(25)
@@ -130,26 +137,26 @@ async def short_texts_of_one(target: Target) -> str:
                 return str((await client.post("/generate", json=body)).status_code)
             return "closed"
 
-        told = await asyncio.gather(*(ask() for _ in range(300)))
-    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+        statuses = await asyncio.gather(*(ask() for _ in range(300)))
+    return count_statuses(statuses)
 
 
 @attack()
 async def jobs_that_are_cancelled(target: Target) -> str:
     """200 jobs in fal's queue, each cancelled at once; 200 more, cancelled 5 s later."""
-    scene = {"scene": [{"text": _LONG[:2000]}] * 4}
-    told, waiting = [], []
+    scene = {"scene": [{"text": LONG_TEXT[:2000]}] * 4}
+    statuses, waiting = [], []
     async with target.client() as client:
         for number in range(400):
             answer = await client.post("/queue/fal-ai/csm-1b", json=scene)
-            told.append(answer.status_code)
+            statuses.append(answer.status_code)
             if answer.status_code < 300:
                 waiting.append(answer.json()["request_id"])
             if number < 200:
                 await _cancel_all(client, waiting)
         await asyncio.sleep(5)
         await _cancel_all(client, waiting)
-    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
+    return count_statuses(statuses)
 
 
 async def _cancel_all(client: httpx.AsyncClient, jobs: list[str]) -> None:
@@ -195,7 +202,7 @@ async def message_flood(target: Target) -> str:
 async def followers(target: Target) -> str:
     """400 clients that follow the status of a job as a stream of events."""
     async with target.client() as client:
-        scene = {"scene": [{"text": _LONG[:4000]}] * 4}
+        scene = {"scene": [{"text": LONG_TEXT[:4000]}] * 4}
         jobs = [await client.post("/queue/fal-ai/csm-1b", json=scene) for _ in range(20)]
         names = [job.json()["request_id"] for job in jobs if job.is_success]
         path = f"/queue/fal-ai/csm-1b/requests/{names[-1]}/status/stream"
@@ -239,12 +246,12 @@ async def socket_under_a_rate(target: Target) -> str:
 @attack(Server.LIMITED, floods=False)
 async def forwarded_for(target: Target) -> str:
     """200 requests, each with another X-Forwarded-For, where 60 a minute are allowed."""
-    told = []
+    statuses = []
     async with target.client() as client:
         for number in range(200):
             given = f"203.0.113.{number}"
             more = {"X-Forwarded-For": given, "Forwarded": f"for={given}", "X-Real-IP": given}
-            told.append((await client.get("/v1/models", headers=more)).status_code)
-    if 429 not in told:
+            statuses.append((await client.get("/v1/models", headers=more)).status_code)
+    if 429 not in statuses:
         raise BrokeError("never refused")
-    return f"{told.count(200)} answered, {told.count(429)} refused"
+    return f"{statuses.count(200)} answered, {statuses.count(429)} refused"

@@ -28,10 +28,13 @@ READY_SECONDS = 600
 _USUAL_FILES = 1024
 # What a server needs to forget clients that have left.
 SETTLE_SECONDS = 30
-# A preset of the server that everybody can use and nobody can change.
+# A preset of the server: every tenant can use it, and none can change it.
 HOUSE_VOICE = "house"
 # Written to a file that no client may read.
 SECRET = "what only the operator may read"  # noqa: S105, it is no password
+JSON_TYPE = {"Content-Type": "application/json"}
+# Nearly 10 000 characters.
+LONG_TEXT = " ".join(["one two three four five six seven."] * 250)
 
 
 class BrokeError(Exception):
@@ -49,6 +52,7 @@ class Target:
       home: the directory of a server that this program has started: `secret.txt` has `SECRET` in
         it, `log` is what the server writes, `data` is its --data.
       process: of such a server.
+      num_idle: how many connections without a request an attack holds open.
     """
 
     url: str
@@ -56,6 +60,7 @@ class Target:
     keys: list[str] = field(default_factory=list)
     home: Path | None = None
     process: subprocess.Popen | None = None
+    num_idle: int = 5000
 
     @property
     def address(self) -> tuple[str, int]:
@@ -197,6 +202,23 @@ def _wait_until_up(target: Target, path: str) -> None:
         if time.monotonic() > deadline or target.process.poll() is not None:
             raise RuntimeError(f"the server did not start:\n{target.log()[-2000:]}")
         time.sleep(0.5)
+
+
+def count_statuses(statuses: list[int | str]) -> str:
+    """How often each status occurs."""
+    return ", ".join(f"{kind}: {statuses.count(kind)}" for kind in sorted(set(statuses)))
+
+
+async def add_voice(
+    client: httpx.AsyncClient,
+    name: str,
+    audio: bytes,
+    text: str = "one",
+    file_name: str = "a.flac",
+) -> httpx.Response:
+    """Uploads a recording as a voice."""
+    form = {"name": name, "text": text, "speaker": "0"}
+    return await client.post("/v1/audio/voices", data=form, files={"audio": (file_name, audio)})
 
 
 @contextlib.asynccontextmanager

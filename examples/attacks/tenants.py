@@ -1,40 +1,37 @@
-"""One tenant that takes what the others need: queues, rows, connections, room."""
+"""One tenant that takes what the others need: queues, rows, connections, storage."""
 
 import asyncio
 import contextlib
 import json
 import time
+from collections.abc import Callable
 
 import httpx
 
 from attacks.registry import Server, attack
 from attacks.speech import quiet_recording
-from attacks.target import BrokeError, Target
+from attacks.target import BrokeError, Target, add_voice, count_statuses
 
 _SCENE = {"scene": [{"text": "one two three " * 40}] * 4}
 _SHORT = {"scene": [{"text": "one"}], "max_audio_length_ms": 160}
 _PATIENCE_SECONDS = 20
 
 
-def _counts(told: list[int]) -> str:
-    return ", ".join(f"{kind}: {told.count(kind)}" for kind in sorted(set(told)))
-
-
 @attack(Server.KEYS)
 async def jobs_of_one_tenant(target: Target) -> str:
     """200 jobs of four long lines by one tenant; another's short job comes next."""
     async with target.client(0) as greedy, target.client(1) as other:
-        told, jobs = [], []
+        statuses, jobs = [], []
         for _ in range(200):
             answer = await greedy.post("/queue/fal-ai/csm-1b", json=_SCENE)
-            told.append(answer.status_code)
+            statuses.append(answer.status_code)
             jobs += [answer.json()["request_id"]] if answer.is_success else []
         try:
             seconds = await _job(other)
         finally:
             for job in jobs:
                 await greedy.put(f"/queue/fal-ai/csm-1b/requests/{job}/cancel")
-    return f"{_counts(told)}; the other's took {seconds:.1f} s"
+    return f"{count_statuses(statuses)}; the other's took {seconds:.1f} s"
 
 
 async def _job(client: httpx.AsyncClient) -> float:
@@ -44,9 +41,18 @@ async def _job(client: httpx.AsyncClient) -> float:
     if not answer.is_success:
         raise BrokeError(f"another tenant's job is refused: {answer.status_code}")
     where = f"/queue/fal-ai/csm-1b/requests/{answer.json()['request_id']}/status"
-    while (await client.get(where)).json()["status"] != "COMPLETED":
+    await _wait(client, where, lambda status: status == "COMPLETED", "job")
+    return time.monotonic() - started
+
+
+async def _wait(
+    client: httpx.AsyncClient, path: str, is_over: Callable[[str], bool], what: str
+) -> float:
+    """Seconds until the status at a path says that it is over; another tenant waits for it."""
+    started = time.monotonic()
+    while not is_over((await client.get(path)).json()["status"]):
         if time.monotonic() > started + _PATIENCE_SECONDS:
-            raise BrokeError(f"another tenant's job takes more than {_PATIENCE_SECONDS} s")
+            raise BrokeError(f"another tenant's {what} takes more than {_PATIENCE_SECONDS} s")
         await asyncio.sleep(0.2)
     return time.monotonic() - started
 
@@ -55,25 +61,20 @@ async def _job(client: httpx.AsyncClient) -> float:
 async def voices_of_one_tenant(target: Target) -> str:
     """80 voices of 20 s by one tenant; then one of another tenant."""
     audio = quiet_recording(20)
-    told, names = [], [f"flood{number}" for number in range(80)]
+    statuses, names = [], [f"flood{number}" for number in range(80)]
     async with target.client(0) as greedy, target.client(1) as other:
         for name in names:
-            told.append(await _add_voice(greedy, name, audio))
-        mine = await _add_voice(other, "mine", quiet_recording(3))
+            statuses.append((await add_voice(greedy, name, audio)).status_code)
+        mine = (await add_voice(other, "mine", quiet_recording(3))).status_code
         for name in names:
             await greedy.delete(f"/v1/audio/voices/{name}")
         await other.delete("/v1/audio/voices/mine")
+    counts = count_statuses(statuses)
     if mine >= 400:
-        raise BrokeError(f"{_counts(told)}; another tenant's voice is refused with {mine}")
-    if max(told) < 400:
+        raise BrokeError(f"{counts}; another tenant's voice is refused with {mine}")
+    if max(statuses) < 400:
         raise BrokeError("80 voices and no end")
-    return f"{_counts(told)}; another tenant's is added"
-
-
-async def _add_voice(client: httpx.AsyncClient, name: str, audio: bytes) -> int:
-    form = {"name": name, "text": "one", "speaker": "0"}
-    answer = await client.post("/v1/audio/voices", data=form, files={"audio": ("a.flac", audio)})
-    return answer.status_code
+    return f"{counts}; another tenant's is added"
 
 
 @attack(Server.KEYS)
@@ -84,20 +85,24 @@ async def batches_of_one_tenant(target: Target) -> str:
     many = b"\n".join(
         json.dumps({"custom_id": str(number), **line}).encode() for number in range(50_000)
     )
-    told, made = [], []
+    statuses, made = [], []
     async with target.client(0) as greedy, target.client(1) as other:
         for _ in range(10):
             answer, batch = await _batch(greedy, many)
-            told.append(answer)
+            statuses.append(answer)
             made += [batch] if batch else []
         one = json.dumps({"custom_id": "one", **line}).encode()
         mine, batch = await _batch(other, one)
-        seconds = await _wait_for_batch(other, batch) if batch else 0.0
+        seconds = 0.0
+        if batch:
+            path = f"/v1/batches/{batch}"
+            seconds = await _wait(other, path, lambda status: status != "in_progress", "batch")
         for batch in made:
             await greedy.post(f"/v1/batches/{batch}/cancel")
+    counts = count_statuses(statuses)
     if mine >= 400:
-        raise BrokeError(f"{_counts(told)}; another tenant's batch is refused with {mine}")
-    return f"{_counts(told)}; the other's took {seconds:.1f} s"
+        raise BrokeError(f"{counts}; another tenant's batch is refused with {mine}")
+    return f"{counts}; the other's took {seconds:.1f} s"
 
 
 async def _batch(client: httpx.AsyncClient, lines: bytes) -> tuple[int, str | None]:
@@ -110,15 +115,6 @@ async def _batch(client: httpx.AsyncClient, lines: bytes) -> tuple[int, str | No
     batch["input_file_id"] = answer.json()["id"]
     answer = await client.post("/v1/batches", json=batch)
     return answer.status_code, answer.json().get("id")
-
-
-async def _wait_for_batch(client: httpx.AsyncClient, batch: str) -> float:
-    started = time.monotonic()
-    while (await client.get(f"/v1/batches/{batch}")).json()["status"] == "in_progress":
-        if time.monotonic() > started + _PATIENCE_SECONDS:
-            raise BrokeError(f"another tenant's line waits for more than {_PATIENCE_SECONDS} s")
-        await asyncio.sleep(0.2)
-    return time.monotonic() - started
 
 
 @attack(Server.KEYS)
@@ -149,13 +145,13 @@ async def sockets_of_one_tenant(target: Target) -> str:
 async def webhooks_of_one_tenant(target: Target) -> str:
     """150 webhooks of one tenant to addresses that are refused; then another tenant's."""
     body = {"text": "one", "max_audio_length_ms": 160, "webhook": "http://127.0.0.1:9/"}
-    path, told = "/v1/inference/sesame/csm-1b", []
+    path, statuses = "/v1/inference/sesame/csm-1b", []
     async with target.client(0) as greedy, target.client(1) as other:
         for _ in range(150):
-            told.append((await greedy.post(path, json=body)).status_code)
-            if told[-1] == 429:
+            statuses.append((await greedy.post(path, json=body)).status_code)
+            if statuses[-1] == 429:
                 await asyncio.sleep(0.1)
         mine = (await other.post(path, json=body | {"webhook": "http://192.0.2.1/"})).status_code
     if mine == 429:
-        raise BrokeError(f"{_counts(told)}; another tenant's is refused")
-    return f"{_counts(told)}; another tenant's {mine}"
+        raise BrokeError(f"{count_statuses(statuses)}; another tenant's is refused")
+    return f"{count_statuses(statuses)}; another tenant's {mine}"
