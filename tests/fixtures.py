@@ -21,7 +21,7 @@ from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint
 from csm_jax.convert.rules import Table, invert
 from csm_jax.generation import CHUNK_FRAMES, Prompt
-from csm_jax.precision import Precision
+from csm_jax.precision import FLOAT32, Precision
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling
 from csm_jax.tokenizer import byte_tokenizer
@@ -135,6 +135,10 @@ def load_params(directory: Path, config: CSMConfig, precision: Precision) -> che
     return checkpoint.place_params(checkpoint.read_params(directory, config), config, precision)
 
 
+def loaded(directory: Path, precision: Precision = FLOAT32) -> dict[str, jax.Array]:
+    return checkpoint.flatten(load_params(directory, CONFIG, precision))
+
+
 def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
     """All parameters of a published layout."""
     tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
@@ -163,6 +167,15 @@ def assert_same_params(got: dict, want: dict) -> None:
     assert got.keys() == want.keys()
     for path, array in got.items():
         np.testing.assert_array_equal(np.asarray(array), np.asarray(want[path]), path)
+
+
+def one_error(capsys) -> str:
+    """The one line that `csm_jax.convert` has written."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("csm_jax.convert: error: ")
+    assert captured.err.count("\n") == 1
+    return captured.err
 
 
 def generate(

@@ -127,6 +127,21 @@ class FakeServer:
             self.socket.send(samples[start : start + 1920].tobytes())
 
 
+def answer_with(speak: Callable[[FakeServer], None]) -> Callable[[FakeServer, dict], None]:
+    """Answers of a server that says each turn by `speak`."""
+
+    def answer(server: FakeServer, message: dict) -> None:
+        if message["type"] == "session":
+            server.tell("session")
+        elif message["type"] == "say":
+            number = sum(each["type"] == "say" for each in server.messages)
+            server.tell("started", id=number, text=message["text"])
+            speak(server)
+            server.tell("done", id=number, seconds=1, cancelled=False, notices="")
+
+    return answer
+
+
 def pcm(text: str) -> np.ndarray:
     """float32 [num_samples] of a recording in base64."""
     samples, rate = soundfile.read(io.BytesIO(base64.b64decode(text)), dtype="float32")

@@ -1,7 +1,9 @@
 import subprocess
 from pathlib import Path
 
+import httpx
 import pytest
+from browser import ARGUMENTS, CHROMIUM, Visit
 from serving import PRESETS, SMALL, serve
 
 import csm_jax
@@ -70,3 +72,29 @@ def open_store():
     yield open_one
     for store in stores:
         store.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Headless Chromium; where there is none, the tests of the page are skipped."""
+    playwright = pytest.importorskip("playwright.sync_api")
+    if CHROMIUM is None:
+        pytest.skip("apt install chromium")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def visit(browser, server):
+    """A visit during which nothing is asked of others, and the browser has nothing against it."""
+    page = browser.new_page(viewport={"width": 1100, "height": 1200})
+    visit = Visit(page, server.url)
+    yield visit
+    page.close()
+    hosts = {
+        httpx.URL(url).netloc for url in visit.requests if not url.startswith(("blob:", "data:"))
+    }
+    assert hosts == {httpx.URL(server.url).netloc}
+    assert visit.complaints == []
