@@ -22,19 +22,15 @@ import numpy as np
 from csm_jax.batch import Batch
 from csm_jax.compiling import compile_all
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
-from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.row_decoder import RowDecoder, rows_together
 from csm_jax.scheduler import RowScheduler
-from csm_jax.slot import Slot, next_blocks
+from csm_jax.slot import Slot, frames_to_border, next_blocks
 from csm_jax.speech import as_request
 from csm_jax.streaming import Pace
 from csm_jax.ticket import Ticket
 
 if TYPE_CHECKING:
     from csm_jax.generator import Generator
-
-# Requests join and leave at borders only: unless a frame takes longer, they are no further apart.
-BORDER_SECONDS = 0.25
 
 logger = logging.getLogger("csm_jax")
 
@@ -131,14 +127,8 @@ class Engine:
         count = model.config.num_codebooks
         # What the guard compares with; encoded once.
         _ = model.silent_codes
-        compile_all(
-            [
-                *batch.programs(prefix_lengths),
-                *decoder.programs(count),
-                *model.codec.programs(count),
-            ],
-            is_unwanted,
-        )
+        own = [*batch.programs(prefix_lengths), *decoder.programs(count)]
+        compile_all([*own, *model.codec.programs(count)], is_unwanted)
 
     def submit(
         self,
@@ -180,7 +170,7 @@ class Engine:
         now = time.perf_counter()
         ticket.timing.context = now - started
         slot = Slot(
-            ticket, speech, pace, utterance, self._no_frames(), now, share, weight, background
+            ticket, speech, pace, utterance, ticket.codes_so_far(), now, share, weight, background
         )
         with self._changed:
             self._claim_place(background, wait)
@@ -226,9 +216,6 @@ class Engine:
 
     def _all_slots(self) -> list[Slot]:
         return [*self._waiting, *filter(None, self._slots)]
-
-    def _no_frames(self) -> np.ndarray:
-        return np.zeros((0, self.model.config.num_codebooks), np.int32)
 
     # What follows runs in the engine's own thread.
 
@@ -311,9 +298,7 @@ class Engine:
         """Frames up to the next border."""
         if self._to_prefill:
             return 1
-        paces = [self._slots[index].pace for index in running]
-        wanted = min((pace.next_chunk() for pace in paces if pace), default=CHUNK_FRAMES)
-        return max(1, min(wanted, int(BORDER_SECONDS / self._frame_seconds)))
+        return frames_to_border([self._slots[index] for index in running], self._frame_seconds)
 
     def _take_frames(self, index: int, codes: np.ndarray) -> None:
         """Gives a row its frames [n, Q]."""

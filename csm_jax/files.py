@@ -157,8 +157,8 @@ def _open_lock(path: Path) -> io.FileIO:
             raise
         raise OSError(
             error.errno,
-            f"its lock {path.name} cannot be opened ({error.strerror}): remove it if nobody writes "
-            "there",
+            f"its lock {path.name} cannot be opened ({error.strerror}): remove it if no program "
+            "writes there",
         ) from error
     file = io.FileIO(number, "r+")
     if not stat.S_ISREG(os.fstat(number).st_mode):

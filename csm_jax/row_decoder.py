@@ -41,7 +41,11 @@ class RowDecoder:
     """The codec at work on the streams of all rows of a batch."""
 
     def __init__(self, codec: Codec, num_rows: int, together: int):
-        """Args: together: how many rows are decoded in one call; a divisor of `num_rows`."""
+        """Makes the state of all rows.
+
+        Args:
+          together: how many rows are decoded in one call; a divisor of `num_rows`.
+        """
         self._codec = codec
         self._groups = np.arange(num_rows).reshape(-1, together)
         self._states = [codec.decode_stream_state(together) for _ in self._groups]

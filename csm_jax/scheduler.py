@@ -184,10 +184,12 @@ class RowScheduler(Generic[R]):
         kept_beside_others: int = 0,
         clock: Callable[[], float] = time.monotonic,
     ):
-        """Args:
-        kept_rows: rows that only shares without a row get. One row of several is kept from
-          requests in the background in any case.
-        kept_beside_others: the same while several shares ask, in seconds of `clock`.
+        """Starts with nothing waiting.
+
+        Args:
+          kept_rows: rows that only shares without a row get. One row of several is kept from
+            requests in the background in any case.
+          kept_beside_others: the same while several shares ask, in seconds of `clock`.
         """
         self._num_rows = num_rows
         self._kept_rows = min(kept_rows, num_rows - 1)

@@ -1,4 +1,4 @@
-"""A request in the hands of an `Engine`, and which of its frames are decoded when."""
+"""Requests in an `Engine`, and when their frames are generated and decoded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,10 +6,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from csm_jax.batch import Utterance
+from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.mimi.conv import State
 from csm_jax.speech import Speech
 from csm_jax.streaming import LONG_CHUNK, Pace
 from csm_jax.ticket import Ticket
+
+# Requests join and leave at borders only: unless a frame takes longer, they are no further apart.
+BORDER_SECONDS = 0.25
 
 
 @dataclass(eq=False)
@@ -17,7 +21,7 @@ class Slot:
     """A request that has, or waits for, a row of the batch.
 
     Attributes:
-      pace: None if nobody listens before the end.
+      pace: None if no chunks are wanted before the end.
       next: the utterance whose prompt is to be prefilled next; None while one is spoken, and in
         the end.
       undecoded: int32 [n, Q], frames that a listener has not got yet.
@@ -42,6 +46,12 @@ class Slot:
         """The first of the frames that are not decoded, [num_frames, Q]."""
         taken, self.undecoded = np.split(self.undecoded, [num_frames])
         return taken
+
+
+def frames_to_border(slots: Sequence[Slot], frame_seconds: float) -> int:
+    """Frames that these rows generate before requests may join or leave again."""
+    wanted = min((slot.pace.next_chunk() for slot in slots if slot.pace), default=CHUNK_FRAMES)
+    return max(1, min(wanted, int(BORDER_SECONDS / frame_seconds)))
 
 
 def next_blocks(slots: Sequence[Slot | None]) -> dict[int, np.ndarray]:

@@ -19,7 +19,11 @@ class Pace:
     """
 
     def __init__(self, frame_s: float):
-        """Args: frame_s: seconds of audio in a frame."""
+        """Begins with nothing made.
+
+        Args:
+          frame_s: seconds of audio in a frame.
+        """
         self._frame_s = frame_s
         self._num_played = 0
         self._started: float | None = None
@@ -45,7 +49,7 @@ class Pace:
         self._num_played += num_frames
 
     def resume(self) -> None:
-        """Tells that nothing was made for a while: a listener who has run out waits."""
+        """Notes that nothing was made for a while: a listener that has run out waits."""
         if self._started is not None:
             elapsed = time.perf_counter() - self._started
             self._started += max(0.0, elapsed - self._num_played * self._frame_s)

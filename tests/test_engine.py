@@ -23,6 +23,7 @@ from csm_jax import (
     Segment,
     batch,
     generator,
+    slot,
     speech,
 )
 from csm_jax import engine as engine_module
@@ -286,7 +287,7 @@ def test_whoever_listens_waits_for_one_prompt_at_most(model, monkeypatch, stream
 def test_whoever_waits_for_a_prompt_waits_a_frame(model, monkeypatch):
     """Also when the others would have time for more."""
     monkeypatch.setattr(engine_module.Pace, "next_chunk", lambda self: 8)
-    monkeypatch.setattr(engine_module, "BORDER_SECONDS", 1e9)
+    monkeypatch.setattr(slot, "BORDER_SECONDS", 1e9)
     watched = Watched(monkeypatch)
     with Engine(model, max_batch=3) as engine:
         tickets = [engine.submit(ENDLESS) for _ in range(3)]
@@ -319,7 +320,7 @@ def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
     with Engine(model, max_batch=3) as engine:
         ticket = engine.submit(REQUESTS["another seed"], stream=False)
         np.testing.assert_array_equal(ticket.codes(), alone["another seed"][0])
-    assert max(watched.events[1:]) <= engine_module.BORDER_SECONDS / 0.1
+    assert max(watched.events[1:]) <= slot.BORDER_SECONDS / 0.1
 
 
 # --- The codec of a batch -----------------------------------------------------------------------

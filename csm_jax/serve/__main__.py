@@ -4,8 +4,8 @@
     curl localhost:8000/v1/audio/speech -H "Content-Type: application/json" \\
         -d '{"model": "csm-1b", "input": "one two three", "voice": "alloy"}' -o speech.mp3
 
-Keys of those who may ask stand in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, one
-a line; what webhooks are signed with in CSM_JAX_WEBHOOK_SECRET. Without keys everybody may ask.
+API keys are in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, one a line; the secret
+that signs webhooks is in CSM_JAX_WEBHOOK_SECRET. Without API keys requests need none.
 """
 
 import logging
@@ -25,6 +25,7 @@ from csm_jax.generator import NAMES
 
 if TYPE_CHECKING:
     from csm_jax.serve.deadline import Deadline
+    from csm_jax.serve.settings import Settings
 
 PROGRAM = "csm_jax.serve"
 KEYS_VARIABLE = "CSM_JAX_API_KEYS"
@@ -70,7 +71,7 @@ def main(values: flags.FlagValues) -> None:
     except ImportError as error:
         message = f"{error.name} is missing: pip install 'csm-jax[serve]'"
         raise CSMError(message) from error
-    # What is written belongs to the user who serves, and to nobody else.
+    # Files are readable for the user of the server only.
     os.umask(0o077)
     settings = _settings(values)
     _check(values)
@@ -118,7 +119,7 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
         ) from error
 
 
-def _settings(values: flags.FlagValues):
+def _settings(values: flags.FlagValues) -> "Settings":
     from csm_jax.serve.settings import Settings
 
     return Settings(
@@ -155,7 +156,7 @@ def _log_to_stderr() -> None:
 def _keys(values: flags.FlagValues) -> tuple[str, ...]:
     """The lines of both sources. Raises `InputError` for a source that is given but has no key.
 
-    Otherwise a mistake in it would be a server that is open to everybody.
+    Otherwise a mistake in it would make a server that needs no key.
     """
     from csm_jax.serve.middleware.keys import parse_keys, read_keys
 

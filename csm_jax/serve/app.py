@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,7 +34,7 @@ from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
 
 DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
-one engine. Do not use it to impersonate anybody without consent, to deceive, or for anything
+one engine. Do not use it to impersonate people without their consent, to deceive, or for anything
 illegal or harmful."""
 
 
@@ -64,7 +64,7 @@ def load_app(
 
 
 def create_app(
-    model: Generator, settings: Settings, presets: list[Path] = (), store: Store | None = None
+    model: Generator, settings: Settings, presets: Sequence[Path] = (), store: Store | None = None
 ) -> FastAPI:
     """An ASGI application, with its `Service` as `app.state.service`.
 
@@ -73,7 +73,7 @@ def create_app(
       store: opened for these settings; default: opens it. It is closed with the application.
     """
     redaction.install()
-    service = Service(model, settings, list(presets), store)
+    service = Service(model, settings, presets, store)
     worker = batches.Worker(service)
 
     @contextlib.asynccontextmanager
@@ -98,28 +98,33 @@ def create_app(
         redoc_url=None,
     )
     app.state.service = service
+    _add_routes(app, service, worker)
+    _add_middleware(app, service)
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service, worker: batches.Worker) -> None:
     for module in (health, voxserve, openai, deepinfra, fal, realtime, voice_routes):
         app.include_router(module.router(service))
     app.include_router(batches.router(service, worker))
     app.include_router(page.router())
     errors.install(app)
     parsing.document(app)
-    # The last is the outermost.
+
+
+def _add_middleware(app: FastAPI, service: Service) -> None:
+    """Adds the layers around the routes; the last is the outermost."""
+    settings = service.settings
+    origins, hostnames = settings.cors_origins, settings.allowed_hosts
     app.add_middleware(bodies.Bodies, limits=settings.limits)
     app.add_middleware(keys.Keys, keys=service.keys, quotas=service.quotas)
-    if settings.cors_origins:
+    if origins:
         app.add_middleware(
-            CORSMiddleware,
-            allow_origins=settings.cors_origins,
-            allow_methods=["*"],
-            allow_headers=["*"],
+            CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(
-        hosts.Hosts, allowed_hosts=settings.allowed_hosts, origins=settings.cors_origins
-    )
+    app.add_middleware(hosts.Hosts, allowed_hosts=hostnames, origins=origins)
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     app.add_middleware(head.Head)
     app.add_middleware(SecurityHeaders)
     app.add_middleware(RequestLog, metrics=service.metrics)
-    return app

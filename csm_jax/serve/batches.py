@@ -70,8 +70,12 @@ class NewBatch(BaseModel):
 
 def router(service: Service, worker: "Worker") -> APIRouter:
     routes = APIRouter(prefix="/v1", tags=["Batches"])
-    store = service.store.batches
+    _add_file_routes(routes, service.store.batches, worker)
+    _add_batch_routes(routes, service, worker)
+    return routes
 
+
+def _add_file_routes(routes: APIRouter, store: Batches, worker: "Worker") -> None:
     @routes.post("/files", openapi_extra=describe(NewFile, forms=True))
     async def upload(http: HTTPRequest) -> dict[str, Any]:
         fields = await read_fields(http, NewFile, recordings=True, forms=True)
@@ -102,6 +106,10 @@ def router(service: Service, worker: "Worker") -> APIRouter:
         if (batch := _found(deleted, "file", file_id).batch) is not None:
             worker.drop(batch)
         return {"id": file_id, "object": "file", "deleted": True}
+
+
+def _add_batch_routes(routes: APIRouter, service: Service, worker: "Worker") -> None:
+    store = service.store.batches
 
     @routes.post("/batches", openapi_extra=describe(NewBatch, forms=True))
     async def create(http: HTTPRequest) -> dict[str, Any]:
@@ -136,11 +144,9 @@ def router(service: Service, worker: "Worker") -> APIRouter:
         worker.drop(batch_id)
         return _batch(found)
 
-    return routes
-
 
 class _Result(NamedTuple):
-    """What came of a line, as a line of the results."""
+    """The result of a line, as a line of the results file."""
 
     text: str
     is_good: bool
@@ -215,12 +221,12 @@ class Worker:
             self._woken.set()
 
     async def _speak(self, line: Line) -> None:
-        """Speaks a line, and writes what came of it."""
+        """Speaks a line, and stores its result."""
         if (spoken := await self._outcome(line)) is not None:
             await self._store.write_result(line, *spoken)
 
     async def _outcome(self, line: Line) -> _Result | None:
-        """What came of a line; None if its turn comes again, if need be after a restart."""
+        """The result of a line; None if it is spoken again later, if need be after a restart."""
         for attempt in range(1, _ATTEMPTS + 1):
             try:
                 return await self._answer(line)

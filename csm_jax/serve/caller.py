@@ -1,4 +1,4 @@
-"""Who a request is from: what belongs to them, and whose share of the engine they use."""
+"""The caller of a request: the owner of what is stored for it, and its share of the engine."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ class Caller:
     """The sender of a request, as the authentication middleware found it.
 
     Attributes:
-      owner: who owns what is stored for this request. Without API keys it is "" for everybody
+      owner: owns what is stored for this request. Without API keys it is "" for all callers
         (one tenant). With keys it is the tenant that the keys file names, or a digest of the key.
       share: whose requests are counted together for rates, queue places and rows of the batch:
         the owner where there are keys, else the client's address (its /64 for IPv6).

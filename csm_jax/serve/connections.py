@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import enum
 import socket
+import typing
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ _KERNEL_BYTES = 262_144
 _PIECE = 8192
 # Seconds in which the rest of a body may come that has been answered already.
 _LINGER_SECONDS = 5.0
-# Seconds beyond those of a body, after which the connection is cut if nobody answered 408.
+# Seconds beyond those of a body, after which the connection is cut if there was no response (408).
 _GRACE_SECONDS = 10.0
 
 
@@ -42,7 +43,7 @@ class Group:
 
     Attributes:
       size: how many there are.
-      waiting: those that wait for their clients, oldest first, for each of these phases.
+      waiting: those whose clients are waited for, oldest first, for each of these phases.
     """
 
     def __init__(self):
@@ -60,7 +61,7 @@ class Group:
             self.waiting[new][connection] = None
 
     def longest_waiting(self) -> "Connection | None":
-        """Whose place a new connection can have: rather one without a request than one with."""
+        """The connection that makes room for a new one: rather one without a request."""
         heads = [next(iter(self.waiting[phase]), None) for phase in (Phase.HEAD, Phase.IDLE)]
         found = [connection for connection in heads if connection]
         if found:
@@ -72,11 +73,15 @@ class Connections:
     """All connections of a server. Those of https are counted after their handshake."""
 
     def __init__(self, limits: Limits, proxies: Sequence[str] = ()):
-        """Args: proxies: addresses and networks whose connections are those of many clients."""
+        """Starts without connections.
+
+        Args:
+          proxies: addresses and networks whose connections are those of many clients.
+        """
         self.limits = limits
         self._proxies = proxies
         self._all: set[Connection] = set()
-        self._everybody = Group()
+        self._total = Group()
         self._groups: dict[str, Group] = {}
         self._message_bytes = 0
 
@@ -84,15 +89,15 @@ class Connections:
         return len(self._all)
 
     def admit(self, connection: "Connection", host: str) -> bool:
-        """Lets a connection in, in the place of one that waits for its client if it must be."""
-        groups = [self._everybody]
+        """Admits a connection, if need be in the place of one whose client is waited for."""
+        groups = [self._total]
         if not is_proxy(host, self._proxies):
             connection.share = network_of(host)
             group = self._groups.get(connection.share) or Group()
             if not self._make_room(group, self.limits.connections_per_address):
                 return False
             groups.append(group)
-        if not self._make_room(self._everybody, self.limits.connections):
+        if not self._make_room(self._total, self.limits.connections):
             return False
         if connection.share is not None:
             # Perhaps again: it may have gone with the connection that made room.
@@ -145,7 +150,7 @@ class Connections:
             connection.abort()
 
 
-def _limit_kernel(connected: Any) -> None:
+def _limit_kernel(connected: socket.socket | None) -> None:
     """Lets the kernel hold little of what the client has not asked for.
 
     By default it takes megabytes, minutes of speech, from a server whose client does not read.
@@ -156,6 +161,25 @@ def _limit_kernel(connected: Any) -> None:
             connected.setsockopt(socket.IPPROTO_TCP, option, _KERNEL_BYTES)
 
 
+class Protocol(typing.Protocol):
+    """A protocol of uvicorn's, with what `transport.py` adds to it.
+
+    Attributes:
+      phase: what it is doing; of HTTP only.
+      is_answered: whether the request has its whole response; of HTTP only.
+    """
+
+    phase: Phase
+    is_answered: bool
+
+    def connection_made(self, transport: "Connection") -> None: ...
+    def connection_lost(self, error: Exception | None) -> None: ...
+    def data_received(self, data: bytes) -> None: ...
+    def eof_received(self) -> None: ...
+    def pause_writing(self) -> None: ...
+    def resume_writing(self) -> None: ...
+
+
 class Connection(asyncio.Protocol):
     """One connection: a protocol for the event loop, and a transport for uvicorn's protocol.
 
@@ -164,16 +188,16 @@ class Connection(asyncio.Protocol):
       groups, share: of `Connections`, where it is counted.
     """
 
-    def __init__(self, book: Connections, make_protocol: Callable[[], Any]):
+    def __init__(self, connections: Connections, make_protocol: Callable[[], Protocol]):
         self.phase = Phase.HEAD
         self.since = 0.0
         self.groups: list[Group] = []
         self.share: str | None = None
-        self.book = book
+        self.connections = connections
         self._make_protocol = make_protocol
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._inner: Any = None
+        self._inner: Protocol | None = None
         self._pieces: deque[bytes] = deque()
         self._is_feeding = False
         self._is_scheduled = False
@@ -189,7 +213,7 @@ class Connection(asyncio.Protocol):
         self.since = self._taken_at = self._loop.time()
         _limit_kernel(transport.get_extra_info("socket"))
         peer = transport.get_extra_info("peername")
-        if not self.book.admit(self, str(peer[0]) if peer else ""):
+        if not self.connections.admit(self, str(peer[0]) if peer else ""):
             self._refuse()
         else:
             self._inner = self._make_protocol()
@@ -218,7 +242,7 @@ class Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self._pieces.clear()
-        self.book.remove(self)
+        self.connections.remove(self)
         if self._inner is not None:
             self._inner.connection_lost(error)
 
@@ -264,7 +288,7 @@ class Connection(asyncio.Protocol):
         self._wants_more = True
         self._steer()
 
-    def set_protocol(self, protocol: Any) -> None:
+    def set_protocol(self, protocol: Protocol) -> None:
         """Takes another protocol: that of a WebSocket."""
         self._inner = protocol
         self._enter(Phase.SOCKET)
@@ -272,7 +296,8 @@ class Connection(asyncio.Protocol):
     def settle(self, is_answered: bool = False) -> None:
         """Notes what the connection is doing, after its protocol has done something.
 
-        Args: is_answered: whether that was the end of a response.
+        Args:
+          is_answered: whether that was the end of a response.
         """
         if self.phase is Phase.SOCKET or self._inner is None:
             return
@@ -286,7 +311,7 @@ class Connection(asyncio.Protocol):
 
     def _enter(self, phase: Phase) -> None:
         old, self.phase, self.since = self.phase, phase, self._loop.time()
-        self.book.moved(self, old)
+        self.connections.moved(self, old)
 
     def _feed(self) -> None:
         """Hands on one piece; the others follow when the event loop has looked at the rest."""
@@ -313,7 +338,7 @@ class Connection(asyncio.Protocol):
         """Reads from the client only while there is nothing to do with what has come."""
         if self.is_closing():
             return
-        # Whoever does not read what is sent is not heard either.
+        # A client that does not read responses is not read from.
         should_read = self._wants_more and self._can_write and not self._pieces
         if should_read != self._is_reading:
             self._is_reading = should_read
@@ -328,14 +353,14 @@ class Connection(asyncio.Protocol):
         taken = self._written - unsent
         if not unsent or taken > self._taken:
             self._taken, self._taken_at = taken, now
-        is_unread = now - self._taken_at > self.book.limits.write_seconds
+        is_unread = now - self._taken_at > self.connections.limits.write_seconds
         if is_unread or now - self.since > self._patience:
             self.abort()
 
     @property
     def _patience(self) -> float:
         """Seconds that the phase may last."""
-        limits = self.book.limits
+        limits = self.connections.limits
         match self.phase:
             case Phase.HEAD:
                 return limits.head_seconds

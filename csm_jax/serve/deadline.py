@@ -1,13 +1,17 @@
-"""One deadline for all that a server still has to do when it is told to end."""
+"""The deadline for all work that is left when a server is stopped."""
 
 import time
 
 
 class Deadline:
-    """A point in time that begins to count when the server is told to end."""
+    """A time limit that begins to run when the server is stopped."""
 
     def __init__(self, seconds: float):
-        """Args: seconds: from `start` until the deadline."""
+        """Does not run yet.
+
+        Args:
+          seconds: from `start` until the deadline.
+        """
         self.seconds = seconds
         self._at: float | None = None
 

@@ -30,7 +30,7 @@ from csm_jax.serve.settings import Limits
 
 APP = "fal-ai/csm-1b"
 _KIND = "fal"
-# Lines and turns of context that are parsed.
+# Lines and turns of context that are parsed. `Limits.turns` of a server can be lower, not higher.
 MAX_TURNS = Limits.turns
 # For all of a recording that is fetched.
 FETCH_SECONDS = 20.0
@@ -73,7 +73,6 @@ class Spoken(BaseModel):
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["fal"])
-    queue = f"/queue/{APP}"
 
     @routes.post(f"/{APP}", openapi_extra=describe(Scene))
     async def run(http: HTTPRequest) -> Spoken:
@@ -86,6 +85,14 @@ def router(service: Service) -> APIRouter:
         if file is None:
             raise ApiError(404, "there is no such file any more", code="not_found")
         return Response(file.data, media_type=file.media_type)
+
+    _add_queue(routes, service)
+    return routes
+
+
+def _add_queue(routes: APIRouter, service: Service) -> None:
+    """Adds the same behind a queue."""
+    queue = f"/queue/{APP}"
 
     async def work(job: Job, body: str) -> dict[str, Any]:
         queued = QueuedScene.model_validate_json(body)
@@ -134,8 +141,6 @@ def router(service: Service) -> APIRouter:
             return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
         return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
 
-    return routes
-
 
 async def _speak(
     service: Service,
@@ -148,7 +153,7 @@ async def _speak(
     """Speaks a scene into a file that can be fetched below the address `base`.
 
     Args:
-      progress: told in words how far it is.
+      progress: called with a message after each step.
       wait: for a place, as jobs do.
     """
     with await service.admit(caller, wait):
@@ -184,7 +189,7 @@ def _where(http: HTTPRequest, job: Job) -> str:
 
 
 def _state(service: Service, job: Job, where: str, logs: bool = False) -> dict[str, Any]:
-    """What fal's clients are told of a job."""
+    """A job as fal's clients get it."""
     state = {
         "status": job.status.value,
         "request_id": job.id,

@@ -1,4 +1,4 @@
-"""For probes and Prometheus."""
+"""Routes for health probes and Prometheus."""
 
 from fastapi import APIRouter, Response
 

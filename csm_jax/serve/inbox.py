@@ -34,7 +34,11 @@ class Inbox:
     """Messages that have come and are not done, bounded by their bytes together."""
 
     def __init__(self, max_bytes: int, held: Held, share: str):
-        """Args: held: what is bounded for all sockets of a share, and of all shares."""
+        """Starts empty.
+
+        Args:
+          held: counts the messages of all sockets, by share.
+        """
         self._max_bytes = max_bytes
         self._held = held
         self._share = share

@@ -46,16 +46,18 @@ class Status(Enum):
 
 @dataclass(eq=False)
 class Job:
-    """Attributes:
-    caller: whose it is; other owners do not find it.
-    kind: which API runs it.
-    result, error: one of them, when it is over.
-    logs: what has been said of it so far, with times.
-    task: what runs it, while it is running.
-    is_stored: it is in the store, so it can be run.
-    is_ending: it was cancelled, or its outcome is known and is being stored.
-    num_delays: how often it was put back.
-    timer: ends its delay, while it is put back.
+    """A request that goes on without its client.
+
+    Attributes:
+      caller: whose it is; other owners do not find it.
+      kind: which API runs it.
+      result, error: one of them, when it is over.
+      logs: messages of its progress so far, with times.
+      task: runs it, while it is running.
+      is_stored: it is in the store, so it can be run.
+      is_ending: it was cancelled, or its outcome is known and is being stored.
+      num_delays: how often it was put back.
+      timer: ends its delay, while it is put back.
     """
 
     id: str
@@ -106,13 +108,18 @@ class Jobs:
     """
 
     def __init__(self, store: JobStore, webhooks: Webhooks, at_once: int, max_waiting: int):
-        """Args: max_waiting: jobs of one share that can wait."""
+        """Starts without jobs.
+
+        Args:
+          at_once: jobs that run at the same time.
+          max_waiting: jobs of one share that can wait.
+        """
         self._store = store
         self._webhooks = webhooks
         self._at_once = at_once
         self._max_waiting = max_waiting
         self._kinds: dict[str, Kind] = {}
-        # Those that are not over, in their order.
+        # The jobs that are not over, in their order.
         self._jobs: dict[str, Job] = {}
         # Those of them that can run now.
         self._queue: FairQueue[Job] = FairQueue()

@@ -1,10 +1,15 @@
 """Figures for Prometheus."""
 
+from collections.abc import Sequence
+from typing import TypeVar
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from csm_jax.engine import Engine
 from csm_jax.serve.store.database import Database
 from csm_jax.ticket import Timing
+
+Figure = TypeVar("Figure", Counter, Gauge, Histogram)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
@@ -17,7 +22,9 @@ class Metrics:
     def __init__(self):
         registry = self._registry = CollectorRegistry()
 
-        def make(kind: type, name: str, help: str, labels: tuple[str, ...] = (), **more: object):
+        def make(
+            kind: type[Figure], name: str, help: str, labels: Sequence[str] = (), **more: object
+        ) -> Figure:
             return kind(f"csm_{name}", help, labels, registry=registry, **more)
 
         self.requests = make(

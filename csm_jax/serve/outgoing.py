@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterable
+from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 
 import httpcore
@@ -145,11 +146,13 @@ class _Checked(httpcore.AsyncNetworkBackend):
         self._allow_private = allow_private
         self._inner = httpcore.AnyIOBackend()
 
-    async def connect_tcp(self, host: str, port: int, *args: object, **kwargs: object):
+    async def connect_tcp(
+        self, host: str, port: int, *args: Any, **kwargs: Any
+    ) -> httpcore.AsyncNetworkStream:
         address = await public_address(host, port, self._allow_private)
         return await self._inner.connect_tcp(address, port, *args, **kwargs)
 
-    async def connect_unix_socket(self, *_: object, **__: object):
+    async def connect_unix_socket(self, *_: Any, **__: Any) -> NoReturn:
         raise httpcore.UnsupportedProtocol("sockets of this machine are not dialled")
 
     async def sleep(self, seconds: float) -> None:

@@ -6,6 +6,7 @@ what the event loop can wait for. Only what a model names becomes Python objects
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
@@ -53,9 +54,11 @@ async def read_fields(
     if not forms or kind not in (MULTIPART, URLENCODED):
         kinds = "JSON or a form" if forms else JSON
         raise ApiError(415, f"the Content-Type is {kind[:80]!r}; send {kinds}")
-    parse = _parse_multipart if kind == MULTIPART else _parse_urlencoded
     data = await http.body()
-    fields = await _in_thread(len(data), parse, data, options)
+    if kind == MULTIPART:
+        fields = await _in_thread(len(data), _parse_multipart, data, options.get(b"boundary", b""))
+    else:
+        fields = await _in_thread(len(data), _parse_urlencoded, data)
     try:
         return TypeAdapter(model).validate_python(fields)
     except ValidationError as error:
@@ -137,7 +140,7 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ApiError(400, f"{name} is not JSON", code="bad_json")
 
 
-def _parse_urlencoded(data: bytes, options: dict[bytes, bytes]) -> dict[str, Any]:
+def _parse_urlencoded(data: bytes) -> dict[str, Any]:
     try:
         pairs = parse_qsl(
             data.decode("ascii"),
@@ -154,9 +157,9 @@ def _parse_urlencoded(data: bytes, options: dict[bytes, bytes]) -> dict[str, Any
     return fields.values
 
 
-def _parse_multipart(data: bytes, options: dict[bytes, bytes]) -> dict[str, Any]:
+def _parse_multipart(data: bytes, boundary: bytes) -> dict[str, Any]:
     """The fields of a form. Raises `ApiError`, also if it has no end."""
-    if not (boundary := options.get(b"boundary", b"")):
+    if not boundary:
         raise ApiError(400, "the Content-Type of the form names no boundary", code="bad_form")
     form = _Multipart()
     try:
@@ -248,7 +251,7 @@ def _text(data: bytes, what: str) -> str:
         raise ApiError(400, f"{what} is not UTF-8", code="bad_form") from error
 
 
-async def _in_thread(num_bytes: int, function: Any, *arguments: Any) -> Any:
+async def _in_thread(num_bytes: int, function: Callable[..., T], *arguments: Any) -> T:
     """Calls what takes long for many bytes without holding up the others."""
     if num_bytes <= _AT_ONCE:
         return function(*arguments)

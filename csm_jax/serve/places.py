@@ -43,7 +43,7 @@ class Places:
     """The places of all callers. To be used from one event loop.
 
     One caller alone can have `most` places. Beside others it gets no more than its share of them
-    by weight once few are left. As many places again are for callers who have less than their
+    by weight once few are left. As many places again are for callers that have less than their
     share: what others hold already cannot be taken from them.
     """
 
@@ -107,7 +107,12 @@ class Sockets:
     """The WebSockets, or streams of events, that callers have open. For one event loop."""
 
     def __init__(self, most: int, what: str = "WebSockets"):
-        """Args: most: of one caller."""
+        """Starts with none open.
+
+        Args:
+          most: of one caller.
+          what: the things that are counted, for messages.
+        """
         self._most = most
         self._what = what
         self._open: Counter[str] = Counter()

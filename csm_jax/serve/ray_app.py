@@ -61,8 +61,14 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 def _settings(given: dict[str, Any]) -> Settings:
     kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
     simple = {name: kind for name, kind in kinds.items() if kind in (int, str)}
-    simple |= {"voices": Path, "api_keys": lambda keys: tuple(keys.split(","))}
+    simple |= {"voices": Path}
+    simple |= {name: _split for name, kind in kinds.items() if kind == tuple[str, ...]}
     if unknown := sorted(given.keys() - simple.keys()):
         known = ", ".join([*DEFAULTS, *simple])
         raise ValueError(f"unknown argument {unknown[0]}; known are {known}")
     return Settings(**{name: simple[name](value) for name, value in given.items()})
+
+
+def _split(value: str) -> tuple[str, ...]:
+    """The values of a list, with commas between."""
+    return tuple(value.split(","))

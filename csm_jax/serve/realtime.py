@@ -14,10 +14,10 @@ The server sends the speech as binary messages, 16-bit little-endian mono at 24 
     {"type": "started", "id": 1, "text": "Hello, my name is Anna."}
     {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": ""}
 
-and {"type": "session", ...} for what was set, {"type": "turn", "turns": 3} for what was heard,
+and {"type": "session", ...} for what was set, {"type": "turn", "turns": 3} for an added turn,
 {"type": "cancelled"} when it is silent, {"type": "error", "message": ...} for what was wrong, with
-the `id` of what was not spoken; after that the conversation goes on. Every turn is heard by those
-after it; of one that was cancelled, what had been sent.
+the `id` of what was not spoken; after that the conversation goes on. Every turn is
+context for those after it; of a cancelled one, the part that had been sent.
 
 `text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order in which
 they came. The fields of a session are optional; `"voice": null` is no voice. A `say` has the same
@@ -97,7 +97,7 @@ _MESSAGE = TypeAdapter(
 
 @dataclass(frozen=True)
 class Manner:
-    """Who speaks, and how."""
+    """The voice and the sampling of utterances."""
 
     options: Options = field(default_factory=Options)
     voice: Voice | None = None
@@ -163,7 +163,7 @@ class Conversation:
         self._live: Live | None = None
         self._is_speaking = False
         self._num_given = 0
-        # What was asked for before the last one is not to be heard.
+        # What was asked for before the last one is not sent.
         self._num_cancels = 0
         self._is_silent = asyncio.Event()
         self._is_silent.set()
@@ -198,11 +198,11 @@ class Conversation:
                 case Say() as turn:
                     await self._say_turn(turn)
                 case AddTurn() as turn:
-                    await self._hear(turn)
+                    await self._add_turn(turn)
                 case Cancel():
                     await self._cancel()
         except (CSMError, ApiError) as error:
-            await self._tell_error(error)
+            await self._send_error(error)
 
     async def _parse(self, message: bytes | None) -> BaseModel:
         if message is None:
@@ -213,7 +213,7 @@ class Conversation:
         self._manner = manner = self._changed(settings)
         voice = manner.voice.name if manner.voice else None
         options = manner.options.model_dump(exclude_none=True)
-        await self._tell("session", voice=voice, speaker=manner.speaker, **options)
+        await self._send_event("session", voice=voice, speaker=manner.speaker, **options)
 
     def _changed(self, change: Change) -> Manner:
         return self._manner.changed(change, self._service.voices, self._caller.owner)
@@ -239,7 +239,7 @@ class Conversation:
             self._say(turn.text, self._changed(turn))
         except (CSMError, ApiError) as error:
             self._num_given = number
-            await self._tell_error(error, id=number)
+            await self._send_error(error, id=number)
 
     def _say(self, text: str, manner: Manner | None = None) -> None:
         check_length(self._service, text)
@@ -257,7 +257,7 @@ class Conversation:
         self._num_waiting_characters = num_characters
         self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
 
-    async def _hear(self, turn: AddTurn) -> None:
+    async def _add_turn(self, turn: AddTurn) -> None:
         check_text(turn.text)
         check_length(self._service, turn.text)
         codes = None
@@ -266,7 +266,7 @@ class Conversation:
                 audio = await read_recording(self._service, turn.audio, "audio", self._caller)
                 codes = await self._service.encode(audio, self._caller)
         await self._remember(Segment(turn.speaker, turn.text, codes=codes))
-        await self._tell("turn", turns=len(self._turns))
+        await self._send_event("turn", turns=len(self._turns))
 
     async def _remember(self, turn: Segment) -> None:
         """Adds a turn, and forgets the oldest ones that cannot fit the window any more."""
@@ -294,7 +294,7 @@ class Conversation:
             self._is_silent.set()
         await self._is_silent.wait()
         if not self._speaking.done():
-            await self._tell("cancelled")
+            await self._send_event("cancelled")
 
     async def _speak_all(self) -> None:
         """Speaks one utterance after the other, until the socket is gone."""
@@ -309,16 +309,20 @@ class Conversation:
                 try:
                     await self._speak(utterance, self._num_cancels)
                 except (CSMError, ApiError) as error:
-                    await self._tell_error(error, id=utterance.id)
+                    await self._send_error(error, id=utterance.id)
         except (WebSocketDisconnect, ClientGoneError):
             pass
         finally:
-            # Or who waits for silence would wait for ever.
+            # `_cancel` may be waiting for it.
             self._is_speaking = False
             self._is_silent.set()
 
     async def _speak(self, utterance: Utterance, num_cancels: int) -> None:
-        """Args: num_cancels: `_num_cancels` when its turn came; after one more it is not heard."""
+        """Speaks an utterance.
+
+        Args:
+          num_cancels: `_num_cancels` when its turn came; after one more it is not sent.
+        """
         text, manner = utterance.text, utterance.manner
         request = make_request(
             self._service, text, manner.speaker, manner.options, self._turns, manner.voice
@@ -337,15 +341,15 @@ class Conversation:
     async def _send_speech(self, utterance: Utterance, live: Live, num_cancels: int) -> None:
         num_samples = 0
         with contextlib.suppress(CancelledError):
-            await self._tell("started", id=utterance.id, text=utterance.text)
+            await self._send_event("started", id=utterance.id, text=utterance.text)
             async for chunk in live.chunks():
                 if num_cancels != self._num_cancels:
                     break
                 await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
-        heard = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        await self._remember(Segment(utterance.manner.speaker, utterance.text, codes=heard))
-        await self._tell(
+        sent_codes = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
+        await self._remember(Segment(utterance.manner.speaker, utterance.text, codes=sent_codes))
+        await self._send_event(
             "done",
             id=utterance.id,
             seconds=round(num_samples / self._service.model.sample_rate, 3),
@@ -353,10 +357,10 @@ class Conversation:
             notices=live.notice_kinds,
         )
 
-    async def _tell_error(self, error: Exception, **fields: object) -> None:
+    async def _send_error(self, error: Exception, **fields: object) -> None:
         await self._send(self._socket.send_json(_as_message(error) | fields))
 
-    async def _tell(self, kind: str, **fields: object) -> None:
+    async def _send_event(self, kind: str, **fields: object) -> None:
         await self._send(self._socket.send_json({"type": kind, **fields}))
 
     async def _send(self, sending: Coroutine[Any, Any, None]) -> None:
@@ -369,5 +373,5 @@ class Conversation:
 
 
 def _as_message(error: Exception) -> dict[str, Any]:
-    told = as_api_error(error)
-    return {"type": "error", "message": str(told), "code": told.code, "param": told.param}
+    known = as_api_error(error)
+    return {"type": "error", "message": str(known), "code": known.code, "param": known.param}

@@ -1,4 +1,4 @@
-"""Several turns, spoken one after another, each heard by the next."""
+"""Several turns, spoken one after another, each with the earlier ones as context."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ async def speak_scene(
     """All lines as one recording, float32 [num_samples].
 
     Args:
-      progress: told in words how far it is.
+      progress: called with a message after each line.
 
     Raises:
       ApiError, CSMError: a line cannot be spoken.
@@ -41,13 +41,13 @@ async def speak_scene(
         raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
     # The first is the request, which has been counted when it came.
     service.quotas.count_more(caller, len(lines) - 1)
-    heard, audio = list(context), []
+    earlier, audio = list(context), []
     for number, line in enumerate(lines, 1):
         seed = None if options.seed is None else (options.seed + number - 1) % 2**32
         asked = options.model_copy(update={"seed": seed})
-        turns = heard[-service.settings.limits.turns :]
+        turns = earlier[-service.settings.limits.turns :]
         request = make_request(service, line.text, line.speaker, asked, turns)
-        # Recordings are encoded for the first line that hears them.
+        # Recordings are encoded once, for the first line that has them as context.
         request = await service.encoded(request, caller)
         live = await service.speak(request, caller, stream=False)
         try:
@@ -55,13 +55,13 @@ async def speak_scene(
         finally:
             live.cancel()
         _check_length(service, audio)
-        heard = [*request.context, Segment(line.speaker, line.text, codes=live.codes())]
+        earlier = [*request.context, Segment(line.speaker, line.text, codes=live.codes())]
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
 
 
 def _check_length(service: Service, audio: list[np.ndarray]) -> None:
-    """Raises `ApiError` if it is more than one answer may be."""
+    """Raises `ApiError` if it is longer than one response may be."""
     limit = service.settings.limits.speech_ms
     if 1000 * sum(map(len, audio)) / service.model.sample_rate > limit:
         raise ApiError(400, f"the scene takes more than {limit:g} ms; speak it in parts")

@@ -73,15 +73,21 @@ class Service:
       not_ready: why the server is not ready; None while it is.
       warmed: the task of `warm_up`, once the application has started it.
       is_closing: the engine takes no more requests.
-      deadline: by which everything is over when the server is told to end.
+      deadline: by which everything is over after the server was stopped.
     """
 
     def __init__(
-        self, model: Generator, settings: Settings, presets: list[Path], store: Store | None = None
+        self,
+        model: Generator,
+        settings: Settings,
+        presets: Sequence[Path],
+        store: Store | None = None,
     ):
-        """Args:
-        presets: directories of voices that come with the model.
-        store: opened for these settings; default: opens it.
+        """Reads the voices and starts the engine.
+
+        Args:
+          presets: directories of voices that come with the model.
+          store: opened for these settings; default: opens it.
         """
         self.model = model
         self.settings = settings

@@ -1,4 +1,4 @@
-"""What a server is told once, when it starts."""
+"""Settings and limits of a server, fixed when it starts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ class Limits:
       audio_bytes: of one recording, as it comes.
       audio_seconds: of one recording, decoded. All recordings of a context together may last as
         long as the model's window.
-      turns: of a context or a scene.
+      turns: of a context or a scene. For fal's API it can be lower than the default, not higher.
       speech_ms: of one response.
       connections: open at once.
       connections_per_address: open at once from one address (the /64 for IPv6). When there are
@@ -36,9 +36,11 @@ class Limits:
         so many seconds of speech a second, over so many seconds.
       sockets_per_caller: WebSockets that one caller has open at once.
       socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
-      stored_bytes, stored_bytes_per_owner: of files, batches with their results, voices and jobs;
-        without a data directory, at most 1 GB in memory. Without API keys there is one owner, who
-        can fill the total.
+      stored_bytes: of the whole database, without deleted lines; in memory, where there is no data
+        directory, at most 1 GB. It is checked when something is added.
+      stored_bytes_per_owner: of the contents of an owner's files, batches with their results,
+        voices, jobs with their results, and webhooks that wait. Without API keys there is one
+        owner, which can fill the total.
       files_per_owner, batches_per_owner: that are stored.
       voices, voices_per_owner: that are added, by all owners and by one.
       download_bytes, download_bytes_per_owner: of files that fal's responses point to.
@@ -83,9 +85,9 @@ class Settings:
       model_name: what the APIs call the model.
       sampling: for requests that do not say.
       max_batch, max_seq_len, max_queue: of the `Engine`.
-      voices: directory of presets, read-only and for everybody.
+      voices: directory of shared voices, read-only.
       data: directory of what outlives the process: batches, files, added voices, jobs.
-      api_keys: lines `KEY [tenant=NAME] [weight=NUMBER]`; without any, everybody may ask.
+      api_keys: lines `KEY [tenant=NAME] [weight=NUMBER]`; without any, requests need none.
       requests_per_minute: requests and utterances of one caller; 0 is any number.
       speech_seconds_per_minute: seconds of speech of one caller; 0 is any number.
       fetch_urls: whether recordings are fetched from addresses in requests.

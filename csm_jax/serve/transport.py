@@ -90,7 +90,7 @@ class Socket(WebSocketsSansIOProtocol):
     def _hold(self, num_bytes: int) -> bool:
         """Says how much of a message is held; whether there is room for it."""
         more, self._num_held = num_bytes - self._num_held, num_bytes
-        return self.transport.book.hold(more) or more <= 0
+        return self.transport.connections.hold(more) or more <= 0
 
     def _end(self, code: int) -> None:
         if not self.handshake_complete:
@@ -106,7 +106,11 @@ class Server(uvicorn.Server):
     def __init__(
         self, config: uvicorn.Config, connections: Connections, on_exit: Callable[[], None]
     ):
-        """Args: on_exit: called when a signal tells the server to end."""
+        """Does not listen yet.
+
+        Args:
+          on_exit: called when a signal stops the server.
+        """
         super().__init__(config)
         self._connections = connections
         self._on_exit = on_exit
@@ -147,7 +151,7 @@ def make_server(
     """A server of an application. `run` it with sockets that listen.
 
     Args:
-      on_exit: called when a signal tells it to end.
+      on_exit: called when a signal stops it.
     """
     limits = raise_file_limit(settings.limits)
     connections = Connections(limits, settings.trusted_proxies)
@@ -171,7 +175,7 @@ def make_server(
         # `RequestLog` writes a line for each.
         access_log=False,
         server_header=False,
-        # The application believes the proxies that it is told to believe.
+        # `app.py` does it, for `Settings.trusted_proxies`.
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=limits.idle_seconds,

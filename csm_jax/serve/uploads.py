@@ -24,8 +24,8 @@ MAX_RATE = 192_000
 MIN_RATE = 4_000
 # What is decoded at once.
 _BLOCK_SECONDS = 1
-# How the formats begin that are read here. libsndfile knows two dozen more that nobody sends, whose
-# readers are used and tested less.
+# How the formats begin that are read here. libsndfile knows two dozen rare ones, whose readers are
+# used and tested less.
 _BEGINNINGS = re.compile(rb"RIFF....WAVE|fLaC|OggS|ID3|\xff[\xe2-\xff]", re.DOTALL)
 # Lengths from here on stand in heads of files that were written as streams.
 _UNKNOWN_FRAMES = 2**31

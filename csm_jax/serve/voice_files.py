@@ -33,9 +33,11 @@ _MAX_VOICES = 1000
 
 @dataclass(frozen=True)
 class VoiceFile:
-    """Attributes:
-    text: transcript of `audio`.
-    audio: float32 [num_samples] at 24 kHz.
+    """A recording and its transcript.
+
+    Attributes:
+      text: transcript of `audio`.
+      audio: float32 [num_samples] at 24 kHz.
     """
 
     name: str

@@ -1,7 +1,7 @@
-"""Voices by name: everybody's, from files, and those that an owner has added.
+"""Voices by name: shared voices from files, and voices that an owner has added.
 
-Everybody's voices are read-only, and none can be added under their names. Should one of them come
-to have the name of an added voice, its owner keeps hearing the added one.
+Shared voices are read-only, and none can be added under their names. If one of them later gets the
+name of an added voice, the owner of that goes on with the added one.
 """
 
 import io
@@ -27,11 +27,13 @@ logger = logging.getLogger("csm_jax.serve")
 
 @dataclass(frozen=True)
 class Voice:
-    """Attributes:
-    text: transcript of the recording.
-    seconds: how long the recording is.
-    codes: int32 [num_frames, Q], the recording encoded.
-    owner: None if it is everybody's.
+    """A voice to speak in.
+
+    Attributes:
+      text: transcript of the recording.
+      seconds: how long the recording is.
+      codes: int32 [num_frames, Q], the recording encoded.
+      owner: None if it is shared.
     """
 
     name: str
@@ -65,7 +67,7 @@ class Voices:
         """Reads all voices; those that cannot be used are left out and logged.
 
         Args:
-          presets: directories of everybody's voices; later ones win.
+          presets: directories of shared voices; later ones win.
 
         Raises:
           InputError: a directory cannot be read.
@@ -87,17 +89,17 @@ class Voices:
         self._load()
 
     def all(self, owner: str) -> list[Voice]:
-        """Everybody's voices and those of `owner`, sorted by name."""
+        """The shared voices and those of `owner`, sorted by name."""
         own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
         known = self._shared | own
         return [known[name] for name in sorted(known)]
 
     def all_owners(self) -> list[Voice]:
-        """Everybody's voices and those of all owners."""
+        """The shared voices and those of all owners."""
         return [*self._shared.values(), *self._own.values()]
 
     def find(self, name: str, owner: str) -> Voice:
-        """A voice of `owner` or everybody's; raises `InputError` if there is none."""
+        """A voice of `owner` or a shared one; raises `InputError` if there is none."""
         found = self._own.get((owner, name)) or self._shared.get(name)
         if found is None:
             known = ", ".join(voice.name for voice in self.all(owner)) or "none"
@@ -107,7 +109,7 @@ class Voices:
     def find_as(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
         """The voice of a name, or what stands for one that an API's clients know.
 
-        Of `known_names` the first is the first of everybody's voices, and so on, so that adding a
+        Of `known_names` the first is the first of the shared voices, and so on, so that adding a
         voice changes no other; without such voices it is the owner's first; None where there is
         none.
 
@@ -166,7 +168,7 @@ class Voices:
             except InputError as error:
                 logger.warning("added voice %s is left out: %s", name, error)
             if name in self._shared:
-                logger.warning("added voice %s hides everybody's from its owner", name)
+                logger.warning("added voice %s hides the shared one from its owner", name)
 
     def _make(self, owner: str | None, name: str, speaker: int, text: str, data: bytes) -> Voice:
         """A voice of a FLAC file; the codes are of what is stored, now and after a restart."""

@@ -1,7 +1,7 @@
-"""Whom a request is addressed to, and whose page sends it: the Host and Origin headers.
+"""Checks of the Host and Origin headers: which server a request is for, and which page sends it.
 
 A page of another site can make a browser send requests here (with an Origin header that names the
-site), or give its own name our address (DNS rebinding; then the Host header has that name).
+site), or give its own name this server's address (DNS rebinding: the Host header has that name).
 """
 
 import re
@@ -27,9 +27,11 @@ class Hosts:
     """Refuses requests for another host, and those that pages of other sites make."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str], origins: Sequence[str]):
-        """Args:
-        allowed_hosts: names of this server, besides localhost and IP addresses; "*" is any.
-        origins: of pages that may send requests, besides those of the server itself.
+        """Wraps an application.
+
+        Args:
+          allowed_hosts: names of this server, besides localhost and IP addresses; "*" is any.
+          origins: of pages that may send requests, besides those of the server itself.
         """
         self._app = app
         self._names = {"localhost", *(name.lower().rstrip(".") for name in allowed_hosts)}

@@ -112,7 +112,7 @@ def read_keys(text: str) -> list[str]:
 
 
 class Keys:
-    """Finds out whom a request is from, and refuses what needs a key and has none that is known.
+    """Authenticates requests, and refuses those that need a key and have none that is known.
 
     Every key that is sent is compared, however many were wrong before, so that a client with the
     right key is served even when others behind its address guess. What protects a key from being
@@ -120,7 +120,11 @@ class Keys:
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[Key], quotas: Quotas):
-        """Args: keys: without any, everybody is let in, and shares are those of addresses."""
+        """Wraps an application.
+
+        Args:
+          keys: without any, no request needs one, and shares are those of addresses.
+        """
         self._app = app
         self._keys = keys
         self._quotas = quotas

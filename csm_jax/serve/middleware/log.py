@@ -65,7 +65,7 @@ class RequestLog:
             await self._app(scope, receive, send_named)
         finally:
             fields["total_s"] = round(time.perf_counter() - started, 4)
-            # Of paths that nobody serves there is no end.
+            # Unknown paths would be labels without end.
             path = getattr(scope.get("route"), "path", "other")
             self._metrics.requests.labels(path, fields["status"]).inc()
             logger.info(json.dumps(fields))

@@ -23,7 +23,11 @@ _BYTES_AT_ONCE = 1_000_000
 
 
 class FileRow(NamedTuple):
-    """Attributes: batch: the one whose results it is, which are read line by line; or None."""
+    """A file.
+
+    Attributes:
+      batch: the batch whose results it is, which are read line by line; None for an upload.
+    """
 
     id: str
     name: str
@@ -49,7 +53,7 @@ class BatchRow(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A line to speak, and for whom."""
+    """A line to speak, and its caller."""
 
     batch: str
     number: int
@@ -164,11 +168,11 @@ class Batches:
         return await self._database.run(self._next_line, running)
 
     async def write_result(self, line: Line, result: str, is_good: bool) -> None:
-        """Keeps what came of a line, unless that is known; ends the batch with its last line."""
+        """Stores the result of a line, unless it has one; ends the batch with its last line."""
         await self._database.persist(_write_result, line, result, is_good)
 
     async def results(self, batch_id: str) -> AsyncIterator[str]:
-        """What came of the lines so far, in their order; read as it is asked for."""
+        """The results so far, in the order of the lines; read from the store piece by piece."""
         last = -1
         while rows := await self._database.run(_read_results, batch_id, last):
             for _, result in rows:
@@ -227,7 +231,7 @@ class Batches:
             "SELECT id, owner, share, weight FROM batches WHERE ended IS NULL ORDER BY rowid"
         ).fetchall()
         is_full: dict[str, bool] = {}
-        # Sorting keeps the order of those that are equal.
+        # Sorting keeps the order of equal ones.
         for batch, *who in sorted(rows, key=lambda row: counts[row[2]] / row[3]):
             caller = Caller(*who)
             if caller.owner not in is_full:

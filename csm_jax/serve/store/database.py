@@ -56,7 +56,10 @@ class Database:
     """
 
     def __init__(self, directory: Path | None):
-        """Args: directory: where the database lies; None keeps it in memory.
+        """Opens or makes the database.
+
+        Args:
+          directory: where the database lies; None keeps it in memory.
 
         Raises:
           OutputError: the directory cannot be used, or another server uses it.

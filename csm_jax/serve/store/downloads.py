@@ -23,7 +23,11 @@ class Downloads:
     """The youngest files of each owner, up to a number of bytes and an age."""
 
     def __init__(self, database: Database, max_bytes: int, owner_bytes: int):
-        """Args: max_bytes, owner_bytes: of all owners, and of one."""
+        """Uses the table of a database.
+
+        Args:
+          max_bytes, owner_bytes: of all owners, and of one.
+        """
         self._database = database
         self._max_bytes = max_bytes
         self._owner_bytes = owner_bytes

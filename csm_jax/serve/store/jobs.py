@@ -13,11 +13,13 @@ _KEPT_OF_OWNER = 1000
 
 
 class JobRow(NamedTuple):
-    """Attributes:
-    attempts: how often it was begun by a process that ended unasked.
-    logs: JSON.
-    error: JSON: status, message, param and code; None if there is none.
-    result: JSON; None if it is not over, or failed.
+    """A job as it is stored.
+
+    Attributes:
+      attempts: how often it was begun by a process that was killed.
+      logs: JSON.
+      error: JSON: status, message, param and code; None if there is none.
+      result: JSON; None if it is not over, or failed.
     """
 
     id: str
@@ -50,7 +52,7 @@ class Delivery(NamedTuple):
 
 
 class JobStore:
-    """The jobs of a server that are not over, and the results of those that are."""
+    """The unfinished jobs of a server, and the results of finished ones."""
 
     def __init__(self, database: Database, quota: Quota):
         self._database = database
@@ -68,7 +70,7 @@ class JobStore:
         await self._database.run(self._add, job_id, caller, kind, body, webhook, logs)
 
     async def unfinished(self) -> list[JobRow]:
-        """Those that are not over, the oldest first."""
+        """All unfinished jobs, the oldest first."""
 
         def read(connection: sqlite3.Connection) -> list[JobRow]:
             rows = connection.execute(_JOB + "WHERE until IS NULL ORDER BY rowid")

@@ -17,11 +17,13 @@ SELECT COALESCE(SUM(num_bytes), 0) FROM (
 
 @dataclass(frozen=True)
 class Quota:
-    """Attributes:
-    total_bytes: of all owners.
-    owner_bytes, owner_files, owner_batches, owner_voices: of one, when there are several. Without
-      API keys there is one owner, "", who may fill the total.
-    voices: of all owners.
+    """The limits of what is stored.
+
+    Attributes:
+      total_bytes: of all owners.
+      owner_bytes, owner_files, owner_batches, owner_voices: of one, when there are several.
+        Without API keys there is one owner, "", which may fill the total.
+      voices: of all owners.
     """
 
     total_bytes: int

@@ -21,9 +21,11 @@ _MEMORY_BYTES = 1_000_000_000
 
 
 class Store:
-    """Attributes:
-    database: its connection, lock and state.
-    batches, voices, jobs, downloads: the tables by subject.
+    """All tables of a server.
+
+    Attributes:
+      database: their connection, lock and state.
+      batches, voices, jobs, downloads: the tables by subject.
     """
 
     def __init__(self, directory: Path | None, limits: Limits):

@@ -8,7 +8,11 @@ from csm_jax.serve.store.quota import Quota, check_count
 
 
 class VoiceRow(NamedTuple):
-    """Attributes: recording: a FLAC file."""
+    """An added voice.
+
+    Attributes:
+      recording: a FLAC file.
+    """
 
     owner: str
     name: str
