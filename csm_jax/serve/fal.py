@@ -209,11 +209,11 @@ def _state(service: Service, job: Job, where: str, logs: bool = False) -> dict[s
 
 async def _follow(service: Service, job: Job, where: str, logs: bool) -> AsyncIterator[str]:
     """Its states as events, until it is over."""
-    told = None
+    last = None
     while True:
         state = _state(service, job, where, logs)
-        if state != told:
-            told = state
+        if state != last:
+            last = state
             yield f"data: {json.dumps(state)}\n\n"
         if job.status is Status.OVER:
             return

@@ -91,7 +91,7 @@ class Body:
         if self._is_complete:
             return await self._receive_more()
         if self._started is None:
-            # Before the client is told to go on: it may be waiting for that.
+            # Before "100 Continue" is sent, which the client may be waiting for.
             self._started = asyncio.get_running_loop().time()
             self._check(self._announced)
         message = await self._receive_in_time()
