@@ -12,6 +12,7 @@ itself, as a form.
 import asyncio
 import base64
 import contextlib
+import io
 import json
 from collections.abc import AsyncIterator, Callable
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar
@@ -19,17 +20,18 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from csm_jax.errors import InputError, first_line
-from csm_jax.serve.answers import speak_whole
-from csm_jax.serve.caller import caller_of
+from csm_jax.serve.answers import speak_whole, unless_gone
+from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError, as_api_error, as_bad_field
 from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.openai import Speech, as_request
-from csm_jax.serve.parsing import describe, read_fields
+from csm_jax.serve.parsing import describe, parse_json_here, read_fields
 from csm_jax.serve.service import Service
-from csm_jax.serve.store.batches import Batches, BatchRow, FileRow, Line, Page
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store.batches import Batches, BatchRow, FileRow, Line, NewLine, Page
 from csm_jax.serve.store.database import FIRST_PAUSE, LAST_PAUSE
 from csm_jax.serve.store.errors import StorageError
 
@@ -37,6 +39,7 @@ T = TypeVar("T")
 
 ENDPOINT = "/v1/audio/speech"
 MAX_LINES = 50_000
+_MEDIA_TYPE = "application/jsonl"
 # Attempts at a line that fails through no fault of its own.
 _ATTEMPTS = 3
 _IDLE_SECONDS = 5.0
@@ -53,6 +56,9 @@ class BatchLine(BaseModel):
     method: Literal["POST"] = "POST"
     url: Literal[ENDPOINT] = ENDPOINT
     body: Speech
+
+
+_LINE = TypeAdapter(BatchLine)
 
 
 class NewFile(BaseModel):
@@ -96,9 +102,12 @@ def _add_file_routes(routes: APIRouter, store: Batches, worker: "Worker") -> Non
         owner = caller_of(http).owner
         found = _found(await store.find_file(file_id, owner), "file", file_id)
         if found.batch is not None:
-            return StreamingResponse(_lines(store, found.batch), media_type="application/jsonl")
-        data = _found(await store.read_file(file_id, owner), "file", file_id)
-        return Response(data, media_type="application/jsonl")
+            return StreamingResponse(_lines(store, found.batch), media_type=_MEDIA_TYPE)
+        # One that is deleted meanwhile ends before its length.
+        headers = {"Content-Length": str(found.num_bytes)}
+        return StreamingResponse(
+            store.read_upload(file_id), headers=headers, media_type=_MEDIA_TYPE
+        )
 
     @routes.delete("/files/{file_id}")
     async def delete(http: HTTPRequest, file_id: str) -> dict[str, Any]:
@@ -114,15 +123,9 @@ def _add_batch_routes(routes: APIRouter, service: Service, worker: "Worker") -> 
     @routes.post("/batches", openapi_extra=describe(NewBatch, forms=True))
     async def create(http: HTTPRequest) -> dict[str, Any]:
         fields = await read_fields(http, NewBatch, recordings=True, forms=True)
-        caller = caller_of(http)
         if (fields.file is None) == (fields.input_file_id is None):
             raise ApiError(400, "give either input_file_id or file", param="input_file_id")
-        data = fields.file
-        if data is None:
-            read = await store.read_file(fields.input_file_id, caller.owner)
-            data = _found(read, "file", fields.input_file_id)
-        bodies = await service.in_thread(_check, data)
-        batch = await store.add_batch(caller, bodies, fields.metadata, fields.input_file_id, data)
+        batch = await unless_gone(http, _begin(service, caller_of(http), fields))
         worker.wake()
         return _batch(batch)
 
@@ -143,6 +146,20 @@ def _add_batch_routes(routes: APIRouter, service: Service, worker: "Worker") -> 
         found = _found(await store.cancel(batch_id, caller_of(http).owner), "batch", batch_id)
         worker.drop(batch_id)
         return _batch(found)
+
+
+async def _begin(service: Service, caller: Caller, fields: NewBatch) -> BatchRow:
+    """Begins a batch when it is its caller's turn to have a file read and checked."""
+
+    def begin() -> BatchRow:
+        store, name, data = service.store.batches, fields.input_file_id, fields.file
+        if data is None:
+            data = _found(store.read_file(name, caller.owner), "file", name)
+        lines = _check(data, service.settings.limits)
+        return store.add_batch(caller, lines, fields.metadata, name, data)
+
+    with await service.admit(caller):
+        return await service.work(caller, begin)
 
 
 class _Result(NamedTuple):
@@ -240,7 +257,8 @@ class Worker:
         return _Result(_result(line, None, error.body["error"]), False)
 
     async def _answer(self, line: Line) -> _Result:
-        service, fields = self._service, _fields(line)
+        service = self._service
+        fields = await service.work(line.caller, _fields, line)
         request = as_request(service, line.caller, fields)
         form = fields.response_format
         spoken = await speak_whole(
@@ -252,7 +270,7 @@ class Worker:
             body["content_type"] = FORMATS[form].media_type
             return _result(line, {"status_code": 200, "body": body}, None)
 
-        return _Result(await service.in_thread(write), True)
+        return _Result(await service.work(line.caller, write), True)
 
 
 def _fields(line: Line) -> Speech:
@@ -265,30 +283,48 @@ def _fields(line: Line) -> Speech:
 def _result(line: Line, response: dict[str, Any] | None, error: dict[str, Any] | None) -> str:
     result = {
         "id": f"{line.batch}-{line.number}",
-        "custom_id": json.loads(line.body).get("custom_id"),
+        "custom_id": line.custom_id,
         "response": response,
         "error": error,
     }
     return json.dumps(result)
 
 
-def _check(data: bytes) -> list[str]:
+def _check(data: bytes, limits: Limits) -> list[NewLine]:
     """The lines of a file, if all of them can be spoken; raises `ApiError` for the first that
     cannot."""
-    lines = [line for line in data.split(b"\n") if line.strip()]
-    if not 0 < len(lines) <= MAX_LINES:
-        raise ApiError(400, f"the file has {len(lines)} lines, but must have 1 to {MAX_LINES}")
-    names = set()
-    for number, line in enumerate(lines, 1):
+    lines: dict[str, NewLine] = {}
+    _check_count(data.count(b"\n") // 2)  # blank lines are skipped, but not any number of them
+    for text in filter(bytes.strip, io.BytesIO(data)):
+        number = len(lines) + 1
+        _check_count(number)
         try:
-            name = BatchLine.model_validate_json(line).custom_id
-        except ValidationError as error:
-            message = f"line {number}: {as_bad_field(error)}"
-            raise ApiError(400, message, param="file") from error
-        if name in names:
+            line = _check_line(text, limits)
+        except ApiError as error:
+            message = f"line {number}: {error}"
+            raise ApiError(400, message, param="file", code=error.code) from error
+        name = line.custom_id
+        if name in lines:
             raise ApiError(400, f"line {number}: custom_id {name!r} is there twice", param="file")
-        names.add(name)
-    return [line.decode() for line in lines]
+        lines[name] = line
+    if not lines:
+        raise ApiError(400, f"the file has 0 lines, but must have 1 to {MAX_LINES}", param="file")
+    return list(lines.values())
+
+
+def _check_count(count: int) -> None:
+    if count > MAX_LINES:
+        message = f"the file has too many lines: at most {MAX_LINES} make a batch"
+        raise ApiError(400, message, param="file", code="too_long")
+
+
+def _check_line(text: bytes, limits: Limits) -> NewLine:
+    """A line as it is stored: nothing but what will be spoken. Raises `ApiError`."""
+    if len(text) > limits.json_bytes:
+        message = f"it has {len(text)} bytes, but at most {limits.json_bytes} are read"
+        raise ApiError(400, message, code="too_long")
+    line = parse_json_here(_LINE, text, limits)
+    return NewLine(line.custom_id, line.model_dump_json(exclude_unset=True))
 
 
 def _found(row: T | None, kind: str, name: str | None) -> T:

@@ -22,8 +22,8 @@ from csm_jax.scheduler import FairQueue
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
 from csm_jax.serve.middleware.log import request_id
-from csm_jax.serve.store.errors import StorageError
-from csm_jax.serve.store.jobs import JobRow, JobStore, Outcome
+from csm_jax.serve.store.errors import QuotaError, StorageError
+from csm_jax.serve.store.jobs import Delivery, JobRow, JobStore, Outcome
 from csm_jax.serve.webhook import Webhooks
 
 logger = logging.getLogger("csm_jax.serve")
@@ -328,13 +328,21 @@ class Jobs:
     async def _end(self, job: Job) -> None:
         """Stores how a job ended, and what its webhook is sent, in one step."""
         job.is_ending = True
-        post = None if job.webhook is None else await self._post(job)
-        if (kind := self._kinds.get(job.kind)) and not kind.keeps_result:
-            job.result = None
-        delivery = await self._store.end(job.id, _outcome(job), post)
+        try:
+            delivery = await self._store_end(job)
+        except QuotaError as error:
+            job.result, job.error = None, as_api_error(error)
+            delivery = await self._store_end(job)
         job.status = Status.OVER
         if delivery is not None:
             self._webhooks.post(delivery)
+
+    async def _store_end(self, job: Job) -> Delivery | None:
+        """Raises `QuotaError` if what is to be posted is too much."""
+        post = None if job.webhook is None else await self._post(job)
+        if (kind := self._kinds.get(job.kind)) and not kind.keeps_result:
+            job.result = None
+        return await self._store.end(job.id, _outcome(job), post)
 
     async def _post(self, job: Job) -> bytes | None:
         if (kind := self._kinds.get(job.kind)) is None:

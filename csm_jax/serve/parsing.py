@@ -83,6 +83,12 @@ async def parse_json(kind: TypeAdapter[T], data: bytes, limits: Limits) -> T:
     return await _in_thread(len(data), _parse_json, kind, data)
 
 
+def parse_json_here(kind: TypeAdapter[T], data: bytes, limits: Limits) -> T:
+    """`parse_json` for threads that may take long."""
+    _check_structure(data, limits)
+    return _parse_json(kind, data)
+
+
 def _check_structure(data: bytes, limits: Limits) -> None:
     """Raises `ApiError` if there are more values than may be parsed.
 

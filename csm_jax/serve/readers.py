@@ -53,10 +53,17 @@ class Readers:
         self._marks.pop(reader, None)
 
     async def run(self) -> None:
-        """Checks now and then, until it is cancelled."""
+        """Checks now and then, until it is cancelled; a check that fails is logged once."""
+        is_failing = False
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
-            self.check()
+            try:
+                self.check()
+                is_failing = False
+            except Exception:
+                if not is_failing:
+                    logger.exception("slow readers are not dropped")
+                is_failing = True
 
     def check(self) -> None:
         """Drops readers that are too slow; of all together the slowest, until the rest fits."""

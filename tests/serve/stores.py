@@ -1,19 +1,18 @@
 """Stores of a test, filled and limited."""
 
-import asyncio
 import sqlite3
 from collections.abc import AsyncIterable
 
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.store import Store
-from csm_jax.serve.store.batches import BatchRow
+from csm_jax.serve.store.batches import BatchRow, NewLine
 
 ANNA, BEN = Caller("anna", "anna", 1.0), Caller("ben", "ben", 1.0)
-BODY = '{"custom_id": "a"}'
+LINE = NewLine("a", '{"custom_id": "a"}')
 
 
 def add_batch(store: Store, caller: Caller = ANNA, count: int = 3) -> BatchRow:
-    return asyncio.run(store.batches.add_batch(caller, [BODY] * count, None, None, b"lines"))
+    return store.batches.add_batch(caller, [LINE] * count, None, None, b"lines")
 
 
 def limit_pages(store: Store, more: int | None) -> None:

@@ -8,7 +8,9 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -92,12 +94,66 @@ def test_a_line_that_fails_says_why(server):
         (lines(1) + b'{"custom_id": "b", "body": {}}', "line 2: body.model"),
         (b'{"custom_id": "b", "url": "/v1/chat", "body": {}}', "line 1: url"),
         (lines(1, speed=9), "line 1: body.speed"),
+        (lines(1, instructions="x" * 300_000), "line 1: it has 300"),
+        (lines(1, junk=[0] * 100_001)[:-1].replace(b" ", b""), "line 1: the JSON has more than"),
+        (lines(1, seed=float("nan")), "line 1: NaN is not JSON"),
+        (lines(1).replace(b'"seed": 1', b'"seed": 1, "seed": 2'), "line 1: the field 'seed' is"),
+        (lines(1).replace(b"csm-1b", b"\xff"), "line 1: not UTF-8"),
+        (b"\n" * 200_000 + lines(1), "too many lines"),
     ],
 )
 def test_a_file_that_is_wrong_is_refused_as_a_whole(server, data, message):
     answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
+
+
+def test_a_line_is_stored_without_what_is_not_spoken(server):
+    """Or it would be read again each time."""
+    data = lines(1, junk="x" * 200_000, instructions=None)
+    batch = server.post("/v1/batches", files={"file": data}).json()
+
+    def read(connection) -> list[tuple[str, str]]:
+        query = "SELECT custom_id, body FROM lines WHERE batch = ?"
+        return connection.execute(query, (batch["id"],)).fetchall()
+
+    [(name, body)] = server.service.store.database.call(read)
+    assert name == "line-0"
+    given = json.loads(data)
+    del given["body"]["junk"]
+    assert json.loads(body) == given
+    wait(server.url, batch["id"])
+
+
+def test_files_are_read_when_it_is_their_callers_turn(server, monkeypatch):
+    """However many small requests ask for it."""
+    store, goes_on = server.service.store.batches, threading.Event()
+    before, reading, most = store.read_file, [], []
+
+    def read(file_id: str, owner: str) -> bytes | None:
+        reading.append(file_id)
+        most.append(len(reading))
+        assert goes_on.wait(60)
+        reading.pop()
+        return before(file_id, owner)
+
+    monkeypatch.setattr(store, "read_file", read)
+    file = server.post("/v1/files", files={"file": lines(1)}).json()["id"]
+    with ThreadPoolExecutor(20) as pool:
+        body = {"input_file_id": file}
+        asked = [pool.submit(server.post, "/v1/batches", json=body) for _ in range(20)]
+        deadline = time.monotonic() + 60
+        while server.service.places.num_held < 20:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert server.get("/healthz").status_code == 200
+        goes_on.set()
+        answers = [each.result() for each in asked]
+    assert {answer.status_code for answer in answers} == {200}
+    assert max(most) < len(os.sched_getaffinity(0)) + 4
+    for answer in answers:
+        wait(server.url, answer.json()["id"])
+    assert server.service.places.num_held == 0
 
 
 def test_what_is_not_there(server):

@@ -18,8 +18,8 @@ from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs import MAX_ATTEMPTS, Job, Jobs, Kind, Status
 from csm_jax.serve.settings import Limits
-from csm_jax.serve.store import Store
-from csm_jax.serve.store.errors import QuotaError
+from csm_jax.serve.store import Store, database
+from csm_jax.serve.store.errors import QuotaError, StorageError
 from csm_jax.serve.webhook import Webhooks
 
 ANNA, BEN = Caller("anna", "anna"), Caller("ben", "ben")
@@ -470,6 +470,52 @@ def test_one_owner_cannot_take_all_webhooks(monkeypatch):
                 process.webhooks.check(URL, ANNA)
             assert refused.value.status == 429
             process.webhooks.check(URL, BEN)
+
+    asyncio.run(work())
+
+
+def test_a_post_counts_as_what_its_owner_stores(monkeypatch):
+    """One that is too large is replaced by the news that it is."""
+    monkeypatch.setattr(webhook, "PAUSES", (60.0,))
+
+    async def long(job: Job, body: str) -> dict:
+        return {"audio": "x" * 60_000}
+
+    async def work() -> None:
+        receiver = Receiver(lambda: 500)
+        async with Process(None, long, receiver, stored_bytes_per_owner=200_000) as process:
+            given = [await process.submit("a", url=URL) for _ in range(5)]
+            await over(process, *given)
+            found = [await process.jobs.find(job.id, "anna") for job in given]
+            errors = [job.error for job in found if job.error]
+            assert errors
+            assert {error.code for error in errors} == {"storage_full"}
+            await until(lambda: len(receiver.posts) == len(given))
+        sizes = sorted(len(body) for _, body in receiver.posts)
+        assert sum(sizes) < 200_000
+        assert sizes[0] < 1000
+
+    asyncio.run(work())
+
+
+def test_a_job_waits_until_its_request_can_be_read(monkeypatch):
+    monkeypatch.setattr(database, "FIRST_PAUSE", 0.01)
+
+    async def work() -> None:
+        async with Process(None, block) as process:
+            job = await process.submit("a", url=URL)
+            await until(lambda: job.status is Status.RUNNING)
+            run, failures = process.store.database.run, iter([True, True])
+
+            async def fail(query, *arguments):
+                if query.__name__ == "read" and next(failures, False):
+                    raise StorageError("the disk fails")
+                return await run(query, *arguments)
+
+            monkeypatch.setattr(process.store.database, "run", fail)
+            assert await process.jobs.cancel(job)
+            assert (await process.jobs.find(job.id, "anna")).error.code == "cancelled"
+            assert next(failures, None) is None
 
     asyncio.run(work())
 

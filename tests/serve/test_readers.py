@@ -1,7 +1,9 @@
 """Readers that are too slow are dropped; what waits for all together is bounded."""
 
+import asyncio
 import logging
 
+from csm_jax.serve import readers
 from csm_jax.serve.readers import Readers
 from csm_jax.serve.settings import Limits
 
@@ -81,3 +83,24 @@ def test_a_removed_reader_is_not_dropped():
     scene.readers.remove(reader)
     scene.pass_time(100)
     assert not reader.is_dropped
+
+
+def test_checking_goes_on_after_an_error(monkeypatch, caplog):
+    monkeypatch.setattr(readers, "_CHECK_SECONDS", 0.01)
+    every, calls = Readers(Limits()), []
+
+    def fail() -> None:
+        calls.append(None)
+        if len(calls) < 4:
+            raise RuntimeError("a bug")
+
+    async def work() -> None:
+        monkeypatch.setattr(every, "check", fail)
+        running = asyncio.create_task(every.run())
+        async with asyncio.timeout(5):
+            while len(calls) < 6:
+                await asyncio.sleep(0.01)
+        running.cancel()
+
+    asyncio.run(work())
+    assert len(caplog.records) == 1

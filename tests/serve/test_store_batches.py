@@ -2,15 +2,17 @@
 
 import asyncio
 import itertools
+import os
 import threading
 import time
 from collections.abc import Callable, Coroutine
 
 import pytest
-from stores import ANNA, BODY, add_batch, collect
+from stores import ANNA, LINE, add_batch, collect
 
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.store import Store
+from csm_jax.serve.store.batches import NewLine
 
 # Owners.
 
@@ -25,7 +27,7 @@ def test_other_owners_find_nothing(open_store):
         found = [await batches.find(batch.id, owner), await batches.cancel(batch.id, owner)]
         for file in (input_file, output_file):
             found.append(await batches.find_file(file, owner))
-        found.append(await batches.read_file(input_file, owner))
+        found.append(batches.read_file(input_file, owner))
         found.append(await batches.list(owner, batch.id, 10))
         found.append(await batches.list_files(owner, input_file, 10))
         found.append(await batches.delete_file(output_file, owner))
@@ -42,8 +44,9 @@ def test_other_owners_find_nothing(open_store):
 def test_no_pattern_finds_anything(open_store, name):
     store = open_store()
     add_batch(store)
-    for find in (store.batches.find, store.batches.find_file, store.batches.read_file):
+    for find in (store.batches.find, store.batches.find_file):
         assert asyncio.run(find(name, "anna")) is None
+    assert store.batches.read_file(name, "anna") is None
     assert asyncio.run(store.batches.delete_file(name, "anna")) is None
 
 
@@ -163,7 +166,6 @@ def test_50_000_pending_lines_cost_no_more_than_50(open_store):
             lambda b=store.batches: b.add_file("anna", "a", b"a"),
             lambda b=store.batches, n=batch.id: b.cancel(n, "anna"),
             lambda b=store.batches, n=batch.output_file: b.delete_file(n, "anna"),
-            lambda b=store.batches: b.purge(),
         ]
         costs.append([steps(store, call) for call in calls])
     few, many = costs
@@ -181,7 +183,7 @@ def test_sql_runs_in_one_thread_beside_the_event_loop(open_store, tmp_path):
 
     async def work() -> None:
         batches, jobs = store.batches, store.jobs
-        batch = await batches.add_batch(ANNA, [BODY], None, None, b"x")
+        batch = batches.add_batch(ANNA, [LINE], None, None, b"x")
         await batches.list("anna", None, 1)
         await batches.write_result(await batches.next_line([]), "a", True)
         assert [each async for each in batches.results(batch.id)] == ["a"]
@@ -191,3 +193,33 @@ def test_sql_runs_in_one_thread_beside_the_event_loop(open_store, tmp_path):
     asyncio.run(work())
     assert len(threads) == 1
     assert threading.current_thread().name not in threads
+
+
+def test_lines_of_a_deleted_batch_are_removed_some_at_a_time(open_store):
+    costs = []
+    for count in (2000, 50_000):
+        store = open_store()
+        batch = add_batch(store, count=count)
+        asyncio.run(store.batches.delete_file(batch.output_file, "anna"))
+        costs.append(steps(store, store.batches.purge))
+    assert costs[1] < 1.2 * costs[0] + 50
+
+
+def test_large_lines_of_a_deleted_batch_are_removed_by_their_bytes(open_store):
+    store = open_store()
+    lines = [NewLine(str(i), "x" * 250_000) for i in range(100)]
+    batch = store.batches.add_batch(ANNA, lines, None, None, b"")
+    asyncio.run(store.batches.delete_file(batch.output_file, "anna"))
+    asyncio.run(store.batches.purge())
+    count = store.database.call(lambda c: c.execute("SELECT COUNT(*) FROM lines").fetchone()[0])
+    assert 80 <= count < 100
+
+
+def test_an_upload_is_read_in_pieces(open_store):
+    store = open_store()
+    for size in (0, 1, 1_000_000, 2_500_001):
+        data = os.urandom(size)
+        file = asyncio.run(store.batches.add_file("anna", "a", data))
+        pieces = asyncio.run(collect(store.batches.read_upload(file.id)))
+        assert b"".join(pieces) == data
+        assert max(map(len, pieces), default=0) <= 1_000_000

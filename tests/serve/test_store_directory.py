@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from stores import ANNA, BODY, add_batch
+from stores import ANNA, LINE, add_batch
 
 from csm_jax.errors import CSMError, OutputError
 from csm_jax.serve.settings import Limits
@@ -84,7 +84,7 @@ def truncated(path: Path) -> None:
 
 def scribbled(path: Path) -> None:
     store = Store(path.parent, Limits())
-    asyncio.run(store.batches.add_batch(ANNA, [BODY] * 5000, None, None, b""))
+    store.batches.add_batch(ANNA, [LINE] * 5000, None, None, b"")
     store.close()
     data = bytearray(path.read_bytes())
     for start in range(40_960, len(data) - 4096, 4096):

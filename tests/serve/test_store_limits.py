@@ -6,10 +6,12 @@ import logging
 import time
 
 import pytest
-from stores import ANNA, BEN, BODY, add_batch, limit_pages
+from stores import ANNA, BEN, LINE, add_batch, limit_pages
 
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.store import database
+from csm_jax.serve.store import store as store_module
+from csm_jax.serve.store.batches import NewLine
 from csm_jax.serve.store.errors import QuotaError, StorageFullError
 from csm_jax.serve.store.voices import VoiceRow
 
@@ -24,7 +26,7 @@ def test_on_a_full_disk_reading_and_deleting_go_on(open_store, tmp_path):
         asyncio.run(store.batches.add_file("anna", "a", bytes(1_000_000)))
     assert store.database.is_full
     assert store.problem is None
-    assert asyncio.run(store.batches.read_file(batch.input_file, "anna")) == b"lines"
+    assert store.batches.read_file(batch.input_file, "anna") == b"lines"
     assert asyncio.run(store.batches.delete_file(batch.output_file, "anna"))
     limit_pages(store, None)
     asyncio.run(store.batches.add_file("anna", "a", bytes(1_000_000)))
@@ -60,7 +62,7 @@ def test_a_failed_transaction_leaves_nothing(open_store, tmp_path):
     store = open_store(tmp_path)
     limit_pages(store, 3)
     with pytest.raises(StorageFullError):
-        asyncio.run(store.batches.add_batch(ANNA, [BODY] * 50_000, None, None, b"x"))
+        store.batches.add_batch(ANNA, [LINE] * 50_000, None, None, b"x")
     assert asyncio.run(store.batches.list("anna", None, 9)).rows == []
     assert asyncio.run(store.batches.list_files("anna", None, 9)).rows == []
 
@@ -135,3 +137,69 @@ def test_an_owners_downloads_make_room_for_themselves_only(open_store):
     assert asyncio.run(store.downloads.find(other.name))
     assert len({len(name) for name in names}) == 1
     assert len(names[0]) == 24 + len(".wav")
+
+
+# What is deleted.
+
+
+def test_deleting_does_not_make_room_before_it_is_done(open_store):
+    """Rounds of adding and deleting store no more than the limit."""
+    store = open_store(stored_bytes_per_owner=1_000_000)
+    lines = [NewLine(str(i), "x" * 10_000) for i in range(60)]
+    batch = store.batches.add_batch(ANNA, lines, None, None, b"")
+    asyncio.run(store.batches.delete_file(batch.output_file, "anna"))
+    with pytest.raises(QuotaError):
+        store.batches.add_batch(ANNA, lines, None, None, b"")
+    store.batches.add_batch(BEN, lines, None, None, b"")
+    while asyncio.run(store.batches.purge()):
+        pass
+    store.batches.add_batch(ANNA, lines, None, None, b"")
+
+
+def test_rounds_of_adding_and_deleting_stay_within_the_total(open_store):
+    store = open_store(stored_bytes=2_000_000)
+    anybody, added = Caller(), 0
+    lines = [NewLine(str(i), "x" * 10_000) for i in range(60)]
+    for _ in range(10):
+        try:
+            batch = store.batches.add_batch(anybody, lines, None, None, b"")
+        except QuotaError:
+            break
+        added += 1
+        asyncio.run(store.batches.delete_file(batch.output_file, ""))
+    pages = store.database.call(lambda c: c.execute("PRAGMA page_count").fetchone()[0])
+    assert 4096 * pages < 3_000_000
+    assert added == 3
+
+
+def test_one_of_several_owners_can_fill_a_quarter_of_the_total(open_store):
+    store = open_store(stored_bytes=4_000_000)
+    for owner, most in (("anna", 1_000_000), ("ben", 1_000_000)):
+        with pytest.raises(QuotaError):
+            asyncio.run(store.batches.add_file(owner, "a", bytes(most + 1)))
+        asyncio.run(store.batches.add_file(owner, "a", bytes(most)))
+    asyncio.run(store.batches.add_file("", "a", bytes(1_500_000)))
+
+
+def test_tidying_goes_on_after_an_error(open_store, monkeypatch, caplog):
+    monkeypatch.setattr(store_module, "_TIDY_SECONDS", 0.01)
+    store, seen = open_store(), []
+
+    async def fail() -> bool:
+        seen.append(store.problem)
+        if len(seen) < 3:
+            raise RuntimeError("a bug")
+        return False
+
+    async def work() -> None:
+        monkeypatch.setattr(store.batches, "purge", fail)
+        tidying = asyncio.create_task(store.tidy())
+        async with asyncio.timeout(5):
+            while len(seen) < 5:
+                await asyncio.sleep(0.01)
+        tidying.cancel()
+
+    asyncio.run(work())
+    assert "a bug" in seen[1]
+    assert seen[-1] is None
+    assert [record.exc_info is not None for record in caplog.records] == [True]

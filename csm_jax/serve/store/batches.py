@@ -16,9 +16,11 @@ from csm_jax.serve.caller import Caller
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota, check_count
 
-# Lines of a deleted batch that one transaction removes.
-_LINES_AT_ONCE = 32
-# Bytes of results that are read at once, if a single one is not longer.
+# Lines of a deleted batch that one transaction removes, and their bytes, if a single one is not
+# longer.
+_PURGED_LINES = 1000
+_PURGED_BYTES = 4_000_000
+# Bytes of an upload, or of results if a single one is not longer, that are read at once.
 _BYTES_AT_ONCE = 1_000_000
 
 
@@ -52,11 +54,19 @@ class BatchRow(NamedTuple):
     failed: int
 
 
+class NewLine(NamedTuple):
+    """A line of a batch that begins. Attributes: body: JSON, checked."""
+
+    custom_id: str
+    body: str
+
+
 class Line(NamedTuple):
     """A line to speak, and its caller."""
 
     batch: str
     number: int
+    custom_id: str
     body: str
     caller: Caller
 
@@ -106,15 +116,25 @@ class Batches:
     async def find_file(self, file_id: str, owner: str) -> FileRow | None:
         return await self._database.run(_find_file, file_id, owner)
 
-    async def read_file(self, file_id: str, owner: str) -> bytes | None:
-        """The bytes of an upload; None if this owner has none of that id."""
+    def read_file(self, file_id: str, owner: str) -> bytes | None:
+        """The bytes of an upload; None if this owner has none of that id.
+
+        For threads that may wait.
+        """
 
         def read(connection: sqlite3.Connection) -> bytes | None:
             query = "SELECT data FROM uploads JOIN files ON id = file WHERE id = ? AND owner = ?"
             found = connection.execute(query, (file_id, owner)).fetchone()
             return found and found[0]
 
-        return await self._database.run(read)
+        return self._database.call(read)
+
+    async def read_upload(self, file_id: str) -> AsyncIterator[bytes]:
+        """The bytes of an upload; read as they are asked for."""
+        start = 0
+        while piece := await self._database.run(_read_piece, file_id, start):
+            yield piece
+            start += len(piece)
 
     async def list_files(self, owner: str, after: str | None, limit: int) -> Page | None:
         """An owner's files, the youngest first, behind `after`; None if there is no such file."""
@@ -124,15 +144,15 @@ class Batches:
         """Removes a file, and with a batch's results the batch; None if there is no such file."""
         return await self._database.free(_delete_file, file_id, owner)
 
-    async def add_batch(
+    def add_batch(
         self,
         caller: Caller,
-        bodies: Sequence[str],
+        lines: Sequence[NewLine],
         metadata: dict[str, str] | None,
         input_file: str | None,
         data: bytes = b"",
     ) -> BatchRow:
-        """Begins a batch of these lines.
+        """Begins a batch of these lines. For threads that may wait.
 
         Args:
           input_file: id of the upload that they come from; None keeps `data` as a new one.
@@ -141,7 +161,7 @@ class Batches:
           QuotaError: it is more than the owner may store.
         """
         about = None if metadata is None else json.dumps(metadata)
-        return await self._database.run(self._add_batch, caller, bodies, about, input_file, data)
+        return self._database.call(self._add_batch, caller, lines, about, input_file, data)
 
     async def find(self, batch_id: str, owner: str) -> BatchRow | None:
         return await self._database.run(_find, batch_id, owner)
@@ -198,7 +218,7 @@ class Batches:
         self,
         connection: sqlite3.Connection,
         caller: Caller,
-        bodies: Sequence[str],
+        lines: Sequence[NewLine],
         metadata: str | None,
         input_file: str | None,
         data: bytes,
@@ -206,7 +226,8 @@ class Batches:
         quota, owner = self._quota, caller.owner
         count = connection.execute("SELECT COUNT(*) FROM batches WHERE owner = ?", (owner,))
         check_count(count.fetchone()[0], quota.owner_batches, "batches")
-        size = sum(len(body.encode()) for body in bodies)
+        size = len((metadata or "").encode())
+        size += sum(len(name.encode()) + len(body.encode()) for name, body in lines)
         quota.check_bytes(connection, owner, size)
         if input_file is None:
             input_file = self._add_file(connection, owner, "input.jsonl", data).id
@@ -217,11 +238,11 @@ class Batches:
         connection.execute(
             "INSERT INTO batches (owner, share, weight, id, input_file, output_file, created, "
             "metadata, total, num_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*who, batch_id, input_file, output_id, now, metadata, len(bodies), size),
+            (*who, batch_id, input_file, output_id, now, metadata, len(lines), size),
         )
         connection.executemany(
-            "INSERT INTO lines (batch, number, body) VALUES (?, ?, ?)",
-            ((batch_id, number, body) for number, body in enumerate(bodies)),
+            "INSERT INTO lines (batch, number, custom_id, body) VALUES (?, ?, ?, ?)",
+            ((batch_id, number, *line) for number, line in enumerate(lines)),
         )
         return _find(connection, batch_id, owner)
 
@@ -240,8 +261,8 @@ class Batches:
                 continue
             taken = json.dumps([line.number for line in running if line.batch == batch])
             found = connection.execute(
-                "SELECT number, body FROM lines WHERE batch = ? AND result IS NULL AND number "
-                "NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT 1",
+                "SELECT number, custom_id, body FROM lines WHERE batch = ? AND result IS NULL "
+                "AND number NOT IN (SELECT value FROM json_each(?)) ORDER BY number LIMIT 1",
                 (batch, taken),
             ).fetchone()
             if found:
@@ -264,6 +285,16 @@ def _insert_file(
 def _find_file(connection: sqlite3.Connection, file_id: str, owner: str) -> FileRow | None:
     found = connection.execute(_FILE + _ONE, (file_id, owner)).fetchone()
     return found and FileRow(*found)
+
+
+def _read_piece(connection: sqlite3.Connection, file_id: str, start: int) -> bytes:
+    """A piece of an upload from a byte on; nothing behind its end, or when it is deleted."""
+    found = connection.execute("SELECT rowid FROM uploads WHERE file = ?", (file_id,)).fetchone()
+    if found is None:
+        return b""
+    with connection.blobopen("uploads", "data", found[0], readonly=True) as blob:
+        blob.seek(start)
+        return blob.read(_BYTES_AT_ONCE)
 
 
 def _find(connection: sqlite3.Connection, batch_id: str, owner: str) -> BatchRow | None:
@@ -297,7 +328,8 @@ def _delete_file(connection: sqlite3.Connection, file_id: str, owner: str) -> Fi
     connection.execute("DELETE FROM uploads WHERE file = ?", (file_id,))
     if found.batch is not None:
         connection.execute(
-            "INSERT INTO trash SELECT id, num_bytes FROM batches WHERE id = ?", (found.batch,)
+            "INSERT INTO trash SELECT id, owner, num_bytes FROM batches WHERE id = ?",
+            (found.batch,),
         )
         connection.execute("DELETE FROM batches WHERE id = ?", (found.batch,))
     return found
@@ -343,20 +375,22 @@ def _purge(connection: sqlite3.Connection) -> bool:
         return False
     batch, size = found
     numbers, gone = [], 0
-    rows = connection.execute(
-        "SELECT number, length(CAST(body AS BLOB)) + COALESCE(length(CAST(result AS BLOB)), 0) "
-        "FROM lines WHERE batch = ? LIMIT ?",
-        (batch, _LINES_AT_ONCE),
-    ).fetchall()
-    for number, length in rows:
-        numbers.append((batch, number))
+    for number, length in connection.execute(
+        "SELECT number, length(CAST(body AS BLOB)) + length(CAST(custom_id AS BLOB)) + "
+        "COALESCE(length(CAST(result AS BLOB)), 0) "
+        "FROM lines WHERE batch = ? ORDER BY number LIMIT ?",
+        (batch, _PURGED_LINES),
+    ):
+        numbers.append(number)
         gone += length
-    connection.executemany("DELETE FROM lines WHERE batch = ? AND number = ?", numbers)
-    if len(numbers) < _LINES_AT_ONCE:
+        if gone >= _PURGED_BYTES:
+            break
+    if not numbers:
         connection.execute("DELETE FROM trash WHERE batch = ?", (batch,))
-    else:
-        left = max(0, size - gone)
-        connection.execute("UPDATE trash SET num_bytes = ? WHERE batch = ?", (left, batch))
+        return True
+    connection.execute("DELETE FROM lines WHERE batch = ? AND number <= ?", (batch, numbers[-1]))
+    left = max(0, size - gone)
+    connection.execute("UPDATE trash SET num_bytes = ? WHERE batch = ?", (left, batch))
     return True
 
 

@@ -7,6 +7,8 @@ from csm_jax.serve.caller import Caller
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota
 
+# Bytes that are posted whatever else their owner has stored, such as those that tell of a failure.
+_SMALL_POST = 10_000
 # How long results are kept, and how many of one owner.
 KEPT_SECONDS = 3600.0
 _KEPT_OF_OWNER = 1000
@@ -103,9 +105,13 @@ class JobStore:
         await self._database.run(give_back)
 
     async def end(self, job_id: str, outcome: Outcome, post: bytes | None) -> Delivery | None:
-        """Keeps how a job ended, together with what is to be posted to its webhook."""
+        """Keeps how a job ended, together with what is to be posted to its webhook.
+
+        Raises:
+          QuotaError: the post is large, and its owner has stored too much; the job has not ended.
+        """
         until = self._database.now() + KEPT_SECONDS
-        return await self._database.persist(_end, job_id, outcome, post, until)
+        return await self._database.persist(self._end, job_id, outcome, post, until)
 
     async def find(self, job_id: str, owner: str) -> JobRow | None:
         """A job that is over, while its result is kept."""
@@ -185,6 +191,31 @@ class JobStore:
             (job_id, caller.owner, caller.share, caller.weight, kind, webhook, logs, size, body),
         )
 
+    def _end(
+        self,
+        connection: sqlite3.Connection,
+        job_id: str,
+        outcome: Outcome,
+        post: bytes | None,
+        until: float,
+    ) -> Delivery | None:
+        size = len(outcome.logs.encode()) + len((outcome.result or "").encode())
+        ended = connection.execute(
+            "UPDATE jobs SET logs = ?, seconds = ?, result = ?, error = ?, until = ?, "
+            "num_bytes = ?, body = NULL WHERE id = ? AND until IS NULL RETURNING owner, webhook",
+            (*outcome, until, size, job_id),
+        ).fetchone()
+        if ended is None or post is None or ended[1] is None:
+            return None
+        owner, url = ended
+        if len(post) > _SMALL_POST:
+            self._quota.check_bytes(connection, owner, len(post))
+        connection.execute(
+            "INSERT OR IGNORE INTO deliveries VALUES (?, ?, ?, 0, ?, ?)",
+            (job_id, owner, url, len(post), post),
+        )
+        return Delivery(job_id, owner, url, 0)
+
 
 _JOB = (
     "SELECT id, owner, share, weight, kind, webhook, attempts, seconds, logs, error, result "
@@ -195,26 +226,3 @@ _JOB = (
 def _row(row: tuple[Any, ...]) -> JobRow:
     job_id, owner, share, weight, *rest = row
     return JobRow(job_id, Caller(owner, share, weight), *rest)
-
-
-def _end(
-    connection: sqlite3.Connection,
-    job_id: str,
-    outcome: Outcome,
-    post: bytes | None,
-    until: float,
-) -> Delivery | None:
-    size = len(outcome.logs.encode()) + len((outcome.result or "").encode())
-    ended = connection.execute(
-        "UPDATE jobs SET logs = ?, seconds = ?, result = ?, error = ?, until = ?, num_bytes = ?, "
-        "body = NULL WHERE id = ? AND until IS NULL RETURNING owner, webhook",
-        (*outcome, until, size, job_id),
-    ).fetchone()
-    if ended is None or post is None or ended[1] is None:
-        return None
-    owner, url = ended
-    connection.execute(
-        "INSERT OR IGNORE INTO deliveries VALUES (?, ?, ?, 0, ?, ?)",
-        (job_id, owner, url, len(post), post),
-    )
-    return Delivery(job_id, owner, url, 0)

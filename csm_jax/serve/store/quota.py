@@ -11,8 +11,11 @@ SELECT COALESCE(SUM(num_bytes), 0) FROM (
     UNION ALL SELECT num_bytes FROM batches WHERE owner = :owner
     UNION ALL SELECT num_bytes FROM voices WHERE owner = :owner
     UNION ALL SELECT num_bytes FROM jobs WHERE owner = :owner
-    UNION ALL SELECT num_bytes FROM deliveries WHERE owner = :owner)
+    UNION ALL SELECT num_bytes FROM deliveries WHERE owner = :owner
+    UNION ALL SELECT num_bytes FROM trash WHERE owner = :owner)
 """
+# What one of several owners may store of the total.
+_PART = 0.25
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class Quota:
 
     Attributes:
       total_bytes: of all owners.
-      owner_bytes, owner_files, owner_batches, owner_voices: of one, when there are several.
-        Without API keys there is one owner, "", which may fill the total.
+      owner_bytes, owner_files, owner_batches, owner_voices: of one owner. An owner with an
+        API key may fill a quarter of the total; without keys the one owner, "", may fill it.
       voices: of all owners.
     """
 
@@ -49,7 +52,9 @@ class Quota:
         )
 
     def _bytes_of(self, owner: str) -> int:
-        return min(self.owner_bytes, self.total_bytes) if owner else self.total_bytes
+        if not owner:
+            return self.total_bytes
+        return min(self.owner_bytes, int(_PART * self.total_bytes))
 
 
 def check_count(count: int, limit: int, what: str) -> None:
@@ -59,15 +64,14 @@ def check_count(count: int, limit: int, what: str) -> None:
 
 
 def used_by(connection: sqlite3.Connection, owner: str) -> int:
-    """Bytes that an owner's rows take."""
+    """Bytes that an owner's rows take, with those that are deleted and not yet removed."""
     return connection.execute(_USED_BY, {"owner": owner}).fetchone()[0]
 
 
 def used(connection: sqlite3.Connection) -> int:
-    """Bytes that everything takes, apart from what is deleted and not yet overwritten."""
+    """Bytes that everything takes, apart from pages that can be written again."""
     pages, free, size = (
         connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("page_count", "freelist_count", "page_size")
     )
-    deleted = connection.execute("SELECT COALESCE(SUM(num_bytes), 0) FROM trash").fetchone()[0]
-    return max(0, (pages - free) * size - deleted)
+    return (pages - free) * size

@@ -21,10 +21,11 @@ CREATE TABLE batches (
 CREATE INDEX batches_of_owner ON batches (owner);
 CREATE INDEX open_batches ON batches (owner) WHERE ended IS NULL;
 CREATE TABLE lines (
-    batch TEXT, number INTEGER, body TEXT, result TEXT, is_good INTEGER,
-    PRIMARY KEY (batch, number));
+    batch TEXT NOT NULL, number INTEGER NOT NULL, custom_id TEXT NOT NULL, is_good INTEGER,
+    body TEXT NOT NULL, result TEXT, PRIMARY KEY (batch, number));
 CREATE INDEX pending ON lines (batch, number) WHERE result IS NULL;
-CREATE TABLE trash (batch TEXT PRIMARY KEY, num_bytes INTEGER NOT NULL);
+CREATE TABLE trash (
+    batch TEXT PRIMARY KEY, owner TEXT NOT NULL, num_bytes INTEGER NOT NULL);
 CREATE TABLE voices (
     owner TEXT NOT NULL, name TEXT NOT NULL, speaker INTEGER NOT NULL, text TEXT NOT NULL,
     num_bytes INTEGER NOT NULL, recording BLOB NOT NULL, PRIMARY KEY (owner, name));

@@ -4,6 +4,7 @@ import asyncio
 import logging
 from pathlib import Path
 
+from csm_jax.errors import first_line
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.batches import Batches
 from csm_jax.serve.store.database import Database
@@ -64,8 +65,12 @@ class Store:
                     pass
                 await self.downloads.expire()
                 await self.jobs.expire()
+                self.database.problems.pop("tidy", None)
             except StorageError:
                 pass  # logged where it arose
+            except Exception as error:
+                message = f"what is deleted or too old is not removed: {first_line(error)}"
+                self.database.report("tidy", message, error)
             await asyncio.sleep(_TIDY_SECONDS)
 
     def close(self) -> None:
