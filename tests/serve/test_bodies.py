@@ -149,7 +149,8 @@ async def iter_pieces(body: bytes, size: int = 100):
 def test_no_json_holds_the_event_loop_or_the_memory(body):
     """However it is made: the longest pause that others see, and what it adds to the memory.
 
-    Pauses are of the time that the process computes: the machine may have other things to do.
+    A parser on the event loop, or one that makes all of these values, pauses it for 6 to 9 s.
+    `examples/attack.py` measures the pauses of a server.
     """
     kind = parsing.TypeAdapter(Large)
 
@@ -159,9 +160,9 @@ def test_no_json_holds_the_event_loop_or_the_memory(body):
         async def watch() -> None:
             nonlocal longest
             while not done.is_set():
-                started = time.process_time()
+                started = time.perf_counter()
                 await asyncio.sleep(0.001)
-                longest = max(longest, time.process_time() - started)
+                longest = max(longest, time.perf_counter() - started)
 
         watching = asyncio.create_task(watch())
         await asyncio.sleep(0)
@@ -174,7 +175,7 @@ def test_no_json_holds_the_event_loop_or_the_memory(body):
             await watching
         return longest
 
-    assert min(asyncio.run(scenario()) for _ in range(3)) < 0.1
+    assert min(asyncio.run(scenario()) for _ in range(3)) < 1.0
     tracemalloc.start()
     try:
         asyncio.run(scenario())

@@ -9,7 +9,6 @@ import sqlite3
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -93,24 +92,24 @@ def scribbled(path: Path) -> None:
 
 
 def of_another_program(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE bookmarks (url TEXT)")
 
 
 def without_a_table(path: Path) -> None:
     Store(path.parent, Limits()).close()
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("DROP TABLE voices")
 
 
 def with_a_trigger(path: Path) -> None:
     Store(path.parent, Limits()).close()
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TRIGGER t AFTER INSERT ON files BEGIN DELETE FROM files; END")
 
 
 def of_a_newer_version(path: Path) -> None:
-    with sqlite3.connect(path) as connection:
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("PRAGMA user_version = 99")
 
 
@@ -151,20 +150,18 @@ def test_a_damaged_database_is_refused(open_store, tmp_path, damage):
     assert (tmp_path / "store.sqlite").read_bytes() == before
 
 
-class Impatient(threading.Thread):
-    """A timer that goes off at once, and again until it is cancelled."""
+class Impatient:
+    """A timer that goes off as soon as the connection has something to do."""
 
     def __init__(self, _: float, interrupt: Callable[[], None]):
-        super().__init__(daemon=True)
-        self._interrupt, self._is_over = interrupt, threading.Event()
+        self._connection = interrupt.__self__
+        self.daemon = False
 
-    def run(self) -> None:
-        while not self._is_over.wait(0.0005):
-            self._interrupt()
+    def start(self) -> None:
+        self._connection.set_progress_handler(lambda: 1, 100)
 
     def cancel(self) -> None:
-        self._is_over.set()
-        self.join()
+        self._connection.set_progress_handler(None, 0)
 
 
 def test_looking_for_damage_takes_bounded_time(open_store, tmp_path, monkeypatch, caplog):
