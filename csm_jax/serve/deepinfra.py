@@ -7,7 +7,7 @@ import base64
 import time
 from typing import Any, Literal
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
@@ -72,7 +72,7 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["DeepInfra"])
 
     async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = QueuedInference.model_validate_json(body)
+        queued = await service.work(job.caller, QueuedInference.model_validate_json, body)
         return (
             await _answer(service, job.caller, queued.fields, queued.name, wait=True)
         ).model_dump()
@@ -81,14 +81,22 @@ def router(service: Service) -> APIRouter:
 
     body = describe(Inference, forms=True)
 
-    @routes.post(PATH, openapi_extra=body, responses={202: {"model": Answer}})
-    async def inference(http: HTTPRequest) -> Answer:
+    @routes.post(
+        PATH, openapi_extra=body, response_model=Answer, responses={202: {"model": Answer}}
+    )
+    async def inference(http: HTTPRequest) -> Response:
         fields = await read_fields(http, Inference, recordings=True, forms=True)
         if fields.webhook:
             return await _answer_later(service, caller_of(http), fields)
-        return await unless_gone(http, _answer(service, caller_of(http), fields, request_id()))
+        return await unless_gone(http, _answer_now(service, caller_of(http), fields))
 
     return routes
+
+
+async def _answer_now(service: Service, caller: Caller, fields: Inference) -> Response:
+    answer = await _answer(service, caller, fields, request_id())
+    data = await service.work(caller, answer.model_dump_json)
+    return Response(data, media_type="application/json")
 
 
 async def _answer(
@@ -103,9 +111,9 @@ async def _answer(
         request = await _request(service, caller, fields)
         started = time.perf_counter()
         spoken = await speak_whole(service, caller, request, fields.response_format)
-    media_type = FORMATS[fields.response_format].media_type
+        audio = await service.work(caller, _data_uri, spoken.data, fields.response_format)
     return Answer(
-        audio=f"data:{media_type};base64,{base64.b64encode(spoken.data).decode()}",
+        audio=audio,
         input_character_length=len(fields.text),
         output_format=fields.response_format,
         request_id=name,
@@ -121,13 +129,22 @@ async def _answer(
 async def _answer_later(service: Service, caller: Caller, fields: Inference) -> JSONResponse:
     """Says at once that it is queued; the answer goes to the webhook."""
     service.webhooks.check(fields.webhook, caller)
+    name = request_id()
+    body = await service.work(caller, _queued, name, fields)
+    await service.jobs.submit(caller, _KIND, body, fields.webhook)
+    return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+
+
+def _data_uri(data: bytes, form: str) -> str:
+    return f"data:{FORMATS[form].media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def _queued(name: str, fields: Inference) -> str:
+    """The body of a job, from which it is run."""
     if isinstance(fields.speaker_audio, bytes):
         audio = base64.b64encode(fields.speaker_audio).decode()
         fields = fields.model_copy(update={"speaker_audio": audio})
-    queued = QueuedInference(name=request_id(), fields=fields)
-    body = await service.in_thread(queued.model_dump_json)
-    await service.jobs.submit(caller, _KIND, body, fields.webhook)
-    return JSONResponse(_without_audio(fields, queued.name, "queued").model_dump(), 202)
+    return QueuedInference(name=name, fields=fields).model_dump_json()
 
 
 def _posted(job: Job, body: str) -> dict[str, Any]:

@@ -95,7 +95,7 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
     queue = f"/queue/{APP}"
 
     async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = QueuedScene.model_validate_json(body)
+        queued = await service.work(job.caller, QueuedScene.model_validate_json, body)
         spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log, wait=True)
         return spoken.model_dump()
 
@@ -109,7 +109,7 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
         if fal_webhook:
             service.webhooks.check(fal_webhook, caller)
         queued = QueuedScene(base=str(http.base_url), fields=fields)
-        body = await service.in_thread(queued.model_dump_json)
+        body = await service.work(caller, queued.model_dump_json)
         job = await service.jobs.submit(caller, _KIND, body, fal_webhook)
         return _state(service, job, _where(http, job))
 

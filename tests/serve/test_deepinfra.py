@@ -11,7 +11,7 @@ import pytest
 from hearing import median_pitch
 from serving import SMALL, as_samples, serve
 
-from csm_jax.serve import webhook
+from csm_jax.serve import deepinfra, webhook
 from csm_jax.serve.settings import Settings
 
 PATH = "/v1/inference/sesame/csm-1b"
@@ -170,3 +170,32 @@ def test_a_webhook_is_told_of_failure(calling, listener):
     answer = json.loads(wait_for_posts(listener, 1)[0][1])
     assert answer["inference_status"]["status"] == "failed"
     assert "nobody" in answer["detail"]
+
+
+def test_large_bodies_are_read_and_written_outside_the_event_loop(
+    calling, listener, recording, transcript, monkeypatch
+):
+    threads = []
+
+    def noting(function):
+        def call(*arguments, **named):
+            threads.append(threading.current_thread().name)
+            return function(*arguments, **named)
+
+        return call
+
+    for kind, name in (
+        (base64, "b64encode"),
+        (deepinfra.QueuedInference, "model_validate_json"),
+        (deepinfra.QueuedInference, "model_dump_json"),
+        (deepinfra.Answer, "model_dump_json"),
+    ):
+        monkeypatch.setattr(kind, name, noting(getattr(kind, name)))
+    data = {"text": "one", "speaker_transcript": transcript, "response_format": "mp3"}
+    files = {"speaker_audio": recording}
+    calling.post(deepinfra.PATH, data=data, files=files).raise_for_status()
+    data["webhook"] = f"http://localhost:{listener.server_port}/"
+    assert calling.post(deepinfra.PATH, data=data, files=files).status_code == 202
+    wait_for_posts(listener, 1)
+    assert len(threads) == 6
+    assert all(name.startswith("csm_jax.serve.work") for name in threads)
