@@ -36,8 +36,8 @@ class Limits:
         so many seconds of speech a second, over so many seconds.
       sockets_per_caller: WebSockets that one caller has open at once.
       socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
-      stored_bytes: of the whole database, with deleted lines until they are removed; in memory, where there is no data
-        directory, at most 1 GB. It is checked when something is added.
+      stored_bytes: of the whole database, with deleted lines until they are removed; in memory,
+        where there is no data directory, at most 1 GB. It is checked when something is added.
       stored_bytes_per_owner: of the contents of an owner's files, batches with their results,
         voices, jobs with their results, and webhooks that wait; at most a quarter of the total.
         Without API keys there is one owner, which can fill the total.
