@@ -1,6 +1,6 @@
 """A running batch: rows that speak side by side, around the compiled functions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -110,31 +110,33 @@ class Batch:
         self._prefixes: dict[bytes, KVCache] = {}
         self._stack_sampling()
 
-    def programs(self, prefix_lengths: Sequence[int] = ()) -> Iterator[Program]:
-        """All programs that utterances of any length need; a few are run here to get at shapes.
-
-        Args:
-          prefix_lengths: of `num_shared` positions, as utterances will have them.
-        """
-        sizes = list(buckets(self.max_seq_len))
+    def programs(self) -> Iterator[Program]:
+        """All programs that utterances of any length need which share nothing."""
         more = dict(config=self.config, mesh=self._mesh)
         index = np.int32(0)
-        for length in sizes:
+        for length in buckets(self.max_seq_len):
             rows = self._empty(length)
             yield prefill, (self._params, self._shapes, *rows, index, None), more
             count, pause = np.int32(1), np.bool_(True)
             arguments = self._params, self._shapes, self._sampling, count, pause
             yield run_frames, arguments, more | dict(attended=length)
-        for prefix_length in sorted({self._bucket(length) for length in prefix_lengths}):
-            rows = self._empty(prefix_length)
-            read = read_prefix(self._params, *rows, np.int32(1), config=self.config)
-            prefix = jax.tree.map(shape_of, read)
-            for length in sizes:
-                # Of both, more than half is not padding.
-                if prefix_length // 2 + length // 2 < self.max_seq_len:
-                    rows = self._empty(length)
-                    yield prefill, (self._params, self._shapes, *rows, index, prefix), more
         yield set_row, (self._shapes, index, self._nothing()), dict(mesh=self._mesh)
+
+    def prefix_programs(self, prefix_length: int) -> Iterator[Program]:
+        """Programs for prompts after a shared prefix; reading the prefix is run here.
+
+        Args:
+          prefix_length: a `bucket` of `num_shared` positions, as utterances will have them.
+        """
+        more = dict(config=self.config, mesh=self._mesh)
+        rows = self._empty(prefix_length)
+        read = read_prefix(self._params, *rows, np.int32(1), config=self.config)
+        prefix = jax.tree.map(shape_of, read)
+        for length in buckets(self.max_seq_len):
+            # Of both, more than half is not padding.
+            if prefix_length // 2 + length // 2 < self.max_seq_len:
+                rows = self._empty(length)
+                yield prefill, (self._params, self._shapes, *rows, np.int32(0), prefix), more
 
     def _empty(self, length: int) -> Prompt:
         columns = self.config.num_codebooks + 1
@@ -250,10 +252,11 @@ class Batch:
         return prefix
 
     def _padded(self, frames: np.ndarray, mask: np.ndarray) -> Prompt:
-        length = self._bucket(len(frames))
+        length = self.bucket(len(frames))
         return _pad(frames, length), _pad(mask, length)
 
-    def _bucket(self, length: int) -> int:
+    def bucket(self, length: int) -> int:
+        """Positions that so many are padded to."""
         return min(bucket(length), self.max_seq_len)
 
     def _attended(self) -> int:
@@ -263,7 +266,7 @@ class Batch:
             for row in self._occupants
             if row
         ]
-        return self._bucket(max(ends, default=1))
+        return self.bucket(max(ends, default=1))
 
     def _stack_sampling(self) -> None:
         rows = [row.utterance.sampling if row else Sampling() for row in self._occupants]

@@ -79,6 +79,10 @@ class Engine:
         self._to_prefill: deque[int] = deque()  # rows, in their order
         self._waiting: RowScheduler[Slot] = RowScheduler(max_batch, kept_rows, kept_beside_others)
         self._frame_seconds = math.inf
+        # What `warm_up` has compiled: the programs of all requests, and of prefixes of so many
+        # positions.
+        self._is_warm = False
+        self._warm_prefixes: set[int] = set()
         self._changed = threading.Condition()
         self._is_closing = False
         self._make_batch()
@@ -115,7 +119,8 @@ class Engine:
     ) -> None:
         """Compiles all that requests of any kind need, so that none of them waits for a compiler.
 
-        It does so in the thread that calls it; requests are spoken meanwhile.
+        It does so in the thread that calls it; requests are spoken meanwhile. What has been
+        compiled before takes no time.
 
         Args:
           prefix_lengths: positions of what requests will share, such as the sample of a voice.
@@ -124,11 +129,17 @@ class Engine:
         batch, decoder, model = self._batch, self._decoder, self.model
         if batch is None or decoder is None:
             raise CSMError("the engine is closed: make another")
-        count = model.config.num_codebooks
-        # What the guard compares with; encoded once.
-        _ = model.silent_codes
-        own = [*batch.programs(prefix_lengths), *decoder.programs(count)]
-        compile_all([*own, *model.codec.programs(count)], is_unwanted)
+        if not self._is_warm:
+            count = model.config.num_codebooks
+            # What the guard compares with; encoded once.
+            _ = model.silent_codes
+            programs = [*batch.programs(), *decoder.programs(count), *model.codec.programs(count)]
+            compile_all(programs, is_unwanted)
+            self._is_warm = True
+        for length in sorted({batch.bucket(length) for length in prefix_lengths}):
+            if length not in self._warm_prefixes:
+                compile_all(batch.prefix_programs(length), is_unwanted)
+                self._warm_prefixes.add(length)
 
     def submit(
         self,

@@ -14,7 +14,7 @@ from csm_jax.audio import check_audio
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.generation import Prompt
-from csm_jax.tokenizer import Tokenizer
+from csm_jax.tokenizer import Tokenizer, check_unicode
 
 # Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.
 _SILENT = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Mc", "Me"}
@@ -76,6 +76,16 @@ class Turn:
         return [self._text] if self._spoken is None else [self._text, self._spoken]
 
 
+def check_turn(turn: Segment, config: CSMConfig) -> None:
+    """Checks what a `Turn` checks, without making its rows. Raises `InputError`."""
+    check_text(turn.text)
+    check_unicode(f"[{turn.speaker}]{turn.text}")
+    if turn.codes is not None:
+        _check_codes(np.asarray(turn.codes), config)
+    elif turn.audio is not None:
+        check_audio(turn.audio)
+
+
 def _says_nothing(character: str) -> bool:
     return unicodedata.category(character) in _SILENT or character in _BLANK_LETTERS
 
@@ -111,6 +121,15 @@ def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) 
 
 def _audio_rows(codes: np.ndarray, config: CSMConfig) -> Prompt:
     """Code frames and the frame of zeros that ends them."""
+    _check_codes(codes, config)
+    frames = np.zeros((len(codes) + 1, config.num_codebooks + 1), np.int32)
+    frames[:-1, :-1] = codes
+    mask = np.ones(frames.shape, bool)
+    mask[:, -1] = False
+    return frames, mask
+
+
+def _check_codes(codes: np.ndarray, config: CSMConfig) -> None:
     if codes.ndim != 2 or codes.shape[1] != config.num_codebooks:
         raise InputError(
             f"codes have shape {list(codes.shape)}, expected [num_frames, {config.num_codebooks}]"
@@ -120,11 +139,6 @@ def _audio_rows(codes: np.ndarray, config: CSMConfig) -> Prompt:
     limit = config.audio_vocab_size
     if codes.size and not 0 <= codes.min() <= codes.max() < limit:
         raise InputError(f"codes range {codes.min()}..{codes.max()}, expected 0..{limit - 1}")
-    frames = np.zeros((len(codes) + 1, config.num_codebooks + 1), np.int32)
-    frames[:-1, :-1] = codes
-    mask = np.ones(frames.shape, bool)
-    mask[:, -1] = False
-    return frames, mask
 
 
 def join_rows(parts: Sequence[Prompt]) -> Prompt:

@@ -16,7 +16,7 @@ from csm_jax.batch import Rewind, Utterance
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.guard import Action, Guard, Verdict
-from csm_jax.prompt import Encode, Segment, Turn, check_text, join_rows, text_rows
+from csm_jax.prompt import Encode, Segment, Turn, check_text, check_turn, join_rows, text_rows
 from csm_jax.sampling import Sampling
 from csm_jax.text import needed_seconds, split_text
 from csm_jax.tokenizer import Tokenizer
@@ -137,7 +137,9 @@ class Speech:
         self._parts = split_text(request.text)
         self._limit = self._total_frames()
         self._encode = encode
-        self._turns = [Turn(turn, config, tokenizer) for turn in request.context]
+        self._turns = self._newest_turns(request.context)
+        # Older turns of the context, which have been left out.
+        self._num_unread = len(request.context) - len(self._turns)
         # What is shared, unless the first of it has to be left out.
         self._shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
@@ -226,6 +228,17 @@ class Speech:
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
 
+    def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
+        """The newest turns, until the window is full; of the others no rows are made."""
+        turns, room = [], self._window
+        for turn in reversed(context):
+            if room > 0:
+                turns.append(Turn(turn, self._config, self._tokenizer))
+                room -= turns[-1].length
+            else:
+                check_turn(turn, self._config)
+        return turns[::-1]
+
     def _utterance(self) -> Utterance:
         """The part that was started; encodes what was not encoded before."""
         heard = [rows for turn in self._turns for rows in turn.rows(self._encode)]
@@ -239,7 +252,8 @@ class Speech:
 
     def _make_room(self, length: int, num_frames: int) -> int:
         """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
-        num_turns = len(self._turns)
+        num_turns = len(self._turns) + self._num_unread
+        self._num_unread = 0
         # The end of speech takes a place too.
         free = self._window - 1 - length - sum(turn.length for turn in self._turns)
         while free < num_frames and self._turns:

@@ -16,6 +16,16 @@ from csm_jax.config import CSMConfig, TextTokenIds
 from csm_jax.errors import CheckpointError, InputError, OutputError, first_line
 
 
+def check_unicode(text: str) -> None:
+    """Raises `InputError` for text that is not Unicode (lone surrogates)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"text has an invalid character at position {error.start}; give valid UTF-8"
+        ) from error
+
+
 class Tokenizer(abc.ABC):
     """What turns the text of a prompt into ids.
 
@@ -35,12 +45,7 @@ class Tokenizer(abc.ABC):
 
         Raises `InputError` for text that is not Unicode (lone surrogates).
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InputError(
-                f"text has an invalid character at position {error.start}; give valid UTF-8"
-            ) from error
+        check_unicode(text)
         return [self.bos, *self._encode(text), self.eos]
 
     def save(self, directory: Path) -> None:

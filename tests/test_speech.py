@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 from fixtures import CONFIG as TINY
 from fixtures import TOKENIZER
+from hypothesis import given
+from hypothesis import strategies as st
 
 from csm_jax import InputError, Request, Sampling, Segment
+from csm_jax import speech as speech_module
 from csm_jax.batch import Utterance
 from csm_jax.errors import CancelledError
-from csm_jax.prompt import join_rows, text_rows, turn_rows
+from csm_jax.prompt import Turn, join_rows, text_rows, turn_rows
 from csm_jax.speech import Speech
 from csm_jax.text import needed_seconds, split_text
 
@@ -474,3 +477,35 @@ def test_encoding_can_be_given_up_between_turns():
     with pytest.raises(CancelledError):
         speech.next_utterance()
     assert len(encoded) == 2
+
+
+def test_rows_are_made_of_turns_that_can_fit_only(monkeypatch):
+    """However many there are; those that are left out are checked and counted all the same."""
+    made = []
+
+    def note(turn, *more):
+        made.append(turn)
+        return Turn(turn, *more)
+
+    monkeypatch.setattr(speech_module, "Turn", note)
+    turns = [Segment(i, "\U0001f600" * 10_000) for i in range(64)]
+    speech, notices = begin(Request("Hi.", 0, turns))
+    assert speech.num_turns == 0
+    assert [turn.speaker for turn in made] == [63]
+    assert notices[0].message.startswith("the oldest 64 of 64 turns of context were left out")
+    for wrong in (Segment(0, " "), Segment(0, "\ud800"), Segment(0, "a", codes=NO_CODES[:, :2])):
+        with pytest.raises(InputError):
+            begin(Request("Hi.", 0, [wrong, *turns]))
+
+
+@given(st.lists(st.integers(8, 90), max_size=20), st.integers(60, 300))
+def test_the_newest_turns_that_fit_are_kept(lengths, window):
+    """As many as leave room for the text, for its speech and for its end."""
+    kept = len(lengths)
+    while kept and window - 1 - 8 - sum(lengths[-kept:]) < frames_for("Hi.") // 2:
+        kept -= 1
+    speech, notices = begin(Request("Hi.", 0, context(*lengths)), max_seq_len=window)
+    assert speech.num_turns == kept
+    dropped = len(lengths) - kept
+    expected = [f"the oldest {dropped} of {len(lengths)} turns"] * bool(dropped)
+    assert [" ".join(notice.message.split()[:6]) for notice in notices] == expected

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, FailFast, Field
+from starlette.types import Receive, Scope, Send
 
 from csm_jax.serve.answers import unless_gone
 from csm_jax.serve.caller import Caller, caller_of
@@ -22,8 +23,9 @@ from csm_jax.serve.context import GivenTurn, read_context
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import Options, Speaker, Text
 from csm_jax.serve.formats import FORMATS, encode
-from csm_jax.serve.jobs import Job, Kind, Status
+from csm_jax.serve.jobs import Job, Jobs, Kind, Status
 from csm_jax.serve.parsing import describe, read_fields
+from csm_jax.serve.places import Sockets
 from csm_jax.serve.scene import SceneLine, speak_scene
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Limits
@@ -34,7 +36,9 @@ _KIND = "fal"
 MAX_TURNS = Limits.turns
 # For all of a recording that is fetched.
 FETCH_SECONDS = 20.0
-_POLL_SECONDS = 0.2
+# A stream of a job's states looks at the queue so often, and ends after so long.
+_QUEUE_SECONDS = 2.0
+_FOLLOW_SECONDS = 600.0
 
 
 class SceneTurn(BaseModel):
@@ -122,8 +126,8 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
     @routes.get(queue + "/requests/{job_id}/status/stream", response_class=Response)
     async def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
         job = await service.jobs.find(job_id, caller_of(http).owner)
-        states = _follow(service, job, _where(http, job), logs)
-        return StreamingResponse(states, media_type="text/event-stream")
+        states = _follow(service.jobs, job, lambda: _state(service, job, _where(http, job), logs))
+        return FollowResponse(service.followers, caller_of(http), states)
 
     @routes.get(queue + "/requests/{job_id}")
     async def result(http: HTTPRequest, job_id: str) -> Spoken:
@@ -207,17 +211,35 @@ def _state(service: Service, job: Job, where: str, logs: bool = False) -> dict[s
     return state
 
 
-async def _follow(service: Service, job: Job, where: str, logs: bool) -> AsyncIterator[str]:
-    """Its states as events, until it is over."""
-    last = None
+class FollowResponse(StreamingResponse):
+    """A stream of events, counted while it is open. Raises `ApiError` if there are too many."""
+
+    def __init__(self, followers: Sockets, caller: Caller, content: AsyncIterator[str]):
+        super().__init__(content, media_type="text/event-stream")
+        self._followers = followers
+        self._caller = caller
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._followers.opened(self._caller):
+            await super().__call__(scope, receive, send)
+
+
+async def _follow(
+    jobs: Jobs, job: Job, state_of: Callable[[], dict[str, Any]], seconds: float = _FOLLOW_SECONDS
+) -> AsyncIterator[str]:
+    """The states of a job as events, until it is over, is left to the next process, or for long."""
+    loop = asyncio.get_running_loop()
+    deadline, last = loop.time() + seconds, None
     while True:
-        state = _state(service, job, where, logs)
+        state = state_of()
         if state != last:
             last = state
             yield f"data: {json.dumps(state)}\n\n"
-        if job.status is Status.OVER:
+        if job.status is Status.OVER or not jobs.is_held(job) or loop.time() >= deadline:
             return
-        await asyncio.sleep(_POLL_SECONDS)
+        # The client may have taken long to read the last event.
+        if state == state_of():
+            await job.changed(min(_QUEUE_SECONDS, max(0.0, deadline - loop.time())))
 
 
 def _outcome(job: Job) -> dict[str, Any]:

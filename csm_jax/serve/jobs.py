@@ -75,10 +75,26 @@ class Job:
     num_delays: int = 0
     timer: asyncio.TimerHandle | None = None
     seconds: float = 0.0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
 
     def log(self, message: str) -> None:
         now = datetime.now(UTC).isoformat()
         self.logs.append({"timestamp": now, "level": "INFO", "source": "USER", "message": message})
+        self.notify()
+
+    def become(self, status: Status) -> None:
+        self.status = status
+        self.notify()
+
+    def notify(self) -> None:
+        """Wakes all that wait for the next change."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    async def changed(self, seconds: float) -> None:
+        """Returns at the next change, or after so many seconds."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._changed.wait(), seconds)
 
 
 class Kind(NamedTuple):
@@ -174,6 +190,10 @@ class Jobs:
             return _as_job(row, Status.OVER)
         raise ApiError(404, f"there is no request {job_id[:80]!r}", code="not_found")
 
+    def is_held(self, job: Job) -> bool:
+        """Whether the job can still change."""
+        return job.id in self._jobs
+
     def position(self, job: Job) -> int:
         """How many jobs of its share are before it in the queue."""
         queued = [each.id for each in self._queued if each.caller.share == job.caller.share]
@@ -262,7 +282,8 @@ class Jobs:
 
     def _delay(self, job: Job, delay: _Delay) -> None:
         """Lets a job wait without a slot, and be the next of its share after that."""
-        job.task, job.status = None, Status.QUEUED
+        job.task = None
+        job.become(Status.QUEUED)
         if not self._is_closed:
             loop = asyncio.get_running_loop()
             job.timer = loop.call_later(delay.seconds, self._put_back, job)
@@ -289,13 +310,14 @@ class Jobs:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a job was interrupted until the next start", exc_info=error)
         self._jobs.pop(job.id, None)
+        job.notify()
 
     async def _run(self, job: Job) -> _Delay | None:
         """Runs a job to its end, unless it is to be run later."""
         started = time.perf_counter()
         try:
             await self._store.begin(job.id)
-            job.status = Status.RUNNING
+            job.become(Status.RUNNING)
             job.result = await self._work(job)
             job.log("done")
         except asyncio.CancelledError:
@@ -333,7 +355,7 @@ class Jobs:
         except QuotaError as error:
             job.result, job.error = None, as_api_error(error)
             delivery = await self._store_end(job)
-        job.status = Status.OVER
+        job.become(Status.OVER)
         if delivery is not None:
             self._webhooks.post(delivery)
 

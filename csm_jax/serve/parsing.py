@@ -50,11 +50,11 @@ async def read_fields(
     if recordings and kind != URLENCODED:
         body.allow_recordings()
     if kind == JSON:
-        return await parse_json(TypeAdapter(model), await http.body(), body.limits)
+        return await parse_json(TypeAdapter(model), await _read(http), body.limits)
     if not forms or kind not in (MULTIPART, URLENCODED):
         kinds = "JSON or a form" if forms else JSON
         raise ApiError(415, f"the Content-Type is {kind[:80]!r}; send {kinds}")
-    data = await http.body()
+    data = await _read(http)
     if kind == MULTIPART:
         fields = await _in_thread(len(data), _parse_multipart, data, options.get(b"boundary", b""))
     else:
@@ -63,6 +63,11 @@ async def read_fields(
         return TypeAdapter(model).validate_python(fields)
     except ValidationError as error:
         raise as_bad_field(error) from error
+
+
+async def _read(http: HTTPRequest) -> bytes:
+    """The body, which is not kept: `Request.body` would, until the response has ended."""
+    return b"".join([piece async for piece in http.stream()])
 
 
 def _content_type(http: HTTPRequest) -> tuple[str, dict[bytes, bytes]]:

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -67,7 +67,7 @@ class Service:
       quotas: how much work callers may ask for.
       outgoing, webhooks: what requests ask the server to fetch and to post.
       places: how many requests are worked on or wait at once, shared between callers.
-      sockets: the open WebSockets of each caller.
+      sockets, followers: the open WebSockets, and streams of job states, of each caller.
       readers: the responses whose speech waits to be read.
       engine: speaks all requests.
       not_ready: why the server is not ready; None while it is.
@@ -110,11 +110,15 @@ class Service:
         self.jobs = Jobs(self.store.jobs, self.webhooks, settings.max_batch, settings.max_queue)
         self.places = Places(settings.max_batch + settings.max_queue)
         self.sockets = Sockets(settings.limits.sockets_per_caller)
+        self.followers = Sockets(settings.limits.sockets_per_caller, "streams of job states")
         self.readers = Readers(settings.limits)
         self._threads = ThreadPoolExecutor(_THREADS, "csm_jax.serve")
         self._workers = FairPool(_WORK_THREADS, "csm_jax.serve.work")
         # Of its own, and one thread: encoding has the whole machine at work.
         self._encoders = FairPool(1, "csm_jax.serve.encode")
+        # Compiling takes seconds: one after the other, and nothing else waits for its thread.
+        self._compiler = ThreadPoolExecutor(1, "csm_jax.serve.compile")
+        self._compiling: set[asyncio.Task] = set()
         self.engine = Engine(
             model,
             settings.max_batch,
@@ -151,11 +155,16 @@ class Service:
     async def _compile(self, voices: Sequence[Voice]) -> None:
         """Compiles what requests need that begin with these voices, outside the event loop."""
         config, tokenizer = self.model.config, self.model.tokenizer
-        turns = [voice.turn(speaker) for voice in voices for speaker in _SPEAKERS]
-        lengths = [Turn(turn, config, tokenizer).length for turn in turns]
         unwanted = threading.Event()
+
+        def compile_in_turn() -> None:
+            turns = [voice.turn(speaker) for voice in voices for speaker in _SPEAKERS]
+            lengths = [Turn(turn, config, tokenizer).length for turn in turns]
+            self.engine.warm_up(lengths, unwanted.is_set)
+
         try:
-            await asyncio.to_thread(self.engine.warm_up, lengths, unwanted.is_set)
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._compiler, compile_in_turn)
         finally:
             unwanted.set()
 
@@ -177,6 +186,9 @@ class Service:
         self._threads.shutdown(wait=False, cancel_futures=True)
         self._workers.close()
         self._encoders.close()
+        for task in self._compiling:
+            task.cancel()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
 
     async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
         """Calls what takes a moment, such as the disk, outside the event loop."""
@@ -214,7 +226,7 @@ class Service:
         context = list(request.context)
         if not any(map(_is_unencoded, context)):
             return request
-        plan = await self.in_thread(self.model.speech, request, _ignore, self.engine.max_seq_len)
+        plan = await self.work(caller, self.model.speech, request, _ignore, self.engine.max_seq_len)
         for index in range(len(context) - plan.num_turns, len(context)):
             if _is_unencoded(turn := context[index]):
                 codes = await self.encode(turn.audio, caller)
@@ -224,10 +236,23 @@ class Service:
     async def add_voice(
         self, caller: Caller, owner: str, name: str, speaker: int, text: str, audio: np.ndarray
     ) -> Voice:
-        """`Voices.add`, when it is the caller's turn to encode; then it is as fast as others."""
+        """`Voices.add`, when it is the caller's turn to encode; then it is as fast as others.
+
+        While the server warms up, the voice is ready to be spoken before it is that fast.
+        """
         voice = await self._encoders.run(caller, self.voices.add, owner, name, speaker, text, audio)
-        await self._compile([voice])
+        compiling = asyncio.create_task(self._compile([voice]))
+        self._compiling.add(compiling)
+        compiling.add_done_callback(self._compiled)
+        if self.is_ready:
+            await asyncio.wait({compiling})
         return voice
+
+    def _compiled(self, task: asyncio.Task) -> None:
+        self._compiling.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            # It is compiled when it is needed.
+            logger.warning("a voice's programs could not be compiled: %s", first_line(error))
 
     def _limited(self, request: Request) -> Request:
         """The request, cut at the longest that is spoken here. Raises `InputError` if it asks for
@@ -272,20 +297,13 @@ class Service:
             self.quotas.check_speech(caller)
         started = time.perf_counter()
         request = await self.encoded(self._limited(request), caller)
-        submitted = self._threads.submit(
-            self.engine.submit,
-            request,
-            stream=stream,
-            wait=wait,
-            background=background,
-            share=caller.share,
-            weight=caller.weight,
-            keep=False,
-        )
+        submission = _Submission(self.engine)
+        named = dict(stream=stream, wait=wait, background=background, keep=False)
+        named |= dict(share=caller.share, weight=caller.weight)
         try:
-            ticket = await asyncio.wrap_future(submitted)
+            ticket = await self.work(caller, functools.partial(submission.run, request, **named))
         except asyncio.CancelledError:
-            submitted.add_done_callback(_cancel_ticket)
+            submission.cancel()
             raise
         return Live(self, caller, ticket, stream, started, notices, is_charged=not background)
 
@@ -294,9 +312,25 @@ def _closing() -> ApiError:
     return ApiError(503, "the server is closing", code="closing", retry_after=10)
 
 
-def _cancel_ticket(submitted: Future[Ticket]) -> None:
-    if not submitted.cancelled() and submitted.exception() is None:
-        submitted.result().cancel()
+class _Submission:
+    """A request on its way to the engine, in a thread; it can be cancelled at any time."""
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._ticket: Ticket | None = None
+        self._is_cancelled = False
+
+    def run(self, request: Request, **named: Any) -> Ticket:
+        self._ticket = ticket = self._engine.submit(request, **named)
+        # One of the two threads sees what the other has set.
+        if self._is_cancelled:
+            ticket.cancel()
+        return ticket
+
+    def cancel(self) -> None:
+        self._is_cancelled = True
+        if self._ticket is not None:
+            self._ticket.cancel()
 
 
 def _has_tenants(keys: Sequence[Key]) -> bool:

@@ -34,7 +34,8 @@ class Limits:
         is dropped when there is more.
       read_pace, read_pace_seconds: a reader for whom something has waited all the time must take
         so many seconds of speech a second, over so many seconds.
-      sockets_per_caller: WebSockets that one caller has open at once.
+      sockets_per_caller: WebSockets that one caller has open at once, and as many streams of the
+        states of its jobs.
       socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
       stored_bytes: of the whole database, with deleted lines until they are removed; in memory,
         where there is no data directory, at most 1 GB. It is checked when something is added.

@@ -59,8 +59,9 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/{name}", response_class=Response)
     async def hear(http: HTTPRequest, name: str) -> Response:
-        voice = _find(service, name, caller_of(http).owner)
-        data = await service.in_thread(_as_wav, voices, voice)
+        caller = caller_of(http)
+        voice = _find(service, name, caller.owner)
+        data = await service.work(caller, _as_wav, voices, voice)
         return Response(data, media_type="audio/wav")
 
     @routes.delete("/{name}", status_code=204)

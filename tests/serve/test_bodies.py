@@ -324,3 +324,24 @@ def application_without_bodies() -> FastAPI:
 
     errors.install(app)
     return app
+
+
+def test_a_body_is_not_kept_when_it_has_been_read():
+    """A response can take minutes: what is larger than the fields is gone by then."""
+    held, app = [], FastAPI()
+
+    @app.post("/large")
+    async def large(http: Request) -> dict:
+        tracemalloc.start()
+        fields = await parsing.read_fields(http, Small, recordings=True)
+        await asyncio.sleep(0.1)  # the thread that has parsed it lets go of it
+        held.append(tracemalloc.get_traced_memory()[0])
+        tracemalloc.stop()
+        return fields.model_dump()
+
+    errors.install(app)
+    limits = Limits(json_bytes=10_000_000)
+    body = b'{"text": "a", "unknown": "' + b"b" * 5_000_000 + b'"}'
+    pieces = [body[i : i + 100_000] for i in range(0, len(body), 100_000)]
+    assert call(Bodies(app, limits), pieces, [AS_JSON_HEADER]) == 200
+    assert held[0] < 1_000_000

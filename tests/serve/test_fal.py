@@ -1,5 +1,6 @@
 """The real `fal-client` against a server with a certificate: it speaks https only."""
 
+import asyncio
 import base64
 import json
 import os
@@ -16,6 +17,11 @@ from hearing import median_pitch, recognise_digits
 from serving import SMALL, as_samples, serve
 from word_errors import count_errors
 
+from csm_jax.serve import fal
+from csm_jax.serve.caller import Caller
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.jobs import Job, Status
+from csm_jax.serve.places import Sockets
 from csm_jax.serve.settings import Settings
 
 APP = "fal-ai/csm-1b"
@@ -196,3 +202,82 @@ def test_states_can_be_followed(server):
 def test_what_is_not_there(server):
     for path in (f"/queue/{APP}/requests/x", f"/queue/{APP}/requests/x/status", "/files/x.wav"):
         assert server.get(path).status_code == 404
+
+
+def a_job(status: Status = Status.RUNNING) -> Job:
+    return Job("id", Caller(share="a"), "fal", status=status)
+
+
+class Holding:
+    """Jobs that hold this one."""
+
+    def __init__(self, holds: bool = True):
+        self.holds = holds
+
+    def is_held(self, job: Job) -> bool:
+        return self.holds
+
+
+def test_followers_hear_of_a_change_at_once_and_do_not_ask_meanwhile(monkeypatch):
+    async def scenario() -> None:
+        job, asked = a_job(), []
+        monkeypatch.setattr(fal, "_QUEUE_SECONDS", 60)
+
+        def state() -> dict:
+            asked.append(1)
+            return {"status": job.status.value}
+
+        states = fal._follow(Holding(), job, state)
+        assert "IN_PROGRESS" in await anext(states)
+        following = asyncio.ensure_future(anext(states))
+        await asyncio.sleep(0.5)
+        assert len(asked) <= 3
+        job.become(Status.OVER)
+        assert "COMPLETED" in await asyncio.wait_for(following, 5)
+        assert [event async for event in states] == []
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(("holds", "seconds"), [(False, 600), (True, 0.1)])
+def test_a_stream_of_states_ends_by_itself(holds, seconds):
+    """When the job is left to the next process, and after a time."""
+
+    async def scenario() -> None:
+        states = fal._follow(Holding(holds), a_job(), lambda: {"status": "IN_PROGRESS"}, seconds)
+        async with asyncio.timeout(5):
+            assert len([event async for event in states]) == 1
+
+    asyncio.run(scenario())
+
+
+def test_streams_of_states_are_counted():
+    async def scenario() -> None:
+        followers, caller, sent = Sockets(1, "streams"), Caller(share="a"), []
+
+        async def endless():
+            yield "data: {}\n\n"
+            await asyncio.sleep(3600)
+
+        async def receive() -> dict:
+            await asyncio.sleep(3600)
+
+        async def send(message: dict) -> None:
+            sent.append(message)
+
+        def follow():
+            return fal.FollowResponse(followers, caller, endless())({"type": "http"}, receive, send)
+
+        first = asyncio.create_task(follow())
+        await asyncio.sleep(0.05)
+        sent.clear()
+        with pytest.raises(ApiError, match="1 streams of yours") as error:
+            await follow()
+        assert error.value.status == 429
+        assert not sent
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        with followers.opened(caller):
+            pass
+
+    asyncio.run(scenario())

@@ -1,5 +1,6 @@
 """Voices by name: presets, those added over HTTP, and what may not become a file."""
 
+import asyncio
 import base64
 import logging
 import signal
@@ -16,7 +17,9 @@ import pytest
 from hearing import median_pitch
 from serving import PRESETS, SMALL, as_samples, serve
 
+from csm_jax import engine as engine_module
 from csm_jax.errors import InputError
+from csm_jax.serve.caller import Caller
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.store import Store
 from csm_jax.serve.store.errors import QuotaError
@@ -252,3 +255,44 @@ def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
             written.set()
         adding.result(20)
     assert voices.has("mine", "")
+
+
+def test_a_voice_as_long_as_another_compiles_nothing(server, recording, transcript, monkeypatch):
+    assert add(server, recording, transcript).status_code == 201
+    compiled = []
+    monkeypatch.setattr(engine_module, "compile_all", lambda *_: compiled.append(1))
+    assert add(server, recording, transcript, name="again").status_code == 201
+    assert not compiled
+    for name in ("mine", "again"):
+        assert httpx.delete(f"{server.url}{PATH}/{name}").status_code == 204
+
+
+def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcript, monkeypatch):
+    """It is spoken all the same, only that programs may have to be compiled for it."""
+    warm = threading.Event()
+    monkeypatch.setattr(server.service, "not_ready", "warming up")
+    monkeypatch.setattr(server.service.engine, "warm_up", lambda *_: warm.wait(60))
+    try:
+        answer = add(server, recording, transcript)
+        assert answer.status_code == 201
+        assert not warm.is_set()
+    finally:
+        warm.set()
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+
+
+def test_a_flood_of_downloads_leaves_a_thread_to_others(server):
+    """Voices are encoded when it is their caller's turn, as all that takes long."""
+    service, gate = server.service, threading.Event()
+    loop = service.warmed.get_loop()
+    flood = [
+        asyncio.run_coroutine_threadsafe(service.work(Caller(share="flood"), gate.wait, 60), loop)
+        for _ in range(50)
+    ]
+    try:
+        assert server.get(f"{PATH}/rms").status_code == 200
+        assert server.post("/generate", json={"text": "one", "seed": 1}).status_code == 200
+    finally:
+        gate.set()
+    for each in flood:
+        each.result(20)
