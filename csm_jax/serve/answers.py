@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from fastapi import Request as HTTPRequest
+from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
@@ -121,6 +122,22 @@ async def _encoded(
             yield data
     if data := encoder.finish():
         yield data
+
+
+class PlacedResponse(Response):
+    """Gives back the place of its request when it has been sent, or cannot be."""
+
+    def __init__(self, place: Place, content: bytes, **more: Any):
+        """Keeps the place. Args: content, more: as for `Response`."""
+        super().__init__(content, **more)
+        self._place = place
+        place.keep()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._place.release()
 
 
 class SpokenResponse(StreamingResponse):

@@ -25,7 +25,7 @@ from csm_jax.serve import (
     voice_routes,
     voxserve,
 )
-from csm_jax.serve.middleware import bodies, head, hosts, keys, redaction
+from csm_jax.serve.middleware import bodies, head, hosts, keys, redaction, responses
 from csm_jax.serve.middleware.headers import SecurityHeaders
 from csm_jax.serve.middleware.log import RequestLog
 from csm_jax.serve.presets import find_presets
@@ -117,6 +117,7 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     settings = service.settings
     origins, hostnames = settings.cors_origins, settings.allowed_hosts
     app.add_middleware(bodies.Bodies, limits=settings.limits)
+    app.add_middleware(responses.Responses, limits=settings.limits)
     app.add_middleware(keys.Keys, keys=service.keys, quotas=service.quotas)
     if origins:
         app.add_middleware(
@@ -126,5 +127,5 @@ def _add_middleware(app: FastAPI, service: Service) -> None:
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
     app.add_middleware(head.Head)
-    app.add_middleware(SecurityHeaders)
+    app.add_middleware(SecurityHeaders, cors_origins=settings.cors_origins)
     app.add_middleware(RequestLog, metrics=service.metrics)

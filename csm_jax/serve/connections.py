@@ -8,7 +8,11 @@ long, and it knows at any time what the connection waits for.
 import asyncio
 import contextlib
 import enum
+import fcntl
+import itertools
 import socket
+import struct
+import termios
 import typing
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,6 +24,10 @@ from csm_jax.serve.settings import Limits
 
 # Bytes that the kernel takes before the client has room for them.
 _KERNEL_BYTES = 262_144
+# Bytes that a transport holds before its writer waits; asyncio's default for TLS is eight times that.
+_BUFFER_BYTES = 65_536
+# Connections that are looked at whether they have been sent their responses, when room is needed.
+_LOOKED_AT = 16
 # Bytes that a protocol is given at once.
 _PIECE = 8192
 # Seconds in which the rest of a body may come that has been answered already.
@@ -29,11 +37,15 @@ _GRACE_SECONDS = 10.0
 
 
 class Phase(enum.Enum):
-    """What a connection is doing. In all but the last two the server waits for its client."""
+    """What a connection is doing. In all but the last two the server waits for its client.
+
+    A client in `WRITING` is bounded by the pace at which it takes the response.
+    """
 
     HEAD = "the head of a request is not complete"
     IDLE = "between two requests"
     BODY = "the body of a request is not complete"
+    WRITING = "a response is complete, but not sent yet"
     BUSY = "a request is being answered"
     SOCKET = "a WebSocket"
 
@@ -49,7 +61,7 @@ class Group:
     def __init__(self):
         self.size = 0
         self.waiting: dict[Phase, dict[Connection, None]] = {
-            phase: {} for phase in (Phase.HEAD, Phase.IDLE, Phase.BODY)
+            phase: {} for phase in (Phase.HEAD, Phase.IDLE, Phase.BODY, Phase.WRITING)
         }
 
     def moved(self, connection: "Connection", old: Phase | None, new: Phase | None) -> None:
@@ -62,6 +74,9 @@ class Group:
 
     def longest_waiting(self) -> "Connection | None":
         """The connection that makes room for a new one: rather one without a request."""
+        # Those that have been sent their responses by now wait for their clients again.
+        for connection in list(itertools.islice(self.waiting[Phase.WRITING], _LOOKED_AT)):
+            connection.settle()
         heads = [next(iter(self.waiting[phase]), None) for phase in (Phase.HEAD, Phase.IDLE)]
         found = [connection for connection in heads if connection]
         if found:
@@ -70,7 +85,7 @@ class Group:
 
 
 class Connections:
-    """All connections of a server. Those of https are counted after their handshake."""
+    """All connections of a server, from the moment that they are accepted."""
 
     def __init__(self, limits: Limits, proxies: Sequence[str] = ()):
         """Starts without connections.
@@ -87,6 +102,9 @@ class Connections:
 
     def __len__(self) -> int:
         return len(self._all)
+
+    def __contains__(self, connection: "Connection") -> bool:
+        return connection in self._all
 
     def admit(self, connection: "Connection", host: str) -> bool:
         """Admits a connection, if need be in the place of one whose client is waited for."""
@@ -180,6 +198,39 @@ class Protocol(typing.Protocol):
     def resume_writing(self) -> None: ...
 
 
+def _num_queued(connected: Any) -> int:
+    """Bytes that the kernel holds until the client has taken them; 0 where it does not say."""
+    if connected is None:
+        return 0
+    try:
+        answer = fcntl.ioctl(connected.fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return struct.unpack("i", answer)[0]
+
+
+class Pace:
+    """How fast a client takes what is sent to it, counted only while something waits for it."""
+
+    def __init__(self):
+        self._taken = 0
+        self._since: float | None = None
+
+    def is_too_slow(self, now: float, taken: int, unsent: int, limits: Limits) -> bool:
+        """Args: taken, unsent: bytes that the client has taken so far, and that wait for it."""
+        if not unsent:
+            self._since = None
+            return False
+        if self._since is None:
+            self._since, self._taken = now, taken
+        seconds = now - self._since
+        if seconds < limits.write_seconds:
+            return False
+        is_slow = taken - self._taken < seconds * limits.response_bytes_per_second
+        self._since, self._taken = now, taken
+        return is_slow
+
+
 class Connection(asyncio.Protocol):
     """One connection: a protocol for the event loop, and a transport for uvicorn's protocol.
 
@@ -196,6 +247,7 @@ class Connection(asyncio.Protocol):
         self.connections = connections
         self._make_protocol = make_protocol
         self._loop = asyncio.get_running_loop()
+        self._accepted: socket.socket | None = None
         self._transport: asyncio.Transport | None = None
         self._inner: Protocol | None = None
         self._pieces: deque[bytes] = deque()
@@ -204,28 +256,44 @@ class Connection(asyncio.Protocol):
         self._wants_more = True
         self._is_reading = True
         self._can_write = True
-        self._written, self._taken, self._taken_at = 0, 0, 0.0
+        self._is_tls = False
+        self._written = 0
+        self._pace = Pace()
+
+    # What the listener calls.
+
+    def accept(self, accepted: socket.socket, host: str) -> bool:
+        """Counts the connection; whether it may begin. The time for its first head runs from now.
+
+        Args:
+          accepted: its socket.
+          host: address of the client.
+        """
+        self._accepted = accepted
+        self.since = self._loop.time()
+        return self.connections.admit(self, host)
+
+    @property
+    def refusal(self) -> bytes:
+        """The response of a connection that may not begin."""
+        error = ApiError(503, "too many connections", code="busy", retry_after=RETRY_AFTER)
+        response = error.response
+        headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
+        head = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers
+        return head + b"\r\n" + response.body
 
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         self._transport = transport
-        self.since = self._taken_at = self._loop.time()
+        if self not in self.connections:
+            transport.abort()
+            return
+        self._is_tls = transport.get_extra_info("sslcontext") is not None
+        transport.set_write_buffer_limits(high=_BUFFER_BYTES)
         _limit_kernel(transport.get_extra_info("socket"))
-        peer = transport.get_extra_info("peername")
-        if not self.connections.admit(self, str(peer[0]) if peer else ""):
-            self._refuse()
-        else:
-            self._inner = self._make_protocol()
-            self._inner.connection_made(self)
-
-    def _refuse(self) -> None:
-        error = ApiError(503, "too many connections", code="busy", retry_after=RETRY_AFTER)
-        response = error.response
-        headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
-        head = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers
-        self._transport.write(head + b"\r\n" + response.body)
-        self._transport.close()
+        self._inner = self._make_protocol()
+        self._inner.connection_made(self)
 
     def data_received(self, data: bytes) -> None:
         if self._inner is None:
@@ -269,7 +337,12 @@ class Connection(asyncio.Protocol):
 
     def abort(self) -> None:
         """Ends the connection without sending what is not sent yet."""
-        self._transport.abort()
+        if self._transport is not None:
+            self._transport.abort()
+        elif self._accepted is not None:
+            # The event loop owns the socket, and gives it up when the handshake fails.
+            with contextlib.suppress(OSError):
+                self._accepted.shutdown(socket.SHUT_RDWR)
 
     def is_closing(self) -> bool:
         return self._transport.is_closing()
@@ -279,6 +352,16 @@ class Connection(asyncio.Protocol):
 
     def get_write_buffer_size(self) -> int:
         return self._transport.get_write_buffer_size()
+
+    @property
+    def num_unsent(self) -> int:
+        """Bytes that wait for the client.
+
+        Under TLS the event loop has a second buffer, which is not told about. As long as there is
+        something in it there is something in the kernel's queue, too.
+        """
+        unsent = self._transport.get_write_buffer_size()
+        return unsent + _num_queued(self.get_extra_info("socket")) if self._is_tls else unsent
 
     def pause_reading(self) -> None:
         self._wants_more = False
@@ -349,12 +432,14 @@ class Connection(asyncio.Protocol):
 
     def check(self, now: float) -> None:
         """Ends the connection if it has waited too long."""
-        unsent = self._transport.get_write_buffer_size()
-        taken = self._written - unsent
-        if not unsent or taken > self._taken:
-            self._taken, self._taken_at = taken, now
-        is_unread = now - self._taken_at > self.connections.limits.write_seconds
-        if is_unread or now - self.since > self._patience:
+        if self._transport is not None:
+            self.settle()
+            unsent = self.num_unsent
+            taken = self._written - unsent
+            if self._pace.is_too_slow(now, taken, unsent, self.connections.limits):
+                self.abort()
+                return
+        if now - self.since > self._patience:
             self.abort()
 
     @property

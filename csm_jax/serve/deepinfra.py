@@ -12,7 +12,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from csm_jax.serve.answers import speak_whole, unless_gone
+from csm_jax.serve.answers import PlacedResponse, speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.context import GivenTurn, read_turn
 from csm_jax.serve.fields import Options, Recording, Text, make_named_request, make_request
@@ -73,9 +73,9 @@ def router(service: Service) -> APIRouter:
 
     async def work(job: Job, body: str) -> dict[str, Any]:
         queued = await service.work(job.caller, QueuedInference.model_validate_json, body)
-        return (
-            await _answer(service, job.caller, queued.fields, queued.name, wait=True)
-        ).model_dump()
+        with await service.admit(job.caller, wait=True):
+            answer = await _speak(service, job.caller, queued.fields, queued.name)
+        return answer.model_dump()
 
     service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
 
@@ -88,30 +88,24 @@ def router(service: Service) -> APIRouter:
         fields = await read_fields(http, Inference, recordings=True, forms=True)
         if fields.webhook:
             return await _answer_later(service, caller_of(http), fields)
-        return await unless_gone(http, _answer_now(service, caller_of(http), fields))
+        return await unless_gone(http, _respond(service, caller_of(http), fields))
 
     return routes
 
 
-async def _answer_now(service: Service, caller: Caller, fields: Inference) -> Response:
-    answer = await _answer(service, caller, fields, request_id())
-    data = await service.work(caller, answer.model_dump_json)
-    return Response(data, media_type="application/json")
+async def _respond(service: Service, caller: Caller, fields: Inference) -> PlacedResponse:
+    with await service.admit(caller) as place:
+        answer = await _speak(service, caller, fields, request_id())
+        content = await service.work(caller, answer.model_dump_json)
+        return PlacedResponse(place, content, media_type="application/json")
 
 
-async def _answer(
-    service: Service, caller: Caller, fields: Inference, name: str, wait: bool = False
-) -> Answer:
-    """Speaks a request.
-
-    Args:
-      wait: for a place, as jobs do.
-    """
-    with await service.admit(caller, wait):
-        request = await _request(service, caller, fields)
-        started = time.perf_counter()
-        spoken = await speak_whole(service, caller, request, fields.response_format)
-        audio = await service.work(caller, _data_uri, spoken.data, fields.response_format)
+async def _speak(service: Service, caller: Caller, fields: Inference, name: str) -> Answer:
+    """The answer to a request that has a place."""
+    request = await _request(service, caller, fields)
+    started = time.perf_counter()
+    spoken = await speak_whole(service, caller, request, fields.response_format)
+    audio = await service.work(caller, _data_uri, spoken.data, fields.response_format)
     return Answer(
         audio=audio,
         input_character_length=len(fields.text),

@@ -88,7 +88,9 @@ def router(service: Service) -> APIRouter:
         file = await service.store.downloads.find(name)
         if file is None:
             raise ApiError(404, "there is no such file any more", code="not_found")
-        return Response(file.data, media_type=file.media_type)
+        pieces = service.store.downloads.read(file)
+        headers = {"Content-Length": str(file.num_bytes)}
+        return StreamingResponse(pieces, headers=headers, media_type=file.media_type)
 
     _add_queue(routes, service)
     return routes

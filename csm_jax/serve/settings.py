@@ -15,6 +15,8 @@ class Limits:
       json_bytes: of a request body where no recordings can be.
       body_bytes: of a request body where recordings can be.
       pending_body_bytes: of all request bodies that are held at once.
+      pending_response_bytes: of all responses that are held until their clients have taken them;
+        half of it for one caller.
       json_values: commas and brackets of a JSON body: how many values it can have.
       text_characters: of what is to be said, and of a transcript.
       audio_bytes: of one recording, as it comes.
@@ -29,7 +31,9 @@ class Limits:
       body_seconds, body_bytes_per_second: a body must be complete after so many seconds, and one
         more for every so many bytes that have come.
       idle_seconds: between two requests of a connection.
-      write_seconds: without a byte taken by the client.
+      write_seconds, response_bytes_per_second: while something waits for the client of a response,
+        it must take so many bytes a second, over so many seconds. The slowest streams of speech
+        that are played as they come have about 4 kB a second.
       unread_seconds: of speech of all responses together that waits to be read; the slowest reader
         is dropped when there is more.
       read_pace, read_pace_seconds: a reader for whom something has waited all the time must take
@@ -50,6 +54,7 @@ class Limits:
     json_bytes: int = 256_000
     body_bytes: int = 32_000_000
     pending_body_bytes: int = 256_000_000
+    pending_response_bytes: int = 512_000_000
     json_values: int = 100_000
     text_characters: int = 10_000
     audio_bytes: int = 10_000_000
@@ -63,6 +68,7 @@ class Limits:
     body_bytes_per_second: int = 50_000
     idle_seconds: float = 15.0
     write_seconds: float = 30.0
+    response_bytes_per_second: int = 2000
     unread_seconds: float = 6000.0
     read_pace: float = 0.1
     read_pace_seconds: float = 60.0

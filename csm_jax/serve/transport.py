@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import resource
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
@@ -13,17 +14,18 @@ from typing import Any
 import h11
 import uvicorn
 from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from csm_jax.serve.connections import Connection, Connections, Phase
 from csm_jax.serve.errors import TRY_AGAIN_LATER
+from csm_jax.serve.listener import Listener
 from csm_jax.serve.settings import Limits, Settings
 
 logger = logging.getLogger("csm_jax.serve")
 
-# Connections that may wait to be accepted. The event loop accepts all of them before it looks at
-# anything else; more than these try again by themselves.
+# Connections that may wait to be accepted; more than these try again by themselves.
 BACKLOG = 256
 # Files that are open besides connections: libraries, the store, requests of the server's own.
 _SPARE_FILES = 512
@@ -43,6 +45,8 @@ class HTTP(H11Protocol):
 
     @property
     def phase(self) -> Phase:
+        if self.is_answered and self.transport.num_unsent:
+            return Phase.WRITING
         if self.conn.their_state is h11.SEND_BODY:
             return Phase.BODY
         return Phase.IDLE if self.is_answered else Phase.BUSY
@@ -56,6 +60,8 @@ class HTTP(H11Protocol):
             # What follows may be part of a body to a proxy on the way (RFC 9112, 6.3).
             self.transport.close()
         super().on_response_complete()
+        # uvicorn's timer runs while the response is still being sent. `Connection.check` does not.
+        self._unset_keepalive_if_required()
         self.transport.settle(is_answered=True)
 
     def _should_upgrade(self) -> bool:
@@ -120,6 +126,23 @@ class Server(uvicorn.Server):
             self._on_exit()
         super().handle_exit(sig, frame)
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept connections at these sockets, after the application has started."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        self.servers = [
+            Listener(each, self._connections, self._make_connection, self.config.ssl)
+            for each in sockets or ()
+        ]
+        self.started = True
+
+    def _make_connection(self) -> Connection:
+        return Connection(self._connections, self._make_protocol)
+
+    def _make_protocol(self) -> HTTP:
+        return HTTP(self.config, self.server_state, self.lifespan.state)
+
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
             self._connections.sweep()
@@ -156,12 +179,9 @@ def make_server(
     limits = raise_file_limit(settings.limits)
     connections = Connections(limits, settings.trusted_proxies)
 
-    def make_connection(config: uvicorn.Config, _loop: Any = None, **shared: Any) -> Connection:
-        return Connection(connections, lambda: HTTP(config=config, _loop=_loop, **shared))
-
     config = uvicorn.Config(
         app,
-        http=make_connection,
+        http=HTTP,
         ws=Socket,
         ws_max_size=_largest_message(limits),
         ws_ping_interval=_PING_SECONDS,
@@ -177,8 +197,6 @@ def make_server(
         server_header=False,
         # `app.py` does it, for `Settings.trusted_proxies`.
         proxy_headers=False,
-        backlog=BACKLOG,
-        timeout_keep_alive=limits.idle_seconds,
         timeout_graceful_shutdown=_RESPONSES_PART * settings.drain_seconds,
     )
     return Server(config, connections, on_exit)

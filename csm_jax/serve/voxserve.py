@@ -7,7 +7,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import Field
 
-from csm_jax.serve.answers import speak_streamed, speak_whole, unless_gone
+from csm_jax.serve.answers import PlacedResponse, speak_streamed, speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.context import Context, GivenTurn, read_turn
 from csm_jax.serve.fields import Options, Recording, Speaker, Text, make_request
@@ -47,8 +47,8 @@ async def _speak(service: Service, caller: Caller, fields: Generate) -> Response
         if fields.streaming:
             return await speak_streamed(service, place, request, "wav", notices=context.notices)
         spoken = await speak_whole(service, caller, request, "wav", notices=context.notices)
-    headers = {"X-Notices": spoken.live.notice_kinds}
-    return Response(spoken.data, media_type="audio/wav", headers=headers)
+        headers = {"X-Notices": spoken.live.notice_kinds}
+        return PlacedResponse(place, spoken.data, media_type="audio/wav", headers=headers)
 
 
 async def _context(service: Service, caller: Caller, fields: Generate) -> Context:

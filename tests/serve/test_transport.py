@@ -13,12 +13,13 @@ from collections.abc import Callable
 
 import pytest
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, StreamingResponse
+from starlette.responses import PlainTextResponse, Response, StreamingResponse
 from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from csm_jax.serve import transport
+from csm_jax.serve.middleware.responses import Responses
 from csm_jax.serve.settings import Limits, Settings
 
 LIMITS = Limits(
@@ -32,11 +33,16 @@ LIMITS = Limits(
 )
 
 
+# More than the buffers of the event loop and the kernel take.
+WHOLE_BYTES = 16_000_000
+
+
 class Application:
     """Answers with the length of the body; keeps what it has seen.
 
     `/large` is a response that exceeds all buffers, `/slow` one that takes a while, `/pieces` one
-    of which what was sent is counted.
+    of which what was sent is counted, `/whole` one that is written at once, `/cut` one that
+    `Responses` cuts into pieces.
     """
 
     def __init__(self):
@@ -55,6 +61,12 @@ class Application:
         request = Request(scope, receive)
         if scope["path"] == "/large":
             response = StreamingResponse(self._chunks())
+        elif scope["path"] == "/cut":
+            response = Responses(Response(bytes(WHOLE_BYTES)), Limits())
+        elif scope["path"] == "/whole":
+            response = Response(bytes(WHOLE_BYTES))
+        elif scope["path"] == "/dripping":
+            response = StreamingResponse(self._drops())
         elif scope["path"] == "/pieces":
             response = StreamingResponse(self._pieces())
         else:
@@ -70,6 +82,11 @@ class Application:
                 yield b"a" * 1_000_000
         finally:
             self.closed += 1
+
+    async def _drops(self):
+        for _ in range(50):
+            yield b"a" * 10
+            await asyncio.sleep(0.1)
 
     async def _pieces(self):
         for _ in range(1000):
@@ -99,10 +116,10 @@ class Running:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             return answer.read().decode()
 
-    def exchange(self, data: bytes) -> bytes:
-        """All that is answered to these bytes until the server closes, or two seconds are over."""
+    def exchange(self, data: bytes, seconds: float = 2) -> bytes:
+        """All that is answered to these bytes until the server closes, or is silent so long."""
         with self.open(data) as made:
-            made.settimeout(2)
+            made.settimeout(seconds)
             return read_all(made)
 
     def wait_for(self, number: int, seconds: float = 5.0) -> None:
@@ -121,10 +138,13 @@ def read_all(made: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def run(limits: Limits = LIMITS, **more):
+def run(limits: Limits = LIMITS, loop: str = "auto", proxies: tuple[str, ...] = (), **more):
+    """A server in a thread, with arguments `more` of `make_server`."""
     app = Application()
     listening = socket.create_server(("127.0.0.1", 0), backlog=512)
-    server = transport.make_server(app, Settings(limits=limits, drain_seconds=3, **more))
+    settings = Settings(limits=limits, drain_seconds=3, trusted_proxies=proxies)
+    server = transport.make_server(app, settings, **more)
+    server.config.loop = loop
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()
     try:
@@ -169,7 +189,10 @@ def test_a_new_connection_gets_the_place_of_a_waiting_one(running, opened, begun
 def test_busy_connections_are_not_aborted_for_new_ones(running, opened):
     busy = REQUEST.replace(b"/ ", b"/slow ")
     opened += [running.open(busy) for _ in range(LIMITS.connections_per_address)]
-    running.wait_for(LIMITS.connections_per_address)
+    deadline = time.monotonic() + 5
+    while running.app.paths.count(("GET", "/slow")) < LIMITS.connections_per_address:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     refused = running.exchange(REQUEST)
     assert refused.startswith(b"HTTP/1.1 503 ")
     assert b"retry-after: 1" in refused
@@ -178,7 +201,7 @@ def test_busy_connections_are_not_aborted_for_new_ones(running, opened):
 
 
 def test_proxies_have_no_limit_of_their_own():
-    with run(trusted_proxies=("127.0.0.0/8",)) as running:
+    with run(proxies=("127.0.0.0/8",)) as running:
         made = [running.open(b"GET") for _ in range(50)]
         running.wait_for(50)
         made += [running.open(b"GET") for _ in range(30)]
@@ -233,6 +256,42 @@ def test_a_slow_reader_is_not_aborted(running, opened):
         time.sleep(0.1)
     assert size > 1_000_000
     assert len(running.connections) == 1
+
+
+def test_a_response_longer_in_transit_than_the_idle_time_arrives(running, opened):
+    """The connection is not idle before the client has the response, and is good for another."""
+    made = running.open(REQUEST.replace(b"/ ", b"/whole "))
+    opened.append(made)
+    started, size = time.monotonic(), 0
+    while size < WHOLE_BYTES:
+        taken = len(made.recv(WHOLE_BYTES // 50))
+        assert taken
+        size += taken
+        time.sleep(0.1 * taken / (WHOLE_BYTES // 50))
+    assert time.monotonic() - started > 2 * LIMITS.idle_seconds
+    made.sendall(REQUEST)
+    assert b"200 OK" in made.recv(65_536)
+
+
+@pytest.mark.parametrize("path", [b"/large", b"/whole"])
+def test_one_that_takes_a_few_bytes_now_and_then_ends(running, opened, path):
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.connect(("127.0.0.1", running.port))
+    opened.append(made)
+    made.sendall(REQUEST.replace(b"/ ", path + b" "))
+    running.wait_for(1)
+    started = time.monotonic()
+    while len(running.connections):
+        assert time.monotonic() - started < 9
+        made.recv(100)
+        time.sleep(0.1)
+    assert time.monotonic() - started > LIMITS.write_seconds
+
+
+def test_a_stream_is_not_ended_for_the_pace_of_the_server(running):
+    """It sends 100 bytes a second, and the client takes all of them."""
+    assert len(running.exchange(REQUEST.replace(b"/ ", b"/dripping "), seconds=6)) > 500
 
 
 def test_a_body_that_no_route_reads_ends(running, opened):

@@ -11,6 +11,7 @@ from typing import Any
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm_jax.serve.metrics import Metrics
+from csm_jax.serve.middleware.redaction import REDACTED
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -18,6 +19,8 @@ _HEADER = b"x-request-id"
 # Characters of a path and a method that are logged: a head can have 64 kB, and requests that are
 # refused are logged too.
 _MAX_PATH, _MAX_METHOD = 200, 20
+# The name of a file that fal's clients fetch is all that they need for it.
+_CAPABILITY = re.compile(r"^(.*/files/)[^/]+$", re.DOTALL)
 # What callers may call their requests.
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _current: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("request")
@@ -48,7 +51,7 @@ class RequestLog:
         fields = {
             "request_id": _given_id(scope) or uuid.uuid4().hex,
             "method": scope.get("method", "WEBSOCKET")[:_MAX_METHOD],
-            "path": scope["path"][:_MAX_PATH],
+            "path": _CAPABILITY.sub(rf"\1{REDACTED}", scope["path"][:_MAX_PATH]),
             "status": 0,
         }
         _current.set(fields)

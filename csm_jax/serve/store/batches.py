@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Collection, Sequence
 from typing import NamedTuple
 
 from csm_jax.serve.caller import Caller
+from csm_jax.serve.store.blobs import Blob
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota, check_count
 
@@ -135,6 +136,10 @@ class Batches:
         while piece := await self._database.run(_read_piece, file_id, start):
             yield piece
             start += len(piece)
+
+    def read_pieces(self, file: FileRow) -> AsyncIterator[bytes]:
+        """The bytes of an upload. Raises `StorageError` if it is deleted meanwhile."""
+        return Blob("uploads", ("file", file.id), file.num_bytes).pieces(self._database)
 
     async def list_files(self, owner: str, after: str | None, limit: int) -> Page | None:
         """An owner's files, the youngest first, behind `after`; None if there is no such file."""

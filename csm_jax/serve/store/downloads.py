@@ -5,8 +5,10 @@ A name is a capability: fal's clients fetch the file without a key. It has 144 r
 
 import secrets
 import sqlite3
+from collections.abc import AsyncIterator
 from typing import NamedTuple
 
+from csm_jax.serve.store.blobs import Blob
 from csm_jax.serve.store.database import Database
 
 KEPT_SECONDS = 3600.0
@@ -16,7 +18,7 @@ _NAME_BYTES = 18
 class Download(NamedTuple):
     name: str
     media_type: str
-    data: bytes
+    num_bytes: int
 
 
 class Downloads:
@@ -34,20 +36,26 @@ class Downloads:
 
     async def add(self, owner: str, data: bytes, media_type: str, suffix: str) -> Download:
         """Keeps a file under a new name; older ones make room for it."""
-        file = Download(f"{secrets.token_urlsafe(_NAME_BYTES)}.{suffix}", media_type, data)
+        name = f"{secrets.token_urlsafe(_NAME_BYTES)}.{suffix}"
+        file = Download(name, media_type, len(data))
         until = self._database.now() + KEPT_SECONDS
-        await self._database.run(self._add, owner, file, until)
+        await self._database.run(self._add, owner, file, data, until)
         return file
 
     async def find(self, name: str) -> Download | None:
         """The file, if it is still there."""
 
         def find(connection: sqlite3.Connection, now: float) -> Download | None:
-            query = "SELECT name, media_type, data FROM downloads WHERE name = ? AND until > ?"
+            query = "SELECT name, media_type, num_bytes FROM downloads WHERE name = ? AND until > ?"
             found = connection.execute(query, (name, now)).fetchone()
             return found and Download(*found)
 
         return await self._database.run(find, self._database.now())
+
+    def read(self, file: Download) -> AsyncIterator[bytes]:
+        """The bytes of a file. Raises `StorageError` if it makes room for another meanwhile."""
+        blob = Blob("downloads", ("name", file.name), file.num_bytes)
+        return blob.pieces(self._database)
 
     async def expire(self) -> None:
         """Removes files that are too old."""
@@ -58,19 +66,24 @@ class Downloads:
         await self._database.free(expire, self._database.now())
 
     def _add(
-        self, connection: sqlite3.Connection, owner: str, file: Download, until: float
+        self,
+        connection: sqlite3.Connection,
+        owner: str,
+        file: Download,
+        data: bytes,
+        until: float,
     ) -> None:
         own = connection.execute(
             "SELECT name, num_bytes FROM downloads WHERE owner = ? ORDER BY until", (owner,)
         ).fetchall()
         _make_room(
-            connection, own, (self._owner_bytes if owner else self._max_bytes) - len(file.data)
+            connection, own, (self._owner_bytes if owner else self._max_bytes) - file.num_bytes
         )
         of_all = connection.execute("SELECT name, num_bytes FROM downloads ORDER BY until")
-        _make_room(connection, of_all.fetchall(), self._max_bytes - len(file.data))
+        _make_room(connection, of_all.fetchall(), self._max_bytes - file.num_bytes)
         connection.execute(
             "INSERT INTO downloads VALUES (?, ?, ?, ?, ?, ?)",
-            (file.name, owner, file.media_type, until, len(file.data), file.data),
+            (file.name, owner, file.media_type, until, file.num_bytes, data),
         )
 
 
