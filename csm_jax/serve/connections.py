@@ -24,7 +24,7 @@ from csm_jax.serve.settings import Limits
 
 # Bytes that the kernel takes before the client has room for them.
 _KERNEL_BYTES = 262_144
-# Bytes that a transport holds before its writer waits; asyncio's default for TLS is eight times that.
+# Bytes that a transport holds before its writer waits. For TLS asyncio would take eight times that.
 _BUFFER_BYTES = 65_536
 # Connections that are looked at whether they have been sent their responses, when room is needed.
 _LOOKED_AT = 16

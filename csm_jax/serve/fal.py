@@ -164,7 +164,7 @@ async def _speak(
     """
     with await service.admit(caller, wait):
         given = [GivenTurn(turn.speaker_id, turn.prompt, turn.audio_url) for turn in fields.context]
-        fetch = functools.partial(_fetch, service)
+        fetch = functools.partial(_fetch, service, caller)
         context = await read_context(service, caller, given, "audio_url", fetch)
         for notice in context.notices:
             progress(notice.message)
@@ -183,11 +183,12 @@ async def _speak(
     )
 
 
-async def _fetch(service: Service, url: str) -> bytes:
+async def _fetch(service: Service, caller: Caller, url: str) -> bytes:
     if not service.settings.fetch_urls:
         message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
         raise ApiError(400, message, param="audio_url", code="fetching_off")
-    return await service.outgoing.fetch(url, service.settings.limits.audio_bytes, FETCH_SECONDS)
+    most = service.settings.limits.audio_bytes
+    return await service.outgoing.fetch(url, most, FETCH_SECONDS, caller.share)
 
 
 def _where(http: HTTPRequest, job: Job) -> str:

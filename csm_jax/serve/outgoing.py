@@ -10,6 +10,7 @@ import socket
 from collections.abc import AsyncIterator, Iterable
 from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
+from weakref import WeakValueDictionary
 
 import httpcore
 
@@ -20,6 +21,8 @@ from csm_jax.serve.special_addresses import is_public
 MAX_REDIRECTS = 3
 # Until the receiver of a webhook has answered.
 POST_SECONDS = 20.0
+# Connections at once: for all fetches, for those of one share, and for all webhooks.
+_MAX_FETCHES, _FETCHES_OF_SHARE, _MAX_POSTS = 64, 4, 64
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
 
@@ -33,21 +36,38 @@ class Outgoing:
         Args:
           allow_private: also dial addresses of private networks and of this machine.
         """
-        self._pool = httpcore.AsyncConnectionPool(
-            network_backend=_Checked(allow_private), max_connections=16, max_keepalive_connections=0
-        )
+        # Made once: reading the certificates of all authorities takes a tenth of a second.
+        context = httpcore.default_ssl_context()
+
+        def open_pool(max_connections: int) -> httpcore.AsyncConnectionPool:
+            return httpcore.AsyncConnectionPool(
+                ssl_context=context,
+                network_backend=_Checked(allow_private),
+                max_connections=max_connections,
+                max_keepalive_connections=0,
+            )
+
+        self._fetches = open_pool(_MAX_FETCHES)
+        self._posts = open_pool(_MAX_POSTS)
+        self._post_turns = asyncio.Semaphore(_MAX_POSTS)
+        self._fetch_turns = WeakValueDictionary[str, asyncio.Semaphore]()
 
     async def close(self) -> None:
-        await self._pool.aclose()
+        await self._fetches.aclose()
+        await self._posts.aclose()
 
-    async def fetch(self, url: str, max_bytes: int, seconds: float) -> bytes:
+    async def fetch(self, url: str, max_bytes: int, seconds: float, share: str = "") -> bytes:
         """What lies at an address.
+
+        Args:
+          share: whose fetches are counted together: they wait for one another beyond a few.
 
         Raises:
           InputError: it cannot be fetched, or is beyond a limit.
         """
+        turn = self._fetch_turns.setdefault(share, asyncio.Semaphore(_FETCHES_OF_SHARE))
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(seconds), turn:
                 for _ in range(MAX_REDIRECTS + 1):
                     data, url = await self._get(url, max_bytes)
                     if data is not None:
@@ -67,9 +87,11 @@ class Outgoing:
         headers = {"Content-Type": "application/json", **headers}
         arguments = {"headers": headers, "content": body, "extensions": _TIMEOUTS}
         try:
+            # The time runs from when there is a connection for it.
             async with (
+                self._post_turns,
                 asyncio.timeout(POST_SECONDS),
-                self._pool.stream("POST", url, **arguments) as answer,
+                self._posts.stream("POST", url, **arguments) as answer,
             ):
                 return answer.status
         except TimeoutError as error:
@@ -97,7 +119,9 @@ class Outgoing:
     async def _open(self, url: str) -> AsyncIterator[httpcore.Response]:
         # Compressed answers would unpack to any size.
         headers = {"Accept-Encoding": "identity", "User-Agent": "csm-jax"}
-        async with self._pool.stream("GET", url, headers=headers, extensions=_TIMEOUTS) as answer:
+        async with self._fetches.stream(
+            "GET", url, headers=headers, extensions=_TIMEOUTS
+        ) as answer:
             yield answer
 
 

@@ -1,6 +1,8 @@
 """Addresses that strangers choose: only public ones are dialled, and only so much is read."""
 
 import asyncio
+import socket
+import ssl
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -9,6 +11,7 @@ import httpcore
 import pytest
 
 from csm_jax.errors import InputError
+from csm_jax.serve import outgoing as outgoing_module
 from csm_jax.serve.outgoing import Outgoing, public_address
 
 
@@ -59,6 +62,7 @@ def test_public_addresses_are_dialled(names, address):
 class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self.server.hosts.append(self.headers["Host"])
+        time.sleep(self.server.delay)
         status, headers, body = self.server.pages[self.path]
         self.send_response(status)
         for name, value in headers.items():
@@ -80,7 +84,7 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def site():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.hosts, server.pages = [], {}
+    server.hosts, server.pages, server.delay = [], {}, 0.0
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     server.url = f"http://127.0.0.1:{server.server_port}"
@@ -194,3 +198,99 @@ def test_what_a_webhook_answers_is_not_read(site):
     started = time.monotonic()
     assert asyncio.run(work()) == 201
     assert time.monotonic() - started < 5
+
+
+def use(work):
+    """What `work(outgoing)` comes to."""
+
+    async def run():
+        outgoing = Outgoing(allow_private=True)
+        try:
+            return await work(outgoing)
+        finally:
+            await outgoing.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_certificates_are_read_once(silent, monkeypatch):
+    """It takes so long that it must not happen on the event loop for each connection."""
+
+    async def work(outgoing: Outgoing) -> None:
+        monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", pytest.fail)
+        with pytest.raises(InputError, match=r"took more than 0.3 s"):
+            await outgoing.fetch(f"https://{silent}/", 1000, 0.3)
+
+    use(work)
+
+
+def test_slow_fetches_of_one_caller_hold_up_neither_others_nor_webhooks(site):
+    site.pages["/slow"] = 200, {}, [b"x", 2.0, b"x"]
+    site.pages["/a"] = 200, {}, [b"one"]
+
+    async def work(outgoing: Outgoing) -> float:
+        slow = [
+            asyncio.create_task(outgoing.fetch(f"{site.url}/slow", 1000, 20.0, "many"))
+            for _ in range(80)
+        ]
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        assert await outgoing.fetch(f"{site.url}/a", 1000, 5.0, "one") == b"one"
+        assert await outgoing.post(f"{site.url}/a", b"{}", {}) == 200
+        seconds = time.monotonic() - started
+        for each in slow:
+            each.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return seconds
+
+    assert use(work) < 1.5
+
+
+def test_a_webhook_does_not_fail_because_others_are_under_way(site, monkeypatch):
+    monkeypatch.setattr(outgoing_module, "_MAX_POSTS", 1)
+    monkeypatch.setattr(outgoing_module, "POST_SECONDS", 1.0)
+    site.delay = 0.4
+    site.pages["/hook"] = 200, {}, []
+
+    async def work(outgoing: Outgoing) -> list[int]:
+        posts = [outgoing.post(f"{site.url}/hook", b"{}", {}) for _ in range(4)]
+        return await asyncio.gather(*posts)
+
+    assert use(work) == [200] * 4
+
+
+def test_a_receiver_that_does_not_answer_has_an_end(silent, monkeypatch):
+    monkeypatch.setattr(outgoing_module, "POST_SECONDS", 0.3)
+    with pytest.raises(InputError, match=r"took more than 0.3 s"):
+        use(lambda outgoing: outgoing.post(f"http://{silent}/", b"{}", {}))
+
+
+def test_redirects_of_a_receiver_are_not_followed(site):
+    site.pages["/hook"] = 307, {"Location": "/other"}, []
+    assert use(lambda outgoing: outgoing.post(f"{site.url}/hook", b"{}", {})) == 307
+    assert len(site.hosts) == 1
+
+
+@pytest.mark.parametrize(
+    "headers", [{"A": "b" * 500_000}, {f"A{i}": "b" * 90 for i in range(5000)}]
+)
+def test_heads_of_any_size_are_not_read(site, headers):
+    site.pages["/a"] = 200, headers, [b"one"]
+    with pytest.raises(InputError, match="cannot be fetched"):
+        fetch(f"{site.url}/a")
+    with pytest.raises(InputError, match="cannot be reached"):
+        use(lambda outgoing: outgoing.post(f"{site.url}/a", b"{}", {}))
+
+
+def test_redirects_that_are_slow_share_one_time(site):
+    site.delay = 0.4
+    site.pages["/round"] = 302, {"Location": "/round"}, []
+    with pytest.raises(InputError, match=r"took more than 0.5 s"):
+        fetch(f"{site.url}/round", seconds=0.5)

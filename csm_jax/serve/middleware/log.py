@@ -20,7 +20,7 @@ _HEADER = b"x-request-id"
 # refused are logged too.
 _MAX_PATH, _MAX_METHOD = 200, 20
 # The name of a file that fal's clients fetch is all that they need for it.
-_CAPABILITY = re.compile(r"^(.*/files/)[^/]+$", re.DOTALL)
+_CAPABILITY = re.compile(r"^(.*(?<!/v1)/files/)[^/]+$", re.DOTALL)
 # What callers may call their requests.
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 _current: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("request")
