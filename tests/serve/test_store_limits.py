@@ -119,7 +119,9 @@ def test_downloads_end_with_their_time_whatever_the_clock_does(open_store, monke
     store = open_store()
     file = asyncio.run(store.downloads.add("anna", b"a", "audio/wav", "wav"))
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert asyncio.run(store.downloads.find(file.name)).data == b"a"
+    found = asyncio.run(store.downloads.find(file.name))
+    assert found == file
+    assert asyncio.run(anext(store.downloads.read(found))) == b"a"
     now = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: now + 3601)
     assert asyncio.run(store.downloads.find(file.name)) is None
