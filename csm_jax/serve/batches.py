@@ -105,9 +105,7 @@ def _add_file_routes(routes: APIRouter, store: Batches, worker: "Worker") -> Non
             return StreamingResponse(_lines(store, found.batch), media_type=_MEDIA_TYPE)
         # One that is deleted meanwhile ends before its length.
         headers = {"Content-Length": str(found.num_bytes)}
-        return StreamingResponse(
-            store.read_upload(file_id), headers=headers, media_type=_MEDIA_TYPE
-        )
+        return StreamingResponse(store.read_upload(found), headers=headers, media_type=_MEDIA_TYPE)
 
     @routes.delete("/files/{file_id}")
     async def delete(http: HTTPRequest, file_id: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from csm_jax.serve.places import Places
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store
 from csm_jax.serve.store.blobs import PIECE_BYTES as STORED_PIECE_BYTES
+from csm_jax.serve.store.blobs import Blob
 from csm_jax.serve.store.errors import StorageError
 
 BODY = bytes(range(256)) * 1000
@@ -140,7 +141,7 @@ def test_stored_files_are_read_in_pieces():
             upload = await store.batches.add_file("a", "input.jsonl", data)
             download = await store.downloads.add("a", data, "audio/wav", "wav")
             for read in (
-                lambda: store.batches.read_pieces(upload),
+                lambda: store.batches.read_upload(upload),
                 lambda: store.downloads.read(download),
             ):
                 found = [piece async for piece in read()]
@@ -159,7 +160,8 @@ def test_a_file_that_is_deleted_while_it_is_read_becomes_no_other():
         store = Store(None, Limits())
         try:
             upload = await store.batches.add_file("a", "input.jsonl", BODY * 3)
-            reading = store.batches.read_pieces(upload)
+            blob = Blob("uploads", ("file", upload.id), upload.num_bytes)
+            reading = blob.pieces(store.database)
             assert await anext(reading) == (BODY * 3)[:STORED_PIECE_BYTES]
             await store.batches.delete_file(upload.id, "a")
             await store.batches.add_file("b", "input.jsonl", b"b" * len(BODY) * 3)

@@ -220,6 +220,6 @@ def test_an_upload_is_read_in_pieces(open_store):
     for size in (0, 1, 1_000_000, 2_500_001):
         data = os.urandom(size)
         file = asyncio.run(store.batches.add_file("anna", "a", data))
-        pieces = asyncio.run(collect(store.batches.read_upload(file.id)))
+        pieces = asyncio.run(collect(store.batches.read_upload(file)))
         assert b"".join(pieces) == data
         assert max(map(len, pieces), default=0) <= 1_000_000

@@ -130,14 +130,7 @@ class Batches:
 
         return self._database.call(read)
 
-    async def read_upload(self, file_id: str) -> AsyncIterator[bytes]:
-        """The bytes of an upload; read as they are asked for."""
-        start = 0
-        while piece := await self._database.run(_read_piece, file_id, start):
-            yield piece
-            start += len(piece)
-
-    def read_pieces(self, file: FileRow) -> AsyncIterator[bytes]:
+    def read_upload(self, file: FileRow) -> AsyncIterator[bytes]:
         """The bytes of an upload. Raises `StorageError` if it is deleted meanwhile."""
         return Blob("uploads", ("file", file.id), file.num_bytes).pieces(self._database)
 
@@ -290,16 +283,6 @@ def _insert_file(
 def _find_file(connection: sqlite3.Connection, file_id: str, owner: str) -> FileRow | None:
     found = connection.execute(_FILE + _ONE, (file_id, owner)).fetchone()
     return found and FileRow(*found)
-
-
-def _read_piece(connection: sqlite3.Connection, file_id: str, start: int) -> bytes:
-    """A piece of an upload from a byte on; nothing behind its end, or when it is deleted."""
-    found = connection.execute("SELECT rowid FROM uploads WHERE file = ?", (file_id,)).fetchone()
-    if found is None:
-        return b""
-    with connection.blobopen("uploads", "data", found[0], readonly=True) as blob:
-        blob.seek(start)
-        return blob.read(_BYTES_AT_ONCE)
 
 
 def _find(connection: sqlite3.Connection, batch_id: str, owner: str) -> BatchRow | None:
