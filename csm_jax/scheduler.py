@@ -224,7 +224,8 @@ class RowScheduler(Generic[R]):
         return self.queue(request.in_background).should_yield(request.share)
 
     def push(self, request: R) -> None:
-        if not request.in_background:
+        # Requests without a share, such as those that warm a server up, are no company.
+        if request.share and not request.in_background:
             self._company.came(request.share)
         self.queue(request.in_background).push(request, request.share, request.weight)
 
