@@ -19,6 +19,7 @@ from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from csm_jax.serve import transport
+from csm_jax.serve.connections import Pace
 from csm_jax.serve.middleware.responses import Responses
 from csm_jax.serve.settings import Limits, Settings
 
@@ -271,6 +272,26 @@ def test_a_response_longer_in_transit_than_the_idle_time_arrives(running, opened
     assert time.monotonic() - started > 2 * LIMITS.idle_seconds
     made.sendall(REQUEST)
     assert b"200 OK" in made.recv(65_536)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "num_bytes", "unsent", "is_ended"),
+    [
+        (29, 1, 100_000, True),
+        (1, 1000, 100_000, True),
+        (16, 65_536, 100_000, False),
+        (10, 10, 0, False),
+    ],
+    ids=["drip", "slow", "player", "slow server"],
+)
+def test_a_response_must_be_taken_at_a_pace(seconds, num_bytes, unsent, is_ended):
+    """A client takes some bytes every few seconds, for ten minutes."""
+    pace, limits = Pace(), Limits()
+    ends = [
+        pace.is_too_slow(float(now), now // seconds * num_bytes, unsent, limits)
+        for now in range(600)
+    ]
+    assert any(ends) == is_ended
 
 
 @pytest.mark.parametrize("path", [b"/large", b"/whole"])
