@@ -65,6 +65,17 @@ def test_what_files_refer_to_is_there():
         assert {first or second for first, second in found} <= names
 
 
+def test_every_style_sheet_is_linked_as_one():
+    linked = {}
+    for file in FILES:
+        if file.suffix == ".html":
+            links = re.findall(r'<link rel="([^"]*)" href="([^"]*)"', file.read_text("utf-8"))
+            assert {rel for rel, _ in links} <= {"stylesheet", "icon"}
+            linked[file.name] = [name for rel, name in links if rel == "stylesheet"]
+    assert sorted(linked["index.html"]) == [x.name for x in FILES if x.suffix == ".css"]
+    assert linked["docs.html"]
+
+
 @pytest.mark.parametrize("path", ["/", "/page", "/docs"])
 def test_redirects_stay_below_a_prefix(path):
     """The server may stand behind a proxy that adds one."""
