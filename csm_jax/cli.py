@@ -69,13 +69,25 @@ def _unwinding() -> Iterator[None]:
             signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the unwinding
         raise _Ended(number)
 
+    def unwind_again(caught: "sys.UnraisableHookArgs") -> None:
+        # Python drops what a handler raises while a weak reference or a destructor is cleared.
+        if caught.exc_type is _Ended:
+            number = caught.exc_value.args[0]
+            signal.signal(number, unwind)
+            # A moment later: what is raised in here would be dropped too.
+            threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        else:
+            hook(caught)
+
     is_main = threading.current_thread() is threading.main_thread()
     before = [each for each in _ENDINGS if is_main and signal.getsignal(each) == signal.SIG_DFL]
     for number in before:
         signal.signal(number, unwind)
+    hook, sys.unraisablehook = sys.unraisablehook, unwind_again
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         for number in before:
             signal.signal(number, signal.SIG_DFL)
 

@@ -17,7 +17,7 @@ from csm_jax.generation import Prompt
 from csm_jax.tokenizer import Tokenizer, check_unicode
 
 # Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.
-_SILENT = {"Zs", "Zl", "Zp", "Cc", "Cf", "Cs", "Mn", "Mc", "Me"}
+_SILENT = {"Zs", "Zl", "Zp", "Cc", "Cf", "Mn", "Mc", "Me"}
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 # The codec: audio [num_samples] to codes [num_frames, Q].
 Encode = Callable[[np.ndarray], np.ndarray]

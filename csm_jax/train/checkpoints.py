@@ -1,5 +1,6 @@
 """What a run goes on from after it was stopped, in the middle or not: Orbax checkpoints."""
 
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         sys.unraisablehook = self._without_stragglers
+        # Of writes that fail after the first, asyncio would print each.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -15,7 +15,7 @@ import httpx
 import numpy as np
 import pytest
 from hearing import median_pitch
-from serving import PRESETS, READY_SECONDS, SMALL, as_samples, serve
+from serving import PRESETS, SMALL, as_samples, serve
 
 from csm_jax import engine as engine_module
 from csm_jax.errors import InputError
@@ -258,13 +258,10 @@ def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
 
 
 @pytest.fixture
-def warm_server(server):
-    """The server when all is compiled, so that a test sees only what it causes."""
-    deadline = time.monotonic() + READY_SECONDS
-    while not server.service.is_ready:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return server
+def warm_server(model):
+    """A server when all is compiled, so that a test sees only what it causes."""
+    with serve(model, Settings(**SMALL), warm=True) as running:
+        yield running
 
 
 @pytest.mark.long
@@ -280,20 +277,18 @@ def test_a_voice_as_long_as_another_compiles_nothing(
         assert httpx.delete(f"{warm_server.url}{PATH}/{name}").status_code == 204
 
 
-def test_adding_a_voice_does_not_wait_for_the_warm_up(
-    warm_server, recording, transcript, monkeypatch
-):
+def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcript, monkeypatch):
     """It is spoken all the same, only that programs may have to be compiled for it."""
     warm = threading.Event()
-    monkeypatch.setattr(warm_server.service, "not_ready", "warming up")
-    monkeypatch.setattr(warm_server.service.engine, "warm_up", lambda *_: warm.wait(60))
+    monkeypatch.setattr(server.service, "not_ready", "warming up")
+    monkeypatch.setattr(server.service.engine, "warm_up", lambda *_: warm.wait(60))
     try:
-        answer = add(warm_server, recording, transcript)
+        answer = add(server, recording, transcript)
         assert answer.status_code == 201
         assert not warm.is_set()
     finally:
         warm.set()
-    assert httpx.delete(f"{warm_server.url}{PATH}/mine").status_code == 204
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
 
 
 def test_a_flood_of_downloads_leaves_a_thread_to_others(server):
