@@ -343,4 +343,4 @@ def _is_unencoded(turn: Segment) -> bool:
 
 
 def _ignore(notice: Notice) -> None:
-    """Told by the engine, too."""
+    """Drops a notice: `Engine.submit` plans again and reports it."""

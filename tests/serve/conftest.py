@@ -3,6 +3,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import trustme
 from browser import ARGUMENTS, CHROMIUM, Visit
 from serving import PRESETS, SMALL, serve
 
@@ -98,3 +99,15 @@ def visit(browser, server):
     }
     assert hosts == {httpx.URL(server.url).netloc}
     assert visit.complaints == []
+
+
+@pytest.fixture(scope="session")
+def certificates(tmp_path_factory):
+    """A directory with ca.pem, and cert.pem and key.pem of localhost."""
+    directory = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(directory / "ca.pem")
+    issued = authority.issue_cert("localhost")
+    issued.private_key_pem.write_to_path(directory / "key.pem")
+    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
+    return directory

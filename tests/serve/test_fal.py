@@ -12,7 +12,6 @@ import textwrap
 import httpx
 import numpy as np
 import pytest
-import trustme
 from hearing import median_pitch, recognise_digits
 from serving import SMALL, as_samples, serve
 from word_errors import count_errors
@@ -26,17 +25,6 @@ from csm_jax.serve.settings import Settings
 
 APP = "fal-ai/csm-1b"
 SCENE = [{"text": "one two three", "speaker_id": 0}, {"text": "four five six", "speaker_id": 1}]
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(directory / "ca.pem")
-    issued = authority.issue_cert("localhost")
-    issued.private_key_pem.write_to_path(directory / "key.pem")
-    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
-    return directory
 
 
 @pytest.fixture(scope="module")

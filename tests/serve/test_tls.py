@@ -7,33 +7,21 @@ import threading
 import time
 
 import pytest
-import trustme
 from test_transport import LIMITS, REQUEST, WHOLE_BYTES, Running, run
 
 LOOPS = ["asyncio"] + ["uvloop"] * (importlib.util.find_spec("uvloop") is not None)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("tls")
-    authority = trustme.CA()
-    authority.cert_pem.write_to_path(directory / "ca.pem")
-    issued = authority.issue_cert("localhost")
-    issued.private_key_pem.write_to_path(directory / "key.pem")
-    issued.cert_chain_pems[0].write_to_path(directory / "cert.pem")
-    return directory
-
-
 @pytest.fixture(params=LOOPS)
-def running(request, files):
-    names = {f"ssl_{name}file": str(files / f"{name}.pem") for name in ("cert", "key")}
+def running(request, certificates):
+    names = {f"ssl_{name}file": str(certificates / f"{name}.pem") for name in ("cert", "key")}
     with run(loop=request.param, **names) as made:
         yield made
 
 
 @pytest.fixture
-def context(files):
-    return ssl.create_default_context(cafile=str(files / "ca.pem"))
+def context(certificates):
+    return ssl.create_default_context(cafile=str(certificates / "ca.pem"))
 
 
 def connect(running: Running, context: ssl.SSLContext) -> ssl.SSLSocket:
