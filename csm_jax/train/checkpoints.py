@@ -30,7 +30,8 @@ class Checkpoints:
 
     def __enter__(self) -> "Checkpoints":
         sys.unraisablehook = self._without_stragglers
-        # Of writes that fail after the first, asyncio would print each.
+        # Of writes that fail after the first, asyncio would print each, also when they are
+        # collected long after the manager is closed: so the level stays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         return self
 
