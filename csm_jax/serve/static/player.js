@@ -93,7 +93,6 @@ export class Player extends EventTarget {
     if (!waiting || (!speech.isComplete && waiting < this.#reserve * SAMPLE_RATE)) {
       return this.#enter("buffering");
     }
-    this.#since = this.#now() + Math.round(LEAD * SAMPLE_RATE);
     this.#enter("playing");
     this.#schedule();
   }
@@ -102,8 +101,11 @@ export class Player extends EventTarget {
   #schedule() {
     const speech = this.#speech;
     if (!speech || speech.length === this.#scheduled) return;
+    const now = this.#now();
+    // Nothing is heard yet, so nothing can be late, however slowly this runs.
+    if (this.#scheduled === this.#from) this.#since = now + Math.round(LEAD * SAMPLE_RATE);
     const start = this.#since + this.#scheduled - this.#from;
-    if (start < this.#now()) return this.#runDry();
+    if (start < now) return this.#runDry();
     const samples = speech.slice(this.#scheduled);
     const buffer = this.context.createBuffer(1, samples.length, SAMPLE_RATE);
     buffer.copyToChannel(samples, 0);
