@@ -19,7 +19,7 @@ from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.generator import open_source
+from csm_jax.loading import open_source
 from csm_jax.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"

@@ -22,7 +22,8 @@ from csm_jax.audio import check_format, load_audio
 from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError
 from csm_jax.files import make_directory
-from csm_jax.generator import BUNDLED, NAMES, RANDOM, Generator, load
+from csm_jax.generator import Generator, load
+from csm_jax.loading import BUNDLED, NAMES, RANDOM
 from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.progress import Report, lines_bar

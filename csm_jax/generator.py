@@ -4,35 +4,29 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
-from csm_jax import checkpoint, hub, lora
-from csm_jax import config as presets
+from csm_jax import checkpoint, lora
 from csm_jax.batch import Batch, bucket
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
-from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.engine import Engine
 from csm_jax.errors import CheckpointError
 from csm_jax.generation import CHUNK_FRAMES
+from csm_jax.loading import open_source
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import precision_of
 from csm_jax.precision import Precision, resolve
-from csm_jax.random_weights import random_tensors
 from csm_jax.sharding import place_on
 from csm_jax.speech import Notice, Request, Speech, as_request
 from csm_jax.streaming import Pace, blocks
-from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from csm_jax.tokenizer import Tokenizer
 
 Params = dict[str, Any]
 
-RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
-# Brought along with the package: `examples/demo_checkpoint/` tells how it was made.
-BUNDLED = {"demo": Path(__file__).with_name("demo")}
-NAMES = (*BUNDLED, *RANDOM)
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
 SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
@@ -256,38 +250,6 @@ def load(
     return Generator(source.config, params, source.tokenizer, mesh)
 
 
-class Source(NamedTuple):
-    """A checkpoint that is ready to be read.
-
-    Attributes:
-      tensors: (path, array) of every parameter, once.
-      is_int8: whether matrices are stored as int8.
-      directory: where it lies; None for random weights.
-    """
-
-    config: CSMConfig
-    tokenizer: Tokenizer
-    tensors: Iterator[tuple[str, np.ndarray]]
-    is_int8: bool
-    directory: Path | None
-
-
-def open_source(name: str | Path) -> Source:
-    """Finds a checkpoint by what `load` takes as its name. Raises `CheckpointError` as it does."""
-    if name in RANDOM:
-        config = RANDOM[name]()
-        return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
-    directory = find_directory(str(name))
-    if checkpoint.is_native(directory):
-        config = checkpoint.load_config(directory)
-        tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
-    else:
-        opened = open_checkpoint(directory)
-        config, is_int8 = opened.config, False
-        tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(config)))
-    return Source(config, load_tokenizer(directory, config), tensors, is_int8, directory)
-
-
 def _place(config: CSMConfig, mesh: Mesh | None) -> Place:
     return place_on(mesh, config) if mesh else on_default_device
 
@@ -298,21 +260,3 @@ def _as_int8(name: str, dtype: str, quantize: str | None) -> Precision:
             f"{name} is stored as int8: for full precision convert the original again"
         )
     return resolve(dtype, "int8")
-
-
-def find_directory(name: str) -> Path | None:
-    """Where a checkpoint lies, downloaded if need be; None for random weights.
-
-    Raises `CheckpointError` for a name that means nothing.
-    """
-    if name in RANDOM:
-        return None
-    directory = BUNDLED.get(name) or Path(name).expanduser()
-    if directory.is_dir():
-        return directory
-    if hub.is_name(name):
-        return hub.native_copy(name)
-    raise CheckpointError(
-        f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
-        f"of {', '.join(NAMES)}"
-    )

@@ -21,7 +21,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from csm_jax.audio import SAMPLE_RATE, encode_audio, load_audio
-from csm_jax.generator import BUNDLED
+from csm_jax.loading import BUNDLED
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
 SECONDS = flags.DEFINE_float("seconds", 10.0, "of the recording")

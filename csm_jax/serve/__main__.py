@@ -21,7 +21,7 @@ from absl import flags
 
 from csm_jax import cli, sampling_flags
 from csm_jax.errors import CSMError, InputError
-from csm_jax.generator import NAMES
+from csm_jax.loading import NAMES
 
 if TYPE_CHECKING:
     from csm_jax.serve.deadline import Deadline

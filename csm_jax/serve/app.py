@@ -11,7 +11,8 @@ from fastapi.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from csm_jax.errors import InputError
-from csm_jax.generator import Generator, find_directory, load
+from csm_jax.generator import Generator, load
+from csm_jax.loading import find_directory
 from csm_jax.serve import (
     batches,
     deepinfra,

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from csm_jax import checkpoint, lora
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.generator import open_source
+from csm_jax.loading import open_source
 from csm_jax.lora import LoRAConfig
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import CSM

@@ -17,7 +17,7 @@ import numpy as np
 
 import csm_jax
 from csm_jax.errors import CSMError, first_line
-from csm_jax.generator import find_directory
+from csm_jax.loading import find_directory
 from csm_jax.serve.presets import find_presets
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.uploads import decode_recording

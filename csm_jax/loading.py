@@ -1,0 +1,70 @@
+"""Checkpoints by name: from what `load` is given to tensors, a config and a tokenizer."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from csm_jax import checkpoint, hub
+from csm_jax import config as presets
+from csm_jax.config import CSMConfig
+from csm_jax.convert.layouts import open_checkpoint
+from csm_jax.errors import CheckpointError
+from csm_jax.random_weights import random_tensors
+from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+
+RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
+# Brought along with the package: `examples/demo_checkpoint/` tells how it was made.
+BUNDLED = {"demo": Path(__file__).with_name("demo")}
+NAMES = (*BUNDLED, *RANDOM)
+
+
+class Source(NamedTuple):
+    """A checkpoint that is ready to be read.
+
+    Attributes:
+      tensors: (path, array) of every parameter, once.
+      is_int8: whether matrices are stored as int8.
+      directory: where it lies; None for random weights.
+    """
+
+    config: CSMConfig
+    tokenizer: Tokenizer
+    tensors: Iterator[tuple[str, np.ndarray]]
+    is_int8: bool
+    directory: Path | None
+
+
+def open_source(name: str | Path) -> Source:
+    """Finds a checkpoint by what `load` takes as its name. Raises `CheckpointError` as it does."""
+    if name in RANDOM:
+        config = RANDOM[name]()
+        return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
+    directory = find_directory(str(name))
+    if checkpoint.is_native(directory):
+        config = checkpoint.load_config(directory)
+        tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
+    else:
+        opened = open_checkpoint(directory)
+        config, is_int8 = opened.config, False
+        tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(config)))
+    return Source(config, load_tokenizer(directory, config), tensors, is_int8, directory)
+
+
+def find_directory(name: str) -> Path | None:
+    """Where a checkpoint lies, downloaded if need be; None for random weights.
+
+    Raises `CheckpointError` for a name that means nothing.
+    """
+    if name in RANDOM:
+        return None
+    directory = BUNDLED.get(name) or Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    if hub.is_name(name):
+        return hub.native_copy(name)
+    raise CheckpointError(
+        f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
+        f"of {', '.join(NAMES)}"
+    )
