@@ -98,7 +98,7 @@ class Target:
             np.int32(0),
             np.bool_(False),
             config=self.config,
-            attended=max_seq_len,
+            kv_length=max_seq_len,
             mesh=self.mesh,
         )
 

@@ -119,7 +119,7 @@ class Batch:
             yield prefill, (self._params, self._shapes, *rows, index, None), more
             count, pause = np.int32(1), np.bool_(True)
             arguments = self._params, self._shapes, self._sampling, count, pause
-            yield run_frames, arguments, more | dict(attended=length)
+            yield run_frames, arguments, more | dict(kv_length=length)
         yield set_row, (self._shapes, index, self._nothing()), dict(mesh=self._mesh)
 
     def prefix_programs(self, prefix_length: int) -> Iterator[Program]:
@@ -226,7 +226,7 @@ class Batch:
             np.int32(wanted),
             np.bool_(pause),
             config=self.config,
-            attended=self._attended(),
+            kv_length=self._kv_length(),
             mesh=self._mesh,
         )
         codes, done, count = jax.device_get((codes, self._state.done, count))
@@ -259,7 +259,7 @@ class Batch:
         """Positions that so many are padded to."""
         return min(bucket(length), self.max_seq_len)
 
-    def _attended(self) -> int:
+    def _kv_length(self) -> int:
         """Positions that attention has to look at, by what the rows may come to."""
         ends = [
             len(row.utterance.prompt[0]) + row.utterance.max_frames

@@ -64,19 +64,19 @@ class Row(NamedTuple):
 
 
 def frame_step(
-    model: CSM, state: GenerationState, sampling: SamplingParams, attended: int | None = None
+    model: CSM, state: GenerationState, sampling: SamplingParams, kv_length: int | None = None
 ) -> tuple[GenerationState, Array]:
     """One frame for every row: the pure function all generation is made of.
 
     Args:
-      attended: as for `Llama.__call__`.
+      kv_length: as for `Llama.__call__`.
 
     Returns:
       The next state, and codes int32 [B, Q]. A frame of zeros is the end of speech; rows that
       are done keep returning zeros.
     """
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    hidden, cache = model.backbone(embedded, state.cache, attended)
+    hidden, cache = model.backbone(embedded, state.cache, kv_length)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
     codes = jnp.where(state.done[:, None], 0, codes)
@@ -198,7 +198,9 @@ def set_row(
     return keep_sharded(state, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attended", "mesh"), donate_argnames="state")
+@functools.partial(
+    jax.jit, static_argnames=("config", "kv_length", "mesh"), donate_argnames="state"
+)
 def run_frames(
     params: Params,
     state: GenerationState,
@@ -207,7 +209,7 @@ def run_frames(
     pause: Array,
     *,
     config: CSMConfig,
-    attended: int | None = None,
+    kv_length: int | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[GenerationState, Array, Array]:
     """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
@@ -216,7 +218,7 @@ def run_frames(
 
     Args:
       pause: bool [], whether to stop as soon as any row ends.
-      attended: as for `Llama.__call__`.
+      kv_length: as for `Llama.__call__`.
 
     Returns:
       The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
@@ -231,7 +233,7 @@ def run_frames(
 
     def body(carry: tuple[GenerationState, Array, Array]):
         state, buffer, count = carry
-        state, codes = frame_step(model, state, sampling, attended)
+        state, codes = frame_step(model, state, sampling, kv_length)
         buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
         return state, buffer, count + 1
 

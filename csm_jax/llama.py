@@ -31,7 +31,7 @@ class Attention(nnx.Module):
         self.o = Linear(query_dim, config.embed_dim, **options)
 
     def __call__(
-        self, x: Array, cache: LayerCache, positions: Array, attended: int
+        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
     ) -> tuple[Array, LayerCache]:
         """x: [B, T, D]; positions: int32 [B, T] or [1, T], consecutive in each row."""
         config = self.config
@@ -42,9 +42,9 @@ class Attention(nnx.Module):
         cache = kv.write(
             cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
         )
-        slots = jnp.arange(attended, dtype=jnp.int32)
+        slots = jnp.arange(kv_length, dtype=jnp.int32)
         visible = slots[None, None, :] <= positions[:, :, None]  # [B, T, S]
-        mixed = attention(query, cache.key[..., :attended], cache.value[:, :, :attended], visible)
+        mixed = attention(query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible)
         return self.o(mixed.reshape(*x.shape[:2], -1)), cache
 
 
@@ -70,9 +70,9 @@ class Block(nnx.Module):
         self.mlp = MLP(config, precision=precision, rngs=rngs)
 
     def __call__(
-        self, x: Array, cache: LayerCache, positions: Array, attended: int
+        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
     ) -> tuple[Array, LayerCache]:
-        mixed, cache = self.attn(self.attn_norm(x), cache, positions, attended)
+        mixed, cache = self.attn(self.attn_norm(x), cache, positions, kv_length)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache
 
@@ -88,7 +88,7 @@ class Llama(nnx.Module):
         self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
 
     def __call__(
-        self, x: Array, cache: KVCache, attended: int | None = None, remat: bool = False
+        self, x: Array, cache: KVCache, kv_length: int | None = None, remat: bool = False
     ) -> tuple[Array, KVCache]:
         """Appends T positions to every row.
 
@@ -97,20 +97,20 @@ class Llama(nnx.Module):
           cache: row b continues at position `cache.lengths[b]`. Keys beyond a row's length are
             never read before they are written again, so a right-padded prompt may leave
             anything there.
-          attended: no row has more positions than these after the call, and attention reads no
-            more of the cache; None is all of it.
+          kv_length: positions of the cache that attention reads; after the call no row may hold
+            more. None reads them all.
           remat: for a gradient, compute each block again instead of keeping what is inside it.
 
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
         """
         length = x.shape[1]
-        attended = attended or cache.layers[0].value.shape[2]
+        kv_length = kv_length or cache.layers[0].value.shape[2]
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
         layers = []
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
-            call = functools.partial(block, attended=attended)
+            call = functools.partial(block, kv_length=kv_length)
             call = jax.checkpoint(call) if remat else call
             x, layer_cache = call(x, layer_cache, positions)
             layers.append(layer_cache)

@@ -74,9 +74,9 @@ def empty_state(batch: int) -> GenerationState:
     return init_state(config=CONFIG, batch=batch, max_seq_len=64, dtype=dtype)
 
 
-def run_state(params, state, sampling, num_frames: int, attended: int = 64):
+def run_state(params, state, sampling, num_frames: int, kv_length: int = 64):
     values, count, never = SamplingParams.stack(sampling), np.int32(num_frames), np.bool_(False)
-    return run_frames(params, state, values, count, never, config=CONFIG, attended=attended)
+    return run_frames(params, state, values, count, never, config=CONFIG, kv_length=kv_length)
 
 
 def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
@@ -499,9 +499,9 @@ def test_what_lies_in_the_cache_has_no_effect():
 def test_attending_to_what_there_is_says_the_same_as_attending_to_all():
     """The longest row comes to 51 of 64 positions."""
     codes = []
-    for attended in (51, 64):
+    for kv_length in (51, 64):
         state = start(random_weights(), PROMPTS)
-        codes.append(run_state(random_weights(), state, SAMPLED, 20, attended)[1])
+        codes.append(run_state(random_weights(), state, SAMPLED, 20, kv_length)[1])
     np.testing.assert_array_equal(*codes)
 
 

@@ -26,7 +26,7 @@ def stack(
     activations: str = "float32",
     rounded_to: str = "float32",
 ):
-    """A compiled stack with random weights: (inputs, cache, attended) -> (states, cache)."""
+    """A compiled stack with random weights: (inputs, cache, kv_length) -> (states, cache)."""
     rng = np.random.default_rng(0)
 
     def draw(leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -41,8 +41,8 @@ def stack(
     state = jax.tree.map(draw, shapes)
 
     @functools.partial(jax.jit, static_argnums=2)
-    def step(x, cache: KVCache, attended: int | None = None):
-        return nnx.merge(graph, state)(x, cache, attended)
+    def step(x, cache: KVCache, kv_length: int | None = None):
+        return nnx.merge(graph, state)(x, cache, kv_length)
 
     return step
 
@@ -149,16 +149,16 @@ def test_one_length_for_all_rows_equals_a_length_for_each():
         close(left.value, right.value)
 
 
-@pytest.mark.parametrize("attended", [6, 7, 15, SLOTS])
-def test_attending_to_no_more_than_there_is(attended):
+@pytest.mark.parametrize("kv_length", [6, 7, 15, SLOTS])
+def test_attending_to_no_more_than_there_is(kv_length):
     """Six positions are all there are: the rest of the cache is not even read."""
     x = inputs(2, 6, BACKBONE.embed_dim)
     expected, full = in_chunks(stack(), x, empty(2), [4, 1, 1])
     cache, states = empty(2), []
     cache = jax.tree.map(lambda leaf: leaf * jnp.nan if leaf.ndim == 4 else leaf, cache)
     for start, end in ((0, 4), (4, 5), (5, 6)):
-        cache = cache._replace(layers=tuple(blank_unread(c, attended) for c in cache.layers))
-        y, cache = stack()(x[:, start:end], cache, attended)
+        cache = cache._replace(layers=tuple(blank_unread(c, kv_length) for c in cache.layers))
+        y, cache = stack()(x[:, start:end], cache, kv_length)
         states.append(y)
     close(np.concatenate(states, axis=1), expected)
     for got, wanted in zip(cache.layers, full.layers, strict=True):
@@ -166,11 +166,11 @@ def test_attending_to_no_more_than_there_is(attended):
         close(got.value[:, :, :6], wanted.value[:, :, :6])
 
 
-def blank_unread(layer: kv.LayerCache, attended: int) -> kv.LayerCache:
+def blank_unread(layer: kv.LayerCache, kv_length: int) -> kv.LayerCache:
     """Zeros where attention may look, NaN beyond: one of them read would be seen."""
     return kv.LayerCache(
-        layer.key.at[..., :attended].set(jnp.nan_to_num(layer.key[..., :attended])),
-        layer.value.at[:, :, :attended].set(jnp.nan_to_num(layer.value[:, :, :attended])),
+        layer.key.at[..., :kv_length].set(jnp.nan_to_num(layer.key[..., :kv_length])),
+        layer.value.at[:, :, :kv_length].set(jnp.nan_to_num(layer.value[:, :, :kv_length])),
     )
 
 
@@ -178,7 +178,7 @@ def test_attending_to_less_than_there_is_changes_the_states():
     x = inputs(2, 6, BACKBONE.embed_dim)
     _, cache = stack()(x[:, :5], empty(2))
     step = stack()
-    whole, short = (step(x[:, 5:], cache, attended)[0] for attended in (None, 4))
+    whole, short = (step(x[:, 5:], cache, kv_length)[0] for kv_length in (None, 4))
     assert np.abs(whole - short).max() > 1e-2
 
 
