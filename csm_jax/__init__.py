@@ -13,8 +13,8 @@ from csm_jax.errors import (
 from csm_jax.generator import Generator, load
 from csm_jax.mimi.codec import Codec
 from csm_jax.prompt import Segment
+from csm_jax.request import Notice, Request
 from csm_jax.sampling import Sampling
-from csm_jax.speech import Notice, Request
 
 __all__ = [
     "CSMConfig",

@@ -19,7 +19,7 @@ from jax.stages import Lowered
 
 from csm_jax.checkpoint import Params, flatten, param_shapes, unflatten
 from csm_jax.config import CSMConfig
-from csm_jax.generation import GenerationState, init_state, prefill, run_frames
+from csm_jax.decode_step import GenerationState, init_state, prefill, run_frames
 from csm_jax.mimi import codec
 from csm_jax.precision import Precision
 from csm_jax.sampling import Sampling, SamplingParams

@@ -22,14 +22,14 @@ import numpy as np
 from absl import flags
 
 from csm_jax import cli
-from csm_jax.batch import Batch, Utterance
+from csm_jax.decode_batch import DecodeBatch, Utterance
+from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.errors import InputError
-from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.generator import Generator, load
 from csm_jax.layers import linear_float32
 from csm_jax.prompt import Segment
+from csm_jax.request import Request
 from csm_jax.sampling import Sampling
-from csm_jax.speech import Request
 
 PROGRAM = "csm_jax.benchmark"
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away."
@@ -94,9 +94,9 @@ def frame_loop_timer(
 
 def _frame_loop(
     model: Generator, batch: int, prompt_tokens: int
-) -> tuple[Callable[[int], float], Batch]:
+) -> tuple[Callable[[int], float], DecodeBatch]:
     limit = model.config.backbone.max_seq_len
-    rows = Batch(model.config, model.params, batch, min(256, limit))
+    rows = DecodeBatch(model.config, model.params, batch, min(256, limit))
     utterance = _utterance(model, prompt_tokens, rows.max_seq_len)
 
     def run(num_frames: int) -> float:
@@ -184,8 +184,8 @@ def _measure_model(model: Generator, values: flags.FlagValues) -> dict[str, Any]
     }
 
 
-def _joined(model: Generator, prompt_tokens: int) -> Batch:
-    rows = Batch(model.config, model.params, 1, min(256, model.config.backbone.max_seq_len))
+def _joined(model: Generator, prompt_tokens: int) -> DecodeBatch:
+    rows = DecodeBatch(model.config, model.params, 1, min(256, model.config.backbone.max_seq_len))
     rows.join(0, _utterance(model, prompt_tokens, rows.max_seq_len))
     return rows
 

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from csm_jax.batch import Batch
+from csm_jax.active_request import ActiveRequest, frames_to_border, next_blocks
 from csm_jax.compiling import compile_all
+from csm_jax.decode_batch import DecodeBatch
 from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
+from csm_jax.pacing import Pace
+from csm_jax.request import as_request
 from csm_jax.row_decoder import RowDecoder, rows_together
 from csm_jax.scheduler import RowScheduler
-from csm_jax.slot import Slot, frames_to_border, next_blocks
-from csm_jax.speech import as_request
-from csm_jax.streaming import Pace
 from csm_jax.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -75,9 +75,11 @@ class Engine:
         self.max_batch = max_batch
         self.max_seq_len = min(max_seq_len, model.config.backbone.max_seq_len)
         self.max_queue = max_queue
-        self._slots: list[Slot | None] = [None] * max_batch
+        self._slots: list[ActiveRequest | None] = [None] * max_batch
         self._to_prefill: deque[int] = deque()  # rows, in their order
-        self._waiting: RowScheduler[Slot] = RowScheduler(max_batch, kept_rows, kept_beside_others)
+        self._waiting: RowScheduler[ActiveRequest] = RowScheduler(
+            max_batch, kept_rows, kept_beside_others
+        )
         self._frame_seconds = math.inf
         # What `warm_up` has compiled: the programs of all requests, and of prefixes of so many
         # positions.
@@ -180,7 +182,7 @@ class Engine:
         pace = Pace(self.model.config.frame_ms / 1000) if stream else None
         now = time.perf_counter()
         ticket.timing.context = now - started
-        slot = Slot(
+        slot = ActiveRequest(
             ticket, speech, pace, utterance, ticket.codes_so_far(), now, share, weight, background
         )
         with self._changed:
@@ -225,7 +227,7 @@ class Engine:
                     "try again later, or raise max_queue"
                 )
 
-    def _all_slots(self) -> list[Slot]:
+    def _all_slots(self) -> list[ActiveRequest]:
         return [*self._waiting, *filter(None, self._slots)]
 
     # What follows runs in the engine's own thread.
@@ -384,7 +386,7 @@ class Engine:
 
     def _make_batch(self) -> None:
         model = self.model
-        self._batch = Batch(
+        self._batch = DecodeBatch(
             model.config, model.params, self.max_batch, self.max_seq_len, model.mesh
         )
         self._decoder = RowDecoder(model.codec, self.max_batch, rows_together(self.max_batch))

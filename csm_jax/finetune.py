@@ -22,7 +22,7 @@ from csm_jax.errors import InputError
 from csm_jax.hub import cache_directory
 from csm_jax.lora import DEFAULT_TARGETS, LoRAConfig
 from csm_jax.precision import resolve
-from csm_jax.speech import Request
+from csm_jax.request import Request
 from csm_jax.train import placement
 from csm_jax.train.base import Base, load_base, new_adapters
 from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, split_holdout

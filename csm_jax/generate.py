@@ -28,8 +28,8 @@ from csm_jax.manifest import check_lines, read_manifest, speak_manifest
 from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.progress import Report, lines_bar
 from csm_jax.prompt import Segment, check_text
+from csm_jax.request import Notice, Request
 from csm_jax.script import Turn, read_script
-from csm_jax.speech import Notice, Request
 
 PROGRAM = "csm_jax.generate"
 MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_id")

@@ -10,19 +10,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csm_jax import checkpoint, lora
-from csm_jax.batch import Batch, bucket
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
+from csm_jax.decode_batch import DecodeBatch, bucket
+from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.engine import Engine
 from csm_jax.errors import CheckpointError
-from csm_jax.generation import CHUNK_FRAMES
 from csm_jax.loading import open_source
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import precision_of
+from csm_jax.pacing import Pace, blocks
 from csm_jax.precision import Precision, resolve
+from csm_jax.request import Notice, Request, as_request
+from csm_jax.request_state import RequestState
 from csm_jax.sharding import place_on
-from csm_jax.speech import Notice, Request, Speech, as_request
-from csm_jax.streaming import Pace, blocks
 from csm_jax.tokenizer import Tokenizer
 
 Params = dict[str, Any]
@@ -153,9 +154,9 @@ class Generator:
         request: Request,
         notify: Callable[[Notice], None] | None = None,
         max_seq_len: int | None = None,
-    ) -> Speech:
+    ) -> RequestState:
         """The course of a request, for those who generate in their own way."""
-        return Speech(
+        return RequestState(
             request,
             self.config,
             self.tokenizer,
@@ -184,12 +185,14 @@ class Generator:
         silences = [np.float32(level * noise) for level in SILENCE_LEVELS]
         return frozenset(int(code) for row in self.codec.encode(silences, 1) for code in row[:, 0])
 
-    def _frames(self, speech: Speech, chunk_frames: Callable[[], int]) -> Iterator[np.ndarray]:
+    def _frames(
+        self, speech: RequestState, chunk_frames: Callable[[], int]
+    ) -> Iterator[np.ndarray]:
         """Yields the frames of a speech, [n, Q], as they are generated and released."""
         while (utterance := speech.next_utterance()) is not None:
             length = bucket(len(utterance.prompt[0]) + utterance.max_frames)
             limit = self.config.backbone.max_seq_len
-            batch = Batch(self.config, self.params, 1, min(length, limit), self.mesh)
+            batch = DecodeBatch(self.config, self.params, 1, min(length, limit), self.mesh)
             batch.join(0, utterance)
             is_over = False
             while not is_over:
@@ -199,7 +202,7 @@ class Generator:
                     batch.rewind(0, rewind)
                 yield released
 
-    def _stream(self, speech: Speech) -> Iterator[np.ndarray]:
+    def _stream(self, speech: RequestState) -> Iterator[np.ndarray]:
         pace = Pace(self.config.frame_ms / 1000)
         state = self.codec.decode_stream_state()
         for frames in self._frames(speech, pace.next_chunk):

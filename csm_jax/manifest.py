@@ -26,8 +26,8 @@ from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, check_text
+from csm_jax.request import Notice, Request
 from csm_jax.script import Turn, parse_turn
-from csm_jax.speech import Notice, Request
 
 _NUMBER = (int, float)
 _FIELDS: dict[str, type | tuple[type, ...]] = {

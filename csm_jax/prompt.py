@@ -12,8 +12,8 @@ import numpy as np
 
 from csm_jax.audio import check_audio
 from csm_jax.config import CSMConfig
+from csm_jax.decode_step import Prompt
 from csm_jax.errors import InputError
-from csm_jax.generation import Prompt
 from csm_jax.tokenizer import Tokenizer, check_unicode
 
 # Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.

@@ -9,7 +9,7 @@ import numpy as np
 from csm_jax.compiling import Program, shape_of
 from csm_jax.mimi.codec import Codec
 from csm_jax.mimi.conv import Array, State
-from csm_jax.streaming import LONG_CHUNK
+from csm_jax.pacing import LONG_CHUNK
 
 
 def rows_together(num_rows: int) -> int:

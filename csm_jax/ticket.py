@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from csm_jax.errors import CSMError
-from csm_jax.speech import Notice, Request
+from csm_jax.request import Notice, Request
 
 if TYPE_CHECKING:
     from csm_jax.generator import Generator

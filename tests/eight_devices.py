@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 import csm_jax
-from csm_jax.batch import Batch, Rewind, Utterance
 from csm_jax.checkpoint import flatten
 from csm_jax.config import tiny
+from csm_jax.decode_batch import DecodeBatch, Rewind, Utterance
 from csm_jax.errors import InputError
 from csm_jax.sampling import Sampling
 from csm_jax.sharding import make_mesh, param_sharding, state_sharding
@@ -50,11 +50,11 @@ def model(dtype: str, quantize: str, shape: tuple[int, int] | None = None) -> cs
     return csm_jax.load("random:tiny", dtype, quantize, mesh=shape and make_mesh(*shape))
 
 
-def new_batch(model: csm_jax.Generator, size: int, max_seq_len: int = 128) -> Batch:
-    return Batch(CONFIG, model.params, size, max_seq_len, model.mesh)
+def new_batch(model: csm_jax.Generator, size: int, max_seq_len: int = 128) -> DecodeBatch:
+    return DecodeBatch(CONFIG, model.params, size, max_seq_len, model.mesh)
 
 
-def life_of_a_batch(batch: Batch) -> np.ndarray:
+def life_of_a_batch(batch: DecodeBatch) -> np.ndarray:
     """Codes [B, n, Q] of rows that join, go back, leave and are replaced."""
     for index in range(8):
         batch.join(index, utterance(index))
@@ -77,7 +77,7 @@ def test_there_are_eight():
     assert len(jax.devices()) == 8
 
 
-def assert_in_place(batch: Batch, shape: tuple[int, int]) -> None:
+def assert_in_place(batch: DecodeBatch, shape: tuple[int, int]) -> None:
     """The state lies where it should, its keys among them, split as the mesh can."""
     places = state_sharding(batch._state, make_mesh(*shape))
     for leaf, place in zip(*map(jax.tree.leaves, (batch._state, places)), strict=True):

@@ -15,12 +15,12 @@ from safetensors.numpy import save_file
 
 from csm_jax import checkpoint
 from csm_jax.audio import save_audio
-from csm_jax.batch import Batch, Utterance, bucket
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint
 from csm_jax.convert.rules import Table, invert
-from csm_jax.generation import CHUNK_FRAMES, Prompt
+from csm_jax.decode_batch import DecodeBatch, Utterance, bucket
+from csm_jax.decode_step import CHUNK_FRAMES, Prompt
 from csm_jax.precision import FLOAT32, Precision
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling
@@ -194,7 +194,7 @@ def generate(
       chunk: frames between two calls of `watch`, which gets the number of frames so far.
     """
     length = bucket(max(len(frames) for frames, _ in prompts) + max_frames)
-    batch = Batch(config, params, len(prompts), min(length, config.backbone.max_seq_len))
+    batch = DecodeBatch(config, params, len(prompts), min(length, config.backbone.max_seq_len))
     for index, row in enumerate(zip(prompts, sampling, seeds, strict=True)):
         batch.join(index, Utterance(*row, max_frames))
     codes = np.zeros((len(prompts), 0, config.num_codebooks), np.int32)

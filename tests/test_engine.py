@@ -21,16 +21,16 @@ from csm_jax import (
     Request,
     Sampling,
     Segment,
-    batch,
+    active_request,
+    decode_batch,
     generator,
-    slot,
-    speech,
+    request_state,
 )
 from csm_jax import engine as engine_module
-from csm_jax.batch import Batch, bucket
+from csm_jax.decode_batch import DecodeBatch, bucket
 from csm_jax.errors import CancelledError, QueueFullError
 from csm_jax.guard import Action, Verdict
-from csm_jax.speech import Speech
+from csm_jax.request_state import RequestState
 from csm_jax.text import split_text
 
 FRAME = CONFIG.codec.frame_size
@@ -44,10 +44,10 @@ WAIT_S = 60
 def small():
     """Texts are cut at 12 characters and take no more than 2 s, and few shapes are compiled."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (batch, generator):
+        for module in (decode_batch, generator):
             patch.setattr(module, "bucket", lambda length: max(128, bucket(length)))
-        patch.setattr(speech, "split_text", functools.partial(split_text, max_characters=12))
-        patch.setattr(speech, "needed_seconds", lambda text: 2.0)
+        patch.setattr(request_state, "split_text", functools.partial(split_text, max_characters=12))
+        patch.setattr(request_state, "needed_seconds", lambda text: 2.0)
         yield
 
 
@@ -211,7 +211,7 @@ class Resampling:
 
 def test_going_back_in_a_batch_is_going_back_alone(model, monkeypatch):
     unguarded = model.generate_codes("Hi.", seed=11, max_audio_length_ms=1200, guard="off")
-    monkeypatch.setattr(speech, "Guard", Resampling)
+    monkeypatch.setattr(request_state, "Guard", Resampling)
     requests = [Request("Hi.", seed=seed, max_audio_length_ms=1200) for seed in (11, 12, 13, 14)]
     wanted = [model.generate_codes(request) for request in requests]
     assert len(wanted[0]) == 15
@@ -253,7 +253,7 @@ class Watched:
 
     def __init__(self, monkeypatch, seconds_per_frame=0.0):
         self.events, self.gate = [], threading.Event()
-        join, run = Batch.join, Batch.run
+        join, run = DecodeBatch.join, DecodeBatch.run
 
         def note_join(batch, index, utterance):
             self.events.append("join")
@@ -265,8 +265,8 @@ class Watched:
             time.sleep(seconds_per_frame * num_frames)
             return run(batch, num_frames, pause)
 
-        monkeypatch.setattr(Batch, "join", note_join)
-        monkeypatch.setattr(Batch, "run", note_run)
+        monkeypatch.setattr(DecodeBatch, "join", note_join)
+        monkeypatch.setattr(DecodeBatch, "run", note_run)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -290,7 +290,7 @@ def test_whoever_listens_waits_for_one_prompt_at_most(model, monkeypatch, stream
 def test_whoever_waits_for_a_prompt_waits_a_frame(model, monkeypatch):
     """Also when the others would have time for more."""
     monkeypatch.setattr(engine_module.Pace, "next_chunk", lambda self: 8)
-    monkeypatch.setattr(slot, "BORDER_SECONDS", 1e9)
+    monkeypatch.setattr(active_request, "MAX_STEP_SECONDS", 1e9)
     watched = Watched(monkeypatch)
     with Engine(model, max_batch=3) as engine:
         tickets = [engine.submit(ENDLESS) for _ in range(3)]
@@ -323,7 +323,7 @@ def test_borders_are_close_where_frames_are_slow(model, alone, monkeypatch):
     with Engine(model, max_batch=3) as engine:
         ticket = engine.submit(REQUESTS["another seed"], stream=False)
         np.testing.assert_array_equal(ticket.codes(), alone["another seed"][0])
-    assert max(watched.events[1:]) <= slot.BORDER_SECONDS / 0.1
+    assert max(watched.events[1:]) <= active_request.MAX_STEP_SECONDS / 0.1
 
 
 # --- The codec of a batch -----------------------------------------------------------------------
@@ -371,13 +371,13 @@ def test_a_cancelled_request_gives_its_row_away(model, alone):
 
 
 def test_a_cancelled_request_that_waits_never_runs(model, alone, monkeypatch):
-    joined, join = [], Batch.join
+    joined, join = [], DecodeBatch.join
 
     def note(self, index, utterance):
         joined.append(utterance.seed)
         join(self, index, utterance)
 
-    monkeypatch.setattr(Batch, "join", note)
+    monkeypatch.setattr(DecodeBatch, "join", note)
     with Engine(model, max_batch=1) as engine:
         running = engine.submit(ENDLESS)
         first_chunk(running)
@@ -435,14 +435,14 @@ def test_an_engine_without_room_is_refused(model, sizes):
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_an_error_in_a_request_is_its_own(model, alone, monkeypatch, stream):
-    accept = Speech.accept
+    accept = RequestState.accept
 
     def fail(self, codes):
         if self._request.seed == 66 and self._total >= 3:
             raise InputError("this one is bad")
         return accept(self, codes)
 
-    monkeypatch.setattr(Speech, "accept", fail)
+    monkeypatch.setattr(RequestState, "accept", fail)
     with Engine(model, max_batch=3) as engine:
         names = ["parts", "greedy", "short", "speaker"]
         before = [engine.submit(REQUESTS[name], stream=stream) for name in names[:2]]
@@ -456,7 +456,7 @@ def test_an_error_in_a_request_is_its_own(model, alone, monkeypatch, stream):
 
 
 def test_an_error_of_the_machine_ends_those_who_speak(model, alone, monkeypatch):
-    run, is_broken = Batch.run, threading.Event()
+    run, is_broken = DecodeBatch.run, threading.Event()
 
     def break_once(self, *arguments, **named):
         if is_broken.is_set():
@@ -464,7 +464,7 @@ def test_an_error_of_the_machine_ends_those_who_speak(model, alone, monkeypatch)
             raise RuntimeError("out of memory\nand so on")
         return run(self, *arguments, **named)
 
-    monkeypatch.setattr(Batch, "run", break_once)
+    monkeypatch.setattr(DecodeBatch, "run", break_once)
     with Engine(model, max_batch=1) as engine:
         running = engine.submit(ENDLESS)
         first_chunk(running)
@@ -481,16 +481,16 @@ def test_an_error_of_the_machine_ends_those_who_speak(model, alone, monkeypatch)
 
 
 def test_an_error_of_the_machine_forgets_the_prompts_it_had_to_read(model, alone, monkeypatch):
-    run, gate, is_broken = Batch.run, threading.Event(), threading.Event()
+    run, gate, is_broken = DecodeBatch.run, threading.Event(), threading.Event()
 
     def break_with_one_unread(batch, *arguments, **named):
         assert gate.wait(WAIT_S)
-        if sum(row is not None for row in batch._occupants) == 2 and not is_broken.is_set():
+        if sum(row is not None for row in batch._slots) == 2 and not is_broken.is_set():
             is_broken.set()
             raise RuntimeError("out of memory")
         return run(batch, *arguments, **named)
 
-    monkeypatch.setattr(Batch, "run", break_with_one_unread)
+    monkeypatch.setattr(DecodeBatch, "run", break_with_one_unread)
     with Engine(model, max_batch=3) as engine:
         tickets = [engine.submit(ENDLESS) for _ in range(3)]
         gate.set()
@@ -510,7 +510,7 @@ def test_nobody_waits_for_an_engine_that_is_dead(model, monkeypatch):
         first_chunk(tickets[0])
         monkeypatch.setattr(threading, "excepthook", lambda _: None)
         monkeypatch.setattr(Engine, "_make_batch", fail)
-        monkeypatch.setattr(Batch, "run", fail)
+        monkeypatch.setattr(DecodeBatch, "run", fail)
         for ticket in tickets:
             with pytest.raises(CSMError, match="the engine"):
                 ticket.codes()
@@ -574,8 +574,10 @@ print(len(next(iter(ticket))))
 def test_what_requests_share_is_read_once_and_changes_nothing(model, monkeypatch):
     """The same codes as if the whole prompt had been read, for all rows that begin alike."""
     reads = []
-    real = batch.read_prefix
-    monkeypatch.setattr(batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k))
+    real = decode_batch.read_prefix
+    monkeypatch.setattr(
+        decode_batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k)
+    )
     voice = Segment(1, "Well.", codes=CODES)
     requests = [Request(text, 1, [voice], seed=5) for text in ("Hi.", "No.", "Well.")]
     with Engine(model, max_batch=2, max_seq_len=256) as engine:
@@ -588,10 +590,12 @@ def test_what_requests_share_is_read_once_and_changes_nothing(model, monkeypatch
 
 
 def test_only_so_many_beginnings_are_remembered(model, monkeypatch):
-    monkeypatch.setattr(batch, "MAX_PREFIXES", 2)
+    monkeypatch.setattr(decode_batch, "MAX_PREFIXES", 2)
     reads = []
-    real = batch.read_prefix
-    monkeypatch.setattr(batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k))
+    real = decode_batch.read_prefix
+    monkeypatch.setattr(
+        decode_batch, "read_prefix", lambda *a, **k: reads.append(1) or real(*a, **k)
+    )
     voices = [Segment(1, text, codes=CODES) for text in ("One.", "Two.", "Three.")]
     with Engine(model, max_batch=1, max_seq_len=256) as engine:
         for which in (0, 1, 0, 2, 0, 1):

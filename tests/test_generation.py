@@ -9,9 +9,9 @@ from fixtures import generate, up_to_the_end
 from scipy import stats
 
 from csm_jax import config
-from csm_jax.batch import Batch, Rewind, Utterance
 from csm_jax.cache import KVCache
-from csm_jax.generation import (
+from csm_jax.decode_batch import DecodeBatch, Rewind, Utterance
+from csm_jax.decode_step import (
     CHUNK_FRAMES,
     GenerationState,
     Row,
@@ -374,11 +374,11 @@ def alone(length: int, sampling: Sampling, seed: int, max_frames: int = NUM_FRAM
     return codes
 
 
-def new_batch(params=None, max_seq_len: int = 64) -> Batch:
-    return Batch(CONFIG, params or random_weights(), 3, max_seq_len)
+def new_batch(params=None, max_seq_len: int = 64) -> DecodeBatch:
+    return DecodeBatch(CONFIG, params or random_weights(), 3, max_seq_len)
 
 
-def run_on(batch: Batch, num_frames: int) -> np.ndarray:
+def run_on(batch: DecodeBatch, num_frames: int) -> np.ndarray:
     """Codes [B, num_frames, Q], however many runs it takes."""
     codes = np.zeros((batch.size, 0, NUM_CODEBOOKS), np.int32)
     while codes.shape[1] < num_frames:
@@ -590,7 +590,7 @@ def test_narrow_types(weights, activations):
     activations = weights if activations == "weights" else activations
     precision = Precision(jnp.dtype(weights), jnp.dtype(activations))
     params = random_params(CONFIG, precision)["csm"]
-    batch = Batch(CONFIG, params, 1, 64)
+    batch = DecodeBatch(CONFIG, params, 1, 64)
     assert batch._state.cache.layers[0].key.dtype == activations
     (codes,) = generate(CONFIG, params, PROMPTS[:1], [Sampling()], [0], max_frames=3)
     assert codes.shape == (3, NUM_CODEBOOKS)

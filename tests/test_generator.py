@@ -8,7 +8,7 @@ import pytest
 from fixtures import CONFIG
 
 import csm_jax
-from csm_jax import InputError, Request, Sampling, Segment, generator, speech
+from csm_jax import InputError, Request, Sampling, Segment, generator, request_state
 from csm_jax.guard import Guard, GuardLimits
 from csm_jax.text import split_text
 
@@ -28,15 +28,17 @@ def sound(num_frames: int) -> np.ndarray:
 @pytest.fixture
 def short_parts(monkeypatch):
     """Texts are cut at 12 characters, and take no more than 1.2 s."""
-    monkeypatch.setattr(speech, "split_text", functools.partial(split_text, max_characters=12))
-    monkeypatch.setattr(speech, "needed_seconds", lambda text: 1.2)
+    monkeypatch.setattr(
+        request_state, "split_text", functools.partial(split_text, max_characters=12)
+    )
+    monkeypatch.setattr(request_state, "needed_seconds", lambda text: 1.2)
 
 
 @pytest.fixture
 def strict_guard(monkeypatch):
     """A guard that random codes set off now and then: a fifth of them are silent here."""
     limits = GuardLimits(silent_frames=2, first_silent_frames=2, silence_before_holding=1)
-    monkeypatch.setattr(speech, "Guard", functools.partial(Guard, limits=limits))
+    monkeypatch.setattr(request_state, "Guard", functools.partial(Guard, limits=limits))
 
 
 REQUESTS = {

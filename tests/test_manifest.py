@@ -221,7 +221,7 @@ def test_every_line_is_what_generate_says(model, tmp_path):
     for line in lines:
         recording = audio.load_audio(tmp_path / "voice.wav", RATE)
         context = [Segment(0, "Before.", recording), Segment(1, "Yes?")] if line.context else []
-        request = csm_jax.speech.as_request(line.request, context=context)
+        request = csm_jax.request.as_request(line.request, context=context)
         assert_spoken(model, tmp_path / "out" / f"{line.name}.wav", request)
     assert len(told) == len(lines)
     assert told[1].startswith(f"{tmp_path / 'lines.jsonl'}, line 2: the speech was cut at 0.8 s")

@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from csm_jax.checkpoint import flatten, param_shapes
 from csm_jax.config import csm_1b, tiny
+from csm_jax.decode_step import init_state
 from csm_jax.errors import InputError
-from csm_jax.generation import init_state
 from csm_jax.precision import FLOAT32, Precision
 from csm_jax.sharding import TABLE, check_rows, make_mesh, param_sharding, state_sharding
 

@@ -9,12 +9,11 @@ from fixtures import TOKENIZER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csm_jax import InputError, Request, Sampling, Segment
-from csm_jax import speech as speech_module
-from csm_jax.batch import Utterance
+from csm_jax import InputError, Request, Sampling, Segment, request_state
+from csm_jax.decode_batch import Utterance
 from csm_jax.errors import CancelledError
 from csm_jax.prompt import Turn, join_rows, text_rows, turn_rows
-from csm_jax.speech import Speech
+from csm_jax.request_state import RequestState
 from csm_jax.text import needed_seconds, split_text
 
 # The window of the released model.
@@ -30,7 +29,7 @@ NO_CODES = np.zeros((0, Q), np.int32)
 
 
 def codes(num_frames: int, seed: int = 0) -> np.ndarray:
-    """Speech without a fault: [num_frames, Q], not silent, and never twice the same."""
+    """RequestState without a fault: [num_frames, Q], not silent, and never twice the same."""
     return np.random.default_rng([seed, num_frames]).integers(10, 32, (num_frames, Q), np.int32)
 
 
@@ -42,14 +41,14 @@ def join(*frames: np.ndarray) -> np.ndarray:
     return np.concatenate(frames)
 
 
-def begin(request: Request, max_seq_len: int | None = None) -> tuple[Speech, list]:
+def begin(request: Request, max_seq_len: int | None = None) -> tuple[RequestState, list]:
     notices = []
     no_codec = None  # context comes as codes
     arguments = CONFIG, TOKENIZER, no_codec, lambda: SILENCE, notices.append
-    return Speech(request, *arguments, max_seq_len), notices
+    return RequestState(request, *arguments, max_seq_len), notices
 
 
-def play(speech: Speech, *parts, chunks=(25,)):
+def play(speech: RequestState, *parts, chunks=(25,)):
     """Lets a model speak that says what is written.
 
     Args:
@@ -396,7 +395,7 @@ def test_without_the_guard_all_is_heard(left_alone):
 
     notices = []
     arguments = CONFIG, TOKENIZER, None, unasked, notices.append
-    speech = Speech(Request("Hi.", **left_alone), *arguments)
+    speech = RequestState(Request("Hi.", **left_alone), *arguments)
     _, (released,), (rewinds,) = play(speech, [join(said, END)], chunks=[7])
     np.testing.assert_array_equal(released, said)
     assert (rewinds, notices) == ([], [])
@@ -453,7 +452,7 @@ def test_only_turns_that_fit_are_encoded(num_turns):
     heard = [Segment(i % 2, "a", recorded(frames)) for i, frames in enumerate(said)]
     notices = []
     request = Request("Hi.", 0, heard)
-    speech = Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    speech = RequestState(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
     assert speech.num_turns == min(num_turns, 7)  # of 250 frames in 2048 positions
     for got, expected in zip(
         speech.next_utterance().prompt, wanted.next_utterance().prompt, strict=True
@@ -472,7 +471,7 @@ def test_encoding_can_be_given_up_between_turns():
 
     encoded, notices = [], []
     request = Request("Hi.", 0, [Segment(0, "a", recorded(codes(3)))] * 5)
-    speech = Speech(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
+    speech = RequestState(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
     assert not encoded
     with pytest.raises(CancelledError):
         speech.next_utterance()
@@ -487,7 +486,7 @@ def test_rows_are_made_of_turns_that_can_fit_only(monkeypatch):
         made.append(turn)
         return Turn(turn, *more)
 
-    monkeypatch.setattr(speech_module, "Turn", note)
+    monkeypatch.setattr(request_state, "Turn", note)
     turns = [Segment(i, "\U0001f600" * 10_000) for i in range(64)]
     speech, notices = begin(Request("Hi.", 0, turns))
     assert speech.num_turns == 0

@@ -1,4 +1,4 @@
-"""Speech that is written while it is made: to a pipe, to a file, and at what pace."""
+"""RequestState that is written while it is made: to a pipe, to a file, and at what pace."""
 
 import io
 import os
@@ -12,9 +12,9 @@ import soundfile
 from fixtures import CONFIG
 
 import csm_jax
-from csm_jax import InputError, OutputError, audio, streaming
+from csm_jax import InputError, OutputError, audio, pacing
 from csm_jax.generate import run
-from csm_jax.speech import Speech
+from csm_jax.request_state import RequestState
 
 RATE = 24_000
 FRAME = CONFIG.codec.frame_size
@@ -139,7 +139,7 @@ def test_a_file_that_is_streamed_is_the_one_that_is_saved(tmp_path, suffix, offl
 
 
 def fail_after(num_frames: int):
-    accept = Speech.accept
+    accept = RequestState.accept
 
     def fail(self, codes):
         step = accept(self, codes)
@@ -152,7 +152,7 @@ def fail_after(num_frames: int):
 
 @pytest.mark.parametrize("suffix", [".wav", ".mp3"])
 def test_an_error_midway_leaves_what_was_there(tmp_path, suffix, capsys, monkeypatch):
-    monkeypatch.setattr(Speech, "accept", fail_after(2))
+    monkeypatch.setattr(RequestState, "accept", fail_after(2))
     old = tmp_path / f"old{suffix}"
     old.write_bytes(b"precious")
     for out in (old, tmp_path / f"new{suffix}"):
@@ -164,7 +164,7 @@ def test_an_error_midway_leaves_what_was_there(tmp_path, suffix, capsys, monkeyp
 
 
 def test_a_pipe_ends_with_an_error_midway(capfdbinary, monkeypatch):
-    monkeypatch.setattr(Speech, "accept", fail_after(2))
+    monkeypatch.setattr(RequestState, "accept", fail_after(2))
     assert run([*SHORT, "--stream", "--out=-", "--format=pcm"]) == 2
     said = capfdbinary.readouterr()
     assert said.err.decode().splitlines()[-1] == "csm_jax.generate: error: bad luck"
@@ -242,8 +242,8 @@ def test_where_nothing_can_be_written_nothing_is_begun(tmp_path, name):
 def played(monkeypatch, seconds_per_frame: float, num_frames: int) -> tuple[list[int], float]:
     """Sizes of the chunks that a machine of some speed is asked for, and the longest silence."""
     now = 100.0
-    monkeypatch.setattr(streaming, "time", types.SimpleNamespace(perf_counter=lambda: now))
-    pace = streaming.Pace(0.08)
+    monkeypatch.setattr(pacing, "time", types.SimpleNamespace(perf_counter=lambda: now))
+    pace = pacing.Pace(0.08)
     sizes, silence, until = [], 0.0, np.inf
     while sum(sizes) < num_frames:
         size = pace.next_chunk()
@@ -259,15 +259,15 @@ def played(monkeypatch, seconds_per_frame: float, num_frames: int) -> tuple[list
 def test_a_machine_that_keeps_up_never_lets_the_listener_wait(seconds, monkeypatch):
     sizes, silence = played(monkeypatch, seconds, 400)
     assert sizes[0] == 1
-    assert set(sizes) <= {1, streaming.LONG_CHUNK}
+    assert set(sizes) <= {1, pacing.LONG_CHUNK}
     assert silence <= 1e-9, f"{silence:.3f} s of silence in chunks of {sizes[:12]}"
 
 
 def test_a_fast_machine_is_asked_for_long_chunks(monkeypatch):
     sizes, _ = played(monkeypatch, 0.01, 400)
     assert sizes[0] == 1
-    assert streaming.LONG_CHUNK in sizes[:30]
-    assert sizes[-3:] == [streaming.LONG_CHUNK] * 3
+    assert pacing.LONG_CHUNK in sizes[:30]
+    assert sizes[-3:] == [pacing.LONG_CHUNK] * 3
 
 
 def test_a_slow_machine_is_asked_for_single_frames(monkeypatch):
@@ -278,6 +278,6 @@ def test_a_slow_machine_is_asked_for_single_frames(monkeypatch):
 @pytest.mark.parametrize("num_frames", [0, 1, 7, 8, 9, 17, 25])
 def test_blocks_come_in_two_sizes(num_frames):
     frames = np.arange(2 * num_frames).reshape(num_frames, 2)
-    blocks = list(streaming.blocks(frames))
-    assert {len(block) for block in blocks} <= {1, streaming.LONG_CHUNK}
+    blocks = list(pacing.blocks(frames))
+    assert {len(block) for block in blocks} <= {1, pacing.LONG_CHUNK}
     np.testing.assert_array_equal(np.concatenate([frames[:0], *blocks]), frames)

@@ -11,6 +11,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from csm_jax.request import Notice, Request
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.formats import FORMATS, Encoder, encode
@@ -18,7 +19,6 @@ from csm_jax.serve.live import Live
 from csm_jax.serve.middleware.log import note
 from csm_jax.serve.places import Place
 from csm_jax.serve.service import Service
-from csm_jax.speech import Notice, Request
 
 T = TypeVar("T")
 Wrap = Callable[[Live, AsyncIterator[bytes]], AsyncIterator[bytes]]

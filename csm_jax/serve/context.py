@@ -4,12 +4,12 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 from csm_jax.prompt import Segment
+from csm_jax.request import Notice
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.fields import check_length, check_turns
 from csm_jax.serve.service import Service
 from csm_jax.serve.uploads import check, decode
-from csm_jax.speech import Notice
 
 
 @dataclass(frozen=True)

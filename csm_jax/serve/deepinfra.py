@@ -12,6 +12,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from csm_jax.request import Request
 from csm_jax.serve.answers import PlacedResponse, speak_whole, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.context import GivenTurn, read_turn
@@ -21,7 +22,6 @@ from csm_jax.serve.jobs import Job, Kind
 from csm_jax.serve.middleware.log import request_id
 from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
-from csm_jax.speech import Request
 
 PATH = "/v1/inference/sesame/csm-1b"
 PRESETS = ["conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd")]

@@ -8,6 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from csm_jax.prompt import Segment
+from csm_jax.request import Request
 from csm_jax.sampling import Sampling
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ApiError
@@ -15,7 +16,6 @@ from csm_jax.serve.service import Service
 from csm_jax.serve.uploads import decode
 from csm_jax.serve.voice_files import MAX_SPEAKER
 from csm_jax.serve.voices import Voice
-from csm_jax.speech import Request
 
 # Numbers that int32 and JSON's readers agree on.
 Speaker = Annotated[int, Field(ge=0, le=MAX_SPEAKER)]

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from csm_jax.errors import CSMError
+from csm_jax.request import Notice
 from csm_jax.serve.caller import Caller
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.middleware.log import note, request_id
-from csm_jax.speech import Notice
 from csm_jax.ticket import Ticket
 
 if TYPE_CHECKING:

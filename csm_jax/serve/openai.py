@@ -13,6 +13,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
+from csm_jax.request import Request
 from csm_jax.serve.answers import speak_streamed, unless_gone
 from csm_jax.serve.caller import Caller, caller_of
 from csm_jax.serve.errors import ApiError
@@ -21,7 +22,6 @@ from csm_jax.serve.formats import FORMATS
 from csm_jax.serve.live import Live
 from csm_jax.serve.parsing import describe, read_fields
 from csm_jax.serve.service import Service
-from csm_jax.speech import Request
 
 # What OpenAI's clients call voices and models. A voice stands for one of the presets, in their
 # order, or where there are none for the speaker of that number.

@@ -18,6 +18,7 @@ from csm_jax.engine import Engine
 from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, Turn
+from csm_jax.request import Notice, Request
 from csm_jax.serve.caller import INTERNAL, Caller
 from csm_jax.serve.deadline import Deadline
 from csm_jax.serve.errors import ApiError
@@ -35,7 +36,6 @@ from csm_jax.serve.store import Store
 from csm_jax.serve.voice_files import MAX_SPEAKER
 from csm_jax.serve.voices import Voice, Voices
 from csm_jax.serve.webhook import Webhooks
-from csm_jax.speech import Notice, Request
 from csm_jax.text import needed_seconds
 from csm_jax.ticket import Ticket
 

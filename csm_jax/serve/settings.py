@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csm_jax.request import DEFAULT_SAMPLING
 from csm_jax.sampling import Sampling
-from csm_jax.speech import DEFAULT_SAMPLING
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from csm_jax.files import locked, replace_file, reporting
 from csm_jax.generator import Generator
 from csm_jax.lora import LoRAConfig
 from csm_jax.precision import Precision
-from csm_jax.speech import Request
+from csm_jax.request import Request
 from csm_jax.train import placement
 from csm_jax.train.base import Base, whole_model
 from csm_jax.train.step import compute_params

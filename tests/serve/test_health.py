@@ -10,8 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import SMALL, as_samples, serve
 
 from csm_jax import Engine, Request
+from csm_jax.request_state import RequestState
 from csm_jax.serve.settings import Settings
-from csm_jax.speech import Speech
 
 # Speaks until somebody ends it, or 20 s are over.
 LONG = {"text": "one two three four five six " * 4, "temperature": 5, "seed": 1}
@@ -165,14 +165,14 @@ def test_a_running_response_is_finished_when_the_server_ends(model):
 
 def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
     """Its error is its own, and the server goes on."""
-    accept = Speech.accept
+    accept = RequestState.accept
 
     def accept_or_fail(self, codes):
         if self._request.text == "seven":
             raise RuntimeError("broken")
         return accept(self, codes)
 
-    monkeypatch.setattr(Speech, "accept", accept_or_fail)
+    monkeypatch.setattr(RequestState, "accept", accept_or_fail)
     expected = server.service.model.generate(Request("one two", seed=2))
     answers = {}
 

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from csm_jax.cache import KVCache
 from csm_jax.compiling import Program, shape_of
 from csm_jax.config import CSMConfig
-from csm_jax.generation import (
+from csm_jax.decode_step import (
     CHUNK_FRAMES,
     Params,
     Prompt,
@@ -59,7 +59,7 @@ class Rewind(NamedTuple):
 
 
 @dataclass
-class _Occupant:
+class _Slot:
     """The utterance that a row of a batch is speaking, and its frames so far."""
 
     utterance: Utterance
@@ -70,7 +70,7 @@ class _Occupant:
         return self.utterance.max_frames - self.num_frames
 
 
-class Batch:
+class DecodeBatch:
     """Rows that speak side by side, and join and leave at frame borders.
 
     The one mutable thing of generation: it owns the state that the compiled functions pass on.
@@ -106,7 +106,7 @@ class Batch:
         )
         # Of which the shapes do not change: what the functions are compiled for.
         self._shapes = jax.tree.map(shape_of, self._state)
-        self._occupants: list[_Occupant | None] = [None] * size
+        self._slots: list[_Slot | None] = [None] * size
         self._prefixes: dict[bytes, KVCache] = {}
         self._stack_sampling()
 
@@ -161,7 +161,7 @@ class Batch:
             config=self.config,
             mesh=self._mesh,
         )
-        self._occupants[index] = _Occupant(utterance)
+        self._slots[index] = _Slot(utterance)
         self._stack_sampling()
         self.rewind(
             index, Rewind(np.zeros((0, self.config.num_codebooks), np.int32), utterance.seed)
@@ -169,8 +169,8 @@ class Batch:
 
     def rewind(self, index: int, to: Rewind) -> None:
         """Lets a row go on from one of its own frames."""
-        occupant, num_frames = self._occupants[index], len(to.codes)
-        frames, mask = occupant.utterance.prompt
+        slot, num_frames = self._slots[index], len(to.codes)
+        frames, mask = slot.utterance.prompt
         frame, columns = frames[-1], mask[-1]
         if num_frames:
             frame = np.append(to.codes[-1], 0).astype(np.int32)
@@ -187,11 +187,11 @@ class Batch:
             done=np.bool_(False),
         )
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
-        occupant.num_frames = num_frames
+        slot.num_frames = num_frames
 
     def leave(self, index: int) -> None:
         """Frees a row."""
-        self._occupants[index] = None
+        self._slots[index] = None
         self._state = set_row(self._state, np.int32(index), self._nothing(), mesh=self._mesh)
         self._stack_sampling()
 
@@ -217,8 +217,8 @@ class Batch:
         Returns:
           Codes int32 [B, n, Q], zeros from a row's end on; and bool [B], the rows that have ended.
         """
-        occupants = [row for row in self._occupants if row]
-        wanted = min(num_frames, CHUNK_FRAMES, *(row.left for row in occupants))
+        taken = [row for row in self._slots if row]
+        wanted = min(num_frames, CHUNK_FRAMES, *(row.left for row in taken))
         self._state, codes, count = run_frames(
             self._params,
             self._state,
@@ -230,7 +230,7 @@ class Batch:
             mesh=self._mesh,
         )
         codes, done, count = jax.device_get((codes, self._state.done, count))
-        for row in occupants:
+        for row in taken:
             row.num_frames += int(count)
         return codes[:, :count], done
 
@@ -262,14 +262,12 @@ class Batch:
     def _kv_length(self) -> int:
         """Positions that attention has to look at, by what the rows may come to."""
         ends = [
-            len(row.utterance.prompt[0]) + row.utterance.max_frames
-            for row in self._occupants
-            if row
+            len(row.utterance.prompt[0]) + row.utterance.max_frames for row in self._slots if row
         ]
         return self.bucket(max(ends, default=1))
 
     def _stack_sampling(self) -> None:
-        rows = [row.utterance.sampling if row else Sampling() for row in self._occupants]
+        rows = [row.utterance.sampling if row else Sampling() for row in self._slots]
         self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
 
 

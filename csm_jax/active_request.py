@@ -5,19 +5,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.batch import Utterance
-from csm_jax.generation import CHUNK_FRAMES
+from csm_jax.decode_batch import Utterance
+from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.mimi.conv import State
-from csm_jax.speech import Speech
-from csm_jax.streaming import LONG_CHUNK, Pace
+from csm_jax.pacing import LONG_CHUNK, Pace
+from csm_jax.request_state import RequestState
 from csm_jax.ticket import Ticket
 
 # Requests join and leave at borders only: unless a frame takes longer, they are no further apart.
-BORDER_SECONDS = 0.25
+MAX_STEP_SECONDS = 0.25
 
 
 @dataclass(eq=False)
-class Slot:
+class ActiveRequest:
     """A request that has, or waits for, a row of the batch.
 
     Attributes:
@@ -31,7 +31,7 @@ class Slot:
     """
 
     ticket: Ticket
-    speech: Speech
+    speech: RequestState
     pace: Pace | None
     next: Utterance | None
     undecoded: np.ndarray
@@ -48,13 +48,13 @@ class Slot:
         return taken
 
 
-def frames_to_border(slots: Sequence[Slot], frame_seconds: float) -> int:
+def frames_to_border(slots: Sequence[ActiveRequest], frame_seconds: float) -> int:
     """Frames that these rows generate before requests may join or leave again."""
     wanted = min((slot.pace.next_chunk() for slot in slots if slot.pace), default=CHUNK_FRAMES)
-    return max(1, min(wanted, int(BORDER_SECONDS / frame_seconds)))
+    return max(1, min(wanted, int(MAX_STEP_SECONDS / frame_seconds)))
 
 
-def next_blocks(slots: Sequence[Slot | None]) -> dict[int, np.ndarray]:
+def next_blocks(slots: Sequence[ActiveRequest | None]) -> dict[int, np.ndarray]:
     """Frames [F, Q] to decode now, of the rows that have as many; empty when the rest waits."""
     due = {
         index: slot
@@ -66,7 +66,7 @@ def next_blocks(slots: Sequence[Slot | None]) -> dict[int, np.ndarray]:
     return {i: slot.take(size) for i, slot in due.items() if len(slot.undecoded) >= size}
 
 
-def _is_better_decoded_later(slot: Slot) -> bool:
+def _is_better_decoded_later(slot: ActiveRequest) -> bool:
     """Whether frames wait for more of them: the listener has enough to play, and the codec takes
     hardly longer for a long chunk than for a frame."""
     missing = LONG_CHUNK - len(slot.undecoded)

@@ -1,88 +1,23 @@
-"""One request on its way to speech: which utterances it takes, and which of their frames count.
+"""The state of one request: which utterances it takes, and which of their frames count.
 
-Nothing here generates. A `Speech` says what to generate next and is told what came of it, so that
-the same rules hold whether a request runs alone, as a stream, or in a batch with others.
+Nothing here generates. A `RequestState` says what to generate next and is told what came of it,
+so that the same rules hold whether a request runs alone, as a stream, or in a batch with others.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax.batch import Rewind, Utterance
 from csm_jax.config import CSMConfig
+from csm_jax.decode_batch import Rewind, Utterance
 from csm_jax.errors import InputError
 from csm_jax.guard import Action, Guard, Verdict
-from csm_jax.prompt import Encode, Segment, Turn, check_text, check_turn, join_rows, text_rows
-from csm_jax.sampling import Sampling
+from csm_jax.prompt import Encode, Segment, Turn, check_turn, join_rows, text_rows
+from csm_jax.request import DEFAULT_MAX_AUDIO_LENGTH_MS, Notice, Request
 from csm_jax.text import needed_seconds, split_text
 from csm_jax.tokenizer import Tokenizer
-
-GUARD = ("on", "off")
-DEFAULT_MAX_AUDIO_LENGTH_MS = 10_000
-DEFAULT_SAMPLING = Sampling()
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to say, and how.
-
-    Attributes:
-      text: of any length; beyond about 300 characters it is split at sentences, and each part is
-        spoken with the parts before it as context.
-      speaker: whose turn it is; the same number as in `context` continues that voice.
-      context: the turns so far, oldest first. If they outgrow the model's window, the oldest are
-        left out, with a notice.
-      sampling: how codes are drawn.
-      max_audio_length_ms: the speech is cut there, with a notice, if it has not ended by itself.
-        None is 10 s, or what the text can need if that is more.
-      seed: the same seed and arguments give the same speech.
-      guard: "on" stops speech that repeats itself, falls silent or will not end; "off" leaves it
-        alone, as greedy sampling always does.
-      shared_turns: how many of the first turns of the context other requests have too, such as the
-        sample of a voice: an `Engine` reads them once.
-    """
-
-    text: str
-    speaker: int = 0
-    context: Sequence[Segment] = ()
-    sampling: Sampling = DEFAULT_SAMPLING
-    max_audio_length_ms: float | None = None
-    seed: int = 0
-    guard: str = "on"
-    shared_turns: int = 0
-
-    def __post_init__(self):
-        check_text(self.text)
-        if self.guard not in GUARD:
-            raise InputError(f"guard is {self.guard}, but must be {' or '.join(GUARD)}")
-        if not 0 <= self.shared_turns <= len(self.context):
-            raise InputError(
-                f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
-            )
-
-
-def as_request(*arguments: Any, **named: Any) -> Request:
-    """A `Request` from what `generate` takes: one already, or its arguments."""
-    if len(arguments) == 1 and isinstance(arguments[0], Request):
-        return dataclasses.replace(arguments[0], **named)
-    return Request(*arguments, **named)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """Something that the listener should know of the speech.
-
-    Attributes:
-      kind: "cut", "nothing_said", "context_dropped", "resampled" or "guard_cut".
-      message: the same in words.
-    """
-
-    kind: str
-    message: str
 
 
 class Step(NamedTuple):
@@ -99,7 +34,7 @@ class Step(NamedTuple):
     is_over: bool
 
 
-class Speech:
+class RequestState:
     """The course of one request.
 
     Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
