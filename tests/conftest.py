@@ -7,14 +7,14 @@ import jax
 import pytest
 from huggingface_hub import constants
 
-# libtpu is here for its compiler: where there is no chip, jax would still look for one, loudly.
+# libtpu is installed for its compiler: without a chip, jax would look for one and print warnings.
 _CHIPS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
 if importlib.util.find_spec("libtpu") and not _CHIPS:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
-# Four fifths of the time of a test go into compiling programs that run for milliseconds. 0 is
-# what users run; it holds for the processes that tests start too.
+# Tests spend four fifths of their time compiling programs that run for milliseconds. 0 is the
+# users' setting. The variable also applies to the processes that tests start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
@@ -27,18 +27,18 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
-    """Neither the tests nor the processes they start touch the user's cache or the network."""
+    """Keeps the tests and the processes they start off the user's cache and the network."""
     directory = tmp_path_factory.mktemp("cache")
     os.environ["CSM_JAX_CACHE"] = str(directory)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    constants.HF_HUB_OFFLINE = True  # it has read the variable already
+    constants.HF_HUB_OFFLINE = True  # imported before the variable was set
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     return directory
 
 
 @pytest.fixture(scope="module")
 def lenient():
-    """As a user has it: optax multiplies its int32 count of steps with floats."""
+    """The dtype promotion of users: optax multiplies its int32 step count with floats."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
 

@@ -1,4 +1,4 @@
-"""A model on meshes of up to eight devices; `test_sharding.py` runs it where there are as many.
+"""A model on meshes of up to eight devices; `test_sharding.py` runs it with eight CPU devices.
 
 XLA_FLAGS=--xla_force_host_platform_device_count=8 pytest tests/eight_devices.py
 """
@@ -36,9 +36,9 @@ jax.monitoring.register_event_duration_secs_listener(note_compilation)
 
 
 def utterance(index: int) -> Utterance:
-    """Some text, some audio and text; greedy and sampled in turn."""
+    """A prompt of text, or of text and audio; greedy and sampled in turn."""
     rng = np.random.default_rng(index)
-    length = 12 + 2 * index  # all padded to 32
+    length = 12 + 2 * index  # all are padded to 32
     is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
     mask = is_audio[:, None] == (np.arange(NUM_CODEBOOKS + 1) < NUM_CODEBOOKS)
     frames = np.where(mask, rng.integers(0, 35, mask.shape), 0).astype(np.int32)
@@ -54,8 +54,8 @@ def new_batch(model: csm_jax.Generator, size: int, max_seq_len: int = 128) -> De
     return DecodeBatch(CONFIG, model.params, size, max_seq_len, model.mesh)
 
 
-def life_of_a_batch(batch: DecodeBatch) -> np.ndarray:
-    """Codes [B, n, Q] of rows that join, go back, leave and are replaced."""
+def run_requests(batch: DecodeBatch) -> np.ndarray:
+    """Codes [B, n, Q] of requests that join, are rewound, leave and are replaced."""
     for index in range(8):
         batch.join(index, utterance(index))
     chunks = [batch.run(9)[0], batch.run(4)[0]]
@@ -70,15 +70,15 @@ def life_of_a_batch(batch: DecodeBatch) -> np.ndarray:
 
 @functools.cache
 def codes_of_one_device(dtype: str, quantize: str) -> np.ndarray:
-    return life_of_a_batch(new_batch(model(dtype, quantize), 8))
+    return run_requests(new_batch(model(dtype, quantize), 8))
 
 
-def test_there_are_eight():
+def test_there_are_eight_devices():
     assert len(jax.devices()) == 8
 
 
 def assert_in_place(batch: DecodeBatch, shape: tuple[int, int]) -> None:
-    """The state lies where it should, its keys among them, split as the mesh can."""
+    """Checks that the state, random keys included, is sharded as the mesh allows."""
     places = state_sharding(batch._state, make_mesh(*shape))
     for leaf, place in zip(*map(jax.tree.leaves, (batch._state, places)), strict=True):
         assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
@@ -89,11 +89,11 @@ def assert_in_place(batch: DecodeBatch, shape: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("shape", MESHES, ids=str)
-def test_same_codes_and_nothing_compiled_twice(shape):
+def test_codes_equal_one_device_and_nothing_is_compiled_twice(shape):
     batch = new_batch(model("float32", "none", shape), 8)
     assert_in_place(batch, shape)
     compiled.clear()
-    codes = life_of_a_batch(batch)
+    codes = run_requests(batch)
     assert sorted(set(compiled) - {"jit(set_row)"}) == ["jit(prefill)", "jit(run_frames)"]
     assert len(set(compiled)) == len(compiled)
     assert_in_place(batch, shape)
@@ -102,17 +102,17 @@ def test_same_codes_and_nothing_compiled_twice(shape):
     np.testing.assert_array_equal(codes, want)
 
 
-def test_same_codes_in_int8():
-    """Sums in another order are 1e-7 apart, which once in a while rounds an activation to the next
-    whole number: a row may then go another way, as it may when others share its batch."""
-    codes = life_of_a_batch(new_batch(model("float32", "int8", (4, 2)), 8))
+def test_codes_in_int8_equal_one_device():
+    """Sums in another order differ by 1e-7, which sometimes rounds an activation to the next whole
+    number: the codes of a row may then differ, as they may in another batch."""
+    codes = run_requests(new_batch(model("float32", "int8", (4, 2)), 8))
     want = codes_of_one_device("float32", "int8")
     np.testing.assert_array_equal(codes[:, :4], want[:, :4])
     assert np.all(codes == want, axis=(1, 2)).sum() >= 5
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_parameters_are_really_split(quantize):
+def test_parameters_are_split_between_devices(quantize):
     sharded = model("float32", quantize, (4, 2))
     held = {path: leaf.addressable_shards for path, leaf in flatten(sharded.params).items()}
     layer = "backbone/layers/0"
@@ -139,7 +139,7 @@ def bytes_by_device(model: csm_jax.Generator) -> dict[jax.Device, int]:
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_devices_hold_less_the_more_there_are(quantize):
+def test_bytes_per_device_fall_with_the_number_of_devices(quantize):
     one, two = (bytes_by_device(model("float32", quantize, shape)) for shape in [(1, 1), (4, 2)])
     assert (len(one), len(two)) == (1, 8)
     shapes = flatten(model("float32", quantize).params)
@@ -155,7 +155,7 @@ def test_devices_hold_less_the_more_there_are(quantize):
 
 @pytest.mark.parametrize("source", ["native", "huggingface"])
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_checkpoints_of_any_layout(request, source, quantize):
+def test_checkpoints_of_all_layouts_load_onto_a_mesh(request, source, quantize):
     directory, mesh = request.getfixturevalue(source), make_mesh(2, 2)
     plain, sharded = (csm_jax.load(directory, quantize=quantize, mesh=m) for m in (None, mesh))
     got, want = flatten(sharded.params), flatten(plain.params)
@@ -166,8 +166,8 @@ def test_checkpoints_of_any_layout(request, source, quantize):
         np.testing.assert_array_equal(np.asarray(leaf), np.asarray(want[path]), path)
 
 
-def test_a_request_alone():
-    """One row, which no data axis divides."""
+def test_a_single_request_runs_on_a_mesh():
+    """Its one row cannot be divided over the data axis."""
     arguments = dict(max_audio_length_ms=1200, seed=3, guard="off")
     one, many = (model("float32", "none", shape) for shape in (None, (2, 4)))
     want = one.generate("Hello there.", **arguments)
@@ -183,12 +183,12 @@ def test_the_codec_is_compiled_once_for_all_frames():
     assert compiled == ["jit(_decode_step)"]
 
 
-def test_rows_that_the_mesh_cannot_divide():
+def test_a_batch_size_that_the_mesh_does_not_divide_is_an_error():
     with pytest.raises(InputError, match="3 rows cannot be divided by the mesh's data axis of 2"):
         new_batch(model("float32", "none", (2, 2)), 3)
 
 
-def test_a_mesh_of_too_many():
+def test_a_mesh_of_more_devices_than_exist_is_an_error():
     with pytest.raises(InputError, match="of which there are 8"):
         make_mesh(3, 3)
     assert math.prod(make_mesh(2, 3).devices.shape) == 6

@@ -1,7 +1,7 @@
 """Tiny random checkpoints in every published layout, written without torch.
 
-The files are made by running the project's own tables backwards; that the tables themselves are
-right is what `test_rules.py` and the parity tests show.
+The files are made by running the project's own tables backwards; `test_rules.py` and the parity
+tests show that the tables are right.
 """
 
 import functools
@@ -46,7 +46,7 @@ def shapes() -> dict[str, jax.ShapeDtypeStruct]:
 
 @functools.cache
 def params() -> Tensors:
-    """All parameters by their paths; no scale is 1 and no bias 0, so that each has to arrive."""
+    """All parameters by path. No scale is 1 and no bias 0, so a missing one changes the outputs."""
     rng = np.random.default_rng(5)
     drawn = checkpoint.flatten(random_params(CONFIG, seed=5))
     return {
@@ -72,7 +72,7 @@ def layout(name: str) -> Tensors:
 
 
 def huggingface_tensors() -> Tensors:
-    """Layout 2, the codec inside."""
+    """Layout 2, including the codec."""
     codec = {f"codec_model.{name}": t for name, t in layout("huggingface_codec").items()}
     return layout("huggingface") | codec
 
@@ -83,7 +83,7 @@ def write_config(directory: Path, values: dict | None = None) -> None:
 
 
 def write_sesame(directory: Path) -> Path:
-    """Layout 1, whose own config names flavours: the tiny sizes are in a Hugging Face config."""
+    """Layout 1. Its config has only flavours, so the tiny sizes are in a Hugging Face config."""
     directory.mkdir(parents=True, exist_ok=True)
     save_file(layout("sesame"), directory / "model.safetensors")
     write_config(directory)
@@ -92,7 +92,7 @@ def write_sesame(directory: Path) -> Path:
 
 
 def write_huggingface(directory: Path, tensors: Tensors | None = None, shards: int = 1) -> Path:
-    """Layout 2 under the file names of the hub, beside which layout 1 can lie."""
+    """Layout 2 under the file names of the hub, so that layout 1 fits into the same directory."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = huggingface_tensors() if tensors is None else tensors
     names = [f"transformers-{i + 1:05}-of-{shards:05}.safetensors" for i in range(shards)]
@@ -108,8 +108,8 @@ def write_huggingface(directory: Path, tensors: Tensors | None = None, shards: i
 
 
 def write_mixed(directory: Path) -> Path:
-    """Layouts 1 and 2 side by side, as in the hub repository of CSM-1B. The first holds other
-    weights here, so that reading it instead, or both, shows."""
+    """Layouts 1 and 2 side by side, as in the hub repository of CSM-1B. Here the first has other
+    weights, so a test notices if it is read."""
     write_huggingface(directory, shards=2)
     other = {name: tensor + 1 for name, tensor in layout("sesame").items()}
     save_file(other, directory / "model.safetensors")
@@ -148,7 +148,7 @@ def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
 def write_conversations(
     directory: Path, lengths: Sequence[Sequence[int]] = ((3, 2), (4,), (2,), (3, 3))
 ) -> Path:
-    """A manifest to train on: conversations of so many frames of noise in each turn."""
+    """A training manifest: conversations whose turns are so many frames of noise each."""
     random = np.random.default_rng(1)
     lines = []
     for i, turns in enumerate(lengths):
@@ -170,7 +170,7 @@ def assert_same_params(got: dict, want: dict) -> None:
 
 
 def one_error(capsys) -> str:
-    """The one line that `csm_jax.convert` has written."""
+    """The one line of error output of `csm_jax.convert`."""
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err.startswith("csm_jax.convert: error: ")
@@ -188,7 +188,7 @@ def generate(
     chunk: int = CHUNK_FRAMES,
     watch: Callable[[int], None] = lambda num_frames: None,
 ) -> list[np.ndarray]:
-    """The codes [n, Q] of all prompts, spoken side by side, each up to its end of speech.
+    """The codes [n, Q] of all prompts, generated in one batch, each up to its end of speech.
 
     Args:
       chunk: frames between two calls of `watch`, which gets the number of frames so far.

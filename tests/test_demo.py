@@ -1,6 +1,6 @@
-"""The checkpoint that comes with the package, by ear: a short form of the evaluation in examples/.
+"""The bundled checkpoint, evaluated by a speech recognizer: a short form of the one in examples/.
 
-What is wrong anywhere in model, codec, sampling or conversion is heard here as wrong words.
+An error anywhere in model, codec, sampling or conversion shows here as wrong words.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from csm_jax.loading import BUNDLED
 
 DIRECTORY = BUNDLED["demo"]
 BATCH = 10
-# What was aimed at over 200 strings; there the rate is 0.07 (BENCHMARKS.md).
+# The limit over 200 strings, of which the rate is 0.07 (BENCHMARKS.md).
 WORST = 0.1
-# Of 10 strings, 45 words, it is within two standard errors of 0.07.
+# The limit over 10 strings (45 words): within two standard errors of 0.07.
 WORST_OF_FEW = 0.15
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -45,7 +45,7 @@ def read_prompt(voice: str) -> csm_jax.Segment:
     return csm_jax.Segment(0, text, load_audio(path, 24_000))
 
 
-def test_it_is_small():
+def test_the_checkpoint_has_at_most_12_megabytes():
     size = sum(path.stat().st_size for path in DIRECTORY.rglob("*") if path.is_file())
     assert 1e6 < size <= 12e6
 
@@ -54,15 +54,15 @@ def test_digits_are_understood(spoken):
     assert word_error_rate(spoken) <= WORST
 
 
-def test_speech_ends_by_itself(spoken):
+def test_speech_ends_without_a_cut(spoken):
     assert sum(each.ended for each in spoken) >= 19
 
 
-def test_speakers_have_their_own_voices(spoken):
+def test_each_speaker_has_its_own_voice(spoken):
     assert share_in_voice(spoken, [each.request.speaker for each in spoken]) >= 0.95
 
 
-def test_a_full_stop_and_capitals_change_nothing(model):
+def test_digits_with_capitals_and_a_full_stop_are_understood(model):
     requests = draw_requests(10, seed=11)
     heard = speak(
         model, [dataclasses.replace(each, text=f"{each.text.title()}.") for each in requests], BATCH
@@ -73,7 +73,7 @@ def test_a_full_stop_and_capitals_change_nothing(model):
 
 @pytest.mark.parametrize(("voice", "number"), [("slt", 0), ("rms", 1)])
 def test_the_context_decides_the_voice(model, voice, number):
-    """A turn of one speaker's number in the other's voice: the next one is in that voice too."""
+    """After a turn with one speaker's number and the other's voice, the next has that voice too."""
     turn = dataclasses.replace(read_prompt(voice), speaker=1 - number)
     requests = [
         dataclasses.replace(request, speaker=1 - number, context=[turn])
@@ -84,24 +84,24 @@ def test_the_context_decides_the_voice(model, voice, number):
     assert word_error_rate(heard) <= WORST_OF_FEW
 
 
-def test_a_stream_is_what_the_whole_is(model):
+def test_a_stream_equals_offline_audio(model):
     assert largest_difference(model, draw_requests(2, seed=9)) < 1e-4
 
 
 @pytest.mark.parametrize(("dtype", "quantize"), [("bfloat16", "none"), ("float32", "int8")])
-def test_narrow_weights_are_understood_as_well(dtype, quantize):
+def test_digits_of_narrow_weights_are_understood(dtype, quantize):
     narrow = csm_jax.load("demo", dtype=dtype, quantize=quantize)
     assert word_error_rate(speak(narrow, draw_requests(10, seed=10), BATCH)) <= WORST_OF_FEW
 
 
-def test_the_codec_gives_back_what_the_recogniser_hears(model):
+def test_digits_are_understood_after_the_codec(model):
     for voice in ("slt", "rms"):
         turn = read_prompt(voice)
         back = model.codec.decode(model.codec.encode(turn.audio))
         assert recognise_digits(back, 24_000) == turn.text.split()
 
 
-def test_the_command_line_speaks_it(tmp_path, capsys):
+def test_digits_of_the_command_line_are_understood(tmp_path, capsys):
     out = tmp_path / "said.wav"
     arguments = ["--checkpoint=demo", "--text=Three one four", "--speaker=1", f"--out={out}"]
     assert generate.run(arguments) == 0
@@ -111,10 +111,10 @@ def test_the_command_line_speaks_it(tmp_path, capsys):
     assert 80 < median_pitch(audio, 24_000) < 120
 
 
-# The ears themselves.
+# Tests of the recognizer and the pitch detector.
 
 
-def test_pitch_is_that_of_a_buzz():
+def test_the_pitch_of_a_buzz_is_found():
     time = np.arange(24_000) / 24_000
     for pitch in (85, 120, 210):
         buzz = sum(np.sin(2 * np.pi * k * pitch * time) / k for k in range(1, 9))
@@ -122,7 +122,7 @@ def test_pitch_is_that_of_a_buzz():
     assert np.isnan(median_pitch(np.zeros(24_000, np.float32), 24_000))
 
 
-def test_the_recogniser_hears_no_digits_in_noise_and_other_digits_in_other_recordings():
+def test_the_recognizer_finds_no_digits_in_noise_and_different_digits_in_different_recordings():
     noise = np.random.default_rng(0).standard_normal(24_000).astype(np.float32)
     assert len(recognise_digits(0.1 * noise, 24_000)) < 4
     heard = [recognise_digits(read_prompt(voice).audio, 24_000) for voice in ("slt", "rms")]
@@ -137,13 +137,12 @@ def test_errors_are_counted_by_word(said, heard, errors):
     assert count_errors(said.split(), heard.split()) == errors
 
 
-def test_what_is_judged_by_was_never_learnt_from():
-
+def test_evaluation_texts_are_not_in_the_training_texts():
     source = random.Random(0)
-    learnt = {draw_text(source) for _ in range(3000)}
-    judged = {request.text for seed in range(3) for request in draw_requests(200, seed)}
-    assert not learnt & judged
-    assert all(is_held_out(text.split()) for text in judged)
+    trained = {draw_text(source) for _ in range(3000)}
+    evaluated = {request.text for seed in range(3) for request in draw_requests(200, seed)}
+    assert not trained & evaluated
+    assert all(is_held_out(text.split()) for text in evaluated)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +154,7 @@ def test_numbers_are_spelled(number, words):
     assert spell(number) == words
 
 
-def test_a_directory_of_that_name_is_not_taken_for_it(tmp_path, monkeypatch):
+def test_the_name_demo_has_precedence_over_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
     assert csm_jax.load("demo").sample_rate == 24_000

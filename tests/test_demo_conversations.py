@@ -1,4 +1,4 @@
-"""Conversations that the bundled voice's model learns from: voices, numbers, lengths."""
+"""Training conversations of the open-vocabulary voice: voices, speaker numbers, lengths."""
 
 import json
 import random
@@ -44,14 +44,14 @@ def said_by(utterances):
     return {str(each.audio): each for each in utterances}
 
 
-def test_nothing_that_is_held_out_is_learnt(utterances, conversations):
+def test_held_out_texts_are_not_in_the_conversations(utterances, conversations):
     texts = {turn["text"] for turns in conversations for turn in turns}
     held_out = {each.text for each in utterances if is_held_out_text(each.text)}
     assert held_out
     assert texts == {each.text for each in utterances} - held_out
 
 
-def test_a_number_means_a_main_voice_or_that_of_the_turn_before(conversations, said_by):
+def test_a_speaker_has_a_main_voice_or_the_voice_of_the_turn_before(conversations, said_by):
     for turns in conversations:
         heard: dict[int, str] = {}
         for turn in turns:
@@ -62,7 +62,7 @@ def test_a_number_means_a_main_voice_or_that_of_the_turn_before(conversations, s
             heard[turn["speaker"]] = voice
 
 
-def test_prompts_are_in_every_voice_under_either_number(conversations, said_by):
+def test_prompts_have_every_voice_and_either_speaker_number(conversations, said_by):
     prompts = {
         (turns[0]["speaker"], said_by[turns[0]["audio"]].voice)
         for turns in conversations
@@ -73,7 +73,7 @@ def test_prompts_are_in_every_voice_under_either_number(conversations, said_by):
     assert all(any(turn.get("train", True) for turn in turns) for turns in conversations)
 
 
-def test_conversations_fit_and_some_are_long(conversations, said_by):
+def test_conversations_fit_the_limit_and_some_reach_it(conversations, said_by):
     for turns in conversations:
         seconds = [said_by[turn["audio"]].seconds for turn in turns]
         assert sum(seconds) <= SECONDS or len(turns) <= 2
@@ -81,7 +81,7 @@ def test_conversations_fit_and_some_are_long(conversations, said_by):
     assert max(map(len, conversations)) > 4
 
 
-def test_finetuning_reads_them(conversations, tmp_path):
+def test_csm_jax_finetune_reads_the_conversations(conversations, tmp_path):
     listed = tmp_path / "train.jsonl"
     listed.write_text("".join(json.dumps(turns) + "\n" for turns in conversations[:50]))
     found, problems = read_conversations(listed)

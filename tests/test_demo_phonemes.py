@@ -1,4 +1,4 @@
-"""Phonemes of the bundled voice's teacher, and which sound a recording has at a time."""
+"""Phonemes for the synthesizer of the open-vocabulary voice, and labels of a recording."""
 
 import shutil
 
@@ -6,7 +6,7 @@ import pytest
 from phonemes import SOUNDS, phonemes_of, sounds_of
 
 
-def test_stress_goes_with_the_next_sound_and_length_with_the_one_before():
+def test_stress_marks_belong_to_the_next_sound_and_length_marks_to_the_previous():
     assert sounds_of("həlˈO, juː") == ["h", "ə", "l", "O", "O", " ", " ", "j", "u", "u"]
 
 
@@ -20,7 +20,7 @@ def test_every_symbol_has_a_sound():
 
 @pytest.mark.skipif(shutil.which("espeak-ng") is None, reason="espeak-ng is not installed")
 def test_diphthongs_and_affricates_are_single_letters_and_punctuation_stays():
-    """As misaki writes them, Kokoro's own."""
+    """The notation is that of misaki, which Kokoro was trained with."""
     assert phonemes_of("Did the judge choose my boy?") == "dˈɪd ðə ʤˈʌʤ ʧˈuːz mI bˈY?"
     assert phonemes_of("No: go now, Jane!") == "nˈO: ɡˌO nˈW, ʤˈAn!"
     assert phonemes_of("Her first work.") == "hɜɹ fˈɜɹst wˈɜɹk."

@@ -1,4 +1,4 @@
-"""Recordings that the bundled voice's codec learns from: levels, sets on disk, batches."""
+"""Training recordings of the open-vocabulary codec: levels, sets on disk, batches."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ RATE = 24_000
 CONFIG = csm_jax.tiny().codec
 PHONEMES = "əˈAbuː"
 DURATIONS = (4, 3, 1, 5, 2, 4, 2, 6)
-# What is heard in each unit of all that the durations describe.
+# The sound of each unit of time that the durations describe.
 HEARD = "    əəəAAAAAAbbuuuuuu      "
 
 
@@ -25,7 +25,7 @@ def buzz(seconds: float) -> np.ndarray:
     return np.sin(np.arange(int(seconds * RATE)) * 0.1).astype(np.float32)
 
 
-def test_silence_around_speech_is_cut_off_and_counted():
+def test_silence_around_speech_is_trimmed_and_counted():
     silence = np.zeros(RATE, np.float32)
     audio = np.concatenate([silence, 0.3 * buzz(2), silence])
     trimmed, start = trim(audio, RATE)
@@ -34,14 +34,14 @@ def test_silence_around_speech_is_cut_off_and_counted():
     assert len(trimmed) == pytest.approx(2.3 * RATE, abs=0.02 * RATE)
 
 
-def test_silence_stays_what_it_is():
+def test_a_silent_recording_is_not_changed():
     silence = np.zeros(RATE, np.float32)
     assert trim(silence, RATE)[1] == 0
     np.testing.assert_array_equal(level(silence), silence)
 
 
 @pytest.mark.parametrize("factor", [1e-3, 1, 30])
-def test_recordings_are_as_loud_as_each_other(factor):
+def test_leveled_recordings_are_equally_loud(factor):
     loud = level(factor * buzz(1))
     assert np.sqrt(np.mean(loud**2)) == pytest.approx(LOUDNESS, rel=1e-3)
 
@@ -78,14 +78,14 @@ def test_a_set_is_read_from_all_its_manifests(directory):
     assert second.audio == directory / "1.wav"
 
 
-def test_a_line_that_is_still_being_written_is_left_out(directory):
+def test_an_incomplete_line_is_ignored(directory):
     before = read_manifests([directory])
     with (directory / "manifest-1.jsonl").open("a") as file:
         file.write('{"id": 2, "audio": "2.w')
     assert read_manifests([directory]) == before
 
 
-def test_labels_are_those_of_the_units(directory):
+def test_labels_of_a_recording_are_those_of_its_units(directory):
     utterance = read_manifests([directory])[1]
     assert "".join(SOUNDS[label] for label in unit_labels(utterance)) == HEARD
     unknown = dataclasses.replace(utterance, start=None)
@@ -93,7 +93,7 @@ def test_labels_are_those_of_the_units(directory):
 
 
 def test_batches_have_the_labels_of_their_samples(directory):
-    """The sample that a label stands for lies in the unit that has the label."""
+    """The sample at the time of a label is in the unit with that label."""
     packed = Packed(directory / "packed", read_manifests([directory]))
     batches = CodecBatches(packed, config=CONFIG, rows=16, frames=3, seed=0)
     size = CONFIG.frame_size
@@ -104,15 +104,15 @@ def test_batches_have_the_labels_of_their_samples(directory):
         for row, label in zip(audio, labels.reshape(16, -1), strict=True):
             samples = row[size // 4 :: size // 2]
             if row.min() <= 0:
-                continue  # silence after the end, or the first unit: its loudness is unknown
-            # A row is fainter than its recording by one factor; steps between units tell it.
+                continue  # silence after the end, or the first unit, whose loudness is unknown
+            # A row is its recording times one factor, which the steps between units show.
             step = np.unique(np.round(np.diff(row), 6))
             factor = step[step > 0].min() / 0.01
             units = np.round(samples / factor * 100).astype(int)
             assert "".join(SOUNDS[i] for i in label) == "".join(HEARD[u] for u in units)
 
 
-def test_a_batch_depends_on_its_number_and_the_seed_alone(directory):
+def test_a_batch_depends_only_on_its_number_and_the_seed(directory):
     packed = Packed(directory / "packed", read_manifests([directory]))
     again = Packed(directory / "packed", read_manifests([directory]))
     make = dict(config=CONFIG, rows=2, frames=2)
@@ -126,7 +126,7 @@ def test_a_batch_depends_on_its_number_and_the_seed_alone(directory):
     assert not np.array_equal(one.batch(5).audio, other.batch(5).audio)
 
 
-def test_silence_follows_a_recording_that_is_too_short(directory):
+def test_a_short_recording_is_padded_with_silence(directory):
     packed = Packed(directory / "packed", read_manifests([directory]))
     batches = CodecBatches(packed, config=CONFIG, rows=4, frames=20, seed=0)
     audio, labels = batches.batch(0)

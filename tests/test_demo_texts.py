@@ -1,4 +1,4 @@
-"""What the bundled voice is to say: numbers, dialogues, sentences of books, and their order."""
+"""Training texts of the open-vocabulary voice: numbers, dialogues, book sentences, their order."""
 
 import itertools
 import random
@@ -14,17 +14,17 @@ from texts import is_held_out
 
 
 @pytest.fixture(scope="module")
-def normaliser():
-    """Whisper's own, which writes numbers of words as numerals."""
+def normalizer():
+    """Whisper's normalizer, which writes number words as numerals."""
     english = pytest.importorskip("transformers.models.whisper.english_normalizer")
     return english.EnglishTextNormalizer({})
 
 
-def test_whole_numbers_are_read_back_as_they_were(normaliser):
+def test_whole_numbers_are_normalized_back_to_numerals(normalizer):
     source = random.Random(0)
     numbers = [*range(2, 100), *(source.randrange(100, 10**9) for _ in range(200))]
-    # It knows "twenty one" only, and leaves a lone "one" as it is.
-    heard = [normaliser(cardinal(number).replace("-", " ")) for number in numbers]
+    # It handles "twenty one" only, and does not change a single "one".
+    heard = [normalizer(cardinal(number).replace("-", " ")) for number in numbers]
     assert heard == [str(number) for number in numbers]
 
 
@@ -33,11 +33,11 @@ def test_large_numbers_name_their_parts():
     assert cardinal(7_040_215) == "seven million forty thousand two hundred fifteen"
 
 
-def test_days_and_places_are_read_back_as_they_were(normaliser):
+def test_ordinals_are_normalized_back_to_numerals(normalizer):
     suffixes = {1: "1st", 2: "2nd", 3: "3rd", 11: "11th", 12: "12th", 13: "13th", 20: "20th"}
     suffixes |= {21: "21st", 22: "22nd", 30: "30th", 45: "45th", 100: "100th"}
     for number, written in suffixes.items():
-        assert normaliser(ordinal(number).replace("-", " ")) == written
+        assert normalizer(ordinal(number).replace("-", " ")) == written
 
 
 @pytest.mark.parametrize(
@@ -52,11 +52,11 @@ def test_days_and_places_are_read_back_as_they_were(normaliser):
         (2026, "twenty twenty-six"),
     ],
 )
-def test_years_are_said_in_halves(number, said):
+def test_years_are_spelled_in_halves(number, said):
     assert year(number) == said
 
 
-def test_times_of_day():
+def test_times_of_day_are_spelled():
     assert [clock(9, 0), clock(7, 5), clock(12, 45)] == [
         "nine o'clock",
         "seven oh five",
@@ -65,19 +65,19 @@ def test_times_of_day():
 
 
 @pytest.mark.parametrize("draw", [draw_price, draw_percent])
-def test_prices_and_shares_are_read_back_as_they_are_written(normaliser, draw):
+def test_prices_and_percentages_are_normalized_back_to_their_written_form(normalizer, draw):
     source = random.Random(1)
     for _ in range(50):
         written, spoken = draw(source)
-        assert normaliser(spoken) == normaliser(written)
+        assert normalizer(spoken) == normalizer(written)
 
 
-def test_a_telephone_number_is_said_digit_by_digit():
+def test_a_telephone_number_is_spelled_digit_by_digit():
     written, spoken = draw_telephone(random.Random(2))
     assert len(re.findall(r"\d", written)) == len(spoken.split()) == 7
 
 
-def test_dialogues_have_all_their_slots_filled_and_are_said_in_words():
+def test_dialogues_have_all_placeholders_filled_and_are_spelled_in_words():
     source = random.Random(3)
     for _ in range(1000):
         for written, spoken in draw_dialogue(source):
@@ -86,7 +86,7 @@ def test_dialogues_have_all_their_slots_filled_and_are_said_in_words():
             assert spoken[-1] in ".?!"
 
 
-def test_a_dialogue_says_the_same_word_in_all_turns():
+def test_a_placeholder_has_the_same_word_in_all_turns_of_a_dialogue():
     source = random.Random(4)
     seen = 0
     while seen < 20:
@@ -128,11 +128,11 @@ def test_typographic_characters_become_plain_ones():
         "A stray (parenthesis) is in this one.",
     ],
 )
-def test_sentences_that_cannot_be_spoken_as_they_stand_are_left_out(text):
+def test_unspeakable_sentences_are_left_out(text):
     assert not is_speakable(text)
 
 
-def test_neighbouring_sentences_are_spoken_together_as_far_as_they_can_be():
+def test_neighbouring_speakable_sentences_are_joined():
     good = [f"This is a good sentence, and it is the {ordinal(i)}." for i in range(1, 12)]
     paragraph = " ".join([*good[:3], "This one is from 1851.", *good[3:]])
     assert sentences(paragraph)[3] == "This one is from 1851."
@@ -143,7 +143,7 @@ def test_neighbouring_sentences_are_spoken_together_as_far_as_they_can_be():
     assert all(part in " ".join(good) for part in found)
 
 
-def test_a_plan_is_the_same_for_a_seed_and_repeats_no_sentence():
+def test_a_plan_depends_on_its_seed_and_repeats_no_sentence():
     books = [f"This is a good sentence, and it is the {ordinal(i)}." for i in range(300)]
     longer = [f"{a} {b}" for a, b in zip(books[::2], books[1::2], strict=True)]
     jobs = plan(1000, books, longer, seed=5)
@@ -154,7 +154,7 @@ def test_a_plan_is_the_same_for_a_seed_and_repeats_no_sentence():
     assert len(said) == len(set(said)) > 300
 
 
-def test_turns_of_a_dialogue_change_voices_and_most_are_the_main_ones():
+def test_turns_of_a_dialogue_alternate_voices_and_most_voices_are_the_main_ones():
     jobs = plan(4000, [], [], seed=7)
     for before, job in itertools.pairwise(jobs):
         if job.dialogue == before.dialogue:
@@ -164,7 +164,7 @@ def test_turns_of_a_dialogue_change_voices_and_most_are_the_main_ones():
     assert {job.voice for job in jobs} == {*MAIN_VOICES, *OTHER_VOICES}
 
 
-def test_digits_that_are_held_out_are_not_planned():
+def test_held_out_digits_are_not_planned():
     digits = [job.text for job in plan(4000, [], [], seed=8) if job.text.islower()]
     assert len(digits) > 100
     assert not any(is_held_out(text.split()) for text in digits)

@@ -1,9 +1,9 @@
-"""The real size, end to end: a full checkpoint written by transformers, converted and spoken.
+"""The full size, end to end: a checkpoint written by transformers, converted and run.
 
     pytest -m full_size -s
 
-takes about 10 minutes, 20 GB of memory and 20 GB of disk, and prints the figures that
-BENCHMARKS.md quotes. Needs torch, transformers and espeak-ng.
+takes about 10 minutes, 20 GB of memory and 20 GB of disk, and prints the measurements in
+BENCHMARKS.md. It needs torch, transformers and espeak-ng.
 """
 
 import json
@@ -24,8 +24,8 @@ CONTEXT_TEXT = "The birch canoe slid on the smooth planks."
 TEXT = "Glue the sheet to the dark blue background."
 
 
-# The kernel counts what a process was before exec as its memory too; started from here, it was
-# small, and not this test with a model in it.
+# The kernel also counts the memory of a process before exec; started from this small process, it
+# does not include the model of the test.
 STARTER = """
 import json, resource, subprocess, sys, time
 started = time.perf_counter()
@@ -37,28 +37,28 @@ print(json.dumps({"seconds": seconds, "peak_rss_bytes": peak}))
 
 
 def run(*arguments: str) -> dict:
-    """Runs a command line of this package; its wall time and peak memory, as the kernel says."""
+    """Runs a command of this package; returns the kernel's wall time and peak memory of it."""
     command = [sys.executable, "-c", STARTER, *arguments]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return {"command": f"python -m {arguments[0]}"} | json.loads(done.stdout)
 
 
 def speech(path: Path, num_samples: int) -> np.ndarray:
-    """A recording that somebody else's synthesiser made, as float32 at 24 kHz."""
+    """A recording of another synthesizer, as float32 at 24 kHz."""
     from csm_jax.audio import load_audio, save_audio
 
     assert shutil.which("espeak-ng"), "install espeak-ng: it speaks the context"
-    # The path is the system's business: packages install espeak-ng in several places.
+    # Packages install espeak-ng in several places, so the path is looked up.
     subprocess.run(["espeak-ng", "-w", path, CONTEXT_TEXT], check=True)  # noqa: S607
     audio = load_audio(path, 24_000)[:num_samples]
-    # Whole frames: transformers pads a part of one in another way than kyutai and we do.
+    # Whole frames, since transformers pads a partial frame differently from kyutai and csm_jax.
     save_audio(path, audio[: len(audio) // 1920 * 1920], 24_000)
     return load_audio(path, 24_000)
 
 
 @pytest.fixture(autouse=True)
 def optimized(monkeypatch):
-    """Figures are those of programs that users run."""
+    """Measures programs as users run them."""
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "0")
     jax.config.update("jax_disable_most_optimizations", False)
     yield
@@ -67,8 +67,7 @@ def optimized(monkeypatch):
 
 @pytest.fixture(scope="module")
 def reference():
-    """transformers' model and its checkpoint would not fit into memory beside ours all the time,
-    so the tests below run in order: it is used, saved and dropped."""
+    """The reference models, which do not fit into memory beside csm_jax's: tests drop them."""
     pytest.importorskip("transformers")
     sys.path.insert(0, str(Path(__file__).parent / "reference"))
     import oracles
@@ -76,7 +75,7 @@ def reference():
     return oracles
 
 
-def test_full_size(reference, tmp_path, monkeypatch):
+def test_full_size_codes_equal_transformers(reference, tmp_path, monkeypatch):
     import torch
 
     from csm_jax import csm_1b

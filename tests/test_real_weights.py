@@ -1,10 +1,10 @@
-"""The released weights, for whoever has access to them.
+"""The released weights, which need an account that has accepted their terms.
 
     CSM_JAX_REAL_WEIGHTS=DIR pytest -m real_weights
 
-where DIR holds sesame/csm-1b as downloaded, or converted. The expected tokens are published in
-transformers' own test of CSM, which has them from the original implementation. The case with
-audio runs where CSM_JAX_REAL_AUDIO names the recording it needs, the first row of the dataset
+where DIR holds sesame/csm-1b, downloaded or converted. The expected tokens are published in
+transformers' own test of CSM, which took them from the original implementation. The case with
+audio runs if CSM_JAX_REAL_AUDIO names its recording, the first row of the dataset
 hf-internal-testing/dailytalk-dummy.
 """
 
@@ -39,7 +39,7 @@ def segment(turn: dict, model: csm_jax.Generator) -> csm_jax.Segment:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_published_greedy_tokens(model, name):
+def test_greedy_codes_equal_the_published_tokens(model, name):
     *heard, spoken = CASES[name]["turns"]
     context = [segment(turn, model) for turn in heard]
     greedy = csm_jax.Sampling(greedy=True)

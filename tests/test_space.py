@@ -31,14 +31,14 @@ def space(app):
     return app.Space("demo")
 
 
-def test_the_front_matter_says_how_it_is_started():
+def test_the_front_matter_names_gradio_and_the_app():
     text = (DIRECTORY / "README.md").read_text(encoding="utf-8")
     front = dict(re.findall(r"^(\w+): (.+)$", text.split("---")[1], re.MULTILINE))
     assert front["sdk"] == "gradio"
     assert (DIRECTORY / front["app_file"]).is_file()
 
 
-def test_a_conversation_is_what_the_library_says(space, app):
+def test_a_conversation_equals_that_of_the_library(space, app):
     voices = ["slt", None, "", app.NONE, None, ""]
     *_, (rate, samples) = space.speak("one two\nthree four", 5, *voices)
     prompt = space.prompts["slt"]
@@ -53,7 +53,7 @@ def test_a_conversation_is_what_the_library_says(space, app):
 
 
 def test_files_of_the_machine_are_not_served(space, tmp_path):
-    """By the request that read them where gradio was mounted into another application."""
+    """Sends the request that could read files when gradio was mounted into another application."""
     secret = tmp_path / "secret.txt"
     secret.write_text("the secret")
     demo = space.build()
@@ -77,6 +77,6 @@ def test_files_of_the_machine_are_not_served(space, tmp_path):
     finally:
         demo.close()
     assert "the secret" not in "".join(seen)
-    # The request came as far as where files are looked at, and was refused there.
+    # The request reached the check of file paths, and was refused there.
     completed = next(line for line in seen if "process_completed" in line)
     assert '"success":false' in completed.replace(" ", "")

@@ -1,7 +1,7 @@
-"""The full size through the real TPU compiler, which needs no TPU.
+"""The full size, compiled by the TPU compiler, which needs no TPU.
 
-What passes here lowers, compiles and fits into the memory of v5e chips; how fast it is, only a TPU
-can tell. The compiler is libtpu, which `pip install "jax[tpu]"` brings.
+The tests show that the programs lower, compile and fit into the memory of v5e chips; they cannot
+measure speed. The compiler is libtpu, which `pip install "jax[tpu]"` installs.
 """
 
 import importlib.util
@@ -23,18 +23,18 @@ pytestmark = [
 
 SCRIPT = Path(__file__).parents[1] / "examples" / "compile_full_size.py"
 CHIP_BYTES = 16e9
-# Parameters without the codec's, and of those what four chips split in two: all but the audio
-# table, the projection and the heads. int8 leaves the tables as they are.
+# Parameters without the codec, and the part that four chips split in two: all but the audio table,
+# the projection and the heads. int8 does not change the tables.
 PARAMETERS = {"none": 3.106e9, "int8": 1.952e9}
 HALF_SPLIT = 3.106e9 - 2.694e9 / 2
 # A row of the cache: keys and values, 16 layers, 8 heads of 64, 2048 positions, 2 bytes.
 ROW = 2 * 16 * 8 * 64 * 2048 * 2
-# The codec's parameters, and what it needs for 32 rows.
+# The codec's parameters, and its state for 32 rows.
 CODEC_BYTES = 0.385e9 + 0.4e9
 
 
 def compiled(program: str, *flags: str) -> dict:
-    """Figures of one program of the full-size model, compiled in a process of its own."""
+    """Sizes of one program of the full-size model, compiled in a separate process."""
     command = [sys.executable, SCRIPT, "--tpu", *flags, "--programs", program]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -44,8 +44,7 @@ def compiled(program: str, *flags: str) -> dict:
 
 
 def assert_fits(figures: dict, parameters: float, cache: float) -> None:
-    """The arguments take what they should, the cache stays where it is, and everything has room in
-    a chip."""
+    """Checks the size of the arguments, that the cache is updated in place, and that all fits."""
     arguments = figures["argument_bytes"]
     assert parameters + cache == pytest.approx(arguments, rel=0.01)
     assert figures["donated_bytes"] > cache
@@ -61,15 +60,15 @@ def assert_fits(figures: dict, parameters: float, cache: float) -> None:
         pytest.param("int8", 1, marks=pytest.mark.long),
     ],
 )
-def test_frame_loop(quantize, batch):
+def test_the_frame_loop_fits_one_chip(quantize, batch):
     figures = compiled("frame_loop", f"--quantize={quantize}", f"--batch={batch}")
     assert_fits(figures, PARAMETERS[quantize], batch * ROW)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("quantize", ["none", "int8"])
-def test_prefill(quantize):
-    """Of the parameters it takes those of the backbone."""
+def test_prefill_fits_one_chip(quantize):
+    """Its arguments are the parameters of the backbone."""
     figures = compiled("prefill", f"--quantize={quantize}", "--batch=32", "--prompt=512")
     assert figures["argument_bytes"] < PARAMETERS[quantize] + 32 * ROW
     assert figures["donated_bytes"] > 32 * ROW
@@ -78,8 +77,8 @@ def test_prefill(quantize):
 
 @pytest.mark.long
 @pytest.mark.parametrize("batch", [1, 32])
-def test_codec_step(batch):
-    """Of the parameters it takes those of the decoder."""
+def test_a_codec_step_fits_one_chip(batch):
+    """Its arguments are the parameters of the decoder."""
     figures = compiled("codec_step", f"--batch={batch}")
     assert figures["argument_bytes"] + figures["additional_bytes"] < CODEC_BYTES
 
@@ -101,16 +100,16 @@ def test_four_chips_split_weights_of_int8():
 
 
 @pytest.mark.long
-def test_adapters_are_trained_on_one_chip():
-    """bfloat16, blocks computed again, eight conversations of 1024 positions."""
+def test_a_step_of_lora_training_fits_one_chip():
+    """The step uses bfloat16 and rematerialization, with eight conversations of 1024 positions."""
     figures = compiled("train_step", "--lora_rank=16", "--batch=8", "--length=1024")
     assert figures["argument_bytes"] > PARAMETERS["none"]
     assert figures["argument_bytes"] + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES
 
 
 @pytest.mark.long
-def test_everything_is_trained_on_four_chips():
-    """Float32 parameters and two moments of each, divided by four; bfloat16 to compute in."""
+def test_a_step_of_full_training_fits_four_chips():
+    """float32 parameters with two moments each are divided by four; the computation is bfloat16."""
     flags = "--topology=v5e:2x2", "--fsdp=4", "--batch=4", "--length=1024"
     figures = compiled("train_step", *flags)
     assert figures["argument_bytes"] == pytest.approx(3 * 2 * PARAMETERS["none"] / 4, rel=0.02)

@@ -1,9 +1,9 @@
-"""Writes `golden/`: a tiny random CSM and what transformers computes with it.
+"""Writes `golden/`: a tiny random CSM and the outputs of transformers for it.
 
     python tests/reference/make_golden.py
 
-The files let parity be tested without torch. They are small (0.8 MB) and are kept in git; write
-them anew only when `csm_jax.config.tiny()` changes.
+With these files parity can be tested without torch. They are small (0.8 MB) and kept in git; write
+them again only when `csm_jax.config.tiny()` changes.
 
 `golden/checkpoint/` is a checkpoint of layout 2 (`config.json`, `model.safetensors`) of the size
 `csm_jax.config.tiny()`. Its weights are stored as float16, exactly: the outputs below are those of
@@ -20,16 +20,16 @@ the same values in float32. Load it with dtype float32.
 | `text.greedy`, `audio.greedy` | [20, Q] int32 | greedy codes of the prompt alone |
 | `batch.greedy` | [2, 20, Q] int32 | of both prompts at once, text first, padded on the left |
 | `depth.hidden` | [B, D] float32 | backbone states the depth decoder starts from |
-| `depth.codes` | [B, Q] int32 | codes it is taught |
+| `depth.codes` | [B, Q] int32 | its inputs (teacher forcing) |
 | `depth.logits` | [B, Q - 1, V] float32 | its logits for codebooks 1..Q-1 |
 | `codec.pcm` | [29 * 1920] int16 | a waveform times 32768, 24 kHz mono |
 | `codec.codes` | [29, Q] int32 | its Mimi codes |
 | `codec.waveform` | [10 * 1920] float32 | the first 10 of these frames, decoded |
 | `chat.input_ids` | [T] int32 | a chat prompt: the waveform as 29 audio ids, then an audio_eos id |
-| `chat.greedy` | [20, Q] int32 | its greedy codes, transformers having encoded the waveform |
+| `chat.greedy` | [20, Q] int32 | its greedy codes; transformers encodes the waveform |
 
 `text` is one turn; `audio` has two turns with audio, each ending in a frame of zeros, before it.
-No greedy run meets an end of speech, and no code is one the codec does not know.
+No greedy run reaches an end of speech, and every code is within the codec's codebook.
 
 `golden/manifest.json` names the versions of torch and transformers, the seed, and the margins: the
 smallest lead of a greedy code's logit over the next, and of a nearest centroid over the next (as a
@@ -48,7 +48,7 @@ import oracles
 from csm_jax.config import tiny
 
 GOLDEN = Path(__file__).parent / "golden"
-SEED = 11  # picked for its margins
+SEED = 11  # chosen for its margins
 NUM_FRAMES = 20
 NUM_AUDIO_FRAMES = 29
 NUM_DECODED_FRAMES = 10
@@ -94,7 +94,7 @@ def language_tensors(model, prompts: dict[str, oracles.Prompt]) -> Tensors:
 
 
 def depth_tensors(model, prompt: oracles.Prompt) -> Tensors:
-    """Every position's state with the codes of its row: the decoder asks for no sense in them."""
+    """Every position's state with the codes of its row; they need not be likely ones."""
     hidden, codes = oracles.hf_hidden(model, prompt), prompt[0][:, :-1]
     logits = oracles.hf_depth_logits(model, hidden, codes)
     return {"depth.hidden": hidden, "depth.codes": codes, "depth.logits": logits}
@@ -128,7 +128,7 @@ def chat_tensors(model, config, pcm: torch.Tensor) -> Tensors:
 
 
 def margin(model, prompt: oracles.Prompt, codes: torch.Tensor) -> float:
-    """Of a greedy run, which must have its full length and leave no doubt."""
+    """The margin of a greedy run, which must have its full length and no near ties."""
     assert len(codes) == NUM_FRAMES, "this seed meets an end of speech"
     assert codes.max() < model.config.codec_config.codebook_size
     return oracles.greedy_margin(model, prompt, codes)

@@ -25,7 +25,7 @@ from csm_jax.tokenizer import byte_tokenizer
 CONFIG = csm_jax.tiny()
 NUM_FRAMES = 50
 GREEDY = Sampling(greedy=True)
-# Seeds whose greedy runs keep a distance from ties; `margin` checks that they do.
+# Seeds whose greedy runs have no near ties; `margin` checks it.
 SEED = 11
 PROMPTS = {
     "text": oracles.random_prompt(CONFIG, seed=1, num_ids=9),
@@ -41,7 +41,7 @@ def reference():
 
 @pytest.fixture(scope="module")
 def layouts(reference, tmp_path_factory):
-    """The same weights as written by transformers and by a torchtune model, opened by us."""
+    """The same weights, written by transformers and by a torchtune model, as csm_jax opens them."""
     root = tmp_path_factory.mktemp("layouts")
     huggingface = oracles.save_hf(reference, root / "huggingface")
     sesame = oracles.save_sesame(oracles.sesame_from_hf(reference, CONFIG), root / "sesame")
@@ -98,14 +98,14 @@ def relative_error(ours, theirs) -> float:
     return float(np.abs(np.asarray(ours, np.float32) - theirs).max() / np.abs(theirs).max())
 
 
-def test_the_references_differ_from_untrained_noise(reference):
-    """Logits of different positions differ: a parity test on constants would prove nothing."""
+def test_reference_logits_differ_between_positions(reference):
+    """A parity test on constants would prove nothing."""
     logits = oracles.hf_logits(reference, PROMPTS["long"])
     assert logits.std(dim=0).mean() > 0.1
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_backbone_logits(params, reference, name):
+def test_backbone_logits_equal_transformers(params, reference, name):
     frames, mask = numpy_prompt(PROMPTS[name])
     hidden, logits = backbone(params, frames[None], mask[None])
     assert relative_error(hidden, oracles.hf_hidden(reference, PROMPTS[name])) < 1e-4
@@ -119,7 +119,7 @@ def test_backbone_logits_equal_torchtune(layouts, reference):
     assert relative_error(logits, sesame.logits(PROMPTS["long"])) < 1e-4
 
 
-def test_depth_logits(params, reference):
+def test_depth_logits_equal_transformers(params, reference):
     hidden = oracles.hf_hidden(reference, PROMPTS["audio"])
     codes = PROMPTS["audio"][0][:, :-1]
     logits = depth(params, jnp.asarray(hidden.numpy()), np.asarray(codes, np.int32))
@@ -127,7 +127,7 @@ def test_depth_logits(params, reference):
 
 
 @pytest.mark.parametrize("name", PROMPTS)
-def test_greedy_codes(params, reference, name):
+def test_greedy_codes_equal_transformers(params, reference, name):
     theirs = oracles.hf_greedy(reference, PROMPTS[name], NUM_FRAMES)
     assert oracles.greedy_margin(reference, PROMPTS[name], theirs) > 1e-4, "a tie: other seed"
     ours = generate(
@@ -146,7 +146,7 @@ def test_greedy_codes_equal_torchtune(layouts, reference):
     np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-def test_greedy_codes_of_a_ragged_batch(params, reference):
+def test_greedy_codes_of_a_ragged_batch_equal_transformers(params, reference):
     theirs = oracles.hf_greedy_batch(reference, list(PROMPTS.values()), NUM_FRAMES)
     prompts = [numpy_prompt(prompt) for prompt in PROMPTS.values()]
     ours = generate(CONFIG, params["csm"], prompts, [GREEDY] * 3, [0, 1, 2], NUM_FRAMES)
@@ -162,8 +162,8 @@ def test_both_layouts_hold_the_same_model(layouts):
         np.testing.assert_array_equal(huggingface[path], sesame[path], path)
 
 
-def test_context_audio_goes_through_the_codec(layouts, reference):
-    """transformers encodes a waveform by itself; ours is the whole path of `generate_codes`."""
+def test_codes_after_context_audio_equal_transformers(layouts, reference):
+    """transformers encodes the waveform itself; csm_jax runs the whole path of `generate_codes`."""
     num_frames, size = 13, CONFIG.codec.frame_size
     rng = np.random.default_rng(0)
     time = np.arange(num_frames * size) / CONFIG.codec.sample_rate
@@ -183,8 +183,8 @@ def test_context_audio_goes_through_the_codec(layouts, reference):
     np.testing.assert_array_equal(ours, theirs.numpy())
 
 
-# (weights, activations): what transformers needs itself with both of that type; its logits are up
-# to 1.7e-2 and 2.9e-3 away from its float32. Where only weights are narrow, as on a CPU, less.
+# (weights, activations): with both of a narrow type, transformers' own logits are up to 1.7e-2
+# (bfloat16) and 2.9e-3 (float16) from its float32; less where only weights are narrow, as on a CPU.
 TOLERANCES = {
     ("bfloat16", "bfloat16"): 2e-2,
     ("float16", "float16"): 4e-3,

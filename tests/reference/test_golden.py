@@ -1,6 +1,6 @@
-"""Parity where torch is not, on a TPU for one: against files written by transformers.
+"""Parity without torch, such as on a TPU: against files written by transformers.
 
-`make_golden.py` writes them and says what they hold.
+`make_golden.py` writes them and describes their contents.
 """
 
 from pathlib import Path
@@ -36,14 +36,14 @@ def params():
     opened = open_checkpoint(GOLDEN / "checkpoint")
     assert opened.config == CONFIG, "tiny() has changed: run make_golden.py"
     shapes = checkpoint.param_shapes(CONFIG)
-    # Cast by numpy: some codebook sums are subnormal in float16, which an accelerator flushes.
+    # Cast by numpy: accelerators flush subnormals, which some codebook sums are in float16.
     tensors = opened.tensors(checkpoint.flatten(shapes))
     return checkpoint.unflatten({p: t.astype(np.float32) for p, t in tensors}, shapes)
 
 
 @pytest.fixture(scope="module")
 def weights(params):
-    """Those of the language model, on the device."""
+    """The parameters of the language model, on the device."""
     return jax.tree.map(jnp.asarray, params["csm"])
 
 
@@ -63,7 +63,7 @@ def assert_close(ours, theirs, tolerance=1e-4):
 
 
 @pytest.mark.parametrize("name", ["text", "audio"])
-def test_backbone(model, expected, name):
+def test_backbone_equals_golden(model, expected, name):
     rows, mask = expected[f"{name}.frames"][None], expected[f"{name}.mask"][None]
     cache = KVCache.create(CONFIG.backbone, 1, rows.shape[1], jnp.float32, num_lengths=1)
     hidden, _ = model.backbone(model.embed(jnp.asarray(rows), jnp.asarray(mask)), cache)
@@ -71,39 +71,39 @@ def test_backbone(model, expected, name):
     assert_close(model.backbone_logits(hidden)[0], expected[f"{name}.logits"])
 
 
-def test_depth_decoder(model, expected):
+def test_depth_decoder_equals_golden(model, expected):
     hidden, codes = (jnp.asarray(expected[f"depth.{name}"]) for name in ("hidden", "codes"))
     assert_close(model.depth_logits(hidden, codes), expected["depth.logits"])
 
 
 @pytest.mark.parametrize("name", ["text", "audio"])
-def test_greedy_codes(weights, expected, name):
+def test_greedy_codes_equal_golden(weights, expected, name):
     prompt = expected[f"{name}.frames"], expected[f"{name}.mask"]
     codes = generate(CONFIG, weights, [prompt], [GREEDY], [0], 20)[0]
     np.testing.assert_array_equal(codes, expected[f"{name}.greedy"])
 
 
-def test_greedy_codes_of_a_ragged_batch(weights, expected):
+def test_greedy_codes_of_a_ragged_batch_equal_golden(weights, expected):
     prompts = [(expected[f"{n}.frames"], expected[f"{n}.mask"]) for n in ("text", "audio")]
     codes = generate(CONFIG, weights, prompts, [GREEDY] * 2, [0, 1], 20)
     np.testing.assert_array_equal(np.stack(codes), expected["batch.greedy"])
 
 
-def test_codec(codec, expected):
+def test_codec_equals_golden(codec, expected):
     waveform = expected["codec.pcm"].astype(np.float32) / 32768
     np.testing.assert_array_equal(codec.encode(waveform), expected["codec.codes"])
     decoded = codec.decode(expected["codec.codes"][:10])
-    # Of full scale, which is what a listener compares with.
+    # Relative to full scale, which matters for listening.
     assert np.abs(decoded - expected["codec.waveform"]).max() < 1e-4
 
 
-def test_chat_with_audio(weights, codec, expected):
-    """The reference encoded the waveform itself; here it goes through `turn_rows`."""
+def test_greedy_codes_of_a_chat_with_audio_equal_golden(weights, codec, expected):
+    """The reference encodes the waveform itself; csm_jax encodes it in `turn_rows`."""
     ids = expected["chat.input_ids"].tolist()
     first, last = ids.index(CONFIG.text_token_ids.audio), ids.index(CONFIG.text_token_ids.audio_eos)
 
     class Recorded:
-        """A tokenizer that says what the golden chat says."""
+        """A tokenizer that returns the ids of the golden chat."""
 
         def encode(self, text):
             return ids[:first] if text == "[0]heard" else ids[last + 1 :]

@@ -1,6 +1,6 @@
-"""The codec against kyutai's and Hugging Face's, from files that these write.
+"""The codec against kyutai's and Hugging Face's, which write the files that it loads.
 
-Full size, random weights. About 1.5 GB and a minute.
+The tests use the full size with random weights; they take about 1.5 GB and a minute.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ loaders = pytest.importorskip("moshi.models.loaders")
 save_file = pytest.importorskip("safetensors.torch").save_file
 
 FRAME = 1920
-# Of the loudest sample. Both sides compute in float32, in different orders.
+# Relative to the loudest sample. Both sides compute in float32, in different orders.
 TOLERANCE = 1e-4
 
 
@@ -38,14 +38,14 @@ def speech(num_samples: int) -> np.ndarray:
 
 @torch.no_grad()
 def randomize(model: torch.nn.Module) -> None:
-    """Weights that keep the size of the activations and let every part count.
+    """Draws weights that keep the size of the activations and give every part an effect.
 
     The packages start with layer scales of 0.01 and empty codebooks; here the scales are about
-    0.3, and the entries are as long as helps the residuals they meet, one of them unused.
+    0.3, and the entries have lengths like their residuals. One entry is unused.
     """
-    # torch.cdist, with which both packages compare, rounds squared distances by about 1e-7 of the
-    # residual's: entries closer to a tie than that fall to either. With this seed none of the 6000
-    # decisions for 15 s is closer than 1e-6.
+    # torch.cdist, which both packages use, rounds squared distances by about 1e-7 of the
+    # residual's: closer ties are decided by rounding. With this seed none of the 6000 decisions for
+    # 15 s is closer than 1e-6.
     generator = torch.Generator().manual_seed(1)
 
     def normal(tensor, scale, mean=0.0):
@@ -88,7 +88,7 @@ def load(table, config: MimiConfig, file) -> Codec:
 
 @pytest.fixture(scope="session")
 def kyutai(tmp_path_factory):
-    """moshi's model, and ours from the file it saves in the published file's names."""
+    """moshi's model, and ours loaded from its file, which has the published names."""
     model = loaders.get_mimi(None, num_codebooks=32)
     randomize(model)
     names = {"in_projs.0.weight": "in_proj_weight", "out_projs.0.weight": "out_proj.weight"}
@@ -104,7 +104,7 @@ def kyutai(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def huggingface(tmp_path_factory):
-    """transformers' model, and ours from what `save_pretrained` writes."""
+    """transformers' model, and ours loaded from the files of `save_pretrained`."""
     model = transformers.MimiModel(transformers.MimiConfig()).eval()
     randomize(model)
     directory = tmp_path_factory.mktemp("huggingface")
@@ -164,8 +164,8 @@ def test_codes_equal_kyutais(kyutai, num_samples):
         assert len(np.unique(want, axis=0)) > len(want) // 2, "the comparison should not be easy"
 
 
-# Hugging Face's model pads every layer on its own, so the last frame of a recording that is not
-# whole frames is another one: the frames before it are compared.
+# Hugging Face's model pads every layer separately, so the last frame differs if a recording is not
+# a whole number of frames: only the frames before it are compared.
 @pytest.mark.parametrize("num_samples", [15 * 24_000 // FRAME * FRAME, 2 * 24_000 + 1])
 def test_codes_equal_huggingfaces(huggingface, num_samples):
     model, codec = huggingface
@@ -190,7 +190,7 @@ def test_audio_equals_huggingfaces(huggingface, num_frames):
     assert_sounds_like(codec.decode(codes), decode_huggingface(model, codes))
 
 
-def test_eight_codebooks(kyutai, huggingface):
+def test_the_first_eight_codebooks_equal_both_packages(kyutai, huggingface):
     audio, codes = speech(20 * FRAME), random_codes(20, 8)
     model, codec = kyutai
     np.testing.assert_array_equal(codec.encode(audio, 8), encode_kyutai(model, audio, 8))
@@ -201,7 +201,7 @@ def test_eight_codebooks(kyutai, huggingface):
 
 
 def test_streams_equal_kyutais(kyutai):
-    """Under 250 positions: beyond, moshi's ring loses a key that one of two new queries needs."""
+    """Compares under 250 positions: beyond, moshi's ring buffer loses a key that a query needs."""
     model, codec = kyutai
     model.set_num_codebooks(32)
     audio, codes = speech(10 * FRAME), random_codes(10, 32)
@@ -218,7 +218,7 @@ def test_streams_equal_kyutais(kyutai):
             assert_sounds_like(np.asarray(got[0]), want)
 
 
-# No two sizes alike, so that none can be taken for another.
+# All sizes differ, so that mixing up two of them fails.
 ODD = dict(
     num_filters=6,
     num_residual_layers=2,
@@ -260,7 +260,7 @@ def test_odd_sizes_equal_huggingfaces(tmp_path, changes):
     assert_sounds_like(codec.decode(codes), decode_huggingface(model, codes))
 
 
-def test_the_config_is_read_whole():
+def test_every_field_of_the_config_is_read():
     config = mimi_from_huggingface(transformers.MimiConfig(**ODD).to_dict())
     assert dataclasses.replace(config, ratios=(4, 5, 6, 8)) != MimiConfig()
     assert mimi_from_huggingface(transformers.MimiConfig().to_dict()) == MimiConfig()

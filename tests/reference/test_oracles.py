@@ -1,6 +1,6 @@
-"""The two torch references agree with each other: nothing here runs code of csm_jax but its config.
+"""The two torch references agree with each other. Of csm_jax only the config is used.
 
-About 10 seconds, most of them imports.
+The tests take about 10 seconds, mostly for imports.
 """
 
 import json
@@ -33,8 +33,8 @@ def with_llama_fields(config: CSMConfig, **fields) -> CSMConfig:
 
 
 def sharp_rope() -> CSMConfig:
-    """A length at which every frequency is either kept or slowed; at that of `tiny()`, one of
-    each stack falls between."""
+    """A config whose length either keeps or slows every frequency; with the length of `tiny()`, one
+    frequency of each stack is in between."""
     scaling = replace(tiny().backbone.rope_scaling, original_max_seq_len=64)
     return with_llama_fields(tiny(), rope_scaling=scaling)
 
@@ -138,12 +138,12 @@ def test_weights_reveal_wrong_rope(tiny_hf, other):
     expected = oracles.hf_depth_logits(tiny_hf, hidden, codes)
     depth_error = (wrong.depth_logits(hidden, codes) - expected).abs().max()
     assert backbone_error > 0.02
-    # Only 7 positions: the depth decoder turns its slow pairs by hundredths of a radian.
+    # In its 7 positions, the depth decoder rotates its slow pairs by hundredths of a radian.
     assert depth_error > 0.001
 
 
 def test_released_rope_numbers_are_equivalent():
-    """The hub's `config.json` writes the scaling of `models.py` in other numbers."""
+    """The hub's `config.json` states the scaling of `models.py` with other numbers."""
     released = oracles.hf_config(csm_1b())
     # (low, high, original length) of each stack on the hub.
     published = {"backbone": (0.125, 0.5, 1024), "depth_decoder": (0.001953125, 0.0078125, 16)}
@@ -166,7 +166,7 @@ def _inverse_frequencies(config) -> torch.Tensor:
 
 
 def test_parameter_names_are_torchtunes_own():
-    """`models.py` calls the builder; `SesameModel` is assembled for sizes the builder refuses."""
+    """`models.py` calls torchtune's builder, which refuses some sizes that `SesameModel` has."""
     size = csm_1b().depth_decoder
     with torch.device("meta"):
         assembled = assembly._torchtune_llama(size).state_dict()

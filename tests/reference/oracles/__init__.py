@@ -1,4 +1,4 @@
-"""The two public torch implementations of CSM as oracles, built with random weights at any size.
+"""The two public torch implementations of CSM as references, with random weights at any size.
 
 - `hf_*`: `transformers.CsmForConditionalGeneration`, checkpoint layout 2, with its Mimi codec.
 - `SesameModel`: the model of SesameAILabs/csm (`models.py`) assembled from the same torchtune

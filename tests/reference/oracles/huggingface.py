@@ -25,7 +25,7 @@ AUDIO_TABLES = {
 
 
 def hf_config(config: CSMConfig) -> transformers.CsmConfig:
-    """The same model in the terms of transformers."""
+    """The config of the same model in transformers."""
     ids = config.text_token_ids
     return transformers.CsmConfig(
         **_hf_llama_fields(config.backbone),
@@ -107,7 +107,7 @@ def _hf_rope_parameters(theta: float, scaling: RopeScaling | None) -> dict:
 
 def hf_model(config: CSMConfig, seed: int = 0) -> transformers.CsmForConditionalGeneration:
     """A model with random weights (see `randomise`); its two audio tables are one tensor."""
-    with no_init_weights():  # its own would be drawn for nothing: a minute at full size
+    with no_init_weights():  # its own initialization takes a minute at full size
         model = transformers.CsmForConditionalGeneration(hf_config(config)).eval()
     model.tie_weights()
     randomise(model, seed)
@@ -126,10 +126,10 @@ def save_hf(
     """Writes layout 2 with `save_pretrained` and returns the directory.
 
     One `model.safetensors`, or shards of at most `max_shard_size` ("200KB") with an index.
-    `hub_names` gives the files the names they have in `sesame/csm-1b`, where they lie beside
+    `hub_names` gives the files their names in `sesame/csm-1b`, where they are beside
     layout 1: `transformers-0000X-of-0000Y.safetensors`, `transformers.safetensors.index.json`.
-    `audio_tables` picks where the tied audio table is stored, out of `AUDIO_TABLES`; without it
-    that is where `save_pretrained` puts it. With shards it must stay None.
+    `audio_tables`, one of `AUDIO_TABLES`, is where the tied audio table is stored; without it
+    `save_pretrained` chooses. With shards it must be None.
     """
     directory = Path(directory)
     model.save_pretrained(directory, max_shard_size=max_shard_size or "50GB")
@@ -168,7 +168,7 @@ def _rename_to_hub(directory: Path) -> None:
 
 
 def hf_embed(model: transformers.CsmForConditionalGeneration, prompt: Prompt) -> torch.Tensor:
-    """[T, Q + 1] -> [T, D], the way transformers merges text and audio rows."""
+    """[T, Q + 1] -> [T, D], as transformers merges text and audio rows."""
     frames, mask = (torch.as_tensor(x) for x in prompt)
     text = model.embed_text_tokens(frames[:, -1].long())
     audio = model.backbone_model.embed_tokens(frames[None, :, :-1].long())[0]
@@ -205,7 +205,7 @@ def greedy_margin(
 ) -> float:
     """The smallest lead of a chosen code over the next best, over a greedy run [F, Q].
 
-    A parity test on codes says something only while its rounding errors stay below it.
+    A parity test on codes is meaningful only while rounding errors stay below it.
     """
     codes = torch.as_tensor(codes).long()
     spoken = concatenate([prompt, audio_rows(codes)])
@@ -233,7 +233,7 @@ def hf_greedy_batch(
 ) -> torch.Tensor:
     """`hf_greedy` of a ragged batch, padded on the left: [B, F, Q].
 
-    Generation goes on until every row has ended; what follows the end of a row is arbitrary.
+    Generation continues until every row has ended; frames after the end of a row are arbitrary.
     """
     embeds = [hf_embed(model, prompt) for prompt in prompts]
     longest = max(len(rows) for rows in embeds)

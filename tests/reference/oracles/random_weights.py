@@ -1,4 +1,4 @@
-"""Random weights that let a test tell right from wrong: peaked attention, distinct logits."""
+"""Random weights with which errors show: attention is peaked, logits are distinct."""
 
 import math
 
@@ -8,7 +8,7 @@ from torch import nn
 
 # Larger than fan-in scaling, so that attention is peaked and an error in RoPE shows.
 _QUERY_GAIN = 2.0
-# A trained model does not predict the ids above the codec's codebook: neither do these heads.
+# Like a trained model, these heads do not predict the ids beyond the codec's codebook.
 _UNKNOWN_CODE_GAIN = 0.1
 _LAYER_SCALE = 0.3
 # About the size of the random codec's projected latents, so that all codes are in use.
@@ -17,10 +17,10 @@ _CENTROID_SCALE = 0.4
 
 @torch.no_grad()
 def randomise(model: transformers.CsmForConditionalGeneration, seed: int) -> None:
-    """Draws every weight so that a mistake anywhere shows in the outputs.
+    """Draws every weight so that an error anywhere shows in the outputs.
 
     Matrices have a standard deviation of 1/sqrt(fan in), so that logits are of order one and a
-    greedy choice has a margin; nothing is left at zero or one.
+    greedy choice has a margin; no weight stays zero or one.
     """
     rng = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
@@ -51,7 +51,7 @@ def _random_parameter(
 
 
 def _fan_in(module: nn.Module) -> int:
-    """How many weighted terms an output of the module is the sum of."""
+    """The number of weighted terms in an output of the module."""
     shape = module.weight.shape
     if isinstance(module, nn.Conv1d):
         return shape[1] * shape[2]
@@ -63,7 +63,7 @@ def _fan_in(module: nn.Module) -> int:
 
 
 def _randomise_codebook(codebook: nn.Module, rng: torch.Generator) -> None:
-    """Random centroids, stored as sums over random usage; the last entry has never been used."""
+    """Random centroids, stored as sums over random usage; the usage of the last entry is zero."""
     usage = 0.5 + 1.5 * torch.rand(codebook.cluster_usage.shape, generator=rng)
     usage[-1] = 0.0
     centroids = _CENTROID_SCALE * torch.randn(codebook.embed_sum.shape, generator=rng)

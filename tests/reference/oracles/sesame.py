@@ -1,4 +1,4 @@
-"""The model of SesameAILabs/csm (`models.py`), of the same torchtune parts: layout 1."""
+"""The model of SesameAILabs/csm (`models.py`) from the same torchtune modules: layout 1."""
 
 import contextlib
 import json
@@ -21,8 +21,8 @@ from oracles.prompts import Prompt, audio_rows
 class SesameModel(nn.Module):
     """The original model: torchtune transformers, embedding tables, heads.
 
-    Parameter names are those of layout 1. torchtune's attention asks that embed_dim be a multiple
-    of num_heads; `head_dim` is free. Caches live only inside `greedy`.
+    Parameter names are those of layout 1. torchtune's attention requires that embed_dim is a
+    multiple of num_heads; `head_dim` is free. Caches exist only inside `greedy`.
     """
 
     def __init__(self, config: CSMConfig):
@@ -161,7 +161,7 @@ def _torchtune_rope(config: LlamaConfig) -> nn.Module:
 def _cached(
     decoder: tune.TransformerDecoder, inputs: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The decoder over new inputs [B, T, D] at `positions` [T], seeing its cache up to them."""
+    """The decoder over inputs [B, T, D] at `positions` [T], which attend to the cache before them."""
     batch_size = inputs.shape[0]
     keys = torch.arange(decoder.decoder_max_cache_seq_len)
     mask = keys[None, :] <= positions[:, None]
@@ -179,7 +179,7 @@ def _batch_of_one(prompt: Prompt) -> Prompt:
 
 @torch.no_grad()
 def greedy(model: SesameModel, prompt: Prompt, num_frames: int) -> torch.Tensor:
-    """Greedy codes [num_frames, Q] in the original's loop, which here does not stop at the end."""
+    """Greedy codes [num_frames, Q] of the original's loop, which here does not stop at the end."""
     frames, mask = _batch_of_one(prompt)
     positions = torch.arange(frames.shape[1])
     generated = []
@@ -196,7 +196,7 @@ def save_sesame(model: SesameModel, directory: Path | str, as_checkpoint: bool =
     """Writes layout 1 and returns the directory.
 
     `model.safetensors`, or `ckpt.pt` by `torch.save`. The `config.json` has the original's
-    fields; its flavours name the released sizes whatever the sizes of this model are.
+    fields; its flavours are those of the released sizes, whatever the sizes of this model are.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
