@@ -161,7 +161,7 @@ def _torchtune_rope(config: LlamaConfig) -> nn.Module:
 def _cached(
     decoder: tune.TransformerDecoder, inputs: torch.Tensor, positions: torch.Tensor
 ) -> torch.Tensor:
-    """The decoder over inputs [B, T, D] at `positions` [T], which attend to the cache before them."""
+    """The decoder over inputs [B, T, D] at `positions` [T], attending to the earlier cache."""
     batch_size = inputs.shape[0]
     keys = torch.arange(decoder.decoder_max_cache_seq_len)
     mask = keys[None, :] <= positions[:, None]
