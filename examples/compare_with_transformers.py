@@ -186,7 +186,7 @@ def transformers_model(task: Task) -> Any:
         model = transformers.CsmForConditionalGeneration(config).eval()
     model.tie_weights()
     model.codec_model = torch.nn.Identity()  # codes are generated without it
-    randomise(model)
+    randomize(model)
     if task.mode == "quantize_dynamic":
         linear = {torch.nn.Linear}
         torch.ao.quantization.quantize_dynamic(model, linear, dtype=torch.qint8, inplace=True)
@@ -214,7 +214,7 @@ def transformers_codec(task: Task) -> Run:
 
     values = csm_to_huggingface(CHECKPOINTS[task.checkpoint])["codec_config"]
     model = transformers.MimiModel(transformers.MimiConfig.from_dict(values)).eval()
-    model = randomise(model.to(task.device))
+    model = randomize(model.to(task.device))
     encode, decode = lambda x: model.encode(x).audio_codes, lambda x: model.decode(x).audio_values
     return torch_codec(task, encode, decode)
 
@@ -224,7 +224,7 @@ def moshi_codec(task: Task) -> Run:
 
     config = CHECKPOINTS[task.checkpoint].codec
     sizes = moshi_config(config, loaders._mimi_config)
-    model = randomise(loaders.get_mimi(None, sizes, task.device, config.num_codebooks))
+    model = randomize(loaders.get_mimi(None, sizes, task.device, config.num_codebooks))
     if task.mode == "stream":
         model.streaming_forever(1)
     return torch_codec(task, model.encode, model.decode)
@@ -259,7 +259,7 @@ def torch_codec(task: Task, encode: Callable, decode: Callable) -> Run:
     return codec_run(task, runs)
 
 
-def randomise(model: Any) -> Any:
+def randomize(model: Any) -> Any:
     """Gives a torch model weights that keep activations in range: denormal numbers are slow."""
     for parameter in model.parameters():
         if parameter.ndim > 1:

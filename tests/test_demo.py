@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hearing import median_pitch, recognise_digits
+from hearing import median_pitch, recognize_digits
 from judge import draw_requests, largest_difference, share_in_voice, speak, word_error_rate
 from texts import draw_text, is_held_out, spell
 from word_errors import count_errors
@@ -98,7 +98,7 @@ def test_digits_are_understood_after_the_codec(model):
     for voice in ("slt", "rms"):
         turn = read_prompt(voice)
         back = model.codec.decode(model.codec.encode(turn.audio))
-        assert recognise_digits(back, 24_000) == turn.text.split()
+        assert recognize_digits(back, 24_000) == turn.text.split()
 
 
 def test_digits_of_the_command_line_are_understood(tmp_path, capsys):
@@ -107,7 +107,7 @@ def test_digits_of_the_command_line_are_understood(tmp_path, capsys):
     assert generate.run(arguments) == 0
     assert "a very small model" in capsys.readouterr().err
     audio = load_audio(out, 24_000)
-    assert recognise_digits(audio, 24_000) == ["three", "one", "four"]
+    assert recognize_digits(audio, 24_000) == ["three", "one", "four"]
     assert 80 < median_pitch(audio, 24_000) < 120
 
 
@@ -124,8 +124,8 @@ def test_the_pitch_of_a_buzz_is_found():
 
 def test_the_recognizer_finds_no_digits_in_noise_and_different_digits_in_different_recordings():
     noise = np.random.default_rng(0).standard_normal(24_000).astype(np.float32)
-    assert len(recognise_digits(0.1 * noise, 24_000)) < 4
-    heard = [recognise_digits(read_prompt(voice).audio, 24_000) for voice in ("slt", "rms")]
+    assert len(recognize_digits(0.1 * noise, 24_000)) < 4
+    heard = [recognize_digits(read_prompt(voice).audio, 24_000) for voice in ("slt", "rms")]
     assert heard[0] != heard[1]
 
 

@@ -6,7 +6,7 @@ import re
 import string
 
 import pytest
-from books import LONGEST_PART, is_speakable, normalise, parts, sentences
+from books import LONGEST_PART, is_speakable, normalize, parts, sentences
 from dialogues import TEMPLATES, draw_dialogue
 from plan import MAIN_VOICES, OTHER_VOICES, plan
 from spelling import cardinal, clock, draw_percent, draw_price, draw_telephone, ordinal, year
@@ -112,7 +112,7 @@ def _fields(template: str):
 
 
 def test_typographic_characters_become_plain_ones():
-    assert normalise("“Aye—he’s  here ,” said I .") == "Aye, he's here, said I."
+    assert normalize("“Aye—he’s  here ,” said I .") == "Aye, he's here, said I."
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""Teaches the demo checkpoint a third voice with LoRA: flite's awb, as speaker 0.
+"""Adapts the demo checkpoint to a third voice with LoRA: flite's awb, as speaker 0.
 
     python examples/demo_checkpoint/adapt_voice.py --out=demo/awb
 
-Prints the pitch and the word error rate of speaker 0 before and after.
+The script prints the pitch and the word error rate of speaker 0 before and after.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 from absl import app, flags, logging
-from flite import THIRD_VOICE, synthesise_all
+from flite import THIRD_VOICE, synthesize_all
 from hearing import median_pitch
 from judge import draw_requests, speak, word_error_rate
 from texts import draw_text
@@ -21,19 +21,19 @@ from texts import draw_text
 import csm_jax
 from csm_jax import finetune
 
-CHECKPOINT = flags.DEFINE_string("base", "demo", "what to start from")
+CHECKPOINT = flags.DEFINE_string("base", "demo", "checkpoint to start from")
 OUT = flags.DEFINE_string("out", "demo/awb", "directory for the recordings and the run")
-RECORDINGS = flags.DEFINE_integer("recordings", 1500, "to learn from")
-STEPS = flags.DEFINE_integer("steps", 1500, "batches to learn from")
-HEARD = flags.DEFINE_integer("heard", 40, "strings of digits to judge by")
+RECORDINGS = flags.DEFINE_integer("recordings", 1500, "training recordings")
+STEPS = flags.DEFINE_integer("steps", 1500, "training steps")
+HEARD = flags.DEFINE_integer("heard", 40, "strings of digits for the evaluation")
 
 
 def write_data(directory: Path) -> Path:
-    """Recordings of the third voice, and the list of them."""
+    """Writes recordings of the third voice and a manifest of them; returns its path."""
     source = random.Random("third voice")
     texts = [draw_text(source) for _ in range(RECORDINGS.value)]
     paths = [directory / THIRD_VOICE / f"{i:04}.wav" for i in range(len(texts))]
-    synthesise_all([(t, THIRD_VOICE, path) for t, path in zip(texts, paths, strict=True)])
+    synthesize_all([(t, THIRD_VOICE, path) for t, path in zip(texts, paths, strict=True)])
     turns = [
         {"speaker": 0, "text": text, "audio": str(path.relative_to(directory))}
         for text, path in zip(texts, paths, strict=True)
@@ -44,7 +44,7 @@ def write_data(directory: Path) -> Path:
 
 
 def hear(adapters: Path | None) -> tuple[float, float]:
-    """Median pitch in Hz, and the word error rate, of speaker 0."""
+    """Returns the median pitch in Hz and the word error rate of speaker 0."""
     model = csm_jax.load(CHECKPOINT.value, dtype="float32", adapters=adapters)
     requests = [dataclasses.replace(each, speaker=0) for each in draw_requests(HEARD.value, 3)]
     spoken = speak(model, requests, batch=16)
@@ -64,7 +64,7 @@ def main(_: list[str]) -> None:
         f"--out={out / 'run'}",
         f"--steps={STEPS.value}",
         "--lora_rank=32",
-        # The codes of the new voice are others: the head too has to learn them.
+        # The new voice has other codes, so the head must be trained too.
         "--lora_targets=q,k,v,o,gate,up,down,projection,codebook0_head",
         "--batch_size=8",
         "--learning_rate=2e-3",

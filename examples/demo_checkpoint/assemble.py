@@ -1,4 +1,4 @@
-"""Makes a checkpoint to train: the trained codec, a new tokenizer, and a model that knows nothing.
+"""Makes a checkpoint to train: the trained codec, a new tokenizer, and random model weights.
 
     python examples/demo_checkpoint/assemble.py --speech=demo/speech --codec=demo/codec \
         --out=demo/untrained
@@ -19,15 +19,15 @@ from csm_jax import checkpoint
 from csm_jax.random_weights import random_tensors
 from csm_jax.tokenizer import SentencePieceTokenizer
 
-SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesise.py")
+SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesize.py")
 CODEC = flags.DEFINE_string("codec", "demo/codec", "directory of train_codec.py")
 OUT = flags.DEFINE_string("out", "demo/untrained", "directory to write; must not exist yet")
 
 
 def train_tokenizer(texts: list[str]) -> SentencePieceTokenizer:
-    """A SentencePiece model of the texts, deaf to capitals."""
+    """Trains a SentencePiece model on the texts, without distinction of capitals."""
     ids = MODEL.text_token_ids
-    # As the prompts say it: whose turn it is stands before the text.
+    # The format of a prompt: the speaker stands before the text.
     turns = [f"[{i % 10}]{text}" for i, text in enumerate(texts)]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -48,7 +48,7 @@ def train_tokenizer(texts: list[str]) -> SentencePieceTokenizer:
 
 
 def rounded(weight: np.ndarray) -> np.ndarray:
-    """float32 values that bfloat16 has."""
+    """Rounds to bfloat16; returns float32."""
     return weight.astype(jnp.bfloat16).astype(np.float32)
 
 
@@ -56,7 +56,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     texts = (Path(SPEECH.value) / "texts.txt").read_text().splitlines()
     weights = load_file(Path(CODEC.value) / CODEC_WEIGHTS)
-    # As they will be shipped, so that the model learns the codes of the codec that it will have.
+    # The shipped codec is bfloat16: the model must be trained on the codes of the rounded weights.
     codec = {f"codec/{path}": rounded(weight) for path, weight in weights.items()}
     tensors = {path: codec.get(path, tensor) for path, tensor in random_tensors(MODEL)}
     checkpoint.save(Path(OUT.value), MODEL, sorted(tensors.items()), train_tokenizer(texts))

@@ -1,4 +1,4 @@
-"""Pieces of recordings, and what is said in them, for the training of a codec."""
+"""Pieces of recordings with phoneme labels, for the training of a codec."""
 
 from typing import NamedTuple
 
@@ -7,14 +7,14 @@ from speech_set import Packed
 
 from csm_jax.config import MimiConfig
 
-# Frames of a code have this many labels, evenly spaced.
+# Every codec frame has this many labels, evenly spaced.
 LABELS_PER_FRAME = 2
-# A piece is as loud as its recording or this much fainter, at most.
+# Pieces are scaled by a random factor between this and 1.
 FAINTEST = 0.5
 
 
 class Batch(NamedTuple):
-    """audio float32 [B, samples]; labels int32 [B, frames, `LABELS_PER_FRAME`]."""
+    """A batch: audio float32 [B, samples]; labels int32 [B, frames, `LABELS_PER_FRAME`]."""
 
     audio: np.ndarray
     labels: np.ndarray
@@ -25,7 +25,7 @@ class CodecBatches:
 
     Args:
       rows: pieces in a batch.
-      frames: of the codec in a piece.
+      frames: codec frames in a piece.
     """
 
     def __init__(self, speech: Packed, *, config: MimiConfig, rows: int, frames: int, seed: int):
@@ -36,7 +36,7 @@ class CodecBatches:
         spacing = config.frame_size / LABELS_PER_FRAME
         count = frames * LABELS_PER_FRAME
         self._label_times = ((np.arange(count) + 0.5) * spacing).astype(np.int64)
-        # A second of speech is as likely as any other.
+        # Every second of speech is equally likely.
         self._shares = speech.lengths / speech.lengths.sum()
 
     def batch(self, number: int) -> Batch:

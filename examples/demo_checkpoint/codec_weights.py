@@ -1,4 +1,4 @@
-"""The voice's codec in a file: averaged weights of a run, as safetensors."""
+"""Files of the open-vocabulary codec: averaged weights of a run, as safetensors."""
 
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from csm_jax.mimi.codec import abstract
 
 
 def read_weights(path: Path) -> dict[str, Any]:
-    """The codec's parameters in a file."""
+    """Reads the codec's parameters from a file."""
     return unflatten(load_file(path), nnx.to_pure_dict(nnx.state(abstract(VOICE_CODEC))))
 
 

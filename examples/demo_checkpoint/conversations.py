@@ -1,7 +1,7 @@
-"""Conversations of recordings, which the model of the open-vocabulary voice learns from.
+"""Conversations of recordings: the training data of the open-vocabulary voice.
 
-The voices teach two things. A speaker's number means a voice: 0 and 1 are the two main ones. After
-a turn of a speaker it is the voice of that turn, whichever that is.
+Without context, a speaker's number selects a voice: 0 and 1 are the two main ones. After a turn of
+a speaker, the speaker has the voice of that turn.
 """
 
 import random
@@ -13,14 +13,14 @@ from plan import MAIN_VOICES
 from speech_set import Utterance
 from texts import is_held_out_text
 
-# Shares of the kinds: a lone turn; turns after a prompt in any voice; the rest two who talk.
+# Shares of the kinds: a single turn; turns after a prompt in any voice; the rest are dialogues.
 ALONE, PROMPTED = 0.35, 0.35
-# Turns at most that follow a prompt, and of two who talk.
+# The largest number of turns after a prompt, and of a dialogue.
 FOLLOWING, TALKING = 3, 20
 
 
 class Recordings:
-    """What may be drawn: utterances that are not held out, by voice and by dialogue."""
+    """The utterances that are not held out, by voice and by dialogue."""
 
     def __init__(self, utterances: Iterable[Utterance]):
         self.of_voice: dict[str, list[Utterance]] = defaultdict(list)
@@ -36,23 +36,23 @@ class Recordings:
             for turns in dialogues.values()
             if len(turns) > 1 and {turn.voice for turn in turns} <= set(MAIN_VOICES)
         ]
-        # With a voice of few recordings a model would learn these by heart.
+        # A model would overfit to the recordings of a voice with only one.
         self.voices = [voice for voice, found in self.of_voice.items() if len(found) >= 2]
 
 
 def draw_conversation(source: random.Random, recordings: Recordings, seconds: float) -> list[dict]:
-    """Turns to learn from, of at most about so many seconds."""
+    """Draws a training conversation of at most about `seconds` of speech."""
     kind = source.random()
     if kind < ALONE:
         number = source.randrange(len(MAIN_VOICES))
         return [_turn(number, source.choice(recordings.of_voice[MAIN_VOICES[number]]))]
     if kind < ALONE + PROMPTED:
         return _after_a_prompt(source, recordings, seconds)
-    return _two_who_talk(source, recordings, seconds)
+    return _dialogue(source, recordings, seconds)
 
 
 def _after_a_prompt(source: random.Random, recordings: Recordings, seconds: float) -> list[dict]:
-    """Any voice under either number; the first turn is heard but not learnt."""
+    """Turns of any voice with either number; the first turn is context without a loss."""
     spoken = recordings.of_voice[source.choice(recordings.voices)]
     number = source.randrange(len(MAIN_VOICES))
     chosen = [source.choice(spoken) for _ in range(source.randint(2, 1 + FOLLOWING))]
@@ -60,8 +60,8 @@ def _after_a_prompt(source: random.Random, recordings: Recordings, seconds: floa
     return [_turn(number, first, train=False), *(_turn(number, each) for each in others)]
 
 
-def _two_who_talk(source: random.Random, recordings: Recordings, seconds: float) -> list[dict]:
-    """The main voices, each under its number, in dialogues where there are some."""
+def _dialogue(source: random.Random, recordings: Recordings, seconds: float) -> list[dict]:
+    """Turns of the main voices, each with its number; some are written dialogues, if any."""
     chosen: list[Utterance] = []
     voice = source.randrange(2)
     while len(chosen) < source.randint(2, TALKING):
@@ -76,7 +76,7 @@ def _two_who_talk(source: random.Random, recordings: Recordings, seconds: float)
 
 
 def _that_fit(chosen: Sequence[Utterance], seconds: float, fewest: int) -> list[Utterance]:
-    """The first ones, as many as there is room for."""
+    """The first utterances that fit into `seconds`, but at least `fewest`."""
     fitting: list[Utterance] = []
     left = seconds
     for each in chosen:

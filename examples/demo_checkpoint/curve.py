@@ -1,8 +1,9 @@
-"""Word error rate against training time, from the checkpoints that a run has kept.
+"""Prints the word error rate against training time, from the checkpoints of a run.
 
     python examples/demo_checkpoint/curve.py --run=demo/run --base=demo/untrained
 
-A line a checkpoint: its step, the minutes since the run began, the rate over --strings strings.
+A line is a checkpoint: its step, the minutes since the start of the run, and the rate over
+--strings strings.
 """
 
 from pathlib import Path
@@ -19,7 +20,7 @@ from csm_jax.precision import FLOAT32
 from csm_jax.train.base import Base, load_base
 
 RUN = flags.DEFINE_string("run", "demo/run", "directory of csm_jax.finetune")
-BASE = flags.DEFINE_string("base", "demo/untrained", "what it started from")
+BASE = flags.DEFINE_string("base", "demo/untrained", "checkpoint that the run started from")
 STRINGS = flags.DEFINE_integer("strings", 40, "of 3 to 6 digits")
 
 

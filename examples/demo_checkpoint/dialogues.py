@@ -1,6 +1,6 @@
-"""Sentences of our own, as turns of dialogues: questions and answers, numbers, dates, names.
+"""Written dialogues: questions and answers, numbers, dates, names.
 
-A template is the turns of a dialogue. `{slot}` is a word of a list or a number, the same in all
+A template is the turns of a dialogue. `{slot}` is a word from a list or a number, the same in all
 turns; `{slot2}` is another draw of the same kind.
 """
 
@@ -110,7 +110,7 @@ _SLOT = re.compile(r"(\D+)\d*")
 
 
 def draw_dialogue(source: random.Random) -> list[Said]:
-    """The turns of a dialogue, of which there may be one only."""
+    """Draws the turns of a dialogue: one or more."""
     turns = source.choice(TEMPLATES)
     values = _draw_values(source, turns)
     written = {slot: value.written for slot, value in values.items()}

@@ -1,4 +1,4 @@
-"""Writes conversations of recordings, for csm_jax.finetune.
+"""Writes a manifest of conversations of recordings for csm_jax.finetune.
 
     python examples/demo_checkpoint/draw_conversations.py --speech=voice/speech \
         --out=voice/train.jsonl --count=100000
@@ -15,8 +15,8 @@ from speech_set import read_manifests
 SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
 OUT = flags.DEFINE_string("out", "voice/train.jsonl", "file to write")
 COUNT = flags.DEFINE_integer("count", 100_000, "conversations")
-SECONDS = flags.DEFINE_float("seconds", 75.0, "of speech in a conversation, at most")
-SEED = flags.DEFINE_integer("seed", 0, "of the conversations")
+SECONDS = flags.DEFINE_float("seconds", 75.0, "longest conversation in seconds of speech")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the conversations")
 
 
 def main(_: list[str]) -> None:

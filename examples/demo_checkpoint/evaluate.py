@@ -1,9 +1,9 @@
-"""Hears whether a checkpoint speaks: what was understood, in whose voice, and whether it ended.
+"""Evaluates the speech of a checkpoint: word error rate, voice, and whether it ends without a cut.
 
     python examples/demo_checkpoint/evaluate.py --checkpoint=demo
 
-Needs flite, for the recordings that the context has, and pocketsphinx (`pip install pocketsphinx`).
-Prints a line a figure, and all of them as JSON with --json.
+The script needs flite, for recordings of the context, and pocketsphinx (`pip install
+pocketsphinx`). It prints one measurement a line; --json also writes them as JSON.
 """
 
 import json
@@ -25,15 +25,15 @@ from judge import (
 import csm_jax
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "as for csm_jax.generate")
-STRINGS = flags.DEFINE_integer("strings", 200, "of 3 to 6 digits, half of them by each voice")
-CASES = flags.DEFINE_integer("cases", 100, "of a context in the other voice")
-BATCH = flags.DEFINE_integer("batch", 16, "spoken at once")
-SEED = flags.DEFINE_integer("seed", 1, "of the strings and the speech")
-JSON = flags.DEFINE_string("json", None, "also write the figures there")
+STRINGS = flags.DEFINE_integer("strings", 200, "of 3 to 6 digits, half of them for each voice")
+CASES = flags.DEFINE_integer("cases", 100, "requests with a context in the other voice")
+BATCH = flags.DEFINE_integer("batch", 16, "requests in a batch")
+SEED = flags.DEFINE_integer("seed", 1, "seed of the strings and the speech")
+JSON = flags.DEFINE_string("json", None, "file to write the measurements to, as JSON")
 
 
 def evaluate(name: str, strings: int, cases: int, batch: int, seed: int) -> dict[str, float]:
-    """All figures of a checkpoint, by their names."""
+    """Measures a checkpoint; returns the measurements by name."""
     requests = draw_requests(strings, seed)
     model = csm_jax.load(name, dtype="float32")
     start = time.monotonic()

@@ -1,4 +1,4 @@
-"""Speech from flite (Debian package `flite`), whose voices the demo checkpoint learns."""
+"""Speech from flite (Debian package `flite`), the training data of the demo checkpoint."""
 
 import shutil
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from csm_jax.files import new_file
 
-# Voices by speaker number; a third one is for the codec, and to adapt to.
+# Voices by speaker number; the third one is for the codec and for `adapt_voice.py`.
 VOICES = ("slt", "rms")
 THIRD_VOICE = "awb"
 
 
-def synthesise(text: str, voice: str, path: Path) -> Path:
-    """Speaks a text into a wav file, 16 kHz. A file that is there is kept."""
+def synthesize(text: str, voice: str, path: Path) -> Path:
+    """Synthesizes a text to a 16 kHz wav file, unless the file exists."""
     if not path.exists():
         with new_file(path) as partial:
             command = ["flite", "-voice", voice, "-t", text, "-o", str(partial)]
@@ -22,11 +22,11 @@ def synthesise(text: str, voice: str, path: Path) -> Path:
     return path
 
 
-def synthesise_all(jobs: list[tuple[str, str, Path]]) -> list[Path]:
-    """Many of them, as many at once as there are processors."""
+def synthesize_all(jobs: list[tuple[str, str, Path]]) -> list[Path]:
+    """Synthesizes many texts, as many at once as there are processors."""
     if shutil.which("flite") is None:
         sys.exit("flite is missing: install it first (apt install flite)")
     for directory in {path.parent for _, _, path in jobs}:
         directory.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor() as pool:
-        return list(pool.map(lambda job: synthesise(*job), jobs))
+        return list(pool.map(lambda job: synthesize(*job), jobs))

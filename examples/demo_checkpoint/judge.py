@@ -1,4 +1,4 @@
-"""Lets a checkpoint speak, and judges it by what is heard."""
+"""Generates speech with a checkpoint and measures it with a recognizer."""
 
 import dataclasses
 import random
@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from flite import VOICES, synthesise
-from hearing import median_pitch, recognise_digits
+from flite import VOICES, synthesize
+from hearing import median_pitch, recognize_digits
 from texts import draw_digits
 from word_errors import count_errors
 
@@ -15,15 +15,15 @@ import csm_jax
 from csm_jax.audio import SAMPLE_RATE, load_audio
 from csm_jax.generator import Generator
 
-# Hz. Between the two voices: slt is at 173, rms at 97.
+# Pitch in Hz that separates the two voices: slt has 173, rms 97.
 BETWEEN = 130
-# What a speech that ended by itself has no notice of.
+# Notices of speech that did not end without a cut.
 ENDINGS = ("cut", "guard_cut", "resampled", "nothing_said")
 
 
 @dataclasses.dataclass(frozen=True)
 class Spoken:
-    """One request and what came of it."""
+    """A request and its speech."""
 
     request: csm_jax.Request
     audio: np.ndarray
@@ -35,7 +35,7 @@ class Spoken:
 
     @property
     def errors(self) -> int:
-        return count_errors(self.words, recognise_digits(self.audio, SAMPLE_RATE))
+        return count_errors(self.words, recognize_digits(self.audio, SAMPLE_RATE))
 
     @property
     def ended(self) -> bool:
@@ -43,7 +43,7 @@ class Spoken:
 
 
 def draw_requests(count: int, seed: int) -> list[csm_jax.Request]:
-    """Strings of 3 to 6 digits that were never learnt from, by both voices in turn."""
+    """Draws held-out strings of 3 to 6 digits, alternating the speakers."""
     source = random.Random(f"strings {seed}")
     texts = [draw_digits(source, 3, 6, held_out=True) for _ in range(count)]
     return [csm_jax.Request(text, speaker=i % 2, seed=i) for i, text in enumerate(texts)]
@@ -52,20 +52,20 @@ def draw_requests(count: int, seed: int) -> list[csm_jax.Request]:
 def with_other_voice(
     requests: Sequence[csm_jax.Request], directory: Path, seed: int
 ) -> list[csm_jax.Request]:
-    """The same, after a turn of the same speaker number in the other number's voice."""
+    """The requests after a turn with the same speaker number in the other speaker's voice."""
     source = random.Random(f"context {seed}")
     moved = []
     for i, request in enumerate(requests):
         text = draw_digits(source, 3, 6, held_out=True)
         voice = VOICES[1 - request.speaker]
-        audio = load_audio(synthesise(text, voice, directory / f"{seed}-{i}.wav"), SAMPLE_RATE)
+        audio = load_audio(synthesize(text, voice, directory / f"{seed}-{i}.wav"), SAMPLE_RATE)
         turn = csm_jax.Segment(request.speaker, text, audio)
         moved.append(dataclasses.replace(request, context=[turn]))
     return moved
 
 
 def speak(model: Generator, requests: Sequence[csm_jax.Request], batch: int) -> list[Spoken]:
-    """All requests, `batch` at a time."""
+    """Generates all requests, `batch` at a time."""
     notices: list[list[str]] = [[] for _ in requests]
     audio = model.generate_batch(
         requests, batch, notify=lambda i, notice: notices[i].append(notice.kind)
@@ -79,7 +79,7 @@ def word_error_rate(spoken: Sequence[Spoken]) -> float:
 
 
 def share_in_voice(spoken: Sequence[Spoken], voices: Sequence[int]) -> float:
-    """How many are in the voices that they should be in, by their pitch."""
+    """The share of speech whose pitch is that of its expected voice."""
     pitches = [median_pitch(each.audio, SAMPLE_RATE) for each in spoken]
     right = [
         (pitch > BETWEEN) == (voice == 0) for pitch, voice in zip(pitches, voices, strict=True)
@@ -88,7 +88,7 @@ def share_in_voice(spoken: Sequence[Spoken], voices: Sequence[int]) -> float:
 
 
 def largest_difference(model: Generator, requests: Sequence[csm_jax.Request]) -> float:
-    """Between speech as a stream and as a whole, of any sample."""
+    """The largest difference of a sample between a stream and offline audio."""
     return max(
         float(np.max(np.abs(np.concatenate(list(model.stream(each))) - model.generate(each))))
         for each in requests

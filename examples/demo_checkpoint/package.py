@@ -1,4 +1,4 @@
-"""Writes what was trained as it is shipped: transformers' layout, in bfloat16, in one file.
+"""Writes the trained model in its shipped form: transformers' layout, bfloat16, one file.
 
 python examples/demo_checkpoint/package.py --model=demo/run/model --out=csm_jax/demo
 """
@@ -9,25 +9,25 @@ from pathlib import Path
 
 import jax.numpy as jnp
 from absl import app, flags, logging
-from flite import VOICES, synthesise
+from flite import VOICES, synthesize
 from safetensors.numpy import load_file, save_file
 
 from csm_jax.audio import load_audio, save_audio
 from csm_jax.convert.export import export_huggingface
 
 MODEL = flags.DEFINE_string("model", "demo/run/model", "the native checkpoint of the run")
-# What the context may begin with, in each voice.
+# Texts of the voice prompts.
 PROMPTS = {"slt": "one five two nine", "rms": "six zero seven three"}
 
 OUT = flags.DEFINE_string("out", "csm_jax/demo", "directory to write into")
 
 
 def write_prompts(directory: Path) -> None:
-    """A recording of each voice, and what it says in a file beside it."""
+    """Writes a recording of each voice, and its transcript beside it."""
     directory.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for speaker, voice in enumerate(VOICES):
-            recording = synthesise(PROMPTS[voice], voice, Path(temporary) / f"{voice}.wav")
+            recording = synthesize(PROMPTS[voice], voice, Path(temporary) / f"{voice}.wav")
             save_audio(directory / f"{voice}.flac", load_audio(recording, 24_000), 24_000)
             transcript = f"speaker: {speaker}\n{PROMPTS[voice]}\n"
             (directory / f"{voice}.txt").write_text(transcript)
@@ -42,7 +42,7 @@ def main(_: list[str]) -> None:
         export_huggingface(Path(MODEL.value), exported, jnp.bfloat16)
         tensors = {}
         for shard in sorted(exported.glob("*.safetensors")):
-            # The codec is kept in float32 otherwise; here assemble.py has rounded it before.
+            # The export keeps the codec in float32; assemble.py has rounded it already.
             tensors |= {name: t.astype(jnp.bfloat16) for name, t in load_file(shard).items()}
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         for name in ("config.json", "tokenizer.model"):

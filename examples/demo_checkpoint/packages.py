@@ -1,4 +1,4 @@
-"""What comes from package registries: files of npm packages and of Python packages."""
+"""Files of npm packages and of installed Python packages."""
 
 import importlib.resources
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def npm_package(name: str, directory: Path) -> Path:
-    """The files of an npm package, below `directory`; fetched with npm unless they are there."""
+    """The directory of an npm package below `directory`; npm downloads it if it is missing."""
     unpacked = directory / name.strip("@").replace("/", "-")
     if not unpacked.exists():
         directory.mkdir(parents=True, exist_ok=True)

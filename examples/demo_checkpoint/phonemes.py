@@ -3,8 +3,8 @@
 import re
 import subprocess
 
-# espeak-ng ties what is one sound: `t^ʃ`. Kokoro has one letter for it, as misaki has
-# (`espeak.py`, Apache-2.0).
+# espeak-ng writes a sound of two symbols with a tie, `t^ʃ`. Kokoro has one letter for it, like
+# misaki (`espeak.py`, Apache-2.0).
 _AS_ONE = {
     "a^ɪ": "I",
     "a^ʊ": "W",
@@ -27,7 +27,7 @@ _AS_ONE = {
     "ʲ": "",
 }
 SILENCE = " "
-# What a unit of time of a recording is told apart as. A run of the codec depends on their order.
+# The labels of a unit of time of a recording. A training run of the codec depends on their order.
 SOUNDS = SILENCE + "AIOWYabdefhijklmnopstuvwzæðŋɐɑɒɔəɛɜɡɪɹɾʃʊʌʒʔʤʧθᵻ"
 _STRESS, _LONG = "ˈˌ", "ː"
 _CLAUSE = re.compile(r"([^.,!?;:]+)([.,!?;:]*)")
@@ -36,7 +36,7 @@ _CLAUSE = re.compile(r"([^.,!?;:]+)([.,!?;:]*)")
 def phonemes_of(text: str) -> str:
     """The symbols of a text, with its punctuation.
 
-    espeak-ng leaves punctuation out, so every clause is asked for alone.
+    espeak-ng drops punctuation, so every clause is converted separately.
     """
     parts = []
     for clause, marks in _CLAUSE.findall(text):
@@ -47,18 +47,18 @@ def phonemes_of(text: str) -> str:
 
 def _of_clause(clause: str) -> str:
     command = ["espeak-ng", "-q", "--ipa", "--tie=^", "-v", "en-us", "--", clause]
-    heard = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    symbols = " ".join(heard.split())
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    symbols = " ".join(output.split())
     for tied, letter in _AS_ONE.items():
         symbols = symbols.replace(tied, letter)
     return symbols
 
 
 def sounds_of(phonemes: str) -> list[str]:
-    """The sound of `SOUNDS` in every symbol's time.
+    """The sound, of `SOUNDS`, of every symbol.
 
-    A stress mark is the beginning of the next sound, a length mark the rest of the one before;
-    punctuation is silence, and so is what is not known.
+    A stress mark is the beginning of the next sound, a length mark the end of the previous one;
+    punctuation and unknown symbols are silence.
     """
     sounds: list[str] = []
     for symbol in phonemes:

@@ -1,4 +1,4 @@
-"""What is to be spoken for the open-vocabulary voice, by whom, and in which order."""
+"""The texts of the open-vocabulary voice, their voices and their order."""
 
 import random
 from collections.abc import Sequence
@@ -8,7 +8,7 @@ from dialogues import draw_dialogue
 from spelling import Said
 from texts import draw_digits
 
-# By speaker number. Others are for breadth: a codec, and voice prompts, that know more than two.
+# By speaker number. The others give the codec and voice prompts more than two voices.
 MAIN_VOICES = ("af_heart", "am_michael")
 OTHER_VOICES = (
     "af_bella",
@@ -31,19 +31,19 @@ OTHER_VOICES = (
     "bm_daniel",
 )
 OTHERS_SHARE = 0.1
-# Shares of what is planned: sentences of books, neighbouring sentences, dialogues; the rest digits.
+# Shares of the plan: book sentences, neighbouring sentences, dialogues; the rest are digits.
 SENTENCES, PARTS, DIALOGUES = 0.5, 0.2, 0.25
 
 
 @dataclass(frozen=True)
 class Job:
-    """An utterance to be.
+    """An utterance to synthesize.
 
     Attributes:
       id: its number in the plan, and the name of its recording.
-      text: as it is written, which is what a model reads.
-      spoken: the same in words, which is what the synthesizer reads.
-      dialogue: the `id` of the dialogue's first turn; of a lone utterance its own.
+      text: its text as written, the input of the model.
+      spoken: the same in words, the input of the synthesizer.
+      dialogue: the `id` of the dialogue's first turn; its own `id` for a single utterance.
     """
 
     id: int
@@ -54,7 +54,7 @@ class Job:
 
 
 def plan(count: int, sentences: Sequence[str], parts: Sequence[str], seed: int) -> list[Job]:
-    """At least `count` jobs. No sentence or part comes twice, until there are no more of them."""
+    """Plans at least `count` jobs. Every sentence and part is used at most once."""
     source = random.Random(seed)
     books = {"sentence": _shuffled(sentences, source), "part": _shuffled(parts, source)}
     jobs: list[Job] = []
@@ -83,12 +83,12 @@ def _draw_turns(source: random.Random, books: dict[str, list[str]]) -> list[Said
         return [Said(text, text)]
     if kind < SENTENCES + PARTS + DIALOGUES:
         return draw_dialogue(source)
-    # Numerals are heard as the words that espeak-ng makes of each.
+    # espeak-ng converts numerals to words.
     text = draw_digits(source, 3, 10, held_out=False)
     return [Said(text, text)]
 
 
 def _draw_voices(source: random.Random) -> list[str]:
-    """Two voices, that take turns."""
+    """Two voices that alternate."""
     pool = OTHER_VOICES if source.random() < OTHERS_SHARE else MAIN_VOICES
     return source.sample(pool, 2)

@@ -3,7 +3,7 @@
 from csm_jax.config import CSMConfig, LlamaConfig, MimiConfig, TextTokenIds
 
 TEXT_VOCAB = 256
-# What the trained codec is called in its directory.
+# File name of the trained codec.
 CODEC_WEIGHTS = "codec.safetensors"
 # 24 kHz and 12.5 frames a second, like the released codec.
 CODEC = MimiConfig(
@@ -17,8 +17,8 @@ CODEC = MimiConfig(
     codebook_size=256,
     codebook_dim=64,
 )
-# Of the open-vocabulary voice. Its strides are the other way round than the released codec's: the
-# channels that are many are then at the rates that are low.
+# The codec of the open-vocabulary voice. Its strides are in the reverse order of the released
+# codec's, so that the layers with many channels have low rates.
 VOICE_CODEC = MimiConfig(
     num_filters=32,
     ratios=(8, 6, 5, 4),
@@ -31,8 +31,8 @@ VOICE_CODEC = MimiConfig(
     codebook_size=1024,
     codebook_dim=64,
 )
-# That the model speaks. Words are understood as well as with all of the codec's, and what comes
-# after them is close to noise: the model learns neither the faster nor the better for it.
+# Codebooks that the model generates. Speech is as intelligible as with all of the codec's, and the
+# other codebooks are nearly noise, which would not improve training.
 NUM_CODEBOOKS = 4
 MODEL = CSMConfig(
     backbone=LlamaConfig(

@@ -1,4 +1,4 @@
-"""A set of speech on disk: lines in `manifest.jsonl`, and recordings beside it."""
+"""A set of recordings on disk, with a `manifest.jsonl`."""
 
 import hashlib
 import json
@@ -13,20 +13,20 @@ from tqdm import tqdm
 from csm_jax.audio import load_audio
 
 SAMPLE_RATE = 24_000
-# Samples that a duration of one stands for.
+# Samples in one unit of a duration.
 UNIT = 600
 UNKNOWN = -1
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording and what the synthesizer knows of it.
+    """A recording and its alignment by the synthesizer.
 
     Attributes:
       phonemes: the synthesizer's symbols.
-      durations: in units of `UNIT` samples: of the leading silence, of every symbol, of the end.
-      start: samples that were cut off the front of what the durations describe; None if unknown.
-      dialogue: what it shares with the other turns of its dialogue; None if it is in none.
+      durations: of the leading silence, every symbol and the end, in units of `UNIT` samples.
+      start: samples that were trimmed from the beginning of the aligned audio; None if unknown.
+      dialogue: a number that the turns of a dialogue share; None without a dialogue.
     """
 
     audio: Path
@@ -39,14 +39,14 @@ class Utterance:
 
     @property
     def seconds(self) -> float:
-        """How long it takes, at most: silence that was cut off the end counts."""
+        """Upper limit of the length in seconds, which includes the silence trimmed from the end."""
         return (sum(self.durations) * UNIT - (self.start or 0)) / SAMPLE_RATE
 
 
 def read_manifests(directories: Iterable[Path]) -> list[Utterance]:
-    """The utterances of all directories, in the manifests' order.
+    """Reads the utterances of all directories, in the order of the manifests.
 
-    A directory's manifest may be in parts, `manifest*.jsonl`, one a process that wrote it.
+    A manifest may have parts, `manifest*.jsonl`, one for each process that wrote it.
     """
     return [
         _utterance(directory, line)
@@ -57,7 +57,7 @@ def read_manifests(directories: Iterable[Path]) -> list[Utterance]:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """Lines of JSON. A last one that was cut off when its writer was killed is left out."""
+    """Reads lines of JSON, without an incomplete last line of a killed writer."""
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
@@ -75,9 +75,9 @@ def _utterance(directory: Path, line: dict) -> Utterance:
 
 
 def unit_labels(utterance: Utterance) -> np.ndarray:
-    """Which of `SOUNDS` is heard in each unit of the recording, int8; `UNKNOWN` without a start.
+    """The index in `SOUNDS` of each unit of the recording, int8; `UNKNOWN` without a start.
 
-    The first unit is the one that the recording's first sample lies in.
+    The first unit is the one with the first sample of the recording.
     """
     if utterance.start is None:
         return np.full(sum(utterance.durations), UNKNOWN, np.int8)
@@ -88,10 +88,10 @@ def unit_labels(utterance: Utterance) -> np.ndarray:
 
 
 class Packed:
-    """Recordings side by side in one file of 16-bit samples, which is mapped and not read.
+    """Recordings one after another in one file of 16-bit samples, which is memory-mapped.
 
     Args:
-      utterances: of which the recordings are packed into `directory`, unless they are there.
+      utterances: their recordings are packed into `directory`, unless the file exists.
     """
 
     def __init__(self, directory: Path, utterances: Sequence[Utterance]):
@@ -108,13 +108,13 @@ class Packed:
         self._labels = [unit_labels(each) for each in utterances]
 
     def audio(self, index: int, start: int, size: int) -> np.ndarray:
-        """float32 [size] from sample `start` of a recording on, with zeros after its end."""
+        """Audio float32 [size] from sample `start` of a recording, with zeros after its end."""
         first = self._offsets[index] + start
         piece = self._samples[first : min(first + size, self._offsets[index + 1])]
         return np.pad(piece.astype(np.float32) / 32768, (0, size - len(piece)))
 
     def labels(self, index: int, times: np.ndarray) -> np.ndarray:
-        """int32 [N], what is heard at samples `times` [N] of a recording; silence after its end."""
+        """Labels int32 [N] at samples `times` [N] of a recording; silence after its end."""
         row = self._labels[index]
         units = (times + (self.utterances[index].start or 0) % UNIT) // UNIT
         after = UNKNOWN if self.utterances[index].start is None else SOUNDS.index(SILENCE)
@@ -122,7 +122,7 @@ class Packed:
 
 
 def _pack(path: Path, utterances: Sequence[Utterance]) -> np.ndarray:
-    """Writes all samples to `path`; returns how many each recording has."""
+    """Writes all samples to `path`; returns the length of each recording."""
     lengths = []
     with path.open("wb") as file:
         for each in tqdm(utterances, desc="packing", disable=None):

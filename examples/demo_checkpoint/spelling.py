@@ -1,4 +1,4 @@
-"""Numbers as people write them and as they say them (American English)."""
+"""Numbers as they are written and as they are spoken (American English)."""
 
 import random
 from collections.abc import Callable
@@ -33,7 +33,7 @@ MONTHS = (
 
 
 class Said(NamedTuple):
-    """Something as it is written, and as it is said."""
+    """A text as it is written and as it is spoken."""
 
     written: str
     spoken: str
@@ -55,7 +55,7 @@ def cardinal(number: int) -> str:
 
 
 def ordinal(number: int) -> str:
-    """The same as a place in an order: "twenty-third"."""
+    """An ordinal number in words: "twenty-third"."""
     words = cardinal(number)
     cut = max(words.rfind(" "), words.rfind("-")) + 1
     last = words[cut:]
@@ -87,7 +87,7 @@ def draw_count(source: random.Random) -> Said:
 
 
 def draw_amount(source: random.Random) -> Said:
-    """A whole number of three to seven digits, its thousands apart by commas."""
+    """A whole number of three to seven digits, with commas between the thousands."""
     digits = source.randint(3, 7)
     number = source.randrange(10 ** (digits - 1), 10**digits)
     return Said(f"{number:,}", cardinal(number))
@@ -124,7 +124,7 @@ def draw_percent(source: random.Random) -> Said:
 
 
 def draw_telephone(source: random.Random) -> Said:
-    """Seven digits, said one by one, with a pause after three."""
+    """Seven digits, spoken one by one, with a pause after three."""
     digits = [source.randrange(10) for _ in range(7)]
     words = [DIGITS[digit] for digit in digits]
     written = "".join(map(str, digits))

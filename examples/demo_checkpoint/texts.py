@@ -1,6 +1,6 @@
-"""What the demo checkpoint learns to say: digits, numbers, times, and sentences of a small grammar.
+"""Texts of the demo checkpoint: digits, numbers, times, and sentences of a small grammar.
 
-Every text is drawn from a seed. Strings of digits that `is_held_out` are never learnt from.
+Every text is drawn from a seed. Strings of digits with `is_held_out` are not in the training data.
 """
 
 import random
@@ -24,7 +24,7 @@ TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "nin
 
 ENDINGS = [".", "?", "!"]
 
-# A sentence is a template; a word in capitals is replaced by one of its list, or by a template.
+# A sentence is a template; a word in capitals is replaced by an entry of its list.
 GRAMMAR = {
     "SENTENCE": [
         "hello, my name is NAME",
@@ -68,7 +68,7 @@ GRAMMAR = {
 
 
 def draw_text(source: random.Random) -> str:
-    """A text to learn from: digits in half of the cases."""
+    """Draws a training text: digits in half of the cases."""
     kind = source.random()
     if kind < 0.5:
         return draw_digits(source, 1, 8, held_out=False)
@@ -78,12 +78,12 @@ def draw_text(source: random.Random) -> str:
 
 
 def draw_ending(source: random.Random) -> str:
-    """What stands after a text: nothing in half of the cases. The voices say all of them alike."""
+    """Draws the end of a text: nothing in half of the cases. The voices speak all of them alike."""
     return source.choice(["", "", "", *ENDINGS])
 
 
 def draw_digits(source: random.Random, fewest: int, most: int, held_out: bool) -> str:
-    """Digits as words, or one time in six as numerals, from those held out or from the others."""
+    """Draws digits as words, held out or not; one in six of the others are numerals."""
     while True:
         words = [source.choice(DIGITS) for _ in range(source.randint(fewest, most))]
         if is_held_out(words) == held_out:
@@ -94,12 +94,12 @@ def draw_digits(source: random.Random, fewest: int, most: int, held_out: bool) -
 
 
 def is_held_out(words: list[str]) -> bool:
-    """A tenth of the strings of three digits and more, by what they say."""
+    """Whether a string of digits is held out: a tenth of those of three digits and more."""
     return len(words) > 2 and zlib.crc32(" ".join(words).encode()) % 10 == 0
 
 
 def is_held_out_text(text: str) -> bool:
-    """One sentence of 64, by what it says: nothing learns from it, and codecs are judged by it."""
+    """Whether a text is held out for evaluation: one of 64."""
     return zlib.crc32(text.encode()) % 64 == 0
 
 

@@ -1,4 +1,4 @@
-"""Trains the demo checkpoint's Mimi on what `synthesise.py` made.
+"""Trains the Mimi of the demo checkpoint on the recordings of `synthesize.py`.
 
 python examples/demo_checkpoint/train_codec.py --speech=demo/speech --out=demo/codec
 """
@@ -22,20 +22,20 @@ from csm_jax.mimi.codec import Codec, abstract
 from csm_jax.train.codec import CodecRecipe, codec_step, init_codec_state, with_weights
 from csm_jax.train.optimiser import OptimiserConfig
 
-SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesise.py")
-OUT = flags.DEFINE_string("out", "demo/codec", "directory for the weights and figures")
-STEPS = flags.DEFINE_integer("steps", 5000, "batches to learn from")
+SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesize.py")
+OUT = flags.DEFINE_string("out", "demo/codec", "directory for the weights and metrics")
+STEPS = flags.DEFINE_integer("steps", 5000, "training steps")
 BATCH = flags.DEFINE_integer("batch_size", 8, "pieces of recordings in a batch")
-FRAMES = flags.DEFINE_integer("frames", 16, "of 80 ms in a piece")
-RATE = flags.DEFINE_float("learning_rate", 4e-3, "the highest")
-RECORDINGS = flags.DEFINE_integer("recordings", 800, "of each voice")
-INIT = flags.DEFINE_string("init", None, "go on with the weights of this directory")
-STOP = flags.DEFINE_integer("stop", None, "stop at this step, as if there were more to come")
-SEED = flags.DEFINE_integer("seed", 0, "of the weights and of the order of the data")
+FRAMES = flags.DEFINE_integer("frames", 16, "frames of 80 ms in a piece")
+RATE = flags.DEFINE_float("learning_rate", 4e-3, "highest learning rate")
+RECORDINGS = flags.DEFINE_integer("recordings", 800, "recordings of each voice")
+INIT = flags.DEFINE_string("init", None, "directory whose weights to start from")
+STOP = flags.DEFINE_integer("stop", None, "stop early; the learning rate follows --steps")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the order of the data")
 
 
 def load_speech(directory: Path, count: int) -> list[np.ndarray]:
-    """The first recordings of every voice, each followed by silence to the length of a piece."""
+    """Loads the first recordings of every voice, padded with silence to the length of a piece."""
     paths = [path for voice in sorted(directory.iterdir()) if voice.is_dir()
              for path in sorted(voice.glob("*.wav"))[:count]]  # fmt: skip
     return [
@@ -44,7 +44,7 @@ def load_speech(directory: Path, count: int) -> list[np.ndarray]:
 
 
 def draw_batches(speech: list[np.ndarray], seed: int) -> Iterator[np.ndarray]:
-    """Pieces [B, samples] of random recordings, from random places; without an end."""
+    """Yields pieces [B, samples] at random positions of random recordings, endlessly."""
     random = np.random.default_rng(seed)
     size = FRAMES.value * CODEC.frame_size
     while True:
@@ -53,7 +53,7 @@ def draw_batches(speech: list[np.ndarray], seed: int) -> Iterator[np.ndarray]:
 
 
 def cut(audio: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray:
-    """A piece of `size` samples, as loud as it is or up to 6 dB fainter."""
+    """A random piece of `size` samples, up to 6 dB fainter."""
     padded = np.pad(audio, (0, max(0, size - len(audio))))
     start = random.integers(len(padded) - size + 1)
     return padded[start : start + size] * np.float32(random.uniform(0.5, 1))
@@ -91,14 +91,14 @@ def main(_: list[str]) -> None:
 
 
 def read_weights(directory: Path) -> dict:
-    """The parameters that a run has left."""
+    """Reads the parameters of a finished run."""
     return unflatten(
         load_file(directory / CODEC_WEIGHTS), nnx.to_pure_dict(nnx.state(abstract(CODEC)))
     )
 
 
 def save(out: Path, params: dict, speech: list[np.ndarray]) -> None:
-    """The weights, and a recording of each voice as it comes back."""
+    """Writes the weights, and a decoded recording of each voice."""
     params = jax.device_get(params)
     save_file(flatten(params), out / CODEC_WEIGHTS)
     codec = Codec(CODEC, params)

@@ -1,9 +1,9 @@
-"""Trains the codec of the open-vocabulary voice; a run that was stopped goes on where it was.
+"""Trains the codec of the open-vocabulary voice; an interrupted run can be resumed.
 
     python examples/demo_checkpoint/train_voice_codec.py --speech=voice/speech --out=voice/codec
 
-Any device, one process. In --out: checkpoints, metrics, and the averaged weights of every
-checkpoint (`weights/STEP.safetensors`), which is what assemble.py and judge_codec.py read.
+It runs on any device, in one process. --out gets checkpoints, metrics, and the averaged weights of
+every checkpoint (`weights/STEP.safetensors`), which judge_codec.py reads.
 """
 
 import contextlib
@@ -42,22 +42,22 @@ from csm_jax.train.spectral import mel_distance
 SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
 OUT = flags.DEFINE_string("out", "voice/codec", "directory of the run")
 CACHE = flags.DEFINE_string("cache", "voice/packed", "directory for the recordings as samples")
-STEPS = flags.DEFINE_integer("steps", 100_000, "of the run; the rate falls to --final_rate there")
-STOP = flags.DEFINE_integer("stop", None, "stop at this step, to go on later")
+STEPS = flags.DEFINE_integer("steps", 100_000, "training steps, until --final_rate is reached")
+STOP = flags.DEFINE_integer("stop", None, "stop at this step; the run can be resumed")
 BATCH = flags.DEFINE_integer("batch_size", 8, "pieces of recordings in a batch")
-FRAMES = flags.DEFINE_integer("frames", 16, "of 80 ms in a piece")
+FRAMES = flags.DEFINE_integer("frames", 16, "frames of 80 ms in a piece")
 OPTIMISER = flags.DEFINE_enum("optimiser", "muon", ["adamw", "muon"], "see BUILD.md")
-RATE = flags.DEFINE_float("learning_rate", 4e-3, "the highest")
+RATE = flags.DEFINE_float("learning_rate", 4e-3, "highest learning rate")
 FINAL_RATE = flags.DEFINE_float("final_rate", 1.0, "share of the highest rate at the end")
-WAVE = flags.DEFINE_float("wave_weight", 1.0, "of the distance of waveforms")
-LABEL = flags.DEFINE_float("label_weight", 0.1, "of the phonemes that codebook 0 has to tell")
-AVERAGE = flags.DEFINE_float("average", 0.999, "what a step keeps of the average of the weights")
-INIT = flags.DEFINE_string("init", None, "begin with these weights, a safetensors file")
-SEED = flags.DEFINE_integer("seed", 0, "of the weights and of the order of the data")
-SAVE = flags.DEFINE_float("save_minutes", 10.0, "between checkpoints")
+WAVE = flags.DEFINE_float("wave_weight", 1.0, "weight of the distance of waveforms")
+LABEL = flags.DEFINE_float("label_weight", 0.1, "weight of the phoneme labels of codebook 0")
+AVERAGE = flags.DEFINE_float("average", 0.999, "decay of the moving average of the weights")
+INIT = flags.DEFINE_string("init", None, "safetensors file of weights to start from")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the weights and of the order of the data")
+SAVE = flags.DEFINE_float("save_minutes", 10.0, "minutes between checkpoints")
 LOG = flags.DEFINE_integer("log_every", 20, "steps between lines of metrics")
 
-# A run is only gone on with under the same values of these.
+# A run can be resumed only with the same values of these.
 SETTINGS = (
     "speech",
     "steps",
@@ -72,7 +72,7 @@ SETTINGS = (
     "init",
     "seed",
 )
-# Batches of held-out recordings that a checkpoint is measured with.
+# Batches of held-out recordings for the evaluation of a checkpoint.
 EVALUATED = 4
 
 
@@ -96,7 +96,7 @@ def make_recipe() -> CodecRecipe:
 
 
 def check_settings(out: Path) -> None:
-    """Writes the flags that change what is learnt, or compares them with those of the run."""
+    """Writes the flags that change the result, or compares them with those of the run."""
     settings = {name: flags.FLAGS[name].value for name in SETTINGS}
     path = out / "run.json"
     if not path.exists():
@@ -116,14 +116,14 @@ def first_state(recipe: CodecRecipe) -> CodecState:
 
 @jax.jit
 def held_out_distance(params: dict[str, Any], audio: jax.Array) -> jax.Array:
-    """Mel distance [] of recordings and what the codec makes of them."""
+    """Mel distance [] between recordings and their reconstructions."""
     mimi = bind(VOICE_CODEC, params)
     heard = mimi.decode(mimi.encode(audio, VOICE_CODEC.num_codebooks))
     return mel_distance(heard[..., 0], audio, VOICE_CODEC.sample_rate)
 
 
 class Run:
-    """A run's state, and what is written of it."""
+    """The state of a run, and its output files."""
 
     def __init__(self, out: Path, recipe: CodecRecipe, checkpoints: Checkpoints):
         self.out = out
@@ -131,7 +131,7 @@ class Run:
         self.checkpoints = checkpoints
         state = first_state(recipe)
         restored = checkpoints.restore(state)
-        # Restored arrays lie in buffers of another's: a step can be given its own only.
+        # Restored arrays may use buffers that jax does not own and cannot take as donated: copy.
         self.state = state if restored is None else jax.tree.map(jnp.copy, restored[0])
         self.seconds = 0.0 if restored is None else restored[1]["seconds"]
         self.step = int(self.state.step)
@@ -153,7 +153,7 @@ class Run:
             self.log.write(self.step, {"seconds": round(self.seconds, 1), **figures})
 
     def save(self, held_out: list[Batch]) -> None:
-        """A checkpoint, its averaged weights, and how far what it makes is from recordings."""
+        """Writes a checkpoint, its averaged weights and its held-out distance."""
         average = self.state.average
         distances = [float(held_out_distance(average, each.audio)) for each in held_out]
         self.log.write(self.step, {"held_out": float(np.mean(distances))})
@@ -163,7 +163,7 @@ class Run:
 
 @contextlib.contextmanager
 def told_to_stop() -> Iterator[list[int]]:
-    """A list that is empty until the process is told to end (SIGTERM)."""
+    """A list that is empty until the process receives SIGTERM."""
     stopped: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
     try:

@@ -1,8 +1,8 @@
-"""How many words of a text were heard wrong."""
+"""Counting of word errors."""
 
 
 def count_errors(said: list[str], heard: list[str]) -> int:
-    """Words put in, left out or replaced: the edit distance of two lists."""
+    """The number of inserted, deleted and replaced words: the edit distance of two lists."""
     row = list(range(len(heard) + 1))
     for i, word in enumerate(said, 1):
         previous, row[0] = row[0], i

@@ -40,7 +40,7 @@ from oracles.prompts import (
     random_turn_ids,
     text_rows,
 )
-from oracles.random_weights import randomise, round_to_float16
+from oracles.random_weights import randomize, round_to_float16
 from oracles.sesame import (
     SesameModel,
     greedy,
@@ -75,7 +75,7 @@ __all__ = [
     "random_chat_ids",
     "random_prompt",
     "random_turn_ids",
-    "randomise",
+    "randomize",
     "round_to_float16",
     "save_hf",
     "save_sesame",

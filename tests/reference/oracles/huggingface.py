@@ -12,7 +12,7 @@ from transformers.initialization import no_init_weights
 
 from csm_jax.config import CSMConfig, LlamaConfig, MimiConfig, RopeScaling
 from oracles.prompts import Prompt, audio_rows, concatenate
-from oracles.random_weights import randomise
+from oracles.random_weights import randomize
 
 # Tiny sizes make transformers warn about token ids and RoPE lengths.
 transformers.utils.logging.set_verbosity_error()
@@ -106,11 +106,11 @@ def _hf_rope_parameters(theta: float, scaling: RopeScaling | None) -> dict:
 
 
 def hf_model(config: CSMConfig, seed: int = 0) -> transformers.CsmForConditionalGeneration:
-    """A model with random weights (see `randomise`); its two audio tables are one tensor."""
+    """A model with random weights (see `randomize`); its two audio tables are one tensor."""
     with no_init_weights():  # its own initialization takes a minute at full size
         model = transformers.CsmForConditionalGeneration(hf_config(config)).eval()
     model.tie_weights()
-    randomise(model, seed)
+    randomize(model, seed)
     backbone, depth_decoder = (model.get_parameter(name) for name in AUDIO_TABLES.values())
     assert backbone is depth_decoder
     return model

@@ -16,7 +16,7 @@ _CENTROID_SCALE = 0.4
 
 
 @torch.no_grad()
-def randomise(model: transformers.CsmForConditionalGeneration, seed: int) -> None:
+def randomize(model: transformers.CsmForConditionalGeneration, seed: int) -> None:
     """Draws every weight so that an error anywhere shows in the outputs.
 
     Matrices have a standard deviation of 1/sqrt(fan in), so that logits are of order one and a
@@ -25,7 +25,7 @@ def randomise(model: transformers.CsmForConditionalGeneration, seed: int) -> Non
     rng = torch.Generator().manual_seed(seed)
     for name, module in model.named_modules():
         if hasattr(module, "cluster_usage"):
-            _randomise_codebook(module, rng)
+            _randomize_codebook(module, rng)
         for kind, parameter in module.named_parameters(recurse=False):
             parameter.copy_(_random_parameter(name, kind, module, rng))
     code_ids = model.config.codec_config.codebook_size
@@ -62,7 +62,7 @@ def _fan_in(module: nn.Module) -> int:
     return shape[-2]  # CsmCodebooksHead: [Q - 1, D, V], used as h @ W
 
 
-def _randomise_codebook(codebook: nn.Module, rng: torch.Generator) -> None:
+def _randomize_codebook(codebook: nn.Module, rng: torch.Generator) -> None:
     """Random centroids, stored as sums over random usage; the usage of the last entry is zero."""
     usage = 0.5 + 1.5 * torch.rand(codebook.cluster_usage.shape, generator=rng)
     usage[-1] = 0.0

