@@ -1,13 +1,12 @@
-"""Attacks a server of this machine, and tells what held.
+"""Attacks a server of this machine, and reports which attacks failed.
 
     python examples/attack.py --start
     python examples/attack.py --url=http://127.0.0.1:8000 --pid=$(pgrep -f csm_jax.serve)
     python examples/attack.py --start --only=idle_connections,long_texts --json=attacks.json
 
-Each attack runs beside a well-behaved client with an address of its own; what that client is
-answered, and how soon, decides with the attack itself whether the server held. Addresses that are
-not of this machine are refused. Ends by itself within an hour. The exit code is 1 if an attack
-succeeded.
+A well-behaved client with another address runs beside each attack. The server has held if the
+attack failed and this client got its responses in time. Addresses of other machines are refused.
+The program takes less than an hour. The exit code is 1 if an attack succeeded.
 """
 
 import asyncio
@@ -36,19 +35,19 @@ from attacks.bystander import Experience, watching
 from attacks.registry import ATTACKS, Attack, Server
 from attacks.target import SETTLE_SECONDS, BrokeError, Target, check_loopback, start
 
-URL = flags.DEFINE_string("url", None, "a server that runs, http://127.0.0.1:PORT")
-PID = flags.DEFINE_integer("pid", None, "of its process, for its memory")
+URL = flags.DEFINE_string("url", None, "address of a running server, http://127.0.0.1:PORT")
+PID = flags.DEFINE_integer("pid", None, "its process id, for its memory")
 KEYS = flags.DEFINE_list("keys", [], "three of its keys, of different tenants, if it has any")
 START = flags.DEFINE_boolean("start", False, "start servers with the demo checkpoint")
 ONLY = flags.DEFINE_list("only", [], "names of attacks; default: all")
 LIST = flags.DEFINE_boolean("list", False, "print the names, and end")
-CONNECTIONS = flags.DEFINE_integer("connections", 5000, "idle ones", 1, 50_000)
-PROBE_S = flags.DEFINE_float("probe_s", 2.0, "what /healthz may take beside an attack")
-FIRST_S = flags.DEFINE_float("first_s", 6.0, "what the first audio may take beside an attack")
-MEMORY_MB = flags.DEFINE_float("memory_mb", 400.0, "what the server may have grown by after one")
+CONNECTIONS = flags.DEFINE_integer("connections", 5000, "idle connections", 1, 50_000)
+PROBE_S = flags.DEFINE_float("probe_s", 2.0, "limit of /healthz during an attack")
+FIRST_S = flags.DEFINE_float("first_s", 6.0, "limit of the first audio during an attack")
+MEMORY_MB = flags.DEFINE_float("memory_mb", 400.0, "limit of additional memory after an attack")
 JSON = flags.DEFINE_string("json", None, "a file for the results")
 
-# Of one attack; one that has not ended by then has broken the server.
+# Time limit of one attack, which has succeeded if it takes longer.
 _ATTACK_SECONDS = 240
 _FLAGS = {Server.KEYS: ["--max_batch=4", "--max_seq_len=256"], Server.OPEN: []}
 _FLAGS[Server.LIMITED] = [*_FLAGS[Server.KEYS], "--requests_per_minute=60"]
@@ -57,7 +56,7 @@ _FLAGS[Server.OWN] = _FLAGS[Server.KEYS]
 
 @dataclass
 class Result:
-    """Of one attack."""
+    """The result of one attack."""
 
     attack: str
     tried: str
@@ -87,14 +86,14 @@ def main(_: list[str]) -> None:
 
 
 def _allow_files(count: int) -> None:
-    """Raises the number of files that this process, and servers it starts, may have open."""
+    """Raises the limit of open files of this process and of the servers that it starts."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(soft, min(3 * count, hard))
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _target(server: Server) -> contextlib.AbstractContextManager[Target] | None:
-    """The server for some attacks; None if there is none of that kind."""
+    """The server of this kind; None if there is none."""
     if START.value:
         return _started(server)
     try:
@@ -155,7 +154,7 @@ async def _run(target: Target, attack: Attack) -> Result:
 
 
 def _complaints(seen: Experience) -> list[str]:
-    """What the bystander would not put up with."""
+    """The limits that the bystander's measurements exceed."""
     complaints = []
     if seen.failures:
         kinds = sorted(set(seen.failures))
@@ -168,7 +167,7 @@ def _complaints(seen: Experience) -> list[str]:
 
 
 async def _after(target: Target, memory: float | None) -> tuple[dict, list[str]]:
-    """Figures when the attacker has left, and what is wrong with them."""
+    """Measurements after the attack, and the limits that they exceed."""
     try:
         left = await target.wait_until_idle(SETTLE_SECONDS)
     except Exception as error:
@@ -177,7 +176,7 @@ async def _after(target: Target, memory: float | None) -> tuple[dict, list[str]]
     figures = {**left, "connections": target.connections(), "memory_mb": now}
     broken = []
     if sum(left.values()):
-        broken.append(f"after {SETTLE_SECONDS} s something is spoken still: {left}")
+        broken.append(f"requests are still running after {SETTLE_SECONDS} s: {left}")
     if now and memory and now - memory > MEMORY_MB.value:
         broken.append(f"memory grew by {now - memory:.0f} MB")
     figures["memory_before_mb"] = memory

@@ -1,12 +1,12 @@
-"""How fast this machine fine-tunes with csm_jax, and with transformers and PEFT.
+"""Measures the speed of fine-tuning with csm_jax, and with transformers and PEFT.
 
     python examples/compare_training.py [--length=256] [--repeats=3] [--dtype=float32]
 
-Needs torch, transformers and peft. One step of LoRA (rank 16 on every projection of both stacks,
-AdamW, blocks computed again in the backward pass) at the full size with random weights, on the same
-conversation: a fifth text, the rest audio, of which the depth decoder learns a sixteenth. Each
-library lives in a process of its own, and they take turns. Prints medians, and how many frames of
-audio a second go through; "ratio" is above 1 where csm_jax is faster.
+The program needs torch, transformers and peft. It measures a step of LoRA (rank 16 on every
+projection of both stacks, AdamW, rematerialized blocks) at the full size with random weights, on
+the same conversation: a fifth is text, the rest audio, and the depth decoder is trained on a
+sixteenth of the frames. Each library has its own process, and they take turns. The program prints
+medians, and frames of audio a second; "ratio" is above 1 where csm_jax is faster.
 """
 
 import argparse
@@ -87,7 +87,7 @@ def their_step(length: int, dtype: str) -> Step:
     lora = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=names)
     adapted = peft.get_peft_model(model, lora)
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    # A hook for the reentrant kind, which the depth decoder does not bear.
+    # A hook for reentrant checkpointing, which the depth decoder does not support.
     model.disable_input_require_grads()
     adapted.train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -115,7 +115,7 @@ def their_step(length: int, dtype: str) -> Step:
 
 
 def work(make: Callable[[int, str], Step], length: int, dtype: str, pipe: Connection) -> None:
-    """A worker's life: a step to warm up, then one for every message."""
+    """Runs in a worker: a step to warm up, then one for every message."""
     step = make(length, dtype)
     step()
     pipe.send(None)
@@ -139,7 +139,7 @@ def main() -> None:
             target=work, args=(make, flags.length, flags.dtype, there), daemon=True
         )
         process.start()
-        there.close()  # so that a worker that dies is noticed
+        there.close()  # so that the end of a worker is noticed
         here.recv()
         workers[name] = here
     seconds: dict[str, list[float]] = {name: [] for name in workers}

@@ -1,17 +1,18 @@
-"""How fast this machine speaks with csm_jax, and with the public torch implementations.
+"""Measures the speed of csm_jax and of the public torch implementations on this machine.
 
     python examples/compare_with_transformers.py [--rows=batch1,batch1_int8,mimi] [--json]
 
-Needs torch and transformers, and moshi for the codec; what is missing or cannot run is named in
-the place of its figures. Weights are random, nothing is downloaded. Frames are those after a
-prompt of 16 tokens and the first frame, sampled as by default (temperature 0.9, top-k 50), with
-everything compiled. The peer's caches are as long as its frames need; ours have 256 positions.
+The program needs torch and transformers, and moshi for the codec; a library that fails is named
+instead of its measurements. Weights are random and nothing is downloaded. The measured frames
+follow a prompt of 16 tokens and the first frame, sampled with the defaults (temperature 0.9,
+top-k 50), with everything compiled. The peer's caches are as long as its frames need; csm_jax's
+have 256 positions.
 
-Each configuration lives in a process of its own, and a group of them is measured in turns, so
-that they share the machine's moods and nothing else. Leave it alone meanwhile: torch's threads
-wait for each other, and one busy core can slow them down tenfold. Figures are medians, "spread"
-is slowest over fastest, and "peer / ours" is above 1 where csm_jax is faster. At full size all
-rows take 20 GB and about half an hour on two cores.
+Each configuration has its own process, and a group of them is measured in turns, so that all see
+the same state of the machine. Do not use the machine meanwhile: torch's threads wait for each
+other, and one busy core can slow them down tenfold. The results are medians, "spread" is slowest
+over fastest, and "peer / ours" is above 1 where csm_jax is faster. At full size all rows take 20
+GB and about half an hour on two cores.
 """
 
 import argparse
@@ -40,7 +41,7 @@ from csm_jax.random_weights import random_params
 
 CHECKPOINTS = {"random:csm_1b": csm_jax.csm_1b(), "random:tiny": csm_jax.tiny()}
 PROMPT_TOKENS, TEMPERATURE, TOP_K = 16, 0.9, 50
-MAX_FRAMES = 200  # csm_jax.benchmark's frame loop has 256 positions
+MAX_FRAMES = 200  # the frame loop of csm_jax.benchmark has 256 positions
 AUDIO_S, FRAME_S, STREAM_FRAMES = 10.0, 0.08, 25
 WARM_UPS = {"cpu": 1, "cuda": 2}  # CUDA graphs are recorded after the first compiled run
 # Idle threads of a pool may spin for 0.2 s before they sleep (Intel's KMP_BLOCKTIME).
@@ -76,12 +77,12 @@ STREAM_GROUPS = [[f"{codec} stream" for codec in CODECS[1:]]]
 
 
 class Row(NamedTuple):
-    """Groups that answer one question, and what their seconds are the time of."""
+    """Groups of configurations to compare, and the unit of their times."""
 
     name: str
     groups: list[list[str]]
     unit: str
-    audio_s: float  # in a unit, of all rows of a batch together
+    audio_s: float  # audio of a unit, all rows of a batch together
     batch: int = 1
 
 
@@ -98,7 +99,7 @@ def row_of(name: str, device: str) -> Row:
 
 
 class Task(NamedTuple):
-    """What a worker measures, on which device of torch's."""
+    """The measurement of a worker; `device` is torch's."""
 
     library: str
     dtype: str
@@ -118,7 +119,9 @@ def our_frames(task: Task) -> Run:
 def our_codec(task: Task) -> Run:
     config = CHECKPOINTS[task.checkpoint]
     sizes = {"codec": config.codec, "audio_vocab_size": config.audio_vocab_size}
-    around = dataclasses.replace(csm_jax.tiny(), **sizes)  # it needs no large model around it
+    around = dataclasses.replace(
+        csm_jax.tiny(), **sizes
+    )  # the codec needs no large model around it
     codec = csm_jax.Codec(config.codec, random_params(around)["codec"])
     audio, codes = noise_and_codes(config.codec)
     frame, state = jnp.asarray(codes[None, :1]), codec.decode_stream_state()
@@ -146,7 +149,7 @@ def transformers_frames(task: Task) -> Run:
     def run() -> float:
         clock = FrameClock(num_codes + 1)
         model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=clock)
-        # The end of speech is a frame of zeros, which random weights do not come by.
+        # The end of speech is a frame of zeros, which random weights do not sample.
         if len(clock.times) != task.frames + 1:
             raise RuntimeError(f"{len(clock.times)} frames came, not {task.frames + 1}")
         return (clock.times[-1] - clock.times[0]) / task.frames
@@ -155,19 +158,19 @@ def transformers_frames(task: Task) -> Run:
 
 
 class FrameClock:
-    """A streamer that notes when each frame is there.
+    """A streamer that records the time of each frame.
 
     So one generation gives the time from its first frame to its last, without the prompt. The
     difference of two generations would have the noise of both, and static caches of two lengths.
-    Frames arrive on the host, so a GPU has finished them, and generation waits for each anyway,
-    to see whether it was the last.
+    Frames arrive on the host when a GPU has finished them; generation waits for each frame anyway,
+    to check whether it is the last.
     """
 
     def __init__(self, num_codebooks: int):
         self.num_codebooks, self.times = num_codebooks, []
 
     def put(self, tokens: Any) -> None:
-        if tokens.shape[-1] == self.num_codebooks:  # the first thing put is the prompt
+        if tokens.shape[-1] == self.num_codebooks:  # the first call has the prompt
             self.times.append(time.perf_counter())
 
     def end(self) -> None:
@@ -179,13 +182,13 @@ def transformers_model(task: Task) -> Any:
     import transformers
     from transformers.initialization import no_init_weights
 
-    # As `from_pretrained(dtype=...)` does, so that no float32 copy is made on the way.
+    # As `from_pretrained(dtype=...)` does it, which makes no float32 copy.
     torch.set_default_dtype(getattr(torch, "float32" if task.dtype == "int8" else task.dtype))
     config = transformers.CsmConfig.from_dict(csm_to_huggingface(CHECKPOINTS[task.checkpoint]))
     with torch.device(task.device), no_init_weights():
         model = transformers.CsmForConditionalGeneration(config).eval()
     model.tie_weights()
-    model.codec_model = torch.nn.Identity()  # codes are generated without it
+    model.codec_model = torch.nn.Identity()  # codes are generated without the codec
     randomize(model)
     if task.mode == "quantize_dynamic":
         linear = {torch.nn.Linear}
@@ -196,8 +199,8 @@ def transformers_model(task: Task) -> Any:
 def generation_config(mode: str, max_new_tokens: int) -> Any:
     """Sampling and caches, of the backbone or the depth decoder.
 
-    A static cache on a GPU makes transformers compile the step, and by default with CUDA graphs
-    (mode "reduce-overhead"): the fastest way that its documentation of CSM shows.
+    With a static cache on a GPU, transformers compiles the step, by default with CUDA graphs (mode
+    "reduce-overhead"): the fastest way in its documentation of CSM.
     """
     from transformers import CompileConfig, GenerationConfig
 
@@ -260,7 +263,7 @@ def torch_codec(task: Task, encode: Callable, decode: Callable) -> Run:
 
 
 def randomize(model: Any) -> Any:
-    """Gives a torch model weights that keep activations in range: denormal numbers are slow."""
+    """Sets random weights that keep activations in range: denormal numbers are slow."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
             parameter.normal_(std=parameter[0].numel() ** -0.5)
@@ -273,7 +276,7 @@ def randomize(model: Any) -> Any:
 
 
 def noise_and_codes(codec: MimiConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Audio, float32 [samples], and codes that are not its own, int64 [F, Q], of one length."""
+    """Audio float32 [samples], and unrelated codes int64 [F, Q] of the same length."""
     random = np.random.default_rng(0)
     audio = 0.1 * random.standard_normal(int(AUDIO_S * codec.sample_rate), np.float32)
     shape = len(audio) // codec.frame_size, codec.num_codebooks
@@ -281,7 +284,7 @@ def noise_and_codes(codec: MimiConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def codec_run(task: Task, runs: dict[str, Callable[[], Any]]) -> Run:
-    """Times one of `runs`. They end with the result on the host: there is nothing to wait for."""
+    """A function that times one of `runs`, whose results are on the host when they return."""
     times = STREAM_FRAMES if task.mode == "stream" else 1
 
     def run() -> float:
@@ -293,7 +296,7 @@ def codec_run(task: Task, runs: dict[str, Callable[[], Any]]) -> Run:
     return run
 
 
-# How a library generates frames, and how it codes sound.
+# How each library generates frames, and how it encodes and decodes audio.
 BUILDERS = {
     "csm-jax": (our_frames, our_codec),
     "transformers": (transformers_frames, transformers_codec),
@@ -302,8 +305,8 @@ BUILDERS = {
 
 
 def work(task: Task) -> None:
-    """A worker's life: builds its model, then measures once for every line that comes in."""
-    # Libraries print too, and must not get between the answers.
+    """Runs in a worker: builds the model, then measures once for every line of input."""
+    # Libraries print too: their output must not mix with the results.
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
@@ -320,7 +323,7 @@ def work(task: Task) -> None:
 
 
 def prepare(task: Task) -> str:
-    """Sets up the framework, and says which it is and what it runs on."""
+    """Sets up the framework; returns its name, version and device."""
     if task.library == "csm-jax":
         return f"csm-jax: jax {jax.__version__} on {jax.devices()[0].device_kind}"
     import torch
@@ -332,7 +335,7 @@ def prepare(task: Task) -> str:
 
 
 class Worker:
-    """A configuration in its process, which sleeps but while `measure` runs."""
+    """A configuration in its process, which sleeps except while `measure` runs."""
 
     def __init__(self, name: str, row: Row, arguments: argparse.Namespace):
         self.name, self.times = name, []
@@ -345,7 +348,7 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        answer = self._answer()  # once the model is built and warm
+        answer = self._answer()  # when the model is built and warm
         self.error, self.runs_on = answer.get("error"), answer.get("runs_on")
 
     def measure(self) -> None:
@@ -361,17 +364,17 @@ class Worker:
         return None if self.error else statistics.median(self.times)
 
     def _answer(self) -> dict[str, Any]:
-        gone = '{"error": "its process ended without an answer"}'  # short of memory, for one
+        gone = '{"error": "its process ended without an answer"}'  # for example out of memory
         return json.loads(self.process.stdout.readline() or gone)
 
 
 def measure_group(row: Row, names: list[str], arguments: argparse.Namespace) -> list[dict]:
-    """The figures of a group, measured in turns."""
+    """Measures the configurations of a group in turns."""
     workers: list[Worker] = []
     with contextlib.ExitStack() as stack:
         for name in names:
             workers.append(Worker(name, row, arguments))
-            stack.enter_context(workers[-1].process)  # ends with its input
+            stack.enter_context(workers[-1].process)  # a worker ends with its input
         for _ in range(arguments.repeats):
             for worker in workers:
                 worker.measure()
@@ -420,7 +423,7 @@ def readable(result: dict[str, Any]) -> str:
 
 
 def torch_device() -> str:
-    """Asks another process, as the parent should take neither memory nor card."""
+    """Asks another process, since the parent should use neither memory nor GPU."""
     program = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
     answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     return answer.stdout.strip() or "cpu"

@@ -1,13 +1,13 @@
-"""How long XLA takes to compile the full-size model, and the memory that it will take.
+"""Measures the compilation of the full-size model, and the memory of its programs.
 
     python examples/compile_full_size.py [--dtype=bfloat16] [--quantize=int8] [--batch=32]
     python examples/compile_full_size.py --tpu [--topology=v5e:2x2 --data=2 --model=2] ...
     python examples/compile_full_size.py --tpu --programs train_step [--lora_rank=16] [--fsdp=4] ...
 
-Needs no weights, only their shapes. Prints a JSON line per program: prefill of a prompt, the frame
-loop with a cache of 2048 positions, and the codec's decoding of a frame; or a step of training.
-With --tpu it compiles for chips that need not be there, with the compiler that
-`pip install "jax[tpu]"` brings.
+The program needs only the shapes of the weights. It prints a JSON line for each compiled program:
+prefill of a prompt, the frame loop with a cache of 2048 positions, and the codec's decoding of a
+frame; or a step of training. With --tpu it compiles for TPU chips, without having any, with the
+compiler of `pip install "jax[tpu]"`.
 """
 
 import argparse
@@ -33,8 +33,10 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", action="store_true", help="compile for TPUs")
     parser.add_argument("--topology", default="v5e:1x1", help="v5e:2x2, v6e:1x1, ...")
-    parser.add_argument("--data", type=int, default=1, help="chips that share out the rows")
-    parser.add_argument("--model", type=int, default=1, help="chips that share out the weights")
+    parser.add_argument("--data", type=int, default=1, help="chips that the batch is divided over")
+    parser.add_argument(
+        "--model", type=int, default=1, help="chips that the weights are divided over"
+    )
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", default="none", choices=QUANTIZE)
     parser.add_argument("--batch", type=int, default=1)
@@ -45,7 +47,9 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--length", type=int, default=1024, help="positions to train on")
     parser.add_argument("--lora_rank", type=int, default=0, help="of adapters; 0 trains all")
-    parser.add_argument("--fsdp", type=int, default=1, help="chips that share what is trained")
+    parser.add_argument(
+        "--fsdp", type=int, default=1, help="chips that trained parameters are sharded over"
+    )
     return parser.parse_args()
 
 

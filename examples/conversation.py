@@ -1,4 +1,4 @@
-"""Two voices talking, each turn spoken with all turns before it as context.
+"""A conversation of two voices: every turn has all earlier turns as its context.
 
 python examples/conversation.py --checkpoint=random:tiny --out=conversation.wav
 """

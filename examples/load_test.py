@@ -1,11 +1,12 @@
-"""Many streams at once against a server: who is answered, with what, and how soon.
+"""Tests a server with many streams at once: whether and how soon their responses are correct.
 
     python -m csm_jax.serve --checkpoint=demo --max_batch=16 --max_queue=64 &
     python examples/load_test.py --streams=64 --requests=256 --pid=$!
     python examples/load_test.py --streams=64 --requests=2000 --leave=0.2 --pid=$!
 
-Every answer, as far as it was heard, is compared with what the library says to the same request on
-its own. Prints a JSON object; the exit code is 1 if an answer was lost or was another's.
+The received part of every response is compared with the library's output for the same request.
+The program prints a JSON object; the exit code is 1 if a response was lost or belonged to another
+request.
 """
 
 import asyncio
@@ -24,27 +25,27 @@ import csm_jax
 from csm_jax.audio import SAMPLE_RATE, to_pcm
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
-CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "what it serves")
-STREAMS = flags.DEFINE_integer("streams", 64, "at once")
-REQUESTS = flags.DEFINE_integer("requests", 256, "in all")
-DIFFERENT = flags.DEFINE_integer("different", 64, "texts and seeds, asked for in turn")
-LEAVE = flags.DEFINE_float("leave", 0.0, "share of the clients that hang up on the way")
-PATIENCE = flags.DEFINE_float("patience", 0.0, "seconds to come again when there is no place")
-PID = flags.DEFINE_integer("pid", None, "of the server, for its memory")
-SEED = flags.DEFINE_integer("seed", 0, "of the texts and of who leaves")
+CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "the server's checkpoint")
+STREAMS = flags.DEFINE_integer("streams", 64, "streams at once")
+REQUESTS = flags.DEFINE_integer("requests", 256, "number of requests")
+DIFFERENT = flags.DEFINE_integer("different", 64, "number of different texts and seeds")
+LEAVE = flags.DEFINE_float("leave", 0.0, "share of the clients that disconnect")
+PATIENCE = flags.DEFINE_float("patience", 0.0, "seconds to repeat requests after a 429")
+PID = flags.DEFINE_integer("pid", None, "process id of the server, for its memory")
+SEED = flags.DEFINE_integer("seed", 0, "seed of the texts and the disconnects")
 
-# Of a wav file, before its samples.
+# Size of a wav file's header.
 HEAD_BYTES = 44
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 
 
 class Outcome(NamedTuple):
-    """Of one request.
+    """The outcome of one request.
 
     Attributes:
       kind: "good", "lost", "mixed up" or "left".
-      first_s: seconds until the first samples; None of who left before.
-      seconds: of speech.
+      first_s: seconds until the first samples; None if the client disconnected before.
+      seconds: seconds of speech.
     """
 
     kind: str
@@ -61,7 +62,7 @@ def draw_requests(count: int, seed: int) -> list[csm_jax.Request]:
 
 
 async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: int) -> tuple:
-    """The samples of an answer, and when the first of them came; hangs up after so many bytes."""
+    """The samples of a response, and when they start; disconnects after `leave_after` bytes."""
     body = {"text": request.text, "speaker": request.speaker, "seed": request.seed}
     started, first, data = time.perf_counter(), None, b""
     url = f"{URL.value}/generate"
@@ -77,7 +78,7 @@ async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: 
 
 
 async def ask_again(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: int) -> tuple:
-    """The same of a client that comes again when it is told to (429), and has waited meanwhile."""
+    """Does the same, and repeats the request after a response 429; the waiting time counts."""
     started = time.perf_counter()
     while True:
         waited = time.perf_counter() - started
@@ -104,7 +105,7 @@ async def run_one(client: httpx.AsyncClient, request, expected: np.ndarray, leav
 
 
 def is_same(samples: np.ndarray, expected: np.ndarray) -> bool:
-    # Chunks of different sizes round differently in the last place.
+    # Chunks of different sizes are rounded differently in the last place.
     return len(samples) == len(expected) and np.abs(samples - expected).max(initial=0) <= 1
 
 
@@ -128,7 +129,7 @@ async def run_all(requests: list, expected: list[np.ndarray], memory: list) -> l
 
 
 def memory_mb() -> float | None:
-    """Of the server, resident."""
+    """Resident memory of the server in MB."""
     if PID.value is None:
         return None
     pages = int(Path(f"/proc/{PID.value}/statm").read_text().split()[1])
@@ -136,7 +137,7 @@ def memory_mb() -> float | None:
 
 
 def speak_alone(model: csm_jax.Generator, requests: list) -> tuple[list[np.ndarray], float]:
-    """What the library says to each request on its own, and seconds of that in a second."""
+    """The library's output for each request alone, and seconds of speech a second."""
     expected = [as_int16(model.generate(request)) for request in requests]
     # Again, now that everything is compiled.
     started = time.perf_counter()

@@ -1,11 +1,11 @@
-"""What narrow weights cost: logit errors, and how many greedy codes they leave unchanged.
+"""Measures the error of narrow weights: logit errors, and the share of unchanged greedy codes.
 
     python examples/quantization_cost.py [--checkpoint=random:csm_1b] [--frames=25]
 
-A float32 model speaks greedily; the same frames then go through the model in each narrow
-precision, which sees what the float32 model saw (teacher forcing), so that one early difference
-does not count again and again. Prints a JSON line per precision. Random weights say something of
-rounding, not of how a trained model sounds.
+A float32 model generates greedily; its frames are then the inputs of the model in each narrow
+precision (teacher forcing), so that one early difference is not counted again. The program prints
+a JSON line for each precision. With random weights the result shows rounding errors, not the
+quality of speech.
 """
 
 import argparse

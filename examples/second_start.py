@@ -1,10 +1,11 @@
-"""From the start of a process to its first audio, when everything compiled is on disk already.
+"""Measures the time from the start of a process to its first audio, with compiled programs on disk.
 
     python examples/second_start.py [--checkpoint=DIR] [--quantize=int8] [--starts=4]
 
-Starts `csm_jax.generate --stream --out=-` again and again and prints a JSON line for each: seconds
-to the first frame of audio, and the memory that the process then holds. The first start compiles.
-Without --checkpoint, random weights of the full size are written to a temporary directory.
+The program starts `csm_jax.generate --stream --out=-` several times and prints a JSON line for
+each start: seconds to the first frame of audio, and the resident memory at that time. The first
+start compiles. Without --checkpoint, random weights of the full size are written to a temporary
+directory.
 """
 
 import argparse

@@ -1,14 +1,14 @@
-"""How soon a voice of its own is heard: its recording sent along, added before, spoken with before.
+"""Measures the time to first audio with a voice that is sent along, added before, or used before.
 
     python -m csm_jax.serve --checkpoint=demo &
     python examples/voice_latency.py --seconds=10
 
-Prints a JSON object with the median time to the first samples of a stream, in seconds.
+The program prints a JSON object with the median time to the first samples of a stream, in seconds.
 
-- plain: a request with no voice.
-- sent: the recording comes with every request; it is decoded, encoded to codes and read.
-- cold: of a voice that was just added: its codes are there, and are read into the KV cache.
-- cached: of the same voice afterwards: its keys and values are there.
+- plain: a request without a voice.
+- sent: the recording is part of every request; it is decoded, encoded to codes and prefilled.
+- cold: the first request with an added voice: its codes are stored and are prefilled.
+- cached: a later request with the same voice: its keys and values are stored.
 """
 
 import base64
@@ -24,13 +24,13 @@ from csm_jax.audio import SAMPLE_RATE, encode_audio, load_audio
 from csm_jax.loading import BUNDLED
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
-SECONDS = flags.DEFINE_float("seconds", 10.0, "of the recording")
+SECONDS = flags.DEFINE_float("seconds", 10.0, "seconds of the recording")
 REPEATS = flags.DEFINE_integer("repeats", 9, "requests of each kind")
 TEXT = "one two three"
 
 
 def make_recording(seconds: float, index: int) -> bytes:
-    """A wav file of the demo's prompts, beginning a bit later each time: no two are alike."""
+    """A wav file of the demo's prompts; `index` moves its beginning, so all differ."""
     paths = sorted((BUNDLED["demo"] / "prompts").glob("*.flac"))
     audio = np.concatenate([load_audio(path, SAMPLE_RATE) for path in paths])
     samples = np.resize(np.roll(audio, -4800 * index), int(seconds * SAMPLE_RATE))
@@ -38,18 +38,18 @@ def make_recording(seconds: float, index: int) -> bytes:
 
 
 def first_audio(client: httpx.Client, body: dict) -> float:
-    """Seconds until the first samples of the answer."""
+    """Seconds until the first samples of the response."""
     body = {"text": TEXT, "streaming": True, "seed": 1} | body
     started = time.perf_counter()
     with client.stream("POST", "/generate", json=body) as answer:
         answer.raise_for_status()
         for _ in answer.iter_raw():
             return time.perf_counter() - started
-    raise SystemExit("the answer was empty")
+    raise SystemExit("the response was empty")
 
 
 def with_voice(client: httpx.Client, name: str, recording: bytes) -> tuple[float, float]:
-    """Cold and cached, of a voice that is added, and deleted again."""
+    """Measures `cold` and `cached` with a voice that is added, and deleted afterwards."""
     files = {"audio": ("voice.wav", recording)}
     added = client.post("/v1/audio/voices", data={"name": name, "text": TEXT}, files=files)
     added.raise_for_status()

@@ -1,1 +1,1 @@
-"""Attacks on a server of this project, each a function, and what they share."""
+"""Attacks on the server, one function each, and their common parts."""

@@ -1,4 +1,4 @@
-"""Things of others, keys, and pages of other sites."""
+"""Attacks on other tenants' objects, on keys, and from foreign web pages."""
 
 import asyncio
 import contextlib
@@ -18,10 +18,10 @@ _EVIL = "http://evil.example"
 
 
 @attack(Server.KEYS, floods=False)
-async def things_of_another_key(target: Target) -> str:
-    """One key's files, batches, results, voices and jobs with another key: read, list, delete."""
+async def objects_of_another_key(target: Target) -> str:
+    """Reads, lists and deletes files, batches, results, voices and jobs of another key."""
     async with target.client(0) as owner, target.client(1) as thief:
-        made = await _make_things(owner)
+        made = await _make_objects(owner)
         tried = [("GET", f"/v1/files/{made['file']}"), ("GET", f"/v1/files/{made['file']}/content")]
         tried += [("GET", f"/v1/batches/{made['batch']}")]
         tried += [("POST", f"/v1/batches/{made['batch']}/cancel")]
@@ -53,8 +53,8 @@ async def things_of_another_key(target: Target) -> str:
     return f"{len(tried) + 6} ways, nothing found"
 
 
-async def _make_things(client: httpx.AsyncClient) -> dict[str, str]:
-    """Names of a file, a batch, a voice and a job that a client has made."""
+async def _make_objects(client: httpx.AsyncClient) -> dict[str, str]:
+    """Makes a file, a batch, a voice and a job; returns their names."""
     lines = json.dumps(_LINE).encode()
     form = {"purpose": "batch"}
     file = (await client.post("/v1/files", data=form, files={"file": ("a.jsonl", lines)})).json()
@@ -71,7 +71,7 @@ async def _make_things(client: httpx.AsyncClient) -> dict[str, str]:
 
 @attack(Server.KEYS, floods=False)
 async def voices_of_the_operator(target: Target) -> str:
-    """A voice of --voices: replaced and deleted by a client."""
+    """Replaces and deletes a voice of --voices."""
     async with target.client(0) as client:
         added = await add_voice(client, HOUSE_VOICE, quiet_recording(3), "mine now")
         deleted = await client.delete(f"/v1/audio/voices/{HOUSE_VOICE}")
@@ -85,7 +85,7 @@ async def voices_of_the_operator(target: Target) -> str:
 
 @attack(Server.KEYS)
 async def wrong_keys(target: Target) -> str:
-    """1500 wrong keys."""
+    """Sends 1500 wrong keys."""
     statuses = []
     async with target.client() as client:
         for number in range(1500):
@@ -100,7 +100,7 @@ async def wrong_keys(target: Target) -> str:
 
 @attack(Server.KEYS, floods=False)
 async def key_in_the_log(target: Target) -> str:
-    """A key in a WebSocket's address, in headers, in a query, in a body that is refused."""
+    """Sends a key in a WebSocket's address, in headers, in a query, in a refused body."""
     key = target.keys[0]
     with contextlib.suppress(Exception):
         async with websockets.connect(f"{target.socket_url}?api_key={key}") as socket:
@@ -118,7 +118,7 @@ async def key_in_the_log(target: Target) -> str:
                 pass
     await asyncio.sleep(1)
     lines = [line for line in target.log().splitlines() if key[:-2] in line]
-    # In a path it is not known to be a key.
+    # A key in a path cannot be recognized as one.
     lines = [line for line in lines if f"/v1/models/{key}" not in line]
     if lines:
         raise BrokeError(f"{len(lines)} lines: {lines[0][:120].replace(key, 'KEY')}")
@@ -127,7 +127,7 @@ async def key_in_the_log(target: Target) -> str:
 
 @attack(Server.KEYS, floods=False)
 async def without_a_key(target: Target) -> str:
-    """Every address of the OpenAPI document without a key, and OPTIONS, HEAD and TRACE."""
+    """Requests every address of the OpenAPI document without a key; OPTIONS, HEAD and TRACE too."""
     async with httpx.AsyncClient(base_url=target.url, timeout=30) as stranger:
         async with target.client() as client:
             answer = await client.get("/openapi.json")
@@ -148,7 +148,7 @@ async def without_a_key(target: Target) -> str:
 
 @attack(Server.KEYS, floods=False)
 async def files_of_the_server(target: Target) -> str:
-    """Rights of what the server writes below --data, as other users of the machine see them."""
+    """Checks the permissions of the files below --data for other users of the machine."""
     if target.home is None:
         return "not known of a server that runs elsewhere"
     seen = [path for path in (target.home / "data").rglob("*") if path.exists()]
@@ -161,7 +161,7 @@ async def files_of_the_server(target: Target) -> str:
 
 @attack(floods=False)
 async def pages_of_others(target: Target) -> str:
-    """A foreign page's WebSocket, form and body without a JSON type; a foreign Host."""
+    """Sends a WebSocket, a form and an untyped body of a foreign page, and a foreign Host."""
     served = []
     for origin in (_EVIL, "null", f"{target.url}.evil.example", "http://localhost.evil.example"):
         with contextlib.suppress(websockets.InvalidHandshake, websockets.ConnectionClosed, OSError):

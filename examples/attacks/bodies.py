@@ -1,4 +1,4 @@
-"""Bodies and messages that cost more than they look."""
+"""Bodies and messages that are small but expensive."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ PATHS = ("/generate", "/v1/audio/speech", "/fal-ai/csm-1b", "/v1/inference/sesam
 
 
 async def _refused(target: Target, bodies: dict[str, tuple[str, bytes]], **headers: str) -> str:
-    """Posts each body once; every one must be refused with an error of the client's kind."""
+    """Posts each body once; every one must be refused with a status of 400 to 499."""
     outcomes = []
     async with target.client() as client:
         for name, (path, body) in bodies.items():
@@ -34,7 +34,7 @@ async def _refused(target: Target, bodies: dict[str, tuple[str, bytes]], **heade
 
 @attack()
 async def million_entries(target: Target) -> str:
-    """A scene and a context with a million empty entries; an object with a million fields."""
+    """Sends a scene and a context of a million empty entries; an object of a million fields."""
     many = b",".join([b"{}"] * 1_000_000)
     fields = b",".join(b'"%d":0' % number for number in range(1_000_000))
     bodies = {
@@ -48,7 +48,7 @@ async def million_entries(target: Target) -> str:
 
 @attack()
 async def large_ignored_field(target: Target) -> str:
-    """30 MB of JSON with an unknown field, to each API."""
+    """Sends 30 MB of JSON in an unknown field to each API."""
     ignored = b"[" + b",".join([b"[]"] * 10_000_000) + b"]"
     bodies = {path: (path, b'{"text":"a","ignored":' + ignored + b"}") for path in PATHS}
     return await _refused(target, bodies)
@@ -56,7 +56,7 @@ async def large_ignored_field(target: Target) -> str:
 
 @attack()
 async def deep_nesting(target: Target) -> str:
-    """Lists and objects in each other, 100 000 deep, and a number of a million digits."""
+    """Sends lists and objects nested 100 000 deep, and a number of a million digits."""
     deep, objects = b"[" * 100_000, b'{"a":' * 100_000
     bodies = {f"lists {path}": (path, deep) for path in PATHS}
     bodies |= {f"objects {path}": (path, objects) for path in PATHS}
@@ -66,7 +66,7 @@ async def deep_nesting(target: Target) -> str:
 
 @attack()
 async def large_messages(target: Target) -> str:
-    """WebSocket messages of 15 MB: text, empty lists, nesting; 200 of 100 kB; compressed ones."""
+    """Sends WebSocket messages of 15 MB: text, empty lists, nesting, compressed; 200 of 100 kB."""
     messages = [
         '{"type":"text","text":"' + "a" * 15_000_000 + '"}',
         '{"type":"turn","text":"a","speaker":0,"x":[' + ",".join(["[]"] * 5_000_000) + "]}",
@@ -83,8 +83,8 @@ async def large_messages(target: Target) -> str:
 
 
 async def _last_message(target: Target, messages: list[str]) -> str:
-    """What the server says to messages, of which none can be done."""
-    # Compressed, 15 MB are some kB on the wire.
+    """The server's last message after messages that are all invalid."""
+    # Compressed, 15 MB are a few kB.
     async with target.socket(compression="deflate") as socket:
         with contextlib.suppress(websockets.ConnectionClosed):
             for message in messages:
@@ -101,7 +101,7 @@ async def _last_message(target: Target, messages: list[str]) -> str:
 
 @attack()
 async def compressed_bodies(target: Target) -> str:
-    """Bodies with Content-Encoding: gzip and deflate that would unpack to 100 MB."""
+    """Sends bodies with Content-Encoding gzip and deflate that unpack to 100 MB."""
     deflated = zlib.compress(b" " * 100_000_000, 9)
     gzip = zlib.compressobj(9, wbits=31)
     packed = gzip.compress(b" " * 100_000_000) + gzip.flush()
@@ -114,7 +114,7 @@ async def compressed_bodies(target: Target) -> str:
 
 @attack(floods=False)
 async def numbers_that_are_none(target: Target) -> str:
-    """NaN, Infinity, huge and negative numbers, booleans and text in numeric fields."""
+    """Sends NaN, Infinity, huge and negative numbers, booleans and text in numeric fields."""
     values = ["NaN", "Infinity", "-Infinity", "1e999", "-1", "1" + "0" * 400, "true", '"1e3"', "[]"]
     fields = ("temperature", "top_k", "seed", "speaker", "max_audio_length_ms")
     fields += ("repetition_penalty", "top_p", "min_p")
@@ -132,7 +132,7 @@ async def numbers_that_are_none(target: Target) -> str:
 
 @attack(floods=False)
 async def truncated_form(target: Target) -> str:
-    """A multipart body without its last boundary."""
+    """Sends a multipart body without its last boundary."""
     form = b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\none\r\n--x\r\n'
     form += b'Content-Disposition: form-data; name="max_audio_length_ms"\r\n\r\n160'
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
@@ -146,7 +146,7 @@ async def truncated_form(target: Target) -> str:
 
 @attack(Server.OPEN, floods=False)
 async def blank_turn(target: Target) -> str:
-    """A WebSocket turn of a space, then a sentence."""
+    """Sends a WebSocket turn of a space, then a sentence."""
     async with target.socket() as socket, asyncio.timeout(60):
         await socket.send('{"type":"session","max_audio_length_ms":400}')
         await socket.send('{"type":"turn","speaker":1,"text":" "}')

@@ -1,4 +1,4 @@
-"""A well-behaved client beside an attack, in a process and with an address of its own."""
+"""A well-behaved client beside an attack, in another process and with another address."""
 
 import asyncio
 import contextlib
@@ -12,7 +12,7 @@ import httpx
 
 from attacks.target import BYSTANDER, Target
 
-# Of a wav file, before its samples.
+# Size of a wav file's header.
 _HEAD_BYTES = 44
 _SHORT = {"text": "one", "seed": 1, "max_audio_length_ms": 400, "streaming": True}
 _PAUSE_SECONDS = 0.5
@@ -21,12 +21,12 @@ _TIMEOUT = 40.0
 
 @dataclass
 class Experience:
-    """What a bystander saw.
+    """Measurements of the bystander.
 
     Attributes:
-      probe_s: seconds of each answer of /healthz and /readyz.
+      probe_s: seconds of each response of /healthz and /readyz.
       first_s: seconds to the first samples of each short stream.
-      failures: what was not answered, or not with 200.
+      failures: requests without a response, or with another status than 200.
     """
 
     probe_s: list[float] = field(default_factory=list)
@@ -43,13 +43,13 @@ class Experience:
 
 @contextlib.contextmanager
 def watching(target: Target) -> Iterator[Experience]:
-    """Probes and speaks short texts until the block ends; it is filled in then."""
+    """Sends probes and short texts until the block ends; then the result is filled in."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     arguments = (target.url, target.headers(-1), theirs)
     process = context.Process(target=_watch, args=arguments, daemon=True)
     process.start()
-    ours.recv()  # it has begun
+    ours.recv()  # it has started
     experience = Experience()
     try:
         yield experience

@@ -1,4 +1,4 @@
-"""Connections that are held, fed by the byte, or never read from."""
+"""Connections that are idle, send single bytes, or read nothing."""
 
 import asyncio
 import contextlib
@@ -8,13 +8,13 @@ import time
 from attacks.registry import Server, attack
 from attacks.target import LONG_TEXT, BrokeError, Target, closing
 
-# More than a server should need to close a connection that does nothing.
+# A server should close an idle connection sooner than this.
 _HOLD_SECONDS = 30
 _STREAMED = {"text": LONG_TEXT, "seed": 1, "streaming": True}
 
 
 async def _open(target: Target, count: int, num_addresses: int, first: bytes = b"") -> list[tuple]:
-    """Connections from so many addresses, each of which has sent some bytes."""
+    """Opens connections from `num_addresses` addresses; each sends `first`."""
     limit = asyncio.Semaphore(100)
 
     async def one(number: int) -> tuple | None:
@@ -31,7 +31,7 @@ async def _open(target: Target, count: int, num_addresses: int, first: bytes = b
 
 
 async def _is_closed(reader: asyncio.StreamReader) -> bool:
-    """Whether the server has closed a connection, when what it sent before is read."""
+    """Whether the server has closed a connection, after reading what it sent."""
     with contextlib.suppress(TimeoutError, OSError):
         async with asyncio.timeout(0.01):
             while await reader.read(65_536):
@@ -57,13 +57,13 @@ async def _hold(target: Target, num_addresses: int, first: bytes = b"") -> str:
 
 @attack()
 async def idle_connections(target: Target) -> str:
-    """Thousands of connections from one address that send nothing."""
+    """Opens thousands of connections from one address that send nothing."""
     return await _hold(target, 1)
 
 
 @attack()
 async def idle_connections_of_many(target: Target) -> str:
-    """As many from 500 addresses, with half a head."""
+    """Opens as many from 500 addresses, which send half a head."""
     return await _hold(target, 500, b"GET /healthz HTTP/1.1\r\nHost: 127")
 
 
@@ -90,20 +90,20 @@ async def _drip(target: Target, head: bytes, count: int) -> str:
 
 @attack()
 async def dripping_heads(target: Target) -> str:
-    """300 heads that come by the byte and never end."""
+    """Sends 300 heads byte by byte, without an end."""
     return await _drip(target, b"GET /healthz HTTP/1.1\r\nX: ", 300)
 
 
 @attack()
 async def dripping_bodies(target: Target) -> str:
-    """300 bodies of 200 kB that come by the byte."""
+    """Sends 300 bodies of 200 kB byte by byte."""
     more = {"Content_Type": "application/json", "Content_Length": 200_000}
     return await _drip(target, target.head("POST", "/generate", **more), 300)
 
 
 @attack()
 async def many_requests_in_one_go(target: Target) -> str:
-    """20 000 requests to /healthz, pipelined, whose answers are not read."""
+    """Sends 20 000 pipelined requests to /healthz and reads no response."""
     _, writer = await target.connect()
     async with closing([writer]):
         writer.write(target.head("GET", "/healthz") * 20_000)
@@ -126,7 +126,7 @@ async def _stalled_readers(target: Target, count: int, read: bool) -> str:
             if read:
                 await asyncio.gather(*(_read_one(reader) for reader, _ in pairs))
             figures = await target.figures()
-            # The bystander has a row too.
+            # The bystander needs a slot too.
             if time.monotonic() > deadline - 80 and sum(figures.values()) <= 1:
                 return f"rows are free {90 - deadline + time.monotonic():.0f} s after"
     raise BrokeError(
@@ -142,19 +142,19 @@ async def _read_one(reader: asyncio.StreamReader) -> None:
 
 @attack()
 async def readers_that_never_read(target: Target) -> str:
-    """12 streams of 10 000 characters whose answers are not read."""
+    """Requests 12 streams of 10 000 characters and reads nothing."""
     return await _stalled_readers(target, 12, read=False)
 
 
 @attack()
 async def readers_of_one_byte(target: Target) -> str:
-    """12 streams of 10 000 characters, read by a byte a second."""
+    """Requests 12 streams of 10 000 characters and reads a byte a second."""
     return await _stalled_readers(target, 12, read=True)
 
 
 @attack()
 async def socket_that_never_reads(target: Target) -> str:
-    """A WebSocket that sends 200 long sentences and reads nothing."""
+    """Sends 200 long sentences over a WebSocket and reads nothing."""
     async with target.socket(max_queue=1) as socket:
         for _ in range(200):
             text = json.dumps({"type": "text", "text": LONG_TEXT[:400].replace(".", ",") + ". "})
@@ -173,7 +173,7 @@ async def socket_that_never_reads(target: Target) -> str:
 
 @attack(Server.OWN)
 async def termination(target: Target) -> str:
-    """SIGTERM beside a reader that does not read, an idle WebSocket and jobs in the queue."""
+    """Sends SIGTERM beside a client that reads nothing, an idle WebSocket and jobs in the queue."""
     body = json.dumps(_STREAMED).encode()
     more = {"Content_Type": "application/json", "Content_Length": len(body)}
     pairs = await _open(target, 2, 1, target.head("POST", "/generate", **more) + body)

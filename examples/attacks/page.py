@@ -1,4 +1,4 @@
-"""Files of the machine, read through the web page or as a recording's address."""
+"""Reading files of the machine through the web page or as the address of a recording."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ _WALKS = [
 
 @attack(floods=False)
 async def file_through_page(target: Target) -> str:
-    """Paths that lead out of the page's directory."""
+    """Requests paths outside the page's directory."""
     secret = str(target.home / "secret.txt") if target.home else "/etc/hostname"
     wanted = Path(secret).read_text().strip()
     async with target.client() as client:
@@ -40,7 +40,7 @@ async def file_through_page(target: Target) -> str:
 
 @attack()
 async def fifo_as_recording(target: Target) -> str:
-    """A FIFO and a URL as the address of a recording."""
+    """Sends a FIFO and a URL as the address of a recording."""
     with tempfile.TemporaryDirectory() as directory:
         fifo = f"{directory}/fifo"
         os.mkfifo(fifo)
@@ -53,7 +53,7 @@ async def fifo_as_recording(target: Target) -> str:
 
 
 async def _recordings_by_path(client: httpx.AsyncClient, path: str) -> None:
-    """Names a file where base64 and addresses of recordings are read."""
+    """Sends a path in the fields of recordings."""
     turn = {"prompt": "one", "audio_url": path}
     bodies = {"/generate": {"text": "one", "audio": path, "audio_text": "one"}}
     bodies["/fal-ai/csm-1b"] = {"scene": [{"text": "one"}], "context": [turn]}
@@ -66,7 +66,7 @@ async def _recordings_by_path(client: httpx.AsyncClient, path: str) -> None:
 
 @attack(Server.OPEN, floods=False)
 async def addresses_of_this_machine(target: Target) -> str:
-    """Recordings at file:, gopher:, unix: and loopback addresses, in every notation of them."""
+    """Names recordings at file:, gopher:, unix: and loopback addresses, in every notation."""
     port = target.address[1]
     hosts = ["127.0.0.1", "localhost", "2130706433", "0x7f.1", "0177.0.0.1", "[::1]", "0"]
     hosts += ["[::ffff:127.0.0.1]", "127.1", "localhost.", "127.0.0.1.", "①②⑦.⓪.⓪.①"]

@@ -1,4 +1,4 @@
-"""Requests that two readers of HTTP could read differently, and names that are paths or lines."""
+"""Requests that HTTP parsers interpret differently, and names that are paths or lines."""
 
 import asyncio
 import contextlib
@@ -22,7 +22,7 @@ _HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-ID: smuggled
 
 
 async def _answers(target: Target, request: bytes) -> bytes:
-    """All that the server says to some bytes within 3 s, or until it closes."""
+    """The server's output for some bytes within 3 s, or until it closes."""
     reader, writer = await target.connect()
     said = b""
     async with closing([writer]):
@@ -37,7 +37,7 @@ async def _answers(target: Target, request: bytes) -> bytes:
 
 @attack(floods=False)
 async def two_lengths(target: Target) -> str:
-    """Requests with two lengths, with obscure chunked coding, with odd line ends and spaces."""
+    """Sends requests with two lengths, unusual chunked coding, unusual line ends and spaces."""
     head = b"POST /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n"
     size, chunked = len(_HIDDEN), "Transfer-Encoding: chunked\r\n"
     cases = {
@@ -68,7 +68,7 @@ async def two_lengths(target: Target) -> str:
 
 @attack(floods=False)
 async def large_heads(target: Target) -> str:
-    """A line of 1 MB, 10 000 headers, other protocols on the port."""
+    """Sends a line of 1 MB, 10 000 headers, and other protocols."""
     cases = {
         "target": b"GET /" + b"a" * 1_000_000 + b" HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n",
         "header": b"GET / HTTP/1.1\r\nHost: 127.0.0.1\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
@@ -93,7 +93,7 @@ async def large_heads(target: Target) -> str:
 
 @attack(Server.OPEN, floods=False)
 async def names_that_are_paths(target: Target) -> str:
-    """Voices, files, jobs and models called ../x, absolute, encoded twice, or by odd Unicode."""
+    """Names voices, files, jobs and models ../x, absolute, encoded twice, or in unusual Unicode."""
     names = ["../x", "..\\x", "/etc/passwd", "%2e%2e%2fx", "..%252fx", "x\x00.flac", ".", "..", ""]
     names += [
         "x/../y",
@@ -131,7 +131,7 @@ async def names_that_are_paths(target: Target) -> str:
 
 @attack(floods=False)
 async def lines_into_the_log(target: Target) -> str:
-    """Line ends and escape codes in paths, ids, names and methods; 500 paths for /metrics."""
+    """Sends line ends and escape codes in paths, ids, names and methods; 500 paths for /metrics."""
     escapes = "\x1b[2J\nforged: yes\r\n\u2028\x00"
     quoted = urllib.parse.quote(escapes)
     async with target.client() as client:
@@ -158,7 +158,7 @@ async def lines_into_the_log(target: Target) -> str:
 
 @attack(floods=False)
 async def odd_texts(target: Target) -> str:
-    """Texts of lone surrogates, NUL, combining and invisible characters, in all their encodings."""
+    """Sends lone surrogates, NUL, combining and invisible characters in all encodings."""
     texts = ['"\\ud800"', '"\\u0000"', '"' + "e\\u0301" * 3000 + '"', '"\\u202e\\u200b\\ufeff"']
     texts += [
         json.dumps("\u0635\ufdfa" * 500),
@@ -190,7 +190,7 @@ async def odd_texts(target: Target) -> str:
 
 @attack(floods=False)
 async def other_methods(target: Target) -> str:
-    """X-HTTP-Method-Override, _method, ranges of ranges, Expect, and upgrades to nothing."""
+    """Sends X-HTTP-Method-Override, _method, many ranges, Expect, and unknown upgrades."""
     async with target.client() as client:
         for header in ("X-HTTP-Method-Override", "X-Method-Override", "X-HTTP-Method"):
             await client.post(f"/v1/audio/voices/{HOUSE_VOICE}", headers={header: "DELETE"})

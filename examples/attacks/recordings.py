@@ -1,4 +1,4 @@
-"""Audio files that lie about what they are."""
+"""Audio files with false headers, and rare encodings."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def _encoded(form: str, subtype: str | None = None, seconds: float = 2.0) -> byt
 
 
 def _flac_head(channels: int, rate: int, samples: int) -> bytes:
-    """A FLAC file's STREAMINFO that promises `samples`, without any."""
+    """A FLAC file whose STREAMINFO states `samples`, without any."""
     packed = (rate << 44) | ((channels - 1) << 41) | (15 << 36) | samples
     info = struct.pack(">HH", 4096, 4096) + bytes(6) + packed.to_bytes(8, "big") + bytes(16)
     return b"fLaC" + bytes([0x80]) + len(info).to_bytes(3, "big") + info
@@ -70,7 +70,7 @@ def _rare() -> dict[str, bytes]:
 
 @attack(Server.OPEN)
 async def lying_recordings(target: Target) -> str:
-    """Audio files with lying lengths, channels, rates and tags, and in rare formats."""
+    """Sends audio files with false lengths, channels, rates and tags, and in rare formats."""
     lies, spoken, bad, rare = _lies(), [], [], _rare()
     async with target.client() as client:
         for name, data in [*lies.items(), *rare.items()]:
@@ -89,7 +89,7 @@ async def lying_recordings(target: Target) -> str:
 
 @attack(floods=False)
 async def kinds_of_base64(target: Target) -> str:
-    """Recordings as base64 with spaces, line ends, other alphabets, wrong padding and odd heads."""
+    """Sends base64 with spaces, line ends, other alphabets, wrong padding and unusual prefixes."""
     good = base64.b64encode(_encoded("FLAC")).decode()
     cases = [good + "=", good[:-1], "\n".join(good[at : at + 76] for at in range(0, len(good), 76))]
     cases += [good.replace("+", "-").replace("/", "_"), f" {good}", "data:audio/flac," + good]
@@ -107,7 +107,7 @@ async def kinds_of_base64(target: Target) -> str:
 
 @attack(floods=False)
 async def hopeless_recordings(target: Target) -> str:
-    """Recordings of one sample, of silence, of amplitude 1e38, and of noise as a FLAC file."""
+    """Sends recordings of one sample, silence, an amplitude of 1e38, and noise as a FLAC file."""
 
     def wav(samples: list[float]) -> bytes:
         data = struct.pack(f"<{len(samples)}f", *samples)

@@ -1,4 +1,4 @@
-"""The attacks by name, and on which server each is run."""
+"""The attacks by name, and the kind of server of each."""
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from attacks.target import Target
 
 
 class Server(Enum):
-    """How the server is started that an attack is for."""
+    """The kind of server that an attack is for."""
 
     OPEN = "without keys"
     KEYS = "with keys of several tenants"
@@ -18,12 +18,12 @@ class Server(Enum):
 
 @dataclass(frozen=True)
 class Attack:
-    """A way to harm a server, as it is registered.
+    """A registered attack.
 
     Attributes:
       tried: one line for the report.
-      run: returns what happened; raises `BrokeError` if the attack succeeded.
-      floods: whether it uses the server up, so that the bystander's experience counts.
+      run: returns the result as text; raises `BrokeError` if the attack succeeded.
+      floods: whether it overloads the server, so that the bystander's measurements count.
     """
 
     name: str
@@ -37,7 +37,7 @@ ATTACKS: list[Attack] = []
 
 
 def attack(server: Server = Server.OPEN, floods: bool = True) -> Callable:
-    """Registers a coroutine function under its name; its docstring says what is tried."""
+    """Registers a coroutine function under its name; its docstring is the description."""
 
     def register(function: Callable[[Target], Awaitable[str]]) -> Callable:
         name, tried = function.__name__, " ".join(function.__doc__.split())

@@ -1,4 +1,4 @@
-"""Speech that takes the engine from others."""
+"""Requests that occupy the engine."""
 
 import asyncio
 import base64
@@ -20,12 +20,12 @@ from attacks.target import (
     count_statuses,
 )
 
-# A gap of that length is heard.
+# A gap of this length is audible.
 _GAP_SECONDS = 1.0
 
 
 def quiet_recording(seconds: float, rate: int = 24_000) -> bytes:
-    """A FLAC file of some kB that is long and not silent."""
+    """A long FLAC file of a few kB that is not silent."""
     import numpy as np
     import soundfile
 
@@ -38,7 +38,7 @@ def quiet_recording(seconds: float, rate: int = 24_000) -> bytes:
 
 @attack()
 async def context_flood(target: Target) -> str:
-    """Five POST /fal-ai/csm-1b with 64 recordings of 59 s each; the clients leave after 20 s."""
+    """Sends five scenes with 64 recordings of 59 s each; the clients disconnect after 20 s."""
     uri = "data:audio/flac;base64," + base64.b64encode(quiet_recording(59)).decode()
     context = [{"prompt": "one", "audio_url": uri}] * 64
     body = json.dumps({"scene": [{"text": "one"}], "context": context}).encode()
@@ -60,7 +60,7 @@ async def context_flood(target: Target) -> str:
 
 @attack()
 async def turns_flood(target: Target) -> str:
-    """Eight WebSockets that send 20 turns of 59 s each, and leave."""
+    """Opens eight WebSockets that send 20 turns of 59 s each, and disconnect."""
     audio = base64.b64encode(quiet_recording(59)).decode()
     turn = json.dumps({"type": "turn", "speaker": 0, "text": "one", "audio": audio})
 
@@ -78,7 +78,7 @@ async def turns_flood(target: Target) -> str:
 
 @attack()
 async def first_long_text(target: Target) -> str:
-    """The first long text in a voice, beside a stream whose longest gap is measured."""
+    """Sends a first long text in a voice beside a stream whose longest gap is measured."""
     async with target.client() as client, target.client(address=BYSTANDER) as other:
         listening = asyncio.create_task(_longest_gap(other))
         await asyncio.sleep(1)
@@ -95,7 +95,7 @@ async def first_long_text(target: Target) -> str:
 
 
 async def _longest_gap(client: httpx.AsyncClient) -> float:
-    """Between two pieces of a long stream, and not counting what was sent ahead of its time."""
+    """The longest gap in the playback of a long stream; audio that was sent early counts."""
     gap, ahead, last = 0.0, 0.0, None
     body = {"text": LONG_TEXT[:1500], "streaming": True, "seed": 2, "max_audio_length_ms": 60_000}
     with contextlib.suppress(TimeoutError):
@@ -112,7 +112,7 @@ async def _longest_gap(client: httpx.AsyncClient) -> float:
 
 @attack()
 async def long_texts(target: Target) -> str:
-    """24 texts of 10 000 characters from one address; the bystander is the newcomer."""
+    """Sends 24 texts of 10 000 characters from one address, beside the bystander."""
     async with target.client() as client:
         tasks = [
             asyncio.create_task(client.post("/generate", json={"text": LONG_TEXT, "seed": seed}))
@@ -128,7 +128,7 @@ async def long_texts(target: Target) -> str:
 
 @attack()
 async def short_texts_of_one(target: Target) -> str:
-    """300 short texts at once from one address."""
+    """Sends 300 short texts at once from one address."""
     async with target.client() as client:
         body = {"text": "one two three", "max_audio_length_ms": 2000}
 
@@ -143,7 +143,7 @@ async def short_texts_of_one(target: Target) -> str:
 
 @attack()
 async def jobs_that_are_cancelled(target: Target) -> str:
-    """200 jobs in fal's queue, each cancelled at once; 200 more, cancelled 5 s later."""
+    """Adds 200 jobs to fal's queue, each cancelled at once; 200 more, cancelled 5 s later."""
     scene = {"scene": [{"text": LONG_TEXT[:2000]}] * 4}
     statuses, waiting = [], []
     async with target.client() as client:
@@ -166,7 +166,7 @@ async def _cancel_all(client: httpx.AsyncClient, jobs: list[str]) -> None:
 
 @attack()
 async def cancel_flood(target: Target) -> str:
-    """A WebSocket that says a sentence and cancels it, 1000 times."""
+    """Sends and cancels a sentence 1000 times on one WebSocket."""
     async with target.socket() as socket:
         reading = asyncio.create_task(_count(socket))
         for _ in range(1000):
@@ -179,7 +179,7 @@ async def cancel_flood(target: Target) -> str:
 
 @attack()
 async def message_flood(target: Target) -> str:
-    """20 WebSockets that send 3000 small messages each as fast as they can."""
+    """Opens 20 WebSockets that send 3000 small messages each as fast as possible."""
     message = '{"type":"session","temperature":0.5}'
 
     async def flood() -> int:
@@ -200,7 +200,7 @@ async def message_flood(target: Target) -> str:
 
 @attack()
 async def followers(target: Target) -> str:
-    """400 clients that follow the status of a job as a stream of events."""
+    """Opens 400 event streams of the status of a job."""
     async with target.client() as client:
         scene = {"scene": [{"text": LONG_TEXT[:4000]}] * 4}
         jobs = [await client.post("/queue/fal-ai/csm-1b", json=scene) for _ in range(20)]
@@ -225,7 +225,7 @@ async def _count(socket: object) -> None:
 
 @attack(Server.LIMITED, floods=False)
 async def socket_under_a_rate(target: Target) -> str:
-    """150 utterances on one WebSocket where 60 requests a minute are allowed."""
+    """Sends 150 utterances on one WebSocket where 60 requests a minute are allowed."""
     done, refused = 0, 0
     async with target.socket() as socket:
         await socket.send('{"type":"session","max_audio_length_ms":160}')
@@ -245,7 +245,7 @@ async def socket_under_a_rate(target: Target) -> str:
 
 @attack(Server.LIMITED, floods=False)
 async def forwarded_for(target: Target) -> str:
-    """200 requests, each with another X-Forwarded-For, where 60 a minute are allowed."""
+    """Sends 200 requests, each with another X-Forwarded-For, where 60 a minute are allowed."""
     statuses = []
     async with target.client() as client:
         for number in range(200):

@@ -1,4 +1,4 @@
-"""The server that is attacked: its address, its process, and what it tells of itself."""
+"""The attacked server: its address, its process and its metrics."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,18 @@ from urllib.parse import urlsplit
 import httpx
 import websockets
 
-# All of 127.0.0.0/8 is this machine: the attacker and the bystander have addresses of their own.
+# All of 127.0.0.0/8 is this machine: the attacker and the bystander have different addresses.
 ATTACKER = "127.0.0.1"
 BYSTANDER = "127.0.0.2"
 READY_SECONDS = 600
-# Files that a process may have open on most systems, if it asks for no more.
+# The usual default limit of open files of a process.
 _USUAL_FILES = 1024
-# What a server needs to forget clients that have left.
+# Time for a server to end the work for clients that have disconnected.
 SETTLE_SECONDS = 30
-# A preset of the server: every tenant can use it, and none can change it.
+# A preset of the server: every tenant can use it, and none may change it.
 HOUSE_VOICE = "house"
 # Written to a file that no client may read.
-SECRET = "what only the operator may read"  # noqa: S105, it is no password
+SECRET = "what only the operator may read"  # noqa: S105, it is not a password
 JSON_TYPE = {"Content-Type": "application/json"}
 # Nearly 10 000 characters.
 LONG_TEXT = " ".join(["one two three four five six seven."] * 250)
@@ -46,13 +46,13 @@ class Target:
     """A running server.
 
     Attributes:
-      url: without a slash at its end.
-      pid: of its process, for memory and connections; None if it is not known.
-      keys: of two tenants and of the bystander; none if the server has no keys.
-      home: the directory of a server that this program has started: `secret.txt` has `SECRET` in
-        it, `log` is what the server writes, `data` is its --data.
-      process: of such a server.
-      num_idle: how many connections without a request an attack holds open.
+      url: its address, without a slash at the end.
+      pid: its process, for memory and connections; None if unknown.
+      keys: keys of two tenants and of the bystander; empty if the server has no keys.
+      home: the directory of a server that this program has started: `secret.txt` contains `SECRET`,
+        `log` is the server's output, `data` is its --data.
+      process: the process of such a server.
+      num_idle: number of idle connections that an attack opens.
     """
 
     url: str
@@ -87,7 +87,7 @@ class Target:
         return websockets.connect(self.socket_url, **more)
 
     async def connect(self, address: str = ATTACKER) -> tuple:
-        """A reader and a writer of a bare connection, whose receive buffer is small."""
+        """Opens a raw connection with a small receive buffer; returns its reader and writer."""
         raw = socket.socket()
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         raw.setblocking(False)
@@ -97,14 +97,14 @@ class Target:
         return await asyncio.open_connection(sock=raw)
 
     def head(self, method: str, path: str, **headers: object) -> bytes:
-        """The head of a request by HTTP/1.1."""
+        """The head of an HTTP/1.1 request."""
         given = {"Host": "{}:{}".format(*self.address), **self.headers(), **headers}
         lines = [f"{method} {path} HTTP/1.1"]
         lines += [f"{name.replace('_', '-')}: {value}" for name, value in given.items()]
         return "\r\n".join([*lines, "", ""]).encode()
 
     def memory_mb(self) -> float | None:
-        """Of the server, resident."""
+        """Resident memory of the server in MB."""
         if self.pid is None:
             return None
         with contextlib.suppress(OSError):
@@ -121,14 +121,14 @@ class Target:
         )
 
     async def figures(self) -> dict[str, float]:
-        """Rows that speak and requests that wait, as /metrics tells."""
+        """Running and waiting requests, from /metrics."""
         async with self.client(address=BYSTANDER, tenant=-1) as client:
             text = (await client.get("/metrics")).text
         found = dict(re.findall(r"^csm_(batch_occupancy|queue_length) (\S+)$", text, re.M))
         return {name: float(value) for name, value in found.items()}
 
     async def wait_until_idle(self, seconds: float) -> dict[str, float]:
-        """The figures, when nothing is spoken any more, or after so many seconds."""
+        """Waits until no request is running, at most `seconds`; returns the figures."""
         deadline = time.monotonic() + seconds
         while any((figures := await self.figures()).values()) and time.monotonic() < deadline:
             await asyncio.sleep(0.5)
@@ -142,7 +142,7 @@ def check_loopback(url: str) -> None:
     """Raises `ValueError` unless the host of a URL is an address of this machine."""
     host = urlsplit(url).hostname or ""
     with contextlib.suppress(ValueError):
-        # By IPv4: the attacker and the bystander use addresses of 127.0.0.0/8.
+        # Only IPv4: the attacker and the bystander use addresses of 127.0.0.0/8.
         is_own = ipaddress.IPv4Address(host).is_loopback
         if is_own and urlsplit(url).scheme == "http":
             return
@@ -153,7 +153,7 @@ def check_loopback(url: str) -> None:
 
 @contextlib.contextmanager
 def start(home: Path, *more: str, num_keys: int = 0, wait: bool = True) -> Iterator[Target]:
-    """Runs a server with the demo checkpoint and directories of its own below `home`."""
+    """Runs a server with the demo checkpoint and its directories below `home`."""
     home.mkdir()
     (home / "secret.txt").write_text(SECRET)
     voices = home / "voices"
@@ -171,7 +171,7 @@ def start(home: Path, *more: str, num_keys: int = 0, wait: bool = True) -> Itera
     environment = os.environ | {"CSM_JAX_WEBHOOK_SECRET": SECRET}
     with (home / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
-    # This program has raised its own; a server starts with what systems give.
+    # This program has raised its own limit; a server starts with the usual one.
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.prlimit(process.pid, resource.RLIMIT_NOFILE, (min(_USUAL_FILES, hard), hard))
     target = Target(f"http://127.0.0.1:{port}", process.pid, keys, home, process)
@@ -205,7 +205,7 @@ def _wait_until_up(target: Target, path: str) -> None:
 
 
 def count_statuses(statuses: list[int | str]) -> str:
-    """How often each status occurs."""
+    """The statuses with the number of their occurrences."""
     return ", ".join(f"{kind}: {statuses.count(kind)}" for kind in sorted(set(statuses)))
 
 
@@ -223,7 +223,7 @@ async def add_voice(
 
 @contextlib.asynccontextmanager
 async def closing(writers: list[asyncio.StreamWriter]) -> AsyncIterator[None]:
-    """Closes connections at the end, however it comes."""
+    """Closes connections at the end, also after an error."""
     try:
         yield
     finally:

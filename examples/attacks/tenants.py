@@ -1,4 +1,4 @@
-"""One tenant that takes what the others need: queues, rows, connections, storage."""
+"""One tenant that occupies queues, slots, connections and storage."""
 
 import asyncio
 import contextlib
@@ -19,7 +19,7 @@ _PATIENCE_SECONDS = 20
 
 @attack(Server.KEYS)
 async def jobs_of_one_tenant(target: Target) -> str:
-    """200 jobs of four long lines by one tenant; another's short job comes next."""
+    """Adds 200 jobs of four long lines by one tenant, then another's short job."""
     async with target.client(0) as greedy, target.client(1) as other:
         statuses, jobs = [], []
         for _ in range(200):
@@ -35,7 +35,7 @@ async def jobs_of_one_tenant(target: Target) -> str:
 
 
 async def _job(client: httpx.AsyncClient) -> float:
-    """Seconds until a short job is over."""
+    """Seconds until a short job has ended."""
     started = time.monotonic()
     answer = await client.post("/queue/fal-ai/csm-1b", json=_SHORT)
     if not answer.is_success:
@@ -48,7 +48,7 @@ async def _job(client: httpx.AsyncClient) -> float:
 async def _wait(
     client: httpx.AsyncClient, path: str, is_over: Callable[[str], bool], what: str
 ) -> float:
-    """Seconds until the status at a path says that it is over; another tenant waits for it."""
+    """Seconds until the status at a path is final, for another tenant."""
     started = time.monotonic()
     while not is_over((await client.get(path)).json()["status"]):
         if time.monotonic() > started + _PATIENCE_SECONDS:
@@ -59,7 +59,7 @@ async def _wait(
 
 @attack(Server.KEYS)
 async def voices_of_one_tenant(target: Target) -> str:
-    """80 voices of 20 s by one tenant; then one of another tenant."""
+    """Adds 80 voices of 20 s by one tenant, then one of another tenant."""
     audio = quiet_recording(20)
     statuses, names = [], [f"flood{number}" for number in range(80)]
     async with target.client(0) as greedy, target.client(1) as other:
@@ -79,7 +79,7 @@ async def voices_of_one_tenant(target: Target) -> str:
 
 @attack(Server.KEYS)
 async def batches_of_one_tenant(target: Target) -> str:
-    """Files of 50 000 lines and batches of them until they are refused; another's batch of one."""
+    """Adds files and batches of 50 000 lines until one is refused, then another's batch of one."""
     body = {"model": "csm-1b", "input": "one", "voice": "0", "max_audio_length_ms": 160}
     line = {"method": "POST", "url": "/v1/audio/speech", "body": body}
     many = b"\n".join(
@@ -106,7 +106,7 @@ async def batches_of_one_tenant(target: Target) -> str:
 
 
 async def _batch(client: httpx.AsyncClient, lines: bytes) -> tuple[int, str | None]:
-    """The status of a new batch, and its name."""
+    """Adds a batch; returns the status of the response and its name."""
     file = {"file": ("a.jsonl", lines)}
     answer = await client.post("/v1/files", data={"purpose": "batch"}, files=file)
     if not answer.is_success:
@@ -119,7 +119,7 @@ async def _batch(client: httpx.AsyncClient, lines: bytes) -> tuple[int, str | No
 
 @attack(Server.KEYS)
 async def sockets_of_one_tenant(target: Target) -> str:
-    """1000 WebSockets of one tenant from ten addresses, each with a sentence."""
+    """Opens 1000 WebSockets of one tenant from ten addresses, each with a sentence."""
     sockets = []
 
     async def one(number: int) -> None:
@@ -143,7 +143,7 @@ async def sockets_of_one_tenant(target: Target) -> str:
 
 @attack(Server.KEYS, floods=False)
 async def webhooks_of_one_tenant(target: Target) -> str:
-    """150 webhooks of one tenant to addresses that are refused; then another tenant's."""
+    """Requests 150 webhooks of one tenant to refused addresses, then another tenant's."""
     body = {"text": "one", "max_audio_length_ms": 160, "webhook": "http://127.0.0.1:9/"}
     path, statuses = "/v1/inference/sesame/csm-1b", []
     async with target.client(0) as greedy, target.client(1) as other:

@@ -1,9 +1,9 @@
-"""A Hugging Face Space: two speakers with a prompt each, and a conversation that they speak.
+"""A Hugging Face Space: a conversation of two speakers, each with a voice prompt.
 
     pip install -r requirements.txt && python app.py
 
-It is a client of the library, with no server of its own besides gradio's, and for one tenant: its
-README says what that means. CSM_CHECKPOINT names the model.
+The app uses the library inside gradio's server and is for one tenant; its README says what that
+means. CSM_CHECKPOINT names the model.
 """
 
 import os
@@ -36,13 +36,13 @@ or to misinform, or for anything illegal or harmful. Do not pass its speech off 
 
 
 def default_checkpoint() -> str:
-    """CSM_CHECKPOINT; else Sesame's model where there is a token for it, or the bundled demo."""
+    """CSM_CHECKPOINT; else Sesame's model if there is a token, or the bundled demo."""
     default = "sesame/csm-1b" if os.environ.get("HF_TOKEN") else "demo"
     return os.environ.get("CSM_CHECKPOINT", default)
 
 
 def read_prompts(checkpoint: str) -> dict[str, VoiceFile]:
-    """The recordings that come with a checkpoint, by name."""
+    """The preset voices of a checkpoint, by name."""
     directories = find_presets(checkpoint, find_directory(checkpoint))
     files = [file for each in directories for file in read_voices(each, Limits())]
     return {file.name: file for file in files}
@@ -57,7 +57,7 @@ class Space:
         self.prompts = read_prompts(checkpoint)
 
     def build(self) -> gr.Blocks:
-        """The page. It is to be started by `launch`, after which gradio checks paths of files."""
+        """Builds the page. Start it with `launch`: only then gradio checks paths of files."""
         with gr.Blocks(title="CSM in JAX", delete_cache=(600, 600)) as demo:
             gr.Markdown(f"# CSM in JAX\n{TERMS}")
             with gr.Row():
@@ -72,7 +72,7 @@ class Space:
         return demo.queue(max_size=16)
 
     def speak(self, text: str, seed: int, *voices) -> Iterator[tuple[int, np.ndarray]]:
-        """Speaks line after line, and yields all that has been spoken after each."""
+        """Generates line after line; yields all audio so far after each."""
         try:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             if not lines or len(lines) > MAX_LINES:
@@ -89,7 +89,7 @@ class Space:
             raise gr.Error(first_line(error), print_exception=False) from error
 
     def _speaker_inputs(self, number: int) -> list[gr.components.Component]:
-        """A prompt of the model, or a recording and what is said in it."""
+        """Inputs of a speaker: a preset of the model, or a recording and its transcript."""
         names = list(self.prompts)
         chosen = names[number % len(names)] if names else NONE
         with gr.Column(), gr.Group():
@@ -97,7 +97,7 @@ class Space:
                 [*names, OWN, NONE], value=chosen, label=f"Speaker {SPEAKERS[number]}"
             )
             recording = gr.Audio(type="filepath", label="My recording")
-            transcript = gr.Textbox(label="What is said in my recording")
+            transcript = gr.Textbox(label="Transcript of my recording")
         return [prompt, recording, transcript]
 
     def _prompt_turns(self, voices: tuple) -> list[csm_jax.Segment]:
@@ -116,7 +116,7 @@ class Space:
         if prompt := self.prompts.get(name):
             return csm_jax.Segment(speaker, prompt.text, prompt.audio)
         if not recording or not (transcript or "").strip():
-            message = f"Speaker {SPEAKERS[speaker]} needs a recording, and what is said in it."
+            message = f"Speaker {SPEAKERS[speaker]} needs a recording and its transcript."
             raise gr.Error(message)
         audio = decode_recording(Path(recording).read_bytes(), Limits())
         return csm_jax.Segment(speaker, transcript, audio)
