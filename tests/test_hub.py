@@ -197,7 +197,7 @@ def test_voices_of_a_repository(hub, run, tmp_path):
     code = """
         import sys
         from pathlib import Path
-        from csm_jax.serve.presets import find_presets
+        from csm_jax.serve.voices.presets import find_presets
         for directory in find_presets(sys.argv[1], Path(sys.argv[2])):
             print("presets:", directory)
     """

@@ -67,7 +67,7 @@ def define_flags(values: flags.FlagValues) -> None:
 def main(values: flags.FlagValues) -> None:
     try:
         from csm_jax.serve.app import load_app
-        from csm_jax.serve.transport import BACKLOG, make_server
+        from csm_jax.serve.transport.server import BACKLOG, make_server
     except ImportError as error:
         message = f"{error.name} is missing: pip install 'csm-jax[serve]'"
         raise CSMError(message) from error
@@ -158,7 +158,7 @@ def _keys(values: flags.FlagValues) -> tuple[str, ...]:
 
     Otherwise a mistake in it would make a server that needs no key.
     """
-    from csm_jax.serve.middleware.keys import parse_keys, read_keys
+    from csm_jax.serve.middleware.authentication import parse_keys, read_keys
 
     lines: list[str] = []
     # The empty string is what Docker Compose makes of a variable that is not set.
@@ -182,8 +182,8 @@ def _some_keys(lines: list[str], source: str) -> list[str]:
 
 def _check(values: flags.FlagValues) -> None:
     """What can be said before the model is loaded."""
-    from csm_jax.serve.addresses import check_proxies
-    from csm_jax.serve.middleware.hosts import check_names, check_origins
+    from csm_jax.serve.middleware.host_and_origin import check_names, check_origins
+    from csm_jax.serve.network.addresses import check_proxies
 
     checks = {"allowed_hosts": check_names, "cors_origins": check_origins}
     for name, check in (checks | {"trusted_proxies": check_proxies}).items():

@@ -13,26 +13,30 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from csm_jax.errors import InputError
 from csm_jax.generator import Generator, load
 from csm_jax.loading import find_directory
-from csm_jax.serve import (
+from csm_jax.serve import errors
+from csm_jax.serve.api import (
     batches,
     deepinfra,
-    errors,
     fal,
     health,
     openai,
     page,
     parsing,
     realtime,
-    voice_routes,
     voxserve,
 )
-from csm_jax.serve.middleware import bodies, head, hosts, keys, redaction, responses
-from csm_jax.serve.middleware.headers import SecurityHeaders
-from csm_jax.serve.middleware.log import RequestLog
-from csm_jax.serve.presets import find_presets
+from csm_jax.serve.api import voices as voice_routes
+from csm_jax.serve.middleware import authentication as keys
+from csm_jax.serve.middleware import body_limits as bodies
+from csm_jax.serve.middleware import head, redaction
+from csm_jax.serve.middleware import host_and_origin as hosts
+from csm_jax.serve.middleware import response_limits as responses
+from csm_jax.serve.middleware.request_log import RequestLog
+from csm_jax.serve.middleware.security_headers import SecurityHeaders
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
+from csm_jax.serve.voices.presets import find_presets
 
 DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
 one engine. Do not use it to impersonate people without their consent, to deceive, or for anything

@@ -19,23 +19,23 @@ from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, Turn
 from csm_jax.request import Notice, Request
-from csm_jax.serve.caller import INTERNAL, Caller
+from csm_jax.serve.admission.caller import INTERNAL, Caller
+from csm_jax.serve.admission.concurrency import Place, Places, Sockets
+from csm_jax.serve.admission.rate_limits import Quotas
+from csm_jax.serve.admission.read_pace import Readers
+from csm_jax.serve.admission.thread_pools import FairPool
 from csm_jax.serve.deadline import Deadline
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.jobs import Jobs
-from csm_jax.serve.live import Live
+from csm_jax.serve.jobs.runner import Jobs
+from csm_jax.serve.jobs.webhooks import Webhooks
 from csm_jax.serve.metrics import Metrics
-from csm_jax.serve.middleware.keys import Key, parse_keys
-from csm_jax.serve.outgoing import Outgoing
-from csm_jax.serve.places import Place, Places, Sockets
-from csm_jax.serve.pool import FairPool
-from csm_jax.serve.quotas import Quotas
-from csm_jax.serve.readers import Readers
+from csm_jax.serve.middleware.authentication import Key, parse_keys
+from csm_jax.serve.network.outbound_http import Outgoing
 from csm_jax.serve.settings import Settings
+from csm_jax.serve.speech_stream import Live
 from csm_jax.serve.store import Store
-from csm_jax.serve.voice_files import MAX_SPEAKER
-from csm_jax.serve.voices import Voice, Voices
-from csm_jax.serve.webhook import Webhooks
+from csm_jax.serve.voices.files import MAX_SPEAKER
+from csm_jax.serve.voices.registry import Voice, Voices
 from csm_jax.text import needed_seconds
 from csm_jax.ticket import Ticket
 

@@ -18,10 +18,10 @@ import numpy as np
 import csm_jax
 from csm_jax.errors import CSMError, first_line
 from csm_jax.loading import find_directory
-from csm_jax.serve.presets import find_presets
+from csm_jax.serve.audio.decoding import decode_recording
 from csm_jax.serve.settings import Limits
-from csm_jax.serve.uploads import decode_recording
-from csm_jax.serve.voice_files import VoiceFile, read_voices
+from csm_jax.serve.voices.files import VoiceFile, read_voices
+from csm_jax.serve.voices.presets import find_presets
 
 SPEAKERS = ("A", "B")
 OWN, NONE = "My recording", "None"

@@ -17,7 +17,7 @@ from csm_jax.loading import BUNDLED
 from csm_jax.serve.app import create_app
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
-from csm_jax.serve.transport import make_server
+from csm_jax.serve.transport.server import make_server
 
 PRESETS = [Path(BUNDLED["demo"]) / "prompts"]
 # Shapes that are compiled once for all tests.

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
-from csm_jax.serve.caller import caller_of
+from csm_jax.serve.admission.caller import caller_of
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:

@@ -3,7 +3,7 @@
 import sqlite3
 from collections.abc import AsyncIterable
 
-from csm_jax.serve.caller import Caller
+from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.store import Store
 from csm_jax.serve.store.batches import BatchRow, NewLine
 

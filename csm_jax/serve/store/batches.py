@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Collection, Sequence
 from typing import NamedTuple
 
-from csm_jax.serve.caller import Caller
+from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.store.blobs import Blob
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota, check_count

@@ -3,7 +3,7 @@
 import sqlite3
 from typing import Any, NamedTuple
 
-from csm_jax.serve.caller import Caller
+from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota
 

@@ -1,0 +1,170 @@
+"""DeepInfra's API: `POST /v1/inference/sesame/csm-1b`.
+
+curl localhost:8000/v1/inference/sesame/csm-1b -F text="Hello." -F response_format=mp3
+"""
+
+import base64
+import time
+from typing import Any, Literal
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from csm_jax.request import Request
+from csm_jax.serve.admission.caller import Caller, caller_of
+from csm_jax.serve.api.context import GivenTurn, read_turn
+from csm_jax.serve.api.parsing import describe, read_fields
+from csm_jax.serve.api.responses import PlacedResponse, speak_whole, unless_gone
+from csm_jax.serve.api.schemas import Options, Recording, Text, make_named_request, make_request
+from csm_jax.serve.audio.encoding import FORMATS
+from csm_jax.serve.jobs.runner import Job, Kind
+from csm_jax.serve.middleware.request_log import request_id
+from csm_jax.serve.service import Service
+
+PATH = "/v1/inference/sesame/csm-1b"
+PRESETS = ["conversational_a", "conversational_b", *(f"read_speech_{x}" for x in "abcd")]
+NO_PRESET = "none"
+_KIND = "deepinfra"
+
+
+class Inference(Options):
+    """The fields of DeepInfra's API; any voice of the server is a preset too."""
+
+    text: Text
+    response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
+    preset_voice: str = Field(PRESETS[0], max_length=64)
+    temperature: float | None = Field(0.9, ge=0, le=5)
+    max_audio_length_ms: float | None = Field(10_000, ge=80, le=86_400_000)
+    speaker_audio: Recording | None = Field(
+        None, description="a voice to speak in: a file, or base64 in JSON"
+    )
+    speaker_transcript: str | None = Field(None, description="what is said in it")
+    webhook: str | None = Field(None, max_length=2048, description="where the answer is posted")
+
+
+class QueuedInference(BaseModel):
+    """A request in the queue: `name` is its id."""
+
+    name: str
+    fields: Inference
+
+
+class InferenceStatus(BaseModel):
+    status: Literal["queued", "succeeded", "failed"]
+    runtime_ms: int = 0
+    cost: float = 0.0
+    tokens_generated: int = Field(0, description="frames of 80 ms")
+    tokens_input: int = Field(0, description="of the text")
+
+
+class Answer(BaseModel):
+    audio: str | None = Field(None, description="a data: URI")
+    input_character_length: int
+    output_format: str
+    words: list[Any] = Field([], description="always empty: the model aligns no words")
+    request_id: str
+    inference_status: InferenceStatus
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["DeepInfra"])
+
+    async def work(job: Job, body: str) -> dict[str, Any]:
+        queued = await service.work(job.caller, QueuedInference.model_validate_json, body)
+        with await service.admit(job.caller, wait=True):
+            answer = await _speak(service, job.caller, queued.fields, queued.name)
+        return answer.model_dump()
+
+    service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
+
+    body = describe(Inference, forms=True)
+
+    @routes.post(
+        PATH, openapi_extra=body, response_model=Answer, responses={202: {"model": Answer}}
+    )
+    async def inference(http: HTTPRequest) -> Response:
+        fields = await read_fields(http, Inference, recordings=True, forms=True)
+        if fields.webhook:
+            return await _answer_later(service, caller_of(http), fields)
+        return await unless_gone(http, _respond(service, caller_of(http), fields))
+
+    return routes
+
+
+async def _respond(service: Service, caller: Caller, fields: Inference) -> PlacedResponse:
+    with await service.admit(caller) as place:
+        answer = await _speak(service, caller, fields, request_id())
+        content = await service.work(caller, answer.model_dump_json)
+        return PlacedResponse(place, content, media_type="application/json")
+
+
+async def _speak(service: Service, caller: Caller, fields: Inference, name: str) -> Answer:
+    """The answer to a request that has a place."""
+    request = await _request(service, caller, fields)
+    started = time.perf_counter()
+    spoken = await speak_whole(service, caller, request, fields.response_format)
+    audio = await service.work(caller, _data_uri, spoken.data, fields.response_format)
+    return Answer(
+        audio=audio,
+        input_character_length=len(fields.text),
+        output_format=fields.response_format,
+        request_id=name,
+        inference_status=InferenceStatus(
+            status="succeeded",
+            runtime_ms=round(1000 * (time.perf_counter() - started)),
+            tokens_generated=spoken.live.num_frames,
+            tokens_input=spoken.live.num_tokens,
+        ),
+    )
+
+
+async def _answer_later(service: Service, caller: Caller, fields: Inference) -> JSONResponse:
+    """Says at once that it is queued; the answer goes to the webhook."""
+    service.webhooks.check(fields.webhook, caller)
+    name = request_id()
+    body = await service.work(caller, _queued, name, fields)
+    await service.jobs.submit(caller, _KIND, body, fields.webhook)
+    return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+
+
+def _data_uri(data: bytes, form: str) -> str:
+    return f"data:{FORMATS[form].media_type};base64,{base64.b64encode(data).decode()}"
+
+
+def _queued(name: str, fields: Inference) -> str:
+    """The body of a job, from which it is run."""
+    if isinstance(fields.speaker_audio, bytes):
+        audio = base64.b64encode(fields.speaker_audio).decode()
+        fields = fields.model_copy(update={"speaker_audio": audio})
+    return QueuedInference(name=name, fields=fields).model_dump_json()
+
+
+def _posted(job: Job, body: str) -> dict[str, Any]:
+    """The body that a job's webhook gets."""
+    if job.result is not None:
+        return job.result
+    queued = QueuedInference.model_validate_json(body)
+    failed = _without_audio(queued.fields, queued.name, "failed").model_dump()
+    return failed | (job.error.body if job.error else {})
+
+
+def _without_audio(fields: Inference, name: str, status: str) -> Answer:
+    return Answer(
+        input_character_length=len(fields.text),
+        output_format=fields.response_format,
+        request_id=name,
+        inference_status=InferenceStatus(status=status),
+    )
+
+
+async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
+    if fields.speaker_audio is not None:
+        turn = GivenTurn(0, fields.speaker_transcript or "", fields.speaker_audio)
+        names = "speaker_audio", "speaker_transcript"
+        context = await read_turn(service, caller, turn, *names)
+        return make_request(service, fields.text, 0, fields, context.turns)
+    if fields.preset_voice == NO_PRESET:
+        return make_request(service, fields.text, 0, fields)
+    return make_named_request(service, caller, fields.text, fields.preset_voice, PRESETS, fields)

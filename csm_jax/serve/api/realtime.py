@@ -1,0 +1,384 @@
+"""A conversation over a WebSocket, `/v1/realtime`: text goes in, PCM comes out.
+
+The client sends JSON, one object a message:
+
+    {"type": "session", "voice": "slt", "speaker": 0, "temperature": 0.7, ...}   for what follows
+    {"type": "text", "text": "Hello, my na"}       what is to be said, also word by word
+    {"type": "flush"}                               say what has come, though no sentence ended
+    {"type": "say", "text": "Hello. It's me.", "speaker": 1, "seed": 5, ...}     a whole turn
+    {"type": "turn", "speaker": 1, "text": "...", "audio": "<base64>"}    what the user said
+    {"type": "cancel"}                              stop speaking now, and forget what waits
+
+The server sends the speech as binary messages, 16-bit little-endian mono at 24 kHz, between
+
+    {"type": "started", "id": 1, "text": "Hello, my name is Anna."}
+    {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": ""}
+
+and {"type": "session", ...} for what was set, {"type": "turn", "turns": 3} for an added turn,
+{"type": "cancelled"} when it is silent, {"type": "error", "message": ...} for what was wrong, with
+the `id` of what was not spoken; after that the conversation goes on. Every turn is
+context for those after it; of a cancelled one, the part that had been sent.
+
+`text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order in which
+they came. The fields of a session are optional; `"voice": null` is no voice. A `say` has the same
+fields, which hold for that turn only.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field, TypeAdapter
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from csm_jax.audio import to_pcm
+from csm_jax.errors import CancelledError, CSMError
+from csm_jax.prompt import Segment, Turn, check_text
+from csm_jax.serve.admission.caller import caller_of
+from csm_jax.serve.api.parsing import parse_json
+from csm_jax.serve.api.schemas import (
+    Options,
+    Speaker,
+    Text,
+    check_length,
+    make_request,
+    read_recording,
+)
+from csm_jax.serve.api.websocket import converse, held_messages
+from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_api_error
+from csm_jax.serve.service import Service
+from csm_jax.serve.speech_stream import Live
+from csm_jax.serve.voices.registry import Voice, Voices
+from csm_jax.text import Sentences
+
+# Sentences that may wait to be spoken, and their characters together.
+MAX_WAITING = 256
+MAX_WAITING_CHARACTERS = 100_000
+# Bytes of the reason of a WebSocket close.
+MAX_REASON = 120
+
+
+class Change(Options):
+    """What is left out stays as it is."""
+
+    voice: str | None = Field(None, max_length=64)
+    speaker: Speaker | None = None
+
+
+class SetSession(Change):
+    type: Literal["session"]
+
+
+class Say(Change):
+    type: Literal["say"]
+    text: Text
+
+
+class AddText(BaseModel):
+    type: Literal["text"]
+    text: str
+
+
+class Flush(BaseModel):
+    type: Literal["flush"]
+
+
+class AddTurn(BaseModel):
+    type: Literal["turn"]
+    speaker: Speaker
+    text: Text
+    audio: str | None = Field(None, description="base64")
+
+
+class Cancel(BaseModel):
+    type: Literal["cancel"]
+
+
+_MESSAGE = TypeAdapter(
+    Annotated[SetSession | AddText | Flush | Say | AddTurn | Cancel, Field(discriminator="type")]
+)
+
+
+@dataclass(frozen=True)
+class Manner:
+    """The voice and the sampling of utterances."""
+
+    options: Options = field(default_factory=Options)
+    voice: Voice | None = None
+    speaker: int = 0
+
+    def changed(self, change: Change, voices: Voices, owner: str) -> "Manner":
+        """This manner with the fields of `change` that are set. Raises `InputError`."""
+        voice, speaker = self.voice, self.speaker
+        if change.voice is not None:
+            voice = voices.find(change.voice, owner)
+            speaker = voice.speaker
+        elif "voice" in change.model_fields_set:
+            voice = None
+        given = change.model_dump(include=set(Options.model_fields), exclude_none=True)
+        options = self.options.model_copy(update=given)
+        return Manner(options, voice, speaker if change.speaker is None else change.speaker)
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """What waits to be spoken."""
+
+    id: int
+    text: str
+    manner: Manner
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["Conversation"])
+    limits = service.settings.limits
+    held = held_messages(limits)
+
+    @routes.websocket("/v1/realtime")
+    async def realtime(socket: WebSocket) -> None:
+        await socket.accept()
+        caller = caller_of(socket)
+        try:
+            with service.sockets.opened(caller):
+                async with Conversation(service, socket) as conversation:
+                    await converse(socket, conversation, limits, held, caller.share)
+        except ApiError as error:
+            with contextlib.suppress(WebSocketDisconnect):
+                await socket.send_json(_as_message(error))
+                await socket.close(TRY_AGAIN_LATER, str(error)[:MAX_REASON])
+
+    return routes
+
+
+class Conversation:
+    """The turns so far, what is being said, and what waits to be."""
+
+    def __init__(self, service: Service, socket: WebSocket):
+        self._service = service
+        self._socket = socket
+        self._caller = caller_of(socket)
+        self._manner = Manner()
+        self._turns: list[Segment] = []
+        # Positions of the window that each of them takes.
+        self._lengths: list[int] = []
+        self._unfinished = Sentences()
+        self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
+        self._num_waiting_characters = 0
+        self._live: Live | None = None
+        self._is_speaking = False
+        self._num_given = 0
+        # What was asked for before the last one is not sent.
+        self._num_cancels = 0
+        self._is_silent = asyncio.Event()
+        self._is_silent.set()
+
+    async def __aenter__(self) -> "Conversation":
+        self._speaking = asyncio.create_task(self._speak_all())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._speaking.cancel()
+        await asyncio.gather(self._speaking, return_exceptions=True)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether nothing is spoken or waits to be."""
+        return self._is_silent.is_set()
+
+    async def ended(self) -> None:
+        """Returns when nothing can be spoken any more, because the client does not read."""
+        await asyncio.wait({self._speaking})
+
+    async def take(self, message: bytes | None) -> None:
+        """Does what a message of the client asks for; None is a binary one, which asks nothing."""
+        try:
+            match await self._parse(message):
+                case SetSession() as settings:
+                    await self._set(settings)
+                case AddText(text=text):
+                    self._add(text)
+                case Flush():
+                    self._flush()
+                case Say() as turn:
+                    await self._say_turn(turn)
+                case AddTurn() as turn:
+                    await self._add_turn(turn)
+                case Cancel():
+                    await self._cancel()
+        except (CSMError, ApiError) as error:
+            await self._send_error(error)
+
+    async def _parse(self, message: bytes | None) -> BaseModel:
+        if message is None:
+            raise ApiError(400, "a message is JSON, sent as text", code="bad_message")
+        return await parse_json(_MESSAGE, message, self._service.settings.limits)
+
+    async def _set(self, settings: SetSession) -> None:
+        self._manner = manner = self._changed(settings)
+        voice = manner.voice.name if manner.voice else None
+        options = manner.options.model_dump(exclude_none=True)
+        await self._send_event("session", voice=voice, speaker=manner.speaker, **options)
+
+    def _changed(self, change: Change) -> Manner:
+        return self._manner.changed(change, self._service.voices, self._caller.owner)
+
+    def _add(self, text: str) -> None:
+        check_length(self._service, text)
+        sentences = self._unfinished.add(text)
+        limit = self._service.settings.limits.text_characters
+        if len(self._unfinished) > limit:
+            self._unfinished = Sentences()
+            raise ApiError(400, f"more than {limit} characters without an end", code="too_long")
+        for sentence in sentences:
+            self._say(sentence)
+
+    def _flush(self) -> None:
+        if rest := self._unfinished.take_rest():
+            self._say(rest)
+
+    async def _say_turn(self, turn: Say) -> None:
+        self._flush()
+        number = self._num_given + 1
+        try:
+            self._say(turn.text, self._changed(turn))
+        except (CSMError, ApiError) as error:
+            self._num_given = number
+            await self._send_error(error, id=number)
+
+    def _say(self, text: str, manner: Manner | None = None) -> None:
+        check_length(self._service, text)
+        check_text(text)
+        num_characters = self._num_waiting_characters + len(text)
+        if self._waiting.full() or num_characters > MAX_WAITING_CHARACTERS:
+            message = (
+                f"{self._waiting.qsize()} sentences of {self._num_waiting_characters} characters "
+                f"wait already, and at most {MAX_WAITING} of {MAX_WAITING_CHARACTERS} may"
+            )
+            raise ApiError(429, message, code="queue_full")
+        self._service.quotas.count(self._caller)
+        self._is_silent.clear()
+        self._num_given += 1
+        self._num_waiting_characters = num_characters
+        self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
+
+    async def _add_turn(self, turn: AddTurn) -> None:
+        check_text(turn.text)
+        check_length(self._service, turn.text)
+        codes = None
+        if turn.audio is not None:
+            with await self._service.admit(self._caller):
+                audio = await read_recording(self._service, turn.audio, "audio", self._caller)
+                codes = await self._service.encode(audio, self._caller)
+        await self._remember(Segment(turn.speaker, turn.text, codes=codes))
+        await self._send_event("turn", turns=len(self._turns))
+
+    async def _remember(self, turn: Segment) -> None:
+        """Adds a turn, and forgets the oldest ones that cannot fit the window any more."""
+        # In a thread: tokenising a long text takes a moment.
+        length = await self._service.work(self._caller, self._length, turn)
+        turns, lengths = [*self._turns, turn], [*self._lengths, length]
+        most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
+        while len(turns) > 1 and (len(turns) > most or sum(lengths) > window):
+            del turns[0], lengths[0]
+        self._turns, self._lengths = turns, lengths
+
+    def _length(self, turn: Segment) -> int:
+        model = self._service.model
+        return Turn(turn, model.config, model.tokenizer).length
+
+    async def _cancel(self) -> None:
+        self._num_cancels += 1
+        self._unfinished = Sentences()
+        while not self._waiting.empty():
+            self._waiting.get_nowait()
+        self._num_waiting_characters = 0
+        if self._live is not None:
+            self._live.cancel()
+        if not self._is_speaking:
+            self._is_silent.set()
+        await self._is_silent.wait()
+        if not self._speaking.done():
+            await self._send_event("cancelled")
+
+    async def _speak_all(self) -> None:
+        """Speaks one utterance after the other, until the socket is gone."""
+        try:
+            while True:
+                self._is_speaking = False
+                if self._waiting.empty():
+                    self._is_silent.set()
+                utterance = await self._waiting.get()
+                self._num_waiting_characters -= len(utterance.text)
+                self._is_speaking = True
+                try:
+                    await self._speak(utterance, self._num_cancels)
+                except (CSMError, ApiError) as error:
+                    await self._send_error(error, id=utterance.id)
+        except (WebSocketDisconnect, ClientGoneError):
+            pass
+        finally:
+            # `_cancel` may be waiting for it.
+            self._is_speaking = False
+            self._is_silent.set()
+
+    async def _speak(self, utterance: Utterance, num_cancels: int) -> None:
+        """Speaks an utterance.
+
+        Args:
+          num_cancels: `_num_cancels` when its turn came; after one more it is not sent.
+        """
+        text, manner = utterance.text, utterance.manner
+        request = make_request(
+            self._service, text, manner.speaker, manner.options, self._turns, manner.voice
+        )
+        with await self._service.admit(self._caller):
+            self._live = await self._service.speak(request, self._caller, stream=True)
+            try:
+                if num_cancels != self._num_cancels:
+                    return
+                with self._live.sending():
+                    await self._send_speech(utterance, self._live, num_cancels)
+            finally:
+                self._live.cancel()
+                self._live = None
+
+    async def _send_speech(self, utterance: Utterance, live: Live, num_cancels: int) -> None:
+        num_samples = 0
+        with contextlib.suppress(CancelledError):
+            await self._send_event("started", id=utterance.id, text=utterance.text)
+            async for chunk in live.chunks():
+                if num_cancels != self._num_cancels:
+                    break
+                await self._send(self._socket.send_bytes(to_pcm(chunk)))
+                num_samples += len(chunk)
+        sent_codes = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
+        await self._remember(Segment(utterance.manner.speaker, utterance.text, codes=sent_codes))
+        await self._send_event(
+            "done",
+            id=utterance.id,
+            seconds=round(num_samples / self._service.model.sample_rate, 3),
+            cancelled=num_cancels != self._num_cancels,
+            notices=live.notice_kinds,
+        )
+
+    async def _send_error(self, error: Exception, **fields: object) -> None:
+        await self._send(self._socket.send_json(_as_message(error) | fields))
+
+    async def _send_event(self, kind: str, **fields: object) -> None:
+        await self._send(self._socket.send_json({"type": kind, **fields}))
+
+    async def _send(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Raises `WebSocketDisconnect` also for a client that does not read."""
+        try:
+            async with asyncio.timeout(self._service.settings.limits.write_seconds):
+                await sending
+        except TimeoutError as error:
+            raise WebSocketDisconnect(TRY_AGAIN_LATER) from error
+
+
+def _as_message(error: Exception) -> dict[str, Any]:
+    known = as_api_error(error)
+    return {"type": "error", "message": str(known), "code": known.code, "param": known.param}

@@ -1,0 +1,128 @@
+"""Fields that requests of several APIs have."""
+
+import random
+from collections.abc import Sequence
+from typing import Annotated
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from csm_jax.prompt import Segment
+from csm_jax.request import Request
+from csm_jax.sampling import Sampling
+from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.audio.decoding import decode
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.service import Service
+from csm_jax.serve.voices.files import MAX_SPEAKER
+from csm_jax.serve.voices.registry import Voice
+
+# Numbers that int32 and JSON's readers agree on.
+Speaker = Annotated[int, Field(ge=0, le=MAX_SPEAKER)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
+Text = Annotated[str, Field(min_length=1)]
+# A file of a form, or base64 in JSON.
+Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})]
+
+
+class Options(BaseModel):
+    """How speech is drawn. What is left out is as in `Settings.sampling`."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    temperature: float | None = Field(None, ge=0, le=5, description="0 takes the likeliest")
+    top_k: int | None = Field(None, ge=1, le=100_000)
+    top_p: float | None = Field(None, gt=0, le=1)
+    min_p: float | None = Field(None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(None, gt=0.01, le=100)
+    seed: Seed | None = Field(None, description="the same seed says the same; default: random")
+    max_audio_length_ms: float | None = Field(None, ge=80, le=86_400_000)
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> "Options":
+        """The options that say the same as `sampling`."""
+        options = cls(**{name: getattr(sampling, name) for name in _SAMPLING})
+        return options.model_copy(update={"temperature": 0.0}) if sampling.greedy else options
+
+    def sampling(self, default: Sampling) -> Sampling:
+        """These values, and `default` for those that are left out."""
+        given = self.model_dump(include=_SAMPLING, exclude_none=True)
+        if self.temperature == 0:
+            given = {"greedy": True}
+        elif self.temperature is not None:
+            given["greedy"] = False
+        return Sampling(**(vars(default) | given))
+
+
+_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+
+
+def make_request(
+    service: Service,
+    text: str,
+    speaker: int,
+    options: Options,
+    context: Sequence[Segment] = (),
+    voice: Voice | None = None,
+) -> Request:
+    """The request to the engine that a request of any API becomes.
+
+    Args:
+      voice: whose recording `speaker` begins with.
+
+    Raises:
+      ApiError, InputError: something is beyond a limit.
+    """
+    for each in (text, *(turn.text for turn in context)):
+        check_length(service, each)
+    check_turns(service, len(context))
+    shared = [voice.turn(speaker)] if voice else []
+    return Request(
+        text,
+        speaker,
+        [*shared, *context],
+        options.sampling(service.settings.sampling),
+        options.max_audio_length_ms,
+        random.getrandbits(32) if options.seed is None else options.seed,
+        shared_turns=len(shared),
+    )
+
+
+def make_named_request(
+    service: Service,
+    caller: Caller,
+    text: str,
+    name: str,
+    known_names: Sequence[str],
+    options: Options,
+) -> Request:
+    """`make_request` in the voice of a name, as `Voices.find_as` finds it.
+
+    Without any voice, the place of the name in `known_names` is the number of the speaker.
+    """
+    voice = service.voices.find_as(name, caller.owner, known_names)
+    speaker = voice.speaker if voice else known_names.index(name)
+    return make_request(service, text, speaker, options, voice=voice)
+
+
+def check_turns(service: Service, count: int) -> None:
+    """Raises `ApiError` for a context of too many turns."""
+    limit = service.settings.limits.turns
+    if count > limit:
+        message = f"{count} turns of context, but at most {limit} are read"
+        raise ApiError(400, message, param="context", code="too_long")
+
+
+def check_length(service: Service, text: str) -> None:
+    """Raises `ApiError` for a text or transcript that is too long."""
+    limit = service.settings.limits.text_characters
+    if len(text) > limit:
+        message = f"the text has {len(text)} characters, but at most {limit} are spoken"
+        raise ApiError(400, message, param="text", code="too_long")
+
+
+async def read_recording(
+    service: Service, given: str | bytes, name: str, caller: Caller
+) -> np.ndarray:
+    """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
+    return await service.work(caller, decode, given, service.settings.limits, name)

@@ -1,0 +1,101 @@
+"""Voices over HTTP: list, hear, add, delete."""
+
+from pathlib import Path
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import BaseModel, Field
+
+from csm_jax.audio import SAMPLE_RATE, decode_audio, encode_audio
+from csm_jax.serve.admission.caller import Caller, caller_of
+from csm_jax.serve.api.parsing import describe, read_fields
+from csm_jax.serve.api.responses import unless_gone
+from csm_jax.serve.api.schemas import (
+    Recording,
+    Speaker,
+    Text,
+    check_length,
+    read_recording,
+)
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.service import Service
+from csm_jax.serve.voices.registry import Voice, Voices, check_name
+
+
+class VoiceEntry(BaseModel):
+    name: str
+    speaker: int
+    text: str = Field(description="transcript of the recording")
+    seconds: float
+    deletable: bool
+
+
+class VoiceList(BaseModel):
+    voices: list[VoiceEntry]
+
+
+class NewVoice(BaseModel):
+    name: str = Field(max_length=64)
+    speaker: Speaker = 0
+    text: Text = Field(description="what is said in the recording")
+    audio: Recording = Field(description="the recording: a file, or base64 in JSON")
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(prefix="/v1/audio/voices", tags=["Voices"])
+    voices = service.voices
+
+    @routes.get("")
+    def listed(http: HTTPRequest) -> VoiceList:
+        owner = caller_of(http).owner
+        return VoiceList(voices=[_entry(voice) for voice in voices.all(owner)])
+
+    @routes.post("", status_code=201, openapi_extra=describe(NewVoice, forms=True))
+    async def add(http: HTTPRequest) -> VoiceEntry:
+        fields = await read_fields(http, NewVoice, recordings=True, forms=True)
+        check_name(fields.name)
+        check_length(service, fields.text)
+        return _entry(await unless_gone(http, _add(service, caller_of(http), fields)))
+
+    @routes.get("/{name}", response_class=Response)
+    async def hear(http: HTTPRequest, name: str) -> Response:
+        caller = caller_of(http)
+        voice = _find(service, name, caller.owner)
+        data = await service.work(caller, _as_wav, voices, voice)
+        return Response(data, media_type="audio/wav")
+
+    @routes.delete("/{name}", status_code=204)
+    async def delete(http: HTTPRequest, name: str) -> None:
+        owner = caller_of(http).owner
+        _find(service, name, owner)
+        await service.in_thread(voices.delete, owner, name)
+
+    return routes
+
+
+async def _add(service: Service, caller: Caller, fields: NewVoice) -> Voice:
+    with await service.admit(caller):
+        audio = await read_recording(service, fields.audio, "audio", caller)
+        arguments = caller.owner, fields.name, fields.speaker, fields.text, audio
+        return await service.add_voice(caller, *arguments)
+
+
+def _find(service: Service, name: str, owner: str) -> Voice:
+    if not service.voices.has(name, owner):
+        raise ApiError(404, f"there is no voice {name[:80]!r}", "voice", "voice_not_found")
+    return service.voices.find(name, owner)
+
+
+def _as_wav(voices: Voices, voice: Voice) -> bytes:
+    audio = decode_audio(voices.recording(voice), Path(f"{voice.name}.flac"), SAMPLE_RATE)
+    return encode_audio(audio, SAMPLE_RATE, ".wav")
+
+
+def _entry(voice: Voice) -> VoiceEntry:
+    return VoiceEntry(
+        name=voice.name,
+        speaker=voice.speaker,
+        text=voice.text,
+        seconds=round(voice.seconds, 2),
+        deletable=voice.is_own,
+    )

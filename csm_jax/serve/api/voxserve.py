@@ -1,0 +1,58 @@
+"""VoxServe's API: `POST /generate`.
+
+curl -F text="Hello." -F speaker=0 -F streaming=true localhost:8000/generate | ffplay -
+"""
+
+from fastapi import APIRouter, Response
+from fastapi import Request as HTTPRequest
+from pydantic import Field
+
+from csm_jax.serve.admission.caller import Caller, caller_of
+from csm_jax.serve.api.context import Context, GivenTurn, read_turn
+from csm_jax.serve.api.parsing import describe, read_fields
+from csm_jax.serve.api.responses import PlacedResponse, speak_streamed, speak_whole, unless_gone
+from csm_jax.serve.api.schemas import Options, Recording, Speaker, Text, make_request
+from csm_jax.serve.service import Service
+
+
+class Generate(Options):
+    """Beyond VoxServe's own fields: sampling, seed and length of each request, and a voice."""
+
+    text: Text
+    speaker: Speaker = 0
+    streaming: bool = False
+    voice: str | None = Field(None, max_length=64, description="a name of /v1/audio/voices")
+    audio: Recording | None = Field(
+        None, description="an earlier turn of the same speaker: a file, or base64 in JSON"
+    )
+    audio_text: str | None = Field(None, description="its transcript")
+
+
+def router(service: Service) -> APIRouter:
+    routes = APIRouter(tags=["VoxServe"])
+
+    @routes.post("/generate", openapi_extra=describe(Generate, forms=True), response_class=Response)
+    async def generate(http: HTTPRequest) -> Response:
+        fields = await read_fields(http, Generate, recordings=True, forms=True)
+        return await unless_gone(http, _speak(service, caller_of(http), fields))
+
+    return routes
+
+
+async def _speak(service: Service, caller: Caller, fields: Generate) -> Response:
+    with await service.admit(caller) as place:
+        context = await _context(service, caller, fields)
+        voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
+        request = make_request(service, fields.text, fields.speaker, fields, context.turns, voice)
+        if fields.streaming:
+            return await speak_streamed(service, place, request, "wav", notices=context.notices)
+        spoken = await speak_whole(service, caller, request, "wav", notices=context.notices)
+        headers = {"X-Notices": spoken.live.notice_kinds}
+        return PlacedResponse(place, spoken.data, media_type="audio/wav", headers=headers)
+
+
+async def _context(service: Service, caller: Caller, fields: Generate) -> Context:
+    if fields.audio is None:
+        return Context()
+    turn = GivenTurn(fields.speaker, fields.audio_text or "", fields.audio)
+    return await read_turn(service, caller, turn, "audio", "audio_text")

@@ -1,0 +1,1 @@
+"""Audio that requests carry, decoded, and audio of responses, encoded."""

@@ -1,0 +1,1 @@
+"""Requests that run without their client, and the webhooks that report their results."""

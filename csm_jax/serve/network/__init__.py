@@ -1,0 +1,1 @@
+"""IP addresses, and HTTP requests that the server makes itself."""

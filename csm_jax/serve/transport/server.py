@@ -1,0 +1,223 @@
+"""The HTTP server: uvicorn, with the limits of `Connections`."""
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import resource
+import socket
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+
+from csm_jax.serve.errors import TRY_AGAIN_LATER
+from csm_jax.serve.settings import Limits, Settings
+from csm_jax.serve.transport.connections import Connection, Connections, Phase
+from csm_jax.serve.transport.listener import Listener
+
+logger = logging.getLogger("csm_jax.serve")
+
+# Connections that may wait to be accepted; more than these try again by themselves.
+BACKLOG = 256
+# Files that are open besides connections: libraries, the store, requests of the server's own.
+_SPARE_FILES = 512
+# What a message of a WebSocket has besides a recording and a text.
+_MESSAGE_BYTES = 4096
+# Frames of one message.
+_MAX_FRAGMENTS = 1024
+_PING_SECONDS = 20.0
+# Of the time to drain, for responses; jobs that are not over get some of the rest.
+_RESPONSES_PART = 0.7
+# Code of a WebSocket close.
+_TOO_BIG = 1009
+
+
+class HTTP(H11Protocol):
+    """uvicorn's protocol for HTTP, which says what it waits for."""
+
+    @property
+    def phase(self) -> Phase:
+        if self.is_answered and self.transport.num_unsent:
+            return Phase.WRITING
+        if self.conn.their_state is h11.SEND_BODY:
+            return Phase.BODY
+        return Phase.IDLE if self.is_answered else Phase.BUSY
+
+    @property
+    def is_answered(self) -> bool:
+        return self.cycle is None or self.cycle.response_complete
+
+    def on_response_complete(self) -> None:
+        if {name for name, _ in self.headers} >= {b"content-length", b"transfer-encoding"}:
+            # What follows may be part of a body to a proxy on the way (RFC 9112, 6.3).
+            self.transport.close()
+        super().on_response_complete()
+        # uvicorn's timer runs while the response is still being sent. `Connection.check` does not.
+        self._unset_keepalive_if_required()
+        self.transport.settle(is_answered=True)
+
+    def _should_upgrade(self) -> bool:
+        # A WebSocket begins with GET and has no body: the rest is a request like any other.
+        names = {name for name, _ in self.headers}
+        has_body = names & {b"content-length", b"transfer-encoding"}
+        is_get = self.scope["method"] == "GET" and self.scope["http_version"] == "1.1"
+        return is_get and not has_body and super()._should_upgrade()
+
+
+class Socket(WebSocketsSansIOProtocol):
+    """uvicorn's protocol for WebSockets, with limits of what is not a message yet."""
+
+    _num_held = 0
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        held = len(self.conn.reader.buffer) + sum(map(len, self.frames))
+        if not self._hold(held):
+            self._end(TRY_AGAIN_LATER)
+
+    def handle_cont(self, event: Any) -> None:
+        if len(self.frames) >= _MAX_FRAGMENTS:
+            self._end(_TOO_BIG)
+            return
+        super().handle_cont(event)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._hold(0)
+        super().connection_lost(error)
+
+    def _hold(self, num_bytes: int) -> bool:
+        """Says how much of a message is held; whether there is room for it."""
+        more, self._num_held = num_bytes - self._num_held, num_bytes
+        return self.transport.connections.hold(more) or more <= 0
+
+    def _end(self, code: int) -> None:
+        if not self.handshake_complete:
+            self.transport.abort()
+        elif not self.close_sent:
+            self.conn.send_close(code)
+            self.handle_parser_exception()
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server. Once a second it looks at all connections."""
+
+    def __init__(
+        self, config: uvicorn.Config, connections: Connections, on_exit: Callable[[], None]
+    ):
+        """Does not listen yet.
+
+        Args:
+          on_exit: called when a signal stops the server.
+        """
+        super().__init__(config)
+        self._connections = connections
+        self._on_exit = on_exit
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if not self.should_exit:
+            self._on_exit()
+        super().handle_exit(sig, frame)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begins to accept connections at these sockets, after the application has started."""
+        await self.lifespan.startup()
+        if self.lifespan.should_exit:
+            sys.exit(STARTUP_FAILURE)
+        self.servers = [
+            Listener(each, self._connections, self._make_connection, self.config.ssl)
+            for each in sockets or ()
+        ]
+        self.started = True
+
+    def _make_connection(self) -> Connection:
+        return Connection(self._connections, self._make_protocol)
+
+    def _make_protocol(self) -> HTTP:
+        return HTTP(self.config, self.server_state, self.lifespan.state)
+
+    async def on_tick(self, counter: int) -> bool:
+        if counter % 10 == 0:
+            self._connections.sweep()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        sweeping = asyncio.create_task(self._sweep())
+        try:
+            await super().shutdown(sockets)
+        finally:
+            sweeping.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await sweeping
+            self._connections.abort()
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(1)
+            self._connections.sweep()
+
+
+def make_server(
+    app: ASGIApp,
+    settings: Settings,
+    ssl_certfile: str | None = None,
+    ssl_keyfile: str | None = None,
+    on_exit: Callable[[], None] = lambda: None,
+) -> Server:
+    """A server of an application. `run` it with sockets that listen.
+
+    Args:
+      on_exit: called when a signal stops it.
+    """
+    limits = raise_file_limit(settings.limits)
+    connections = Connections(limits, settings.trusted_proxies)
+
+    config = uvicorn.Config(
+        app,
+        http=HTTP,
+        ws=Socket,
+        ws_max_size=_largest_message(limits),
+        ws_ping_interval=_PING_SECONDS,
+        ws_ping_timeout=_PING_SECONDS,
+        # What is compressed can unpack to any size, and speech does not get smaller.
+        ws_per_message_deflate=False,
+        ssl_certfile=ssl_certfile,
+        ssl_keyfile=ssl_keyfile,
+        lifespan="on",
+        log_config=None,
+        # `RequestLog` writes a line for each.
+        access_log=False,
+        server_header=False,
+        # `app.py` does it, for `Settings.trusted_proxies`.
+        proxy_headers=False,
+        timeout_graceful_shutdown=_RESPONSES_PART * settings.drain_seconds,
+    )
+    return Server(config, connections, on_exit)
+
+
+def _largest_message(limits: Limits) -> int:
+    """Bytes of a recording in base64 and a text whose characters are all escaped."""
+    return limits.audio_bytes * 4 // 3 + 6 * limits.text_characters + _MESSAGE_BYTES
+
+
+def raise_file_limit(limits: Limits) -> Limits:
+    """Lets the process open as many files as it has connections; else fewer connections."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = limits.connections + _SPARE_FILES
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return limits
+    if hard == resource.RLIM_INFINITY or hard >= needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        return limits
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    fewer = max(hard - _SPARE_FILES, hard // 2)
+    message = "%d open files are allowed: at most %d connections (raise `ulimit -n` to %d)"
+    logger.warning(message, hard, fewer, needed)
+    return dataclasses.replace(limits, connections=fewer)

@@ -1,0 +1,1 @@
+"""The voices that requests can name, and where they come from."""

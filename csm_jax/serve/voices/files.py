@@ -1,0 +1,140 @@
+"""Voices as files: `NAME.flac` (or .wav, .mp3, .ogg, .opus) with `NAME.txt`, its transcript.
+
+A first line `speaker: 1` in the transcript says the speaker number; without it, it is 0. A file
+that cannot be used is left out and logged: one bad voice must not keep a server from starting.
+"""
+
+import logging
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from csm_jax.errors import InputError, first_line
+from csm_jax.serve.audio.decoding import decode_recording
+from csm_jax.serve.settings import Limits
+
+logger = logging.getLogger("csm_jax.serve")
+
+SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+MAX_SPEAKER = 2**31 - 1
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+# More digits are no int32, and Python converts long ones slowly or not at all.
+_SPEAKER = re.compile(r"speaker:[ \t]*(-?\d+)[ \t]*\r?\n", re.IGNORECASE)
+_MAX_DIGITS = 10
+_BYTES_PER_CHARACTER = 4
+# Of a directory; more are left out.
+_MAX_VOICES = 1000
+
+
+@dataclass(frozen=True)
+class VoiceFile:
+    """A recording and its transcript.
+
+    Attributes:
+      text: transcript of `audio`.
+      audio: float32 [num_samples] at 24 kHz.
+    """
+
+    name: str
+    speaker: int
+    text: str
+    audio: np.ndarray
+
+
+def is_name(name: str) -> bool:
+    """Whether a voice can be called so."""
+    return _NAME.fullmatch(name) is not None
+
+
+def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
+    """The voices in a directory that can be used, sorted by file name.
+
+    Raises:
+      InputError: the directory cannot be read.
+    """
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        message = (
+            f"{str(directory)!r} cannot be read ({error.strerror}): name a directory of voices"
+        )
+        raise InputError(message) from error
+    recordings = [directory / name for name in names if _is_recording(Path(name))]
+    if len(recordings) > _MAX_VOICES:
+        logger.warning("%r: only the first %d voices are read", str(directory), _MAX_VOICES)
+    for path in recordings[:_MAX_VOICES]:
+        try:
+            yield _read_voice(path, limits)
+        except InputError as error:
+            logger.warning("%r is left out: %s", str(path), error)
+
+
+def check_transcript(text: str, limits: Limits) -> str:
+    """The transcript without space around it; raises `InputError` if it cannot be used."""
+    text = text.strip()
+    if not text:
+        raise InputError("the transcript is empty")
+    if len(text) > limits.text_characters:
+        raise InputError(
+            f"the transcript has {len(text)} characters, but at most {limits.text_characters} "
+            "are read"
+        )
+    return text
+
+
+def _is_recording(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES and is_name(path.stem)
+
+
+def _read_voice(path: Path, limits: Limits) -> VoiceFile:
+    speaker, text = _parse(_read_text(path.with_suffix(".txt"), limits))
+    text = check_transcript(text, limits)
+    audio = decode_recording(_read_file(path, limits.audio_bytes), limits, "the recording")
+    return VoiceFile(path.stem, speaker, text, audio)
+
+
+def _read_text(path: Path, limits: Limits) -> str:
+    data = _read_file(path, _BYTES_PER_CHARACTER * limits.text_characters + 100)
+    try:
+        # With or without the mark that some editors put before UTF-8.
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path.name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
+
+
+def _read_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a regular file that lies in its directory, links followed."""
+    try:
+        target = path.resolve(strict=True)
+        if not target.is_relative_to(path.parent.resolve()):
+            raise InputError(
+                f"{path.name} is a link that leads out of the directory: copy the file"
+            )
+        # A pipe would be waited for, and a device may do anything when it is opened.
+        if not stat.S_ISREG(target.stat().st_mode):
+            raise InputError(f"{path.name} is no regular file")
+        with open(os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            data = file.read(max_bytes + 1)
+    except FileNotFoundError as error:
+        raise InputError(f"{path.name} is missing") from error
+    except (OSError, RuntimeError) as error:  # Python's own error for links that loop
+        raise InputError(f"{path.name} cannot be read ({first_line(error)})") from error
+    if len(data) > max_bytes:
+        raise InputError(f"{path.name} has more than {max_bytes} bytes")
+    return data
+
+
+def _parse(transcript: str) -> tuple[int, str]:
+    """The speaker number and the text of a transcript file."""
+    head = _SPEAKER.match(transcript)
+    if head is None:
+        return 0, transcript
+    digits = head[1]
+    if len(digits) > _MAX_DIGITS or not 0 <= int(digits) <= MAX_SPEAKER:
+        raise InputError(f"speaker {digits[:20]} is no number from 0 to {MAX_SPEAKER}")
+    return int(digits), transcript[head.end() :]

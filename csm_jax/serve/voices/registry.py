@@ -1,0 +1,188 @@
+"""Voices by name: shared voices from files, and voices that an owner has added.
+
+Shared voices are read-only, and none can be added under their names. If one of them later gets the
+name of an added voice, the owner of that goes on with the added one.
+"""
+
+import io
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+from csm_jax.audio import SAMPLE_RATE, encode_audio
+from csm_jax.errors import InputError, first_line
+from csm_jax.generator import Generator
+from csm_jax.prompt import Segment
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store.voices import VoiceRow, VoiceStore
+from csm_jax.serve.voices.files import check_transcript, is_name, read_voices
+
+logger = logging.getLogger("csm_jax.serve")
+
+
+@dataclass(frozen=True)
+class Voice:
+    """A voice to speak in.
+
+    Attributes:
+      text: transcript of the recording.
+      seconds: how long the recording is.
+      codes: int32 [num_frames, Q], the recording encoded.
+      owner: None if it is shared.
+    """
+
+    name: str
+    speaker: int
+    text: str
+    seconds: float
+    codes: np.ndarray
+    owner: str | None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it was added, and can be deleted."""
+        return self.owner is not None
+
+    def turn(self, speaker: int | None = None) -> Segment:
+        """What a conversation begins with for `speaker` to have this voice."""
+        number = self.speaker if speaker is None else speaker
+        return Segment(number, self.text, codes=self.codes)
+
+
+class Voices:
+    """All voices of a server. Safe for many threads; only those that change something wait."""
+
+    def __init__(
+        self,
+        model: Generator,
+        presets: Sequence[Path],
+        store: VoiceStore,
+        limits: Limits,
+    ):
+        """Reads all voices; those that cannot be used are left out and logged.
+
+        Args:
+          presets: directories of shared voices; later ones win.
+
+        Raises:
+          InputError: a directory cannot be read.
+          StorageError: the store cannot.
+        """
+        self._model = model
+        self._store = store
+        self._limits = limits
+        # For changes, which are made to copies: readers never wait for the store.
+        self._changing = threading.Lock()
+        self._shared: dict[str, Voice] = {}
+        self._recordings: dict[str, bytes] = {}
+        self._own: dict[tuple[str, str], Voice] = {}
+        for directory in presets:
+            for file in read_voices(directory, limits):
+                data = encode_audio(file.audio, SAMPLE_RATE, ".flac")
+                self._recordings[file.name] = data
+                self._shared[file.name] = self._make(None, file.name, file.speaker, file.text, data)
+        self._load()
+
+    def all(self, owner: str) -> list[Voice]:
+        """The shared voices and those of `owner`, sorted by name."""
+        own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
+        known = self._shared | own
+        return [known[name] for name in sorted(known)]
+
+    def all_owners(self) -> list[Voice]:
+        """The shared voices and those of all owners."""
+        return [*self._shared.values(), *self._own.values()]
+
+    def find(self, name: str, owner: str) -> Voice:
+        """A voice of `owner` or a shared one; raises `InputError` if there is none."""
+        found = self._own.get((owner, name)) or self._shared.get(name)
+        if found is None:
+            known = ", ".join(voice.name for voice in self.all(owner)) or "none"
+            raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
+        return found
+
+    def find_as(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
+        """The voice of a name, or what stands for one that an API's clients know.
+
+        Of `known_names` the first is the first of the shared voices, and so on, so that adding a
+        voice changes no other; without such voices it is the owner's first; None where there is
+        none.
+
+        Raises:
+          InputError: it is neither.
+        """
+        if self.has(name, owner) or name not in known_names:
+            return self.find(name, owner)
+        voices = [self._shared[each] for each in sorted(self._shared)] or self.all(owner)
+        return voices[known_names.index(name) % len(voices)] if voices else None
+
+    def has(self, name: str, owner: str) -> bool:
+        return (owner, name) in self._own or name in self._shared
+
+    def recording(self, voice: Voice) -> bytes:
+        """The recording as a FLAC file. Raises `InputError` if the voice has been deleted."""
+        if voice.owner is None:
+            return self._recordings[voice.name]
+        if (row := self._store.find(voice.owner, voice.name)) is None:
+            raise InputError(f"voice {voice.name} was deleted")
+        return row.recording
+
+    def add(self, owner: str, name: str, speaker: int, text: str, audio: np.ndarray) -> Voice:
+        """Adds or replaces a voice of an owner: float32 [num_samples] at 24 kHz.
+
+        Raises:
+          InputError: the name or the transcript cannot be used.
+          QuotaError: there are too many.
+          StorageError: it cannot be stored.
+        """
+        check_name(name)
+        if name in self._shared and (owner, name) not in self._own:
+            raise InputError(f"voice {name} is a preset, and stays: choose another name")
+        text = check_transcript(text, self._limits)
+        data = encode_audio(audio, SAMPLE_RATE, ".flac")
+        voice = self._make(owner, name, speaker, text, data)
+        # The lock keeps memory and store in step when one name is added twice at once.
+        with self._changing:
+            self._store.put(VoiceRow(owner, name, speaker, text, data))
+            self._own = {**self._own, (owner, name): voice}
+        return voice
+
+    def delete(self, owner: str, name: str) -> None:
+        """Removes a voice of an owner. Raises `InputError` if there is no such voice."""
+        if not self.find(name, owner).is_own:
+            raise InputError(f"voice {name} is a preset, and stays")
+        with self._changing:
+            self._store.delete(owner, name)
+            self._own = {key: voice for key, voice in self._own.items() if key != (owner, name)}
+
+    def _load(self) -> None:
+        for owner, name in self._store.names():
+            row = self._store.find(owner, name)
+            try:
+                self._own[owner, name] = self._make(*row)
+            except InputError as error:
+                logger.warning("added voice %s is left out: %s", name, error)
+            if name in self._shared:
+                logger.warning("added voice %s hides the shared one from its owner", name)
+
+    def _make(self, owner: str | None, name: str, speaker: int, text: str, data: bytes) -> Voice:
+        """A voice of a FLAC file; the codes are of what is stored, now and after a restart."""
+        try:
+            audio, _ = soundfile.read(io.BytesIO(data), dtype="float32")
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise InputError(f"its recording is damaged ({first_line(error)})") from error
+        codes = self._model.codec.encode(audio, self._model.config.num_codebooks)
+        return Voice(name, speaker, text, len(audio) / SAMPLE_RATE, codes, owner)
+
+
+def check_name(name: str) -> None:
+    """Raises `InputError` for what cannot be a voice's name."""
+    if not is_name(name):
+        raise InputError(
+            f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, - and _ make a name"
+        )

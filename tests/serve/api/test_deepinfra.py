@@ -1,0 +1,202 @@
+"""DeepInfra's API, with and without a webhook."""
+
+import base64
+import hashlib
+import hmac
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from hearing import median_pitch
+from serving import SMALL, as_samples, serve
+
+from csm_jax.serve.api import deepinfra
+from csm_jax.serve.jobs import webhooks as webhook
+from csm_jax.serve.settings import Settings
+
+PATH = "/v1/inference/sesame/csm-1b"
+FIELDS = {"text": "one two three four", "seed": 3}
+SECRET = "a secret"
+
+
+def infer(server, **fields):
+    return server.post(PATH, json=FIELDS | fields)
+
+
+def audio_of(answer: dict) -> bytes:
+    head, _, data = answer["audio"].partition(",")
+    assert head.startswith("data:audio/")
+    assert head.endswith(";base64")
+    return base64.b64decode(data)
+
+
+def test_the_answer_is_deepinfra_s(server):
+    answer = infer(server).json()
+    audio = as_samples(audio_of(answer))
+    assert answer["input_character_length"] == len(FIELDS["text"])
+    assert answer["output_format"] == "wav"
+    assert answer["words"] == []
+    assert answer["request_id"]
+    status = answer["inference_status"]
+    assert set(status) == {"status", "runtime_ms", "cost", "tokens_generated", "tokens_input"}
+    assert status["status"] == "succeeded"
+    assert status["tokens_generated"] == len(audio) / 1920
+    assert status["runtime_ms"] > 0
+
+
+@pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav", "pcm"])
+def test_formats(server, form):
+    data = audio_of(infer(server, response_format=form).json())
+    starts = {"mp3": b"ID3", "opus": b"OggS", "flac": b"fLaC", "wav": b"RIFF", "pcm": b""}
+    assert data.startswith(starts[form])
+    assert len(data) > 2000
+
+
+def test_presets(server):
+    """Those of the released model stand for what there is; the server's own have their names."""
+    pitches = {
+        name: median_pitch(as_samples(audio_of(infer(server, preset_voice=name).json())), 24_000)
+        for name in ("rms", "conversational_a", "slt", "conversational_b")
+    }
+    assert pitches["rms"] == pitches["conversational_a"] < 130
+    assert pitches["slt"] == pitches["conversational_b"] > 130
+    assert infer(server, preset_voice="none").status_code == 200
+    assert infer(server, preset_voice="nobody").status_code == 400
+
+
+@pytest.mark.parametrize("kind", ["multipart", "json", "data uri"])
+def test_a_voice_of_one_s_own(server, recording, transcript, kind):
+    fields = FIELDS | {"speaker_transcript": transcript}
+    if kind == "multipart":
+        answer = server.post(PATH, data=fields, files={"speaker_audio": recording})
+    else:
+        head = "data:audio/flac;base64," if kind == "data uri" else ""
+        text = head + base64.b64encode(recording).decode()
+        answer = server.post(PATH, json=fields | {"speaker_audio": text})
+    assert median_pitch(as_samples(audio_of(answer.json())), 24_000) < 130
+
+
+def test_the_length_is_kept(server):
+    answer = infer(server, max_audio_length_ms=400).json()
+    assert len(as_samples(audio_of(answer))) == 5 * 1920
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": ""}, "text"),
+        ({"response_format": "aiff"}, "response_format"),
+        ({"speaker_audio": "AAAA"}, "speaker_audio needs speaker_transcript"),
+        ({"speaker_audio": "AAAA", "speaker_transcript": "Hi."}, "speaker_audio"),
+        ({"speaker_audio": "data:audio/wav,AA", "speaker_transcript": "Hi."}, "data URI"),
+        ({"webhook": "http://localhost/"}, "webhooks are off"),
+        ({"max_audio_length_ms": 1}, "max_audio_length_ms"),
+    ],
+)
+def test_what_is_wrong_is_said(server, fields, message):
+    answer = infer(server, **fields)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+
+
+class Listener(BaseHTTPRequestHandler):
+    """Keeps what is posted; answers 500 as often as `failures` says."""
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.posts.append((dict(self.headers), body))
+        self.send_response(500 if len(self.server.posts) <= self.server.failures else 200)
+        self.end_headers()
+        self.server.heard.set()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def listener():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
+    server.posts, server.failures, server.heard = [], 0, threading.Event()
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+@pytest.fixture(scope="module")
+def calling(model):
+    """A server that posts to this machine, without long pauses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(webhook, "PAUSES", (0.05, 0.05))
+        settings = Settings(**SMALL, webhook_secret=SECRET, allow_private=True)
+        with serve(model, settings) as running:
+            yield running
+
+
+def wait_for_posts(listener, count: int) -> list:
+    while len(listener.posts) < count:
+        listener.heard.clear()
+        assert listener.heard.wait(30)
+    return listener.posts
+
+
+@pytest.mark.parametrize("failures", [0, 2])
+def test_a_webhook_gets_the_answer_signed(calling, listener, failures):
+    listener.failures = failures
+    url = f"http://localhost:{listener.server_port}/done"
+    queued = infer(calling, webhook=url)
+    assert queued.status_code == 202
+    assert queued.json()["inference_status"]["status"] == "queued"
+    headers, body = wait_for_posts(listener, failures + 1)[-1]
+    answer = json.loads(body)
+    assert answer["request_id"] == queued.json()["request_id"]
+    assert audio_of(answer) == audio_of(infer(calling).json())
+    signed = headers["X-Webhook-Timestamp"].encode() + b"." + body
+    expected = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
+    assert headers["X-Webhook-Signature"] == f"sha256={expected}"
+
+
+def test_a_webhook_is_given_up_at_last(calling, listener):
+    listener.failures = 9
+    infer(calling, webhook=f"http://localhost:{listener.server_port}/")
+    wait_for_posts(listener, 3)
+    assert not listener.heard.wait(0.5) or len(listener.posts) == 3
+
+
+def test_a_webhook_is_told_of_failure(calling, listener):
+    url = f"http://localhost:{listener.server_port}/"
+    assert infer(calling, webhook=url, preset_voice="nobody").status_code == 202
+    answer = json.loads(wait_for_posts(listener, 1)[0][1])
+    assert answer["inference_status"]["status"] == "failed"
+    assert "nobody" in answer["detail"]
+
+
+def test_large_bodies_are_read_and_written_outside_the_event_loop(
+    calling, listener, recording, transcript, monkeypatch
+):
+    threads = []
+
+    def noting(function):
+        def call(*arguments, **named):
+            threads.append(threading.current_thread().name)
+            return function(*arguments, **named)
+
+        return call
+
+    for kind, name in (
+        (base64, "b64encode"),
+        (deepinfra.QueuedInference, "model_validate_json"),
+        (deepinfra.QueuedInference, "model_dump_json"),
+        (deepinfra.Answer, "model_dump_json"),
+    ):
+        monkeypatch.setattr(kind, name, noting(getattr(kind, name)))
+    data = {"text": "one", "speaker_transcript": transcript, "response_format": "mp3"}
+    files = {"speaker_audio": recording}
+    calling.post(deepinfra.PATH, data=data, files=files).raise_for_status()
+    data["webhook"] = f"http://localhost:{listener.server_port}/"
+    assert calling.post(deepinfra.PATH, data=data, files=files).status_code == 202
+    wait_for_posts(listener, 1)
+    assert len(threads) == 6
+    assert all(name.startswith("csm_jax.serve.work") for name in threads)

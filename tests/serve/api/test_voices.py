@@ -1,0 +1,308 @@
+"""Voices by name: presets, those added over HTTP, and what may not become a file."""
+
+import asyncio
+import base64
+import logging
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from hearing import median_pitch
+from serving import PRESETS, SMALL, as_samples, serve
+
+from csm_jax import engine as engine_module
+from csm_jax.errors import InputError
+from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.settings import Limits, Settings
+from csm_jax.serve.store import Store
+from csm_jax.serve.store.errors import QuotaError
+from csm_jax.serve.voices.registry import Voices, check_name
+
+PATH = "/v1/audio/voices"
+
+
+def add(server, recording, transcript, name="mine", **fields):
+    fields = {"name": name, "text": transcript} | fields
+    return server.post(PATH, data=fields, files={"audio": ("a.flac", recording)})
+
+
+def make_voices(model, limits=None, presets=(), data=None) -> Voices:
+    limits = limits or Limits()
+    return Voices(model, presets, Store(data, limits).voices, limits)
+
+
+def names(server) -> list[str]:
+    return [voice["name"] for voice in server.get(PATH).json()["voices"]]
+
+
+def speak(server, voice):
+    answer = server.post("/generate", json={"text": "one two three", "voice": voice, "seed": 1})
+    return as_samples(answer.content)
+
+
+def test_presets_are_listed_and_heard(server):
+    voices = {voice["name"]: voice for voice in server.get(PATH).json()["voices"]}
+    assert voices["slt"]["speaker"] == 0
+    assert voices["rms"]["speaker"] == 1
+    assert voices["rms"]["text"] == "six zero seven three"
+    assert not voices["rms"]["deletable"]
+    audio = as_samples(server.get(f"{PATH}/rms").content)
+    assert len(audio) / 24_000 == pytest.approx(voices["rms"]["seconds"], abs=0.01)
+
+
+@pytest.mark.parametrize("kind", ["form", "json"])
+def test_add_speak_delete(server, recording, transcript, kind):
+    if kind == "form":
+        answer = add(server, recording, transcript, speaker=0)
+    else:
+        audio = base64.b64encode(recording).decode()
+        body = {"name": "mine", "speaker": 0, "text": transcript, "audio": audio}
+        answer = server.post(PATH, json=body)
+    assert answer.status_code == 201, answer.text
+    assert answer.json()["deletable"]
+    assert "mine" in names(server)
+    assert median_pitch(speak(server, "mine"), 24_000) < 130
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+    assert "mine" not in names(server)
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 404
+
+
+def test_a_preset_stays(server, recording, transcript):
+    assert httpx.delete(f"{server.url}{PATH}/rms").status_code == 400
+    assert add(server, recording, transcript, name="rms").status_code == 400
+    assert "rms" in names(server)
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a.b", "a" * 65, "a b", "ä", "-a"]
+)
+def test_no_name_leads_out_of_the_directory(server, recording, transcript, name):
+    before = sorted(PRESETS[0].iterdir())
+    assert add(server, recording, transcript, name=name).status_code == 400
+    assert sorted(PRESETS[0].iterdir()) == before
+    with pytest.raises(InputError):
+        check_name(name)
+
+
+@pytest.mark.parametrize("path", ["..%2f..%2fconfig.json", "%2e%2e", "rms.flac", "nobody"])
+def test_what_is_no_voice_is_not_found(server, path):
+    assert server.get(f"{PATH}/{path}").status_code in (400, 404)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [({"text": ""}, "text"), ({"text": "  "}, "transcript"), ({"speaker": "x"}, "speaker")],
+)
+def test_what_is_wrong_is_said(server, recording, transcript, fields, message):
+    answer = add(server, recording, transcript, **fields)
+    assert answer.status_code == 400
+    assert message in answer.json()["detail"]
+    assert "mine" not in names(server)
+
+
+def test_they_outlive_the_process(model, tmp_path, recording, transcript):
+    settings = Settings(**SMALL, data=tmp_path)
+    with serve(model, settings) as first:
+        add(first, recording, transcript, speaker=7)
+    with serve(model, settings) as second:
+        found = {voice["name"]: voice for voice in second.get(PATH).json()["voices"]}
+        assert (found["mine"]["speaker"], found["mine"]["text"]) == (7, transcript)
+        assert found["mine"]["deletable"]
+
+
+def test_there_are_not_too_many(model, recording, transcript):
+    voices = make_voices(model, Limits(voices_per_owner=1))
+    audio = as_samples(recording)
+    voices.add("", "a", 0, transcript, audio)
+    voices.add("", "a", 1, transcript, audio)
+    with pytest.raises(QuotaError, match="there are 1 voices already"):
+        voices.add("", "b", 0, transcript, audio)
+    assert voices.find("a", "").speaker == 1
+
+
+def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording, caplog):
+    Path(tmp_path / "a.flac").write_bytes(recording)
+    with caplog.at_level(logging.WARNING):
+        assert make_voices(model, presets=[tmp_path]).all("") == []
+    assert "a.txt" in caplog.text
+
+
+@pytest.fixture
+def noise() -> np.ndarray:
+    return np.random.default_rng(0).normal(0, 0.1, 4800).astype(np.float32)
+
+
+def test_a_voice_sounds_the_same_after_a_restart(model, tmp_path, noise):
+    """Its codes are of what is stored, not of what came."""
+    store = Store(tmp_path, Limits())
+    before = Voices(model, [], store.voices, Limits()).add("anna", "a", 3, "hello", noise)
+    store.close()
+    after = make_voices(model, data=tmp_path).find("a", "anna")
+    np.testing.assert_array_equal(before.codes, after.codes)
+    assert (after.speaker, after.text, after.seconds) == (3, "hello", 0.2)
+
+
+REPLACE = """
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.store import Store
+from csm_jax.serve.store.voices import VoiceRow
+
+store = Store(Path(sys.argv[1]), Limits())
+print("open", flush=True)
+number = 0
+while True:
+    number += 1
+    digit = str(number % 10)
+    store.voices.put(VoiceRow("anna", "a", number % 10, digit * 1000, digit.encode() * 200_000))
+"""
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.11, 0.23])
+def test_a_voice_that_is_replaced_is_the_old_or_the_new_one(tmp_path, seconds):
+    """Whenever the process is killed."""
+    command = [sys.executable, "-c", REPLACE, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "open\n"
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+    store = Store(tmp_path, Limits())
+    voice = store.voices.find("anna", "a")
+    store.close()
+    assert voice is not None
+    assert {*voice.text, *voice.recording.decode()} == {str(voice.speaker)}
+
+
+def test_presets_can_lie_where_nothing_can_be_written(model, tmp_path, recording, transcript):
+    (tmp_path / "a.flac").write_bytes(recording)
+    (tmp_path / "a.txt").write_text(transcript)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+    voices = make_voices(model, presets=[tmp_path])
+    voices.add("anna", "b", 0, transcript, as_samples(recording))
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
+
+
+def test_a_later_preset_does_not_replace_an_owners_voice(
+    model, tmp_path, noise, recording, transcript
+):
+    store = Store(None, Limits())
+    Voices(model, [], store.voices, Limits()).add("anna", "a", 3, "hello", noise)
+    (tmp_path / "a.flac").write_bytes(recording)
+    (tmp_path / "a.txt").write_text(transcript)
+    voices = Voices(model, [tmp_path], store.voices, Limits())
+    assert voices.find("a", "anna").text == "hello"
+    assert voices.find("a", "ben").text == transcript
+    assert [voice.text for voice in voices.all("anna")] == ["hello"]
+    voices.delete("anna", "a")
+    assert voices.find("a", "anna").text == transcript
+
+
+def test_adding_a_voice_changes_no_known_name(model, noise):
+    voices = make_voices(model, presets=PRESETS)
+    before = voices.find_as("alloy", "anna", ["alloy"]).name
+    voices.add("anna", "aaa", 0, "hello", noise)
+    assert voices.find_as("alloy", "anna", ["alloy"]).name == before
+
+
+@pytest.mark.parametrize("text", ["", " \n", "a" * 101])
+def test_a_transcript_has_the_limits_of_a_request(model, noise, text):
+    voices = make_voices(model, Limits(text_characters=100))
+    with pytest.raises(InputError, match="transcript"):
+        voices.add("anna", "a", 0, text, noise)
+    assert voices.all("anna") == []
+
+
+def test_a_voice_that_is_deleted_is_spoken_to_the_end(server, recording, transcript):
+    """And its recording cannot be heard any more."""
+    add(server, recording, transcript)
+    voice = server.service.voices.find("mine", "")
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+    assert len(voice.turn().codes)
+    with pytest.raises(InputError, match="deleted"):
+        server.service.voices.recording(voice)
+
+
+def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
+    """While a voice is being stored, all others are found, and so is that one is missing."""
+    voices = make_voices(model, presets=PRESETS)
+    writing, written = threading.Event(), threading.Event()
+
+    def put(row) -> None:
+        writing.set()
+        assert written.wait(20)
+
+    monkeypatch.setattr(voices._store, "put", put)
+    with ThreadPoolExecutor(2) as threads:
+        adding = threads.submit(voices.add, "", "mine", 0, "one", noise)
+        assert writing.wait(20)
+        try:
+            reading = threads.submit(lambda: (voices.all(""), voices.all_owners()))
+            before, _ = reading.result(5)
+            assert "mine" not in [voice.name for voice in before]
+            with pytest.raises(InputError, match="no voice"):
+                threads.submit(voices.find, "mine", "").result(5)
+        finally:
+            written.set()
+        adding.result(20)
+    assert voices.has("mine", "")
+
+
+@pytest.fixture
+def warm_server(model):
+    """A server when all is compiled, so that a test sees only what it causes."""
+    with serve(model, Settings(**SMALL), warm=True) as running:
+        yield running
+
+
+@pytest.mark.long
+def test_a_voice_as_long_as_another_compiles_nothing(
+    warm_server, recording, transcript, monkeypatch
+):
+    assert add(warm_server, recording, transcript).status_code == 201
+    compiled = []
+    monkeypatch.setattr(engine_module, "compile_all", lambda *_: compiled.append(1))
+    assert add(warm_server, recording, transcript, name="again").status_code == 201
+    assert not compiled
+    for name in ("mine", "again"):
+        assert httpx.delete(f"{warm_server.url}{PATH}/{name}").status_code == 204
+
+
+def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcript, monkeypatch):
+    """It is spoken all the same, only that programs may have to be compiled for it."""
+    warm = threading.Event()
+    monkeypatch.setattr(server.service, "not_ready", "warming up")
+    monkeypatch.setattr(server.service.engine, "warm_up", lambda *_: warm.wait(60))
+    try:
+        answer = add(server, recording, transcript)
+        assert answer.status_code == 201
+        assert not warm.is_set()
+    finally:
+        warm.set()
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
+
+
+def test_a_flood_of_downloads_leaves_a_thread_to_others(server):
+    """Voices are encoded when it is their caller's turn, as all that takes long."""
+    service, gate = server.service, threading.Event()
+    loop = service.warmed.get_loop()
+    flood = [
+        asyncio.run_coroutine_threadsafe(service.work(Caller(share="flood"), gate.wait, 60), loop)
+        for _ in range(50)
+    ]
+    try:
+        assert server.get(f"{PATH}/rms").status_code == 200
+        assert server.post("/generate", json={"text": "one", "seed": 1}).status_code == 200
+    finally:
+        gate.set()
+    for each in flood:
+        each.result(20)

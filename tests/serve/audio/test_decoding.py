@@ -1,0 +1,176 @@
+"""Recordings out of requests: bounded, and whatever comes is an answer or an `InputError`."""
+
+import base64
+import contextlib
+import io
+import tracemalloc
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from csm_jax.errors import InputError
+from csm_jax.serve.audio.decoding import check_head, decode_base64, decode_recording
+from csm_jax.serve.settings import Limits
+
+LIMITS = Limits(audio_bytes=100_000, audio_seconds=2.0)
+RATE = 24_000
+
+
+def tone(seconds: float, rate: int = RATE, channels: int = 1) -> np.ndarray:
+    wave = 0.5 * np.sin(2 * np.pi * 220 * np.arange(int(seconds * rate)) / rate)
+    return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
+
+
+def as_file(samples: np.ndarray, rate: int = RATE, form: str = "WAV", coding=None) -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format=form, subtype=coding)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("form", "coding"),
+    [("WAV", None), ("FLAC", None), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", None)],
+)
+@pytest.mark.parametrize(("rate", "channels"), [(24_000, 1), (48_000, 2), (8_000, 1)])
+def test_every_format_rate_and_channel(form, coding, rate, channels):
+    data = as_file(tone(1, rate, channels), rate, form, coding)
+    audio = decode_recording(data, Limits(audio_seconds=2.0))
+    assert audio.dtype == np.float32
+    assert len(audio) == pytest.approx(RATE, rel=0.1)
+    assert np.sqrt(np.mean(audio**2)) == pytest.approx(0.5 / np.sqrt(2), rel=0.1)
+
+
+@pytest.mark.parametrize("form", ["AU", "AIFF", "CAF", "W64", "RF64", "VOC", "MAT5", "SDS", "NIST"])
+def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monkeypatch):
+    data = as_file(tone(0.3), form=form)
+    monkeypatch.setattr(soundfile, "SoundFile", None)
+    with pytest.raises(InputError, match="send WAV, FLAC, Ogg or MP3"):
+        decode_recording(data, LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "not readable"),
+        (b"RIFF", "not readable"),
+        (b"x" * 100_001, "more than 100000 bytes"),
+        (as_file(tone(2.5, 8000), 8000), "longer than 2 s"),
+        (as_file(tone(0.1, channels=9)), "9 channels"),
+        (as_file(tone(0.1, 1000), 1000), "1000 Hz"),
+        (as_file(np.zeros((0, 1), np.float32)), "no samples"),
+        (as_file(np.full((1, 1), 0.5, np.float32)), "silent"),
+        (as_file(np.array([[0.5], [-0.5]], np.float32)), "2 samples last"),
+        (as_file(tone(0.09)), "at least 0.1 s"),
+        (as_file(np.zeros((RATE, 1), np.float32)), "silent"),
+        (as_file(9e-4 * tone(1)), "silent"),
+        (as_file(tone(1) * 32768, coding="FLOAT"), "divide by 32768"),
+        (as_file(2e38 * tone(1), coding="FLOAT"), "a peak of 1e\\+38"),
+        (as_file(np.full((4000, 2), 3e38, np.float32), coding="FLOAT"), "not finite|a peak of"),
+        (as_file(np.full((RATE, 1), np.inf, np.float32), coding="FLOAT"), "not finite"),
+        (as_file(np.zeros((99, 1), np.float32)), "silent"),
+        (as_file(np.full((9999, 1), 0.5, np.float32)), "silent"),
+        (as_file(np.full((99, 1), np.nan, np.float32), coding="FLOAT"), "not finite"),
+    ],
+)
+def test_what_cannot_be_used_is_said(data, message):
+    with pytest.raises(InputError, match=message):
+        decode_recording(data, LIMITS)
+
+
+@pytest.mark.parametrize("data", [b"", b"RIFF", b"x" * 1000, as_file(tone(1))[:40]])
+def test_objects_have_no_addresses_in_messages(data):
+    for read in (decode_recording, check_head):
+        with pytest.raises(InputError) as error:
+            read(data, LIMITS)
+        assert "0x" not in str(error.value)
+        assert "BytesIO" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"RIFF", "not readable"),
+        (as_file(tone(2.5, 8000), 8000), "longer than 2 s"),
+        (as_file(tone(0.1, channels=9)), "9 channels"),
+    ],
+)
+def test_a_head_says_what_cannot_be_used(data, message):
+    with pytest.raises(InputError, match=message):
+        check_head(data, LIMITS)
+    check_head(as_file(tone(1)), LIMITS)
+
+
+def test_a_small_file_that_unpacks_to_much_takes_no_memory():
+    """An hour of silence in a few kilobytes: decoding stops where the limit is."""
+    data = as_file(np.zeros((3600 * 8000, 1), np.float32), 8000, "FLAC")
+    limits = Limits(audio_bytes=10**7, audio_seconds=2.0)
+    tracemalloc.start()
+    with pytest.raises(InputError, match="longer than 2 s"):
+        decode_recording(data, limits)
+    assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    tracemalloc.stop()
+
+
+def test_a_head_that_lies_of_its_length():
+    data = bytearray(as_file(tone(1)))
+    data[40:44] = (2**31 - 2).to_bytes(4, "little")
+    assert len(decode_recording(bytes(data), LIMITS)) == RATE
+
+
+@pytest.mark.parametrize("head", ["", "data:audio/wav;base64,", "data:;base64,"])
+def test_base64(head):
+    assert decode_base64(head + base64.b64encode(b"abc").decode(), LIMITS) == b"abc"
+
+
+@pytest.mark.parametrize("text", ["a", "?", "data:audio/wav;base64", "data:audio/wav,abc", "ä"])
+def test_what_is_no_base64(text):
+    with pytest.raises(InputError):
+        decode_base64(text, LIMITS)
+
+
+def test_base64_is_measured_before_it_is_decoded():
+    with pytest.raises(InputError, match="more than 100000 bytes"):
+        decode_base64("A" * 140_000, LIMITS)
+
+
+FILES = [
+    as_file(tone(0.2), form=form, coding=coding)
+    for form, coding in (("WAV", None), ("FLAC", None), ("OGG", "OPUS"), ("MP3", None))
+]
+
+
+@st.composite
+def damaged(draw) -> bytes:
+    """A recording with bytes changed, cut out or put in."""
+    data = bytearray(draw(st.sampled_from(FILES)))
+    for _ in range(draw(st.integers(1, 8))):
+        # Most of what matters is in the head.
+        at = draw(st.integers(0, min(len(data), draw(st.sampled_from([80, 10**6])))))
+        size = draw(st.integers(0, 20))
+        data[at : at + size] = draw(st.binary(max_size=20))
+    return bytes(data)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.one_of(damaged(), st.binary(max_size=400)))
+@example(FILES[0][:44])
+@example(FILES[1][:42])
+def test_whatever_comes_is_samples_or_an_error(data):
+    try:
+        audio = decode_recording(data, LIMITS)
+    except InputError:
+        return
+    assert audio.dtype == np.float32
+    assert audio.ndim == 1
+    assert np.isfinite(audio).all()
+    assert 0 < len(audio) <= LIMITS.audio_seconds * RATE * 1.01
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=100))
+def test_whatever_text_comes_is_bytes_or_an_error(text):
+    with contextlib.suppress(InputError):
+        assert isinstance(decode_base64(text, LIMITS), bytes)

@@ -1,0 +1,213 @@
+"""Keys, rates, sizes of bodies, and CORS of a server."""
+
+import base64
+import contextlib
+import itertools
+import socket
+
+import httpx
+import numpy as np
+import pytest
+from serving import SMALL, as_wav, serve
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from csm_jax.serve.admission import rate_limits as quotas
+from csm_jax.serve.admission.rate_limits import Rates
+from csm_jax.serve.errors import ApiError
+from csm_jax.serve.settings import Limits, Settings
+
+KEYS = ("first-key", "second-key")
+BODY_BYTES = 50_000
+LIMITS = Limits(body_bytes=BODY_BYTES, json_bytes=BODY_BYTES)
+# Seconds; every look at it is long after the last.
+CLOCK = itertools.count(0, 100)
+
+
+@pytest.fixture(scope="module")
+def guarded(model):
+    settings = Settings(**SMALL, api_keys=KEYS, requests_per_minute=40, limits=LIMITS)
+    with serve(model, settings) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def fresh_rates(monkeypatch):
+    """Each test starts with full buckets."""
+    monkeypatch.setattr(quotas, "monotonic", CLOCK.__next__)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer first-key"},
+        {"Authorization": "bearer second-key"},
+        {"Authorization": "Key first-key"},
+        {"X-API-Key": "second-key"},
+    ],
+)
+def test_a_key_opens(guarded, headers):
+    assert guarded.get("/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Bearer first-ke"},
+        {"Authorization": "Bearer first-key,second-key"},
+        {"Authorization": "Basic first-key"},
+        {"X-API-Key": ""},
+        {"X-API-Key": "\xff"},
+    ],
+)
+def test_a_request_without_a_known_key_gets_401(guarded, headers):
+    for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
+        answer = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
+        assert answer.status_code == 401
+        assert answer.json()["error"]["type"] == "authentication_error"
+        assert answer.headers["www-authenticate"] == "Bearer"
+
+
+def test_probes_need_no_key(guarded):
+    assert guarded.get("/healthz").status_code == 200
+    assert guarded.get("/metrics").status_code == 200
+    assert guarded.get("/readyz").status_code in (200, 503)
+
+
+def test_sockets_need_a_key(guarded):
+    url = guarded.url.replace("http", "ws") + "/v1/realtime"
+    with pytest.raises((InvalidStatus, ConnectionClosed)), connect(url):
+        pass
+    for more in ({"additional_headers": {"Authorization": "Bearer first-key"}}, {}):
+        target = url if more else f"{url}?api_key=first-key"
+        with connect(target, **more) as talk:
+            talk.send('{"type": "cancel"}')
+            assert "cancelled" in talk.recv(timeout=10)
+
+
+def test_the_key_of_a_socket_is_in_no_log(guarded, caplog):
+    url = guarded.url.replace("http", "ws") + "/v1/realtime"
+    for query in ("api_key=first-key", "a=b&api%5Fkey=first-key", "api_key=first-key2"):
+        with (
+            caplog.at_level("DEBUG"),
+            contextlib.suppress(InvalidStatus),
+            connect(f"{url}?{query}") as talk,
+        ):
+            talk.send('{"type": "cancel"}')
+            talk.recv(timeout=10)
+    named = [record for record in caplog.records if record.name.startswith(("uvicorn", "csm_jax"))]
+    assert any("[accepted]" in record.getMessage() for record in named)
+    assert not [record for record in named if "first-key" in record.getMessage()]
+
+
+def test_rates_are_of_each_key(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(quotas, "monotonic", lambda: now[0])
+    rates = Rates(3, "requests")
+    for _ in range(3):
+        rates.count("a")
+    with pytest.raises(ApiError) as raised:
+        rates.count("a")
+    assert (raised.value.status, raised.value.retry_after) == (429, 20)
+    rates.count("b")
+    now[0] = 20.0
+    rates.count("a")
+    with pytest.raises(ApiError):
+        rates.count("a")
+    now[0] = 1e6
+    for _ in range(3):
+        rates.count("a")
+    with pytest.raises(ApiError):
+        rates.count("a")
+
+
+def test_callers_are_forgotten(monkeypatch):
+    """A client with many addresses does not fill the memory."""
+    monkeypatch.setattr(quotas, "MAX_CALLERS", 10)
+    rates = Rates(3, "requests")
+    for caller in range(1000):
+        rates.count(str(caller))
+    assert len(rates._buckets) == 10
+
+
+def test_too_often_is_429(guarded, monkeypatch):
+    now = next(CLOCK)
+    monkeypatch.setattr(quotas, "monotonic", lambda: now)
+    headers = {"Authorization": "Bearer second-key"}
+    statuses = [guarded.get("/v1/models", headers=headers).status_code for _ in range(41)]
+    assert statuses == [200] * 40 + [429]
+    refused = guarded.get("/v1/models", headers=headers)
+    assert int(refused.headers["retry-after"]) >= 1
+    assert refused.json()["error"]["type"] == "rate_limit_error"
+
+
+AUTHORISED = {"Authorization": "Bearer first-key"}
+
+
+def test_a_large_body_is_refused_by_its_announcement(guarded):
+    """Before any of it is read."""
+    host, port = guarded.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port))) as connection:
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer first-key\r\n"
+        head += "Content-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: 99999999999\r\n\r\n".encode())
+        assert b" 413 " in connection.recv(1000)
+
+
+@pytest.mark.parametrize(
+    ("path", "kind"),
+    [
+        *((path, "application/json") for path in ("/generate", "/v1/audio/speech", "/v1/files")),
+        ("/fal-ai/csm-1b", "application/json"),
+        *((path, "multipart/form-data; boundary=x") for path in ("/generate", "/v1/files")),
+    ],
+)
+def test_a_large_body_is_refused_while_it_comes(guarded, path, kind):
+    """However it is sent: in pieces its length is not announced."""
+
+    def pieces():
+        yield b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
+        for _ in range(100):
+            yield b"a" * 1000
+
+    headers = AUTHORISED | {"Content-Type": kind}
+    answer = httpx.post(guarded.url + path, content=pieces(), headers=headers, timeout=30)
+    assert answer.status_code == 413
+    assert str(BODY_BYTES) in answer.json()["detail"]
+
+
+def test_other_pages_may_not_ask(server):
+    """CORS is closed unless it is opened."""
+    headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
+    answer = httpx.options(f"{server.url}/generate", headers=headers)
+    assert "access-control-allow-origin" not in answer.headers
+
+
+WAV = base64.b64encode(as_wav(np.sin(np.arange(24_000, dtype=np.float32)))).decode()
+LONG = "a" * 10_001
+TURN = {"prompt": LONG, "audio_url": f"data:audio/wav;base64,{WAV}", "speaker_id": 0}
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("/generate", {"text": "one", "audio": WAV, "audio_text": LONG}),
+        ("/v1/audio/voices", {"name": "a", "audio": WAV, "text": LONG}),
+        ("/fal-ai/csm-1b", {"scene": [{"text": "one", "speaker_id": 0}], "context": [TURN]}),
+    ],
+)
+def test_a_transcript_has_an_end(server, path, fields):
+    answer = server.post(path, json=fields)
+    assert answer.status_code == 400
+    assert "10001 characters, but at most 10000" in answer.json()["detail"]
+
+
+def test_named_origins_may_send_requests(model):
+    settings = Settings(**SMALL, cors_origins=("https://example.com",), api_keys=KEYS)
+    with serve(model, settings) as running:
+        for origin, allowed in {"https://example.com": True, "https://other.com": False}.items():
+            headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+            answer = httpx.options(f"{running.url}/generate", headers=headers)
+            assert ("access-control-allow-origin" in answer.headers) == allowed

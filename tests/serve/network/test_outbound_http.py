@@ -1,0 +1,296 @@
+"""Addresses that strangers choose: only public ones are dialled, and only so much is read."""
+
+import asyncio
+import socket
+import ssl
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import httpcore
+import pytest
+
+from csm_jax.errors import InputError
+from csm_jax.serve.network import outbound_http as outgoing_module
+from csm_jax.serve.network.outbound_http import Outgoing, public_address
+
+
+@pytest.fixture
+def names(monkeypatch):
+    """What hosts resolve to, one list of addresses after the other."""
+    known = {}
+
+    async def getaddrinfo(self, host, port, **_):
+        found = known[host]
+        if isinstance(found[0], list):
+            found = found.pop(0)
+        return [(0, 0, 0, "", (address, port)) for address in found]
+
+    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    return known
+
+
+PRIVATE = [
+    *("127.0.0.1", "127.8.8.8", "10.0.0.1", "172.16.5.5", "192.168.1.1", "169.254.169.254"),
+    # Not bound to, but refused as the address of a recording.
+    *("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1"),  # noqa: S104
+    *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
+    *("::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "2001:0:7f00:1::"),
+]
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses_are_refused(names, address):
+    names["host"] = [address]
+    with pytest.raises(InputError, match="not a public address"):
+        asyncio.run(public_address("host", 80, False))
+    assert asyncio.run(public_address("host", 80, True)) == address
+
+
+def test_one_private_address_among_public_ones_is_enough(names):
+    names["host"] = ["93.184.216.34", "127.0.0.1"]
+    with pytest.raises(InputError):
+        asyncio.run(public_address("host", 80, False))
+
+
+@pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::"])
+def test_public_addresses_are_dialled(names, address):
+    names["host"] = [address]
+    assert asyncio.run(public_address("host", 80, False)) == address
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.server.hosts.append(self.headers["Host"])
+        time.sleep(self.server.delay)
+        status, headers, body = self.server.pages[self.path]
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        for piece in body:
+            if isinstance(piece, float):
+                time.sleep(piece)
+            else:
+                self.wfile.write(piece)
+
+    def do_POST(self):
+        self.do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def site():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.hosts, server.pages, server.delay = [], {}, 0.0
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    yield server
+    server.shutdown()
+    thread.join()
+
+
+def fetch(url: str, allow_private: bool = True, max_bytes: int = 1000, seconds: float = 5) -> bytes:
+    async def work() -> bytes:
+        outgoing = Outgoing(allow_private)
+        try:
+            return await outgoing.fetch(url, max_bytes, seconds)
+        finally:
+            await outgoing.close()
+
+    return asyncio.run(work())
+
+
+def test_what_is_there_is_fetched(site):
+    site.pages["/a"] = 200, {}, [b"one", b"two"]
+    site.pages["/r"] = 302, {"Location": "/a"}, []
+    assert fetch(f"{site.url}/a") == b"onetwo"
+    assert fetch(f"{site.url}/r") == b"onetwo"
+
+
+def test_the_address_that_was_checked_is_dialled(site, names):
+    """It is asked for once: another answer the next time changes nothing."""
+    names["good.example"] = [["127.0.0.1"], ["10.9.9.9"]]
+    site.pages["/a"] = 200, {}, [b"one"]
+    url = f"http://good.example:{site.server_port}/a"
+    assert fetch(url) == b"one"
+    assert site.hosts == [f"good.example:{site.server_port}"]
+    assert len(names["good.example"]) == 1
+
+
+def test_a_redirect_is_checked_too(site, names, monkeypatch):
+    """From a public host to a private one."""
+    names["good.example"], names["bad.example"] = ["93.184.216.34"], ["127.0.0.1"]
+    site.pages["/a"] = 302, {"Location": f"http://bad.example:{site.server_port}/secret"}, []
+    site.pages["/secret"] = 200, {}, [b"secret"]
+    connect = httpcore.AnyIOBackend.connect_tcp
+
+    async def to_the_site(self, host, port, *args, **kwargs):
+        # What is public here is the site.
+        host = "127.0.0.1" if host == "93.184.216.34" else host
+        return await connect(self, host, port, *args, **kwargs)
+
+    monkeypatch.setattr(httpcore.AnyIOBackend, "connect_tcp", to_the_site)
+    with pytest.raises(InputError, match=r"bad.example is not a public address"):
+        fetch(f"http://good.example:{site.server_port}/a", allow_private=False)
+    assert len(site.hosts) == 1
+
+
+def test_private_is_refused_without_a_name(site):
+    site.pages["/a"] = 200, {}, [b"one"]
+    for url in (f"{site.url}/a", f"http://localhost:{site.server_port}/a", "http://2130706433/"):
+        with pytest.raises(InputError, match="not a public address"):
+            fetch(url, allow_private=False)
+    assert not site.hosts
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        *("file:///etc/passwd", "ftp://host/a", "gopher://host/", "unix:///var/run/docker.sock"),
+        *("http://", "http:///a", "//host/a", "host", "", "http://name:word@host/"),
+        *("http://[::1", "http://host:99999/", "http://host:0/", "http://hö.de/"),
+        *("http://host/\r\nX: y", "http://" + "a" * 3000),
+    ],
+)
+def test_only_http_addresses_are_fetched(url):
+    with pytest.raises(InputError):
+        fetch(url)
+
+
+def test_there_is_an_end_to_everything(site):
+    site.pages["/large"] = 200, {}, [b"x" * 600, b"x" * 600]
+    site.pages["/slow"] = 200, {}, [b"x", 3.0, b"x"]
+    site.pages["/round"] = 302, {"Location": "/round"}, []
+    site.pages["/gone"] = 404, {}, []
+    site.pages["/file"] = 302, {"Location": "file:///etc/passwd"}, []
+    for path, message in {
+        "/large": "more than 1000 bytes",
+        "/slow": "took more than 0.5 s",
+        "/round": "more than 3 redirects",
+        "/gone": "status 404",
+        "/file": "no http or https address",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            fetch(f"{site.url}{path}", seconds=0.5)
+
+
+def test_what_is_compressed_is_not_unpacked(site):
+    """It is asked for as it is; what comes packed all the same stays so."""
+    site.pages["/a"] = 200, {"Content-Encoding": "gzip"}, [b"\x1f\x8b"]
+    assert fetch(f"{site.url}/a") == b"\x1f\x8b"
+
+
+def test_what_a_webhook_answers_is_not_read(site):
+    """However much it is, and however slowly it comes."""
+    site.pages["/hook"] = 201, {}, [b"a" * 1000, 1.0] * 20
+
+    async def work() -> int:
+        outgoing = Outgoing(allow_private=True)
+        try:
+            return await outgoing.post(f"{site.url}/hook", b"{}", {})
+        finally:
+            await outgoing.close()
+
+    started = time.monotonic()
+    assert asyncio.run(work()) == 201
+    assert time.monotonic() - started < 5
+
+
+def use(work):
+    """What `work(outgoing)` comes to."""
+
+    async def run():
+        outgoing = Outgoing(allow_private=True)
+        try:
+            return await work(outgoing)
+        finally:
+            await outgoing.close()
+
+    return asyncio.run(run())
+
+
+@pytest.fixture
+def silent():
+    """The address of a server that takes connections and answers nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        yield f"127.0.0.1:{listening.getsockname()[1]}"
+
+
+def test_certificates_are_read_once(silent, monkeypatch):
+    """It takes so long that it must not happen on the event loop for each connection."""
+
+    async def work(outgoing: Outgoing) -> None:
+        monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", pytest.fail)
+        with pytest.raises(InputError, match=r"took more than 0.3 s"):
+            await outgoing.fetch(f"https://{silent}/", 1000, 0.3)
+
+    use(work)
+
+
+def test_slow_fetches_of_one_caller_hold_up_neither_others_nor_webhooks(site):
+    site.pages["/slow"] = 200, {}, [b"x", 2.0, b"x"]
+    site.pages["/a"] = 200, {}, [b"one"]
+
+    async def work(outgoing: Outgoing) -> float:
+        slow = [
+            asyncio.create_task(outgoing.fetch(f"{site.url}/slow", 1000, 20.0, "many"))
+            for _ in range(80)
+        ]
+        await asyncio.sleep(0.2)
+        started = time.monotonic()
+        assert await outgoing.fetch(f"{site.url}/a", 1000, 5.0, "one") == b"one"
+        assert await outgoing.post(f"{site.url}/a", b"{}", {}) == 200
+        seconds = time.monotonic() - started
+        for each in slow:
+            each.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return seconds
+
+    assert use(work) < 1.5
+
+
+def test_a_webhook_does_not_fail_because_others_are_under_way(site, monkeypatch):
+    monkeypatch.setattr(outgoing_module, "_MAX_POSTS", 1)
+    monkeypatch.setattr(outgoing_module, "POST_SECONDS", 1.0)
+    site.delay = 0.4
+    site.pages["/hook"] = 200, {}, []
+
+    async def work(outgoing: Outgoing) -> list[int]:
+        posts = [outgoing.post(f"{site.url}/hook", b"{}", {}) for _ in range(4)]
+        return await asyncio.gather(*posts)
+
+    assert use(work) == [200] * 4
+
+
+def test_a_receiver_that_does_not_answer_has_an_end(silent, monkeypatch):
+    monkeypatch.setattr(outgoing_module, "POST_SECONDS", 0.3)
+    with pytest.raises(InputError, match=r"took more than 0.3 s"):
+        use(lambda outgoing: outgoing.post(f"http://{silent}/", b"{}", {}))
+
+
+def test_redirects_of_a_receiver_are_not_followed(site):
+    site.pages["/hook"] = 307, {"Location": "/other"}, []
+    assert use(lambda outgoing: outgoing.post(f"{site.url}/hook", b"{}", {})) == 307
+    assert len(site.hosts) == 1
+
+
+@pytest.mark.parametrize(
+    "headers", [{"A": "b" * 500_000}, {f"A{i}": "b" * 90 for i in range(5000)}]
+)
+def test_heads_of_any_size_are_not_read(site, headers):
+    site.pages["/a"] = 200, headers, [b"one"]
+    with pytest.raises(InputError, match="cannot be fetched"):
+        fetch(f"{site.url}/a")
+    with pytest.raises(InputError, match="cannot be reached"):
+        use(lambda outgoing: outgoing.post(f"{site.url}/a", b"{}", {}))
+
+
+def test_redirects_that_are_slow_share_one_time(site):
+    site.delay = 0.4
+    site.pages["/round"] = 302, {"Location": "/round"}, []
+    with pytest.raises(InputError, match=r"took more than 0.5 s"):
+        fetch(f"{site.url}/round", seconds=0.5)

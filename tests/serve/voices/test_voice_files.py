@@ -1,0 +1,186 @@
+"""Voices in files: one that cannot be used is left out and logged, and keeps none from starting."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from csm_jax.errors import InputError
+from csm_jax.serve.settings import Limits
+from csm_jax.serve.voices.files import read_voices
+
+LIMITS = Limits(text_characters=100, audio_seconds=2.0, audio_bytes=500_000)
+
+
+@pytest.fixture
+def voices(tmp_path) -> Path:
+    """A directory with a voice that can be used."""
+    directory = tmp_path / "voices"
+    directory.mkdir()
+    add(directory, "good")
+    return directory
+
+
+def tone(seconds: float = 0.5, level: float = 0.1) -> np.ndarray:
+    return level * np.sin(np.arange(round(seconds * 24_000)) / 10)
+
+
+def add(directory: Path, name: str, text: str | bytes = "hello", audio=None, **more) -> Path:
+    path = directory / f"{name}.wav"
+    soundfile.write(path, tone() if audio is None else audio, 24_000, **more)
+    data = text.encode() if isinstance(text, str) else text
+    path.with_suffix(".txt").write_bytes(data)
+    return path
+
+
+def a_pipe(directory: Path) -> None:
+    os.mkfifo(directory / "bad.wav")
+    (directory / "bad.txt").write_text("hello")
+
+
+def a_pipe_as_transcript(directory: Path) -> None:
+    add(directory, "bad").with_suffix(".txt").unlink()
+    os.mkfifo(directory / "bad.txt")
+
+
+def a_link_that_loops(directory: Path) -> None:
+    (directory / "bad.wav").symlink_to(directory / "bad.wav")
+    (directory / "bad.txt").write_text("hello")
+
+
+def a_link_out(directory: Path) -> None:
+    shutil.move(add(directory, "bad"), directory.parent / "bad.wav")
+    (directory / "bad.wav").symlink_to(directory.parent / "bad.wav")
+
+
+def a_transcript_that_is_a_link_out(directory: Path) -> None:
+    path = add(directory, "bad").with_suffix(".txt")
+    shutil.move(path, directory.parent / "bad.txt")
+    path.symlink_to(directory.parent / "bad.txt")
+
+
+def a_device(directory: Path) -> None:
+    (directory / "bad.wav").symlink_to("/dev/zero")
+    (directory / "bad.txt").write_text("hello")
+
+
+def a_directory(directory: Path) -> None:
+    (directory / "bad.wav").mkdir()
+    (directory / "bad.txt").write_text("hello")
+
+
+def a_huge_file(directory: Path) -> None:
+    path = add(directory, "bad")
+    os.truncate(path, 10**12)
+
+
+def a_huge_transcript(directory: Path) -> None:
+    os.truncate(add(directory, "bad").with_suffix(".txt"), 10**12)
+
+
+BAD_TEXTS = {
+    "empty": b"",
+    "of space": b" \n\t ",
+    "a speaker only": b"speaker: 1\n",
+    "Latin-1": "fünf".encode("latin-1"),
+    "UTF-16": "hello".encode("utf-16"),
+    "too long": b"a" * 101,
+    "a speaker of 5000 digits": b"speaker: " + b"9" * 5000 + b"\nhello",
+    "a speaker that is too large": b"speaker: 2147483648\nhello",
+    "a negative speaker": b"speaker: -1\nhello",
+}
+BAD_AUDIO = {
+    "silent": np.zeros(12_000),
+    "of one sample": np.full(1, 0.5),
+    "too long": tone(3.0),
+    "of amplitude 1e38": tone(level=1e38).astype(np.float32),
+    "not finite": np.where(np.arange(12_000) == 100, np.nan, tone()).astype(np.float32),
+}
+BAD_FILES = [
+    a_pipe,
+    a_pipe_as_transcript,
+    a_link_that_loops,
+    a_link_out,
+    a_transcript_that_is_a_link_out,
+    a_device,
+    a_directory,
+    a_huge_file,
+    a_huge_transcript,
+]
+
+
+def check(directory: Path, caplog) -> None:
+    """One voice is read, and one line says why the other is not."""
+    with caplog.at_level(logging.WARNING):
+        assert [voice.name for voice in read_voices(directory, LIMITS)] == ["good"]
+    assert len(caplog.records) == 1
+    assert "bad" in caplog.text
+    assert "\n" not in caplog.records[0].getMessage()
+
+
+@pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
+def test_a_bad_transcript_is_left_out(voices, caplog, text):
+    add(voices, "bad", text)
+    check(voices, caplog)
+
+
+@pytest.mark.parametrize("audio", BAD_AUDIO.values(), ids=BAD_AUDIO)
+def test_a_bad_recording_is_left_out(voices, caplog, audio):
+    add(voices, "bad", audio=audio, subtype="FLOAT")
+    check(voices, caplog)
+
+
+@pytest.mark.parametrize("make", BAD_FILES)
+def test_a_bad_file_is_left_out(voices, caplog, make):
+    make(voices)
+    check(voices, caplog)
+
+
+def test_noise_is_left_out(voices, caplog):
+    add(voices, "bad").write_bytes(np.random.default_rng(0).bytes(10_000))
+    check(voices, caplog)
+
+
+@pytest.mark.parametrize("name", ["-a.wav", "ä.wav", "a b.wav", "a\nb.wav", ".wav", "a.exe"])
+def test_other_names_are_no_voices(voices, name):
+    shutil.copy(voices / "good.wav", voices / name)
+    assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+
+
+def test_a_mark_before_utf_8_is_no_part_of_the_text(voices):
+    add(voices, "good", "\ufeffspeaker: 3\r\nhello".encode())
+    [voice] = read_voices(voices, LIMITS)
+    assert (voice.speaker, voice.text) == (3, "hello")
+
+
+def test_a_link_inside_the_directory_is_followed(voices):
+    """As Kubernetes mounts files of a ConfigMap."""
+    (voices / "..data").mkdir()
+    for suffix in (".wav", ".txt"):
+        shutil.move(voices / f"good{suffix}", voices / "..data" / f"good{suffix}")
+        (voices / f"good{suffix}").symlink_to(Path("..data") / f"good{suffix}")
+    assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+
+
+def test_a_file_that_cannot_be_opened_is_left_out(voices, caplog, monkeypatch):
+    path = add(voices, "bad")
+    before = os.open
+
+    def refuse(name, *arguments, **named):
+        if Path(name) == path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return before(name, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    check(voices, caplog)
+
+
+@pytest.mark.parametrize("make", [Path.touch, lambda path: None])
+def test_what_is_no_directory_is_refused(tmp_path, make):
+    make(tmp_path / "voices")
+    with pytest.raises(InputError, match="cannot be read"):
+        list(read_voices(tmp_path / "voices", LIMITS))
