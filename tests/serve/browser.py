@@ -95,6 +95,15 @@ class Visit:
             assert time.monotonic() < deadline, condition
             self.page.wait_for_timeout(20)
 
+    def delay(self, pattern: str, seconds: float = 0.3) -> None:
+        """Lets the server's responses to requests of an address pattern come late."""
+
+        def pass_on(route) -> None:
+            time.sleep(seconds)
+            route.continue_()
+
+        self.page.route(pattern, pass_on)
+
     def status(self, text: str, seconds: float = 30) -> None:
         """Waits until the page says it."""
         self.page.locator("#status").get_by_text(text).wait_for(timeout=1000 * seconds)

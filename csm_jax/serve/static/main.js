@@ -9,7 +9,7 @@ import { SPEAKERS, parseLines } from "./lines.js";
 import { Problem, read } from "./reading.js";
 import { Settings } from "./settings.js";
 import { Stage } from "./stage.js";
-import { VOICES_CHANGED, VoicePanel } from "./voice-panel.js";
+import { VoicePanel } from "./voice-panel.js";
 
 const EXAMPLE = "A: one two three\nB: four five six\nA: seven eight nine";
 
@@ -82,11 +82,7 @@ class Page {
 
   /** @param {number} speaker */
   #makePanel(speaker) {
-    const panel = new VoicePanel(this.api, speaker);
-    panel.addEventListener(VOICES_CHANGED, (event) => {
-      const name = /** @type {CustomEvent} */ (event).detail;
-      this.#refreshVoices(panel, name).catch((error) => this.#tell(error));
-    });
+    const panel = new VoicePanel(this.api, speaker, (name) => this.#refreshVoices(panel, name));
     panel.addEventListener("failed", (event) => {
       const error = /** @type {CustomEvent} */ (event).detail;
       if (error instanceof ApiError && error.status === 401) this.keyPanel.ask();

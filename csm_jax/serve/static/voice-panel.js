@@ -10,9 +10,6 @@ const OWN = "own";
 const NONE = "none";
 const WAV = "audio/wav";
 
-/** Tells that the list of voices is not what it was. */
-export const VOICES_CHANGED = "voices-changed";
-
 export class VoicePanel extends EventTarget {
   /** @type {import("./api.js").Voice[]} */
   #voices = [];
@@ -24,11 +21,14 @@ export class VoicePanel extends EventTarget {
   /**
    * @param {import("./api.js").Api} api
    * @param {number} speaker index of the speaker
+   * @param {(choose?: string) => Promise<void>} refreshVoices asks the server for its voices, and
+   *   gives them to all panels; this one chooses the named voice
    */
-  constructor(api, speaker) {
+  constructor(api, speaker, refreshVoices) {
     super();
     this.api = api;
     this.speaker = speaker;
+    this.refreshVoices = refreshVoices;
     const { element, parts } = fromTemplate("voice-template");
     this.parts = parts;
     const name = SPEAKERS[speaker];
@@ -151,7 +151,7 @@ export class VoicePanel extends EventTarget {
     const preset = this.#preset;
     if (!preset || !confirm(`Delete the voice ${preset.name}?`)) return;
     await this.api.deleteVoice(preset.name);
-    this.dispatchEvent(new CustomEvent(VOICES_CHANGED));
+    await this.refreshVoices();
     this.parts["said-so"].textContent = `${preset.name} is deleted.`;
   }
 
@@ -218,7 +218,7 @@ export class VoicePanel extends EventTarget {
     const recording = new Blob([encodeWav(samples)], { type: WAV });
     const voice = { name, speaker: this.speaker, text: transcript, recording };
     await this.api.addVoice(voice);
-    this.dispatchEvent(new CustomEvent(VOICES_CHANGED, { detail: name }));
+    await this.refreshVoices(name);
     this.parts["said-so"].textContent = `${name} is saved.`;
   }
 

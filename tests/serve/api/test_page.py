@@ -206,6 +206,7 @@ def test_a_voice_is_kept_and_deleted(visit, server, recording, transcript):
     panel.get_by_label("Keep it as a voice").fill("no/name")
     panel.get_by_role("button", name="Save").click()
     panel.get_by_text("a voice cannot be called").wait_for()
+    visit.delay("**/v1/audio/voices")
     panel.get_by_label("Keep it as a voice").fill("kept")
     panel.get_by_role("button", name="Save").click()
     panel.get_by_text("kept is saved").wait_for()
