@@ -22,7 +22,7 @@ def sine(frequency, seconds, rate=RATE, amplitude=0.5):
 
 
 def chirp(seconds=2.0):
-    """300 to 1800 Hz under a Gaussian envelope: unlike a sine, no delay leaves it unchanged."""
+    """300 to 1800 Hz with a Gaussian envelope, which every delay changes, unlike a sine."""
     time = np.arange(round(seconds * RATE)) / RATE
     phase = 2 * np.pi * (300 * time + 750 * time**2 / seconds)
     return (0.6 * np.exp(-(((time / seconds - 0.5) / 0.2) ** 2)) * np.sin(phase)).astype(np.float32)
@@ -34,7 +34,7 @@ def snr_db(expected, actual):
 
 
 def delayed(samples, delay):
-    """`samples` later by a number of samples that need not be whole."""
+    """`samples`, delayed by a fractional number of samples."""
     shift = np.exp(-2j * np.pi * np.fft.rfftfreq(len(samples)) * delay)
     return np.fft.irfft(np.fft.rfft(samples) * shift, len(samples))
 
@@ -46,7 +46,7 @@ def peak_frequency(samples, rate=RATE):
 
 @contextlib.contextmanager
 def one_line(error, *parts):
-    """The block raises `error` with a message of one line that contains all `parts`."""
+    """Checks that the block raises `error` with a message of one line that contains all `parts`."""
     with pytest.raises(error) as caught:
         yield
     message = str(caught.value)
@@ -64,7 +64,7 @@ def test_resampling_gives_the_closed_form_sine(tmp_path, rate):
     loaded = audio.load_audio(tmp_path / "a.wav", RATE)
     assert loaded.dtype == np.float32
     assert loaded.shape == (RATE,)
-    inner = slice(1200, -1200)  # the filter sees the start and the end as steps
+    inner = slice(1200, -1200)  # the start and the end are steps for the filter
     np.testing.assert_allclose(loaded[inner], sine(1000, 1.0)[inner], atol=1e-4)
 
 
@@ -73,7 +73,7 @@ def test_frequencies_above_the_new_nyquist_do_not_alias(tmp_path):
     assert np.abs(audio.load_audio(tmp_path / "a.wav", RATE)[1200:-1200]).max() < 1e-4
 
 
-def test_the_wanted_rate_is_the_callers(tmp_path):
+def test_load_audio_resamples_to_the_requested_rate(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(440, 1.0, 24_000), 24_000)
     loaded = audio.load_audio(tmp_path / "a.wav", 16_000)
     assert loaded.shape == (16_000,)
@@ -88,7 +88,7 @@ def test_channels_are_averaged(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.pcm", "a.raw", "A.PCM"])
-def test_raw_is_little_endian_16_bit(tmp_path, name):
+def test_raw_audio_is_little_endian_16_bit(tmp_path, name):
     (tmp_path / name).write_bytes(b"\x00\x00\x00\x40\x01\x00\x00\x80\xff\x7f")
     expected = np.array([0, 0.5, 1 / 32768, -1, 32767 / 32768], np.float32)
     np.testing.assert_array_equal(audio.load_audio(tmp_path / name, RATE), expected)
@@ -219,13 +219,13 @@ def test_bad_arrays_are_refused_in_one_line(array, says):
 
 
 @pytest.mark.parametrize("suffix", [*SUFFIXES, ".WAV"])
-def test_round_trip(tmp_path, suffix):
+def test_audio_is_equal_after_writing_and_reading(tmp_path, suffix):
     path = tmp_path / f"a{suffix}"
     audio.save_audio(path, chirp(), RATE)
     loaded = audio.load_audio(path, RATE)
     assert len(loaded) == len(chirp())
     lossy = suffix in (".mp3", ".ogg", ".opus")
-    # libopus' speech mode is late or early by about a sample.
+    # The speech mode of libopus shifts by about a sample.
     delays = np.arange(-2, 2, 0.25) if suffix == ".opus" else [0]
     snr = max(snr_db(delayed(chirp(), delay), loaded) for delay in delays)
     assert snr > (25 if lossy else 75)
@@ -257,7 +257,7 @@ def test_the_suffix_names_the_format(tmp_path, suffix, container, coding):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".pcm"])
-def test_all_16_bit_values_survive(tmp_path, suffix):
+def test_all_16_bit_values_are_written_exactly(tmp_path, suffix):
     values = np.arange(-32768, 32768).astype(np.int16)
     audio.save_audio(tmp_path / f"a{suffix}", values / np.float32(32768), RATE)
     loaded = audio.load_audio(tmp_path / f"a{suffix}", RATE)
@@ -266,7 +266,7 @@ def test_all_16_bit_values_survive(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_values_are_clipped(tmp_path, suffix):
+def test_values_beyond_full_scale_are_clipped(tmp_path, suffix):
     loud, clipped = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
     audio.save_audio(loud, sine(440, 0.5, amplitude=5.0), RATE)
     audio.save_audio(clipped, np.clip(sine(440, 0.5, amplitude=5.0), -1, 1), RATE)
@@ -275,14 +275,14 @@ def test_values_are_clipped(tmp_path, suffix):
     assert (samples[:6000].max(), samples[:6000].min()) == pytest.approx((1, -1), abs=0.2)
 
 
-def test_full_scale_does_not_wrap_around():
+def test_full_scale_does_not_overflow():
     data = audio.encode_audio(np.array([1, 2, -1, -2, 0.99999], np.float32), RATE, ".pcm")
     np.testing.assert_array_equal(np.frombuffer(data, "<i2"), [32767, 32767, -32768, -32768, 32767])
 
 
 @pytest.mark.parametrize("suffix", [".ogg", ".opus", ".mp3"])
-def test_long_recordings_are_written(suffix):
-    """In one call, libsndfile's Vorbis encoder crashes on two minutes, and Python with it."""
+def test_two_minutes_are_written(suffix):
+    """libsndfile's Vorbis encoder crashes, and Python with it, if two minutes are one call."""
     seconds = 150 if suffix == ".ogg" else 20
     data = audio.encode_audio(np.tile(sine(1000, 1.0), seconds), RATE, suffix)
     assert len(data) > 1000 * seconds / 2
@@ -299,7 +299,7 @@ def test_an_empty_recording_is_an_empty_file(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".flac", ".mp3", ".opus"])
-def test_an_empty_recording_is_one_silent_sample_where_it_must(tmp_path, suffix):
+def test_an_empty_recording_is_one_silent_sample_in_formats_without_empty_files(tmp_path, suffix):
     audio.save_audio(tmp_path / f"a{suffix}", np.zeros(0, np.float32), RATE)
     samples, _ = soundfile.read(tmp_path / f"a{suffix}")
     np.testing.assert_allclose(samples, [0], atol=1e-6)
@@ -325,7 +325,7 @@ def test_a_bare_file_name_is_written_to_the_working_directory(tmp_path, monkeypa
 
 
 def refusals(path, *says):
-    """Both the early check and the writing refuse `path`."""
+    """Checks that both `check_output` and writing refuse `path`."""
     with one_line(OutputError, path, *says):
         audio.check_output(path)
     with one_line(OutputError, path, *says):
@@ -333,7 +333,7 @@ def refusals(path, *says):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a", "a.wav.bak", ".wav"])
-def test_an_unknown_format_lists_the_known_ones(tmp_path, name):
+def test_the_error_of_an_unknown_format_lists_the_known_ones(tmp_path, name):
     refusals(tmp_path / name, *SUFFIXES)
     assert not list(tmp_path.iterdir())
 
@@ -365,7 +365,7 @@ def test_a_forbidden_directory_is_refused(tmp_path):
     refusals(tmp_path / "a.wav", "Permission denied")
 
 
-def test_check_output_leaves_nothing_behind(tmp_path):
+def test_check_output_creates_no_file(tmp_path):
     audio.check_output(tmp_path / "a.wav")
     assert not list(tmp_path.iterdir())
     (tmp_path / "a.wav").write_bytes(b"old")
@@ -387,8 +387,8 @@ def test_a_failing_rename_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("old", [None, b"old"])
-def test_a_write_cut_short_leaves_no_part_of_it(tmp_path, old):
-    """The limit on file sizes fails like a full disk: in the middle of the data."""
+def test_an_interrupted_write_leaves_no_partial_file(tmp_path, old):
+    """A limit on file sizes fails like a full disk: in the middle of the data."""
     if old:
         (tmp_path / "a.wav").write_bytes(old)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -401,7 +401,7 @@ def test_a_write_cut_short_leaves_no_part_of_it(tmp_path, old):
     assert [entry.read_bytes() for entry in tmp_path.iterdir()] == ([old] if old else [])
 
 
-def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
+def test_a_keyboard_interrupt_leaves_no_partial_file(tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -411,7 +411,7 @@ def test_an_interrupt_leaves_no_part(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_rate_that_the_format_lacks_is_refused(tmp_path):
+def test_a_sample_rate_that_the_format_does_not_support_is_refused(tmp_path):
     with one_line(OutputError, ".opus", "22050 Hz"):
         audio.save_audio(tmp_path / "a.opus", sine(440, 0.1, 22_050), 22_050)
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Native checkpoints, every published layout on the way in and out, and what can go wrong there."""
+"""Native checkpoints, and conversion from and to every published layout, with its errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ def assert_nothing_left(out: Path) -> None:
 # --- The native form ----------------------------------------------------------------------------
 
 
-def test_native_round_trip(native):
+def test_a_native_checkpoint_is_equal_after_saving_and_loading(native):
     assert checkpoint.is_native(native)
     assert checkpoint.load_config(native) == CONFIG
     assert_same_params(loaded(native), params())
@@ -48,14 +48,14 @@ def test_native_round_trip(native):
     assert files == {"checksums.json", "config.json", "params", "tokenizer.json"}
 
 
-# Looked up by an index, and in bfloat16 held as bits where a CPU computes in float32.
+# Tables for lookup: where a CPU computes in float32, bfloat16 ones are held as bits.
 TABLES = ("csm/text_embedding", "csm/audio_embedding", "csm/depth_heads/weight")
 
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activations", ["float32", "weights"])
-def test_parameters_are_cast_as_they_are_loaded(native, weights, activations):
-    """Norms to the type of activations, and all but them and the codec to that of weights."""
+def test_parameters_are_cast_on_loading(native, weights, activations):
+    """Norms get the type of activations; other parameters but the codec that of weights."""
     activations = weights if activations == "weights" else activations
     got = loaded(native, Precision(jnp.dtype(weights), jnp.dtype(activations)))
     for path, array in params().items():
@@ -70,14 +70,14 @@ def test_parameters_are_cast_as_they_are_loaded(native, weights, activations):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_cpu_computes_in_float32(native, dtype):
+def test_activations_are_float32_on_a_cpu(native, dtype):
     precision = resolve(dtype)
     assert precision == Precision(jnp.dtype(dtype), jnp.dtype("float32"))
     assert loaded(native, precision)["csm/backbone/norm/scale"].dtype == np.float32
 
 
 @pytest.mark.parametrize("version", [1, 99])
-def test_config_of_another_version_is_refused(native, tmp_path, version):
+def test_a_config_of_another_version_is_refused(native, tmp_path, version):
     shutil.copytree(native, tmp_path / "other")
     file = tmp_path / "other" / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"version": version}))
@@ -116,36 +116,36 @@ def test_a_damaged_native_checkpoint_is_refused(native, tmp_path, damage):
 # --- Published layouts --------------------------------------------------------------------------
 
 
-def test_huggingface_layout(huggingface):
+def test_the_huggingface_layout_is_read(huggingface):
     assert_same_params(tensors_of(huggingface), params())
     assert not needs_codec(huggingface)
 
 
-def test_sesame_layout_with_either_codec(sesame, codec):
+def test_the_sesame_layout_is_read_with_either_codec(sesame, codec):
     assert_same_params(tensors_of(sesame, codec), params())
     assert_same_params(tensors_of(sesame, codec / "model.safetensors"), params())
     assert needs_codec(sesame)
 
 
-def test_both_layouts_side_by_side(mixed, tmp_path):
-    """The layers of the Hugging Face checkpoint are spread over its shards, too."""
+def test_of_two_layouts_in_a_directory_huggingface_is_read(mixed, tmp_path):
+    """The layers of the Hugging Face checkpoint are also spread over its shards."""
     assert len(list(mixed.glob("*.safetensors"))) == 3
     assert_same_params(tensors_of(mixed), params())
     assert convert.run([f"--source={mixed}", f"--out={tmp_path / 'out'}"]) == 0
     assert_same_params(loaded(tmp_path / "out"), params())
 
 
-def test_huggingface_layout_with_another_codec(huggingface, codec):
+def test_another_codec_replaces_that_of_the_huggingface_layout(huggingface, codec):
     assert_same_params(tensors_of(huggingface, codec), params())
 
 
-def test_one_file_alone(sesame, huggingface, codec):
+def test_a_single_file_is_read(sesame, huggingface, codec):
     assert_same_params(tensors_of(sesame / "model.safetensors", codec), params())
     (file,) = huggingface.glob("*.safetensors")
     assert_same_params(tensors_of(file), params())
 
 
-def test_older_spellings_of_kyutais_codebooks(sesame, tmp_path):
+def test_older_names_of_kyutais_codebooks_are_read(sesame, tmp_path):
     renamed = {
         name.replace("embedding_sum", "embed_avg").replace("cluster_usage", "cluster_size"): tensor
         for name, tensor in fixtures.layout("kyutai_codec").items()
@@ -155,7 +155,7 @@ def test_older_spellings_of_kyutais_codebooks(sesame, tmp_path):
 
 
 @pytest.mark.parametrize("where", [0, 1, 2])
-def test_the_audio_table_under_either_name_or_both(tmp_path, where):
+def test_the_audio_table_is_read_from_either_name_or_both(tmp_path, where):
     tensors = fixtures.huggingface_tensors()
     depth = "depth_decoder.model.embed_tokens.weight"
     backbone = "backbone_model.embed_tokens.embed_audio_tokens.weight"
@@ -166,7 +166,7 @@ def test_the_audio_table_under_either_name_or_both(tmp_path, where):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_files(tmp_path, dtype):
+def test_files_of_narrow_types_are_read(tmp_path, dtype):
     tensors = fixtures.huggingface_tensors()
     narrow = {name: tensor.astype(jnp.dtype(dtype)) for name, tensor in tensors.items()}
     got = tensors_of(fixtures.write_huggingface(tmp_path, narrow))
@@ -174,7 +174,7 @@ def test_narrow_files(tmp_path, dtype):
         np.testing.assert_array_equal(got[path], params()[path].astype(jnp.dtype(dtype)))
 
 
-def test_every_layout_says_the_same(native, mixed, sesame, tmp_path):
+def test_greedy_codes_of_every_layout_are_equal(native, mixed, sesame, tmp_path):
     out, codec = tmp_path / "out", fixtures.write_codec(tmp_path / "codec", "kyutai_codec")
     assert convert.run([f"--source={sesame}", f"--codec={codec}", f"--out={out}"]) == 0
     codes = [
@@ -186,7 +186,7 @@ def test_every_layout_says_the_same(native, mixed, sesame, tmp_path):
         np.testing.assert_array_equal(codes[0], others)
 
 
-def test_nothing_is_read_before_everything_fits(tmp_path):
+def test_no_tensor_is_read_before_all_shapes_are_checked(tmp_path):
     tensors = fixtures.huggingface_tensors()
     del tensors["codec_model.upsample.conv.weight"]
     opened = open_checkpoint(fixtures.write_huggingface(tmp_path, tensors))
@@ -194,7 +194,7 @@ def test_nothing_is_read_before_everything_fits(tmp_path):
         next(opened.tensors(fixtures.shapes()))
 
 
-def test_sesame_layout_without_codec_says_how_to_give_one(sesame):
+def test_the_error_of_a_missing_codec_names_the_flag(sesame):
     with pytest.raises(CheckpointError, match=r"no codec inside: .*csm_jax\.convert .*--codec="):
         csm_jax.load(sesame)
 
@@ -208,17 +208,17 @@ def test_a_missing_shard_is_named(mixed, tmp_path):
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_ckpt_pt(sesame, codec, tmp_path, wrapped):
+def test_ckpt_pt_is_read(sesame, codec, tmp_path, wrapped):
     torch = pytest.importorskip("torch")
     weights = {name: torch.tensor(t) for name, t in fixtures.layout("sesame").items()}
-    # `setup_caches` of the original registers masks, which end up in what is saved after it.
+    # `setup_caches` of the original registers masks, which a later `torch.save` includes.
     weights["backbone_causal_mask"] = torch.ones(3, 3, dtype=torch.bool)
     torch.save({"model": weights} if wrapped else weights, tmp_path / "ckpt.pt")
     shutil.copy(sesame / "config.json", tmp_path)
     assert_same_params(tensors_of(tmp_path, codec), params())
 
 
-def test_ckpt_pt_without_torch(codec, tmp_path, monkeypatch):
+def test_ckpt_pt_without_torch_is_an_error_that_names_torch(codec, tmp_path, monkeypatch):
     (tmp_path / "ckpt.pt").write_bytes(b"")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(CheckpointError, match=r"ckpt\.pt needs torch: pip install torch"):
@@ -226,7 +226,7 @@ def test_ckpt_pt_without_torch(codec, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", b"no pickle", "list", "code"])
-def test_ckpt_pt_that_is_none(tmp_path, content):
+def test_a_damaged_ckpt_pt_is_refused(tmp_path, content):
     torch = pytest.importorskip("torch")
     file = tmp_path / "ckpt.pt"
     if isinstance(content, bytes):
@@ -240,8 +240,8 @@ def test_ckpt_pt_that_is_none(tmp_path, content):
 # --- python -m csm_jax.convert ------------------------------------------------------------------
 
 
-def test_bfloat16_conversion(huggingface, tmp_path):
-    """All but the codec, which stays float32; and the way back keeps what is stored."""
+def test_a_bfloat16_conversion_keeps_the_codec_in_float32(huggingface, tmp_path):
+    """The codec stays float32; the export keeps the stored types."""
     out, back = tmp_path / "narrow", tmp_path / "back"
     assert convert.run([f"--source={huggingface}", f"--out={out}", "--dtype=bfloat16"]) == 0
     assert convert.run([f"--source={out}", f"--out={back}", "--to=hf"]) == 0
@@ -254,7 +254,7 @@ def test_bfloat16_conversion(huggingface, tmp_path):
             np.testing.assert_array_equal(got, wanted, path)
 
 
-def test_small_files_go_along_and_come_back(huggingface, tmp_path):
+def test_small_files_are_copied_in_both_directions(huggingface, tmp_path):
     source = tmp_path / "source"
     shutil.copytree(huggingface, source)
     (source / "generation_config.json").write_text('{"a": 1}')
@@ -268,7 +268,7 @@ def test_small_files_go_along_and_come_back(huggingface, tmp_path):
         assert not (directory / "README.md").exists()
 
 
-def test_native_to_huggingface_and_back(native, tmp_path, monkeypatch):
+def test_native_to_huggingface_and_back_gives_equal_parameters(native, tmp_path, monkeypatch):
     monkeypatch.setattr("csm_jax.convert.export.SHARD_BYTES", 100_000)
     there, back = tmp_path / "there", tmp_path / "back"
     assert convert.run([f"--source={native}", f"--out={there}", "--to=hf"]) == 0
@@ -283,8 +283,8 @@ def test_native_to_huggingface_and_back(native, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_transformers_loads_what_is_exported(tmp_path, dtype):
-    """From its own random weights through our form and back: nothing may have changed."""
+def test_transformers_loads_an_export_with_equal_weights(tmp_path, dtype):
+    """Converts its random weights to the native layout and back: they must be equal."""
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("torchtune")
@@ -333,7 +333,7 @@ def test_transformers_loads_what_is_exported(tmp_path, dtype):
         (["--sorce=x"], "Unknown command line flag 'sorce'. Did you mean: source"),
     ],
 )
-def test_wrong_flags(flags, message, huggingface, native, sesame, tmp_path, capsys):
+def test_wrong_flags_are_one_line(flags, message, huggingface, native, sesame, tmp_path, capsys):
     empty, full, out = tmp_path / "empty", tmp_path / "full", tmp_path / "out"
     empty.mkdir()
     full.mkdir()
@@ -346,7 +346,7 @@ def test_wrong_flags(flags, message, huggingface, native, sesame, tmp_path, caps
 
 
 @pytest.mark.parametrize("damage", ["missing", "extra", "misshapen", "cut", "codec"])
-def test_damaged_sources_leave_nothing(damage, tmp_path, capsys):
+def test_a_damaged_source_leaves_no_output(damage, tmp_path, capsys):
     tensors = fixtures.huggingface_tensors()
     if damage == "missing":
         del tensors["lm_head.weight"]
@@ -372,7 +372,9 @@ def test_damaged_sources_leave_nothing(damage, tmp_path, capsys):
     assert_nothing_left(out)
 
 
-def test_a_full_disk_is_seen_beforehand(huggingface, tmp_path, monkeypatch, capsys):
+def test_too_little_disk_space_is_reported_before_writing(
+    huggingface, tmp_path, monkeypatch, capsys
+):
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     assert convert.run([f"--source={huggingface}", f"--out={tmp_path / 'out'}"]) == 2
@@ -381,8 +383,8 @@ def test_a_full_disk_is_seen_beforehand(huggingface, tmp_path, monkeypatch, caps
 
 
 @pytest.mark.parametrize("to", ["native", "hf"])
-def test_a_disk_that_fills_up(huggingface, native, tmp_path, to):
-    """Files cannot grow beyond 16 blocks in this process: real writes fail half-way."""
+def test_a_disk_that_fills_up_is_one_line_and_leaves_no_output(huggingface, native, tmp_path, to):
+    """A limit of 16 blocks on file sizes makes real writes fail half-way."""
     source = huggingface if to == "native" else native
     limited = ["sh", "-c", 'ulimit -f 16; exec "$@"', "sh", *command("convert")]
     flags = [f"--source={source}", f"--out={tmp_path / 'out'}", f"--to={to}"]
@@ -399,7 +401,7 @@ def command(module: str) -> list[str]:
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e6])
 def test_values_that_are_not_finite_are_not_converted(tmp_path, capsys, value):
-    """A million is no float16."""
+    """A million overflows float16."""
     tensors = fixtures.huggingface_tensors()
     tensors["lm_head.weight"] = tensors["lm_head.weight"].copy()
     tensors["lm_head.weight"][1, 2] = value
@@ -438,7 +440,7 @@ KILLED = """
 
 
 def assert_recovers(source: Path, out: Path) -> None:
-    """Nothing that is left is taken for a checkpoint, and the next run cleans up and succeeds."""
+    """Checks that no checkpoint is left, and that the next run cleans up and succeeds."""
     partial, lock = sorted(out.parent.iterdir())
     assert re.fullmatch(r"\.out\.[0-9a-f]{16}\.partial", partial.name)
     assert lock.name == ".out.lock"
@@ -451,7 +453,9 @@ def assert_recovers(source: Path, out: Path) -> None:
 
 
 @pytest.mark.parametrize("moment", ["reading", "almost done"])
-def test_a_killed_conversion_is_no_checkpoint(huggingface, tmp_path, moment):
+def test_a_killed_conversion_leaves_no_checkpoint_and_can_be_repeated(
+    huggingface, tmp_path, moment
+):
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     code = [sys.executable, "-c", textwrap.dedent(KILLED), moment, *flags]
@@ -461,7 +465,9 @@ def test_a_killed_conversion_is_no_checkpoint(huggingface, tmp_path, moment):
     assert_recovers(huggingface, out)
 
 
-def test_a_conversion_killed_from_outside_is_no_checkpoint(huggingface, tmp_path):
+def test_a_conversion_ended_by_sigkill_leaves_no_checkpoint_and_can_be_repeated(
+    huggingface, tmp_path
+):
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     process = subprocess.Popen([*command("convert"), *flags])
@@ -474,7 +480,7 @@ def test_a_conversion_killed_from_outside_is_no_checkpoint(huggingface, tmp_path
 
 
 def in_namespace(*flags: str) -> subprocess.Popen:
-    """A conversion that is process 1, as in a container, and dies with what is returned."""
+    """Starts a conversion as process 1, as in a container; it ends with the returned process."""
     unshare = [shutil.which("unshare") or "true", "--pid", "--fork", "--kill-child"]
     done = subprocess.run(
         [*unshare, sys.executable, "-c", "import os; print(os.getpid())"], stdout=subprocess.PIPE
@@ -492,8 +498,8 @@ def wait_for_partial(out: Path, process: subprocess.Popen) -> None:
         time.sleep(0.001)
 
 
-def test_process_1_of_a_container_is_killed_and_started_again(huggingface, tmp_path):
-    """Its successor has the same process id."""
+def test_a_conversion_killed_as_process_1_can_be_repeated(huggingface, tmp_path):
+    """The repeated conversion has the same process id."""
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     process = in_namespace(*flags)
@@ -507,7 +513,7 @@ def test_process_1_of_a_container_is_killed_and_started_again(huggingface, tmp_p
     assert_same_params(loaded(out), params())
 
 
-def test_a_living_conversion_of_another_namespace_is_left_alone(huggingface, tmp_path, capsys):
+def test_a_running_conversion_of_another_namespace_is_not_disturbed(huggingface, tmp_path, capsys):
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     process = in_namespace(*flags)
@@ -526,7 +532,7 @@ def test_a_living_conversion_of_another_namespace_is_left_alone(huggingface, tmp
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_conversion_that_is_told_to_end_leaves_nothing(huggingface, tmp_path, number):
+def test_a_conversion_ended_by_a_signal_leaves_no_files(huggingface, tmp_path, number):
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     code = [sys.executable, "-c", textwrap.dedent(KILLED), "paused", *flags]
@@ -539,7 +545,7 @@ def test_a_conversion_that_is_told_to_end_leaves_nothing(huggingface, tmp_path, 
 
 
 @pytest.mark.long
-def test_killed_at_any_moment_the_next_conversion_is_whole(huggingface, tmp_path):
+def test_a_conversion_killed_at_any_moment_can_be_repeated(huggingface, tmp_path):
     out = tmp_path / "home" / "out"
     flags = [f"--source={huggingface}", f"--out={out}"]
     random = np.random.default_rng(0)
@@ -560,14 +566,14 @@ def test_killed_at_any_moment_the_next_conversion_is_whole(huggingface, tmp_path
     assert_same_params(loaded(out), params())
 
 
-def test_an_empty_directory_may_be_filled(tmp_path):
+def test_an_empty_directory_is_accepted_as_output(tmp_path):
     (tmp_path / "out").mkdir()
     fixtures.write_native(tmp_path / "out")
     assert_same_params(loaded(tmp_path / "out"), params())
 
 
 @pytest.mark.parametrize("name", [".", "link"])
-def test_an_empty_directory_may_have_another_name(tmp_path, monkeypatch, name):
+def test_other_spellings_of_an_empty_directory_are_accepted(tmp_path, monkeypatch, name):
     (tmp_path / "out").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "out")
     monkeypatch.chdir(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Files and directories are whole or not there, have one writer, and leave nothing beside them."""
+"""Files and directories are complete or absent, have one writer, and leave no partial files."""
 
 import errno
 import fcntl
@@ -16,7 +16,7 @@ import pytest
 from csm_jax import audio, files, output
 from csm_jax.errors import BusyError, OutputError
 
-# A writer as the module describes it, in a process without this package.
+# A writer that follows the module's description, in a process without this package.
 WRITER = """
 import fcntl, os, sys, time
 lock = open(sys.argv[1], "w")
@@ -37,7 +37,7 @@ def kind(request):
 
 @pytest.fixture
 def writer(tmp_path, kind):
-    """Another process that writes `out`."""
+    """Starts another process that writes `out`."""
     code = [sys.executable, "-S", "-c", WRITER, tmp_path / ".out.lock", PARTIAL, kind]
     with subprocess.Popen(code, stdout=subprocess.PIPE) as process:
         assert process.stdout.readline() == b"writing\n"
@@ -62,14 +62,14 @@ def names(directory):
     return sorted(os.listdir(directory))
 
 
-def test_what_another_process_writes_is_left_alone(tmp_path, kind, writer):
+def test_files_that_another_process_is_writing_are_not_disturbed(tmp_path, kind, writer):
     with pytest.raises(BusyError, match="another process is writing there"):
         write(tmp_path / "out", kind)
     assert names(tmp_path) == [PARTIAL, ".out.lock"]
     assert files.is_locked(tmp_path / "out")
 
 
-def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind, writer):
+def test_partial_files_of_a_killed_process_are_removed_by_the_next(tmp_path, kind, writer):
     writer.send_signal(signal.SIGKILL)
     writer.wait()
     assert not files.is_locked(tmp_path / "out")
@@ -78,7 +78,7 @@ def test_what_a_killed_process_left_is_removed_by_the_next(tmp_path, kind, write
     assert content(tmp_path / "out") == b"whole"
 
 
-def test_a_short_write_waits_for_its_turn(tmp_path):
+def test_a_short_write_waits_for_the_lock(tmp_path):
     path, order = tmp_path / "out", []
     with files.new_file(path) as made:
         thread = threading.Thread(
@@ -94,7 +94,7 @@ def test_a_short_write_waits_for_its_turn(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_many_writers_of_one_file_leave_one_of_theirs(tmp_path):
+def test_concurrent_writers_leave_the_complete_file_of_one(tmp_path):
     contents = [bytes([i]) * 100_000 for i in range(16)]
     threads = [
         threading.Thread(target=files.replace_file, args=(tmp_path / "out", each))
@@ -108,7 +108,7 @@ def test_many_writers_of_one_file_leave_one_of_theirs(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_what_several_want_is_made_once(tmp_path):
+def test_make_once_runs_once_for_concurrent_callers(tmp_path):
     made = []
 
     def make():
@@ -130,7 +130,7 @@ def test_what_several_want_is_made_once(tmp_path):
     assert names(tmp_path) == ["out"]
 
 
-def test_without_locks_a_write_is_whole_all_the_same(tmp_path, kind, monkeypatch, caplog):
+def test_writes_are_complete_on_file_systems_without_locks(tmp_path, kind, monkeypatch, caplog):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
@@ -145,19 +145,19 @@ def test_without_locks_a_write_is_whole_all_the_same(tmp_path, kind, monkeypatch
 
 
 @pytest.mark.parametrize("name", ["a\nb", 250 * "a", "ä" * 120, " ", ".hidden", "a.partial", "-x"])
-def test_any_name_can_be_written(tmp_path, name, kind):
+def test_unusual_names_can_be_written(tmp_path, name, kind):
     write(tmp_path / name, kind)
     assert names(tmp_path) == [name]
 
 
-def test_a_name_that_is_too_long_is_one_line(tmp_path, kind):
+def test_a_name_that_is_too_long_is_an_error_of_one_line(tmp_path, kind):
     with pytest.raises(OutputError, match="File name too long"):
         write(tmp_path / (300 * "a"), kind)
     assert names(tmp_path) == []
 
 
 @pytest.mark.parametrize("is_there", [True, False])
-def test_a_link_stays_and_what_it_points_to_is_written(tmp_path, is_there):
+def test_writing_through_a_symbolic_link_writes_its_target(tmp_path, is_there):
     (tmp_path / "there").mkdir()
     target = tmp_path / "there" / "out"
     if is_there:
@@ -184,7 +184,7 @@ UNUSABLE = ["loop", "nowhere", "pipe", "directory", "file/out", "linked", "taken
 
 
 @pytest.mark.parametrize("name", UNUSABLE)
-def test_where_no_file_can_be_is_one_line_and_left_as_it_is(tmp_path, name):
+def test_an_unusable_file_path_is_an_error_of_one_line_and_not_changed(tmp_path, name):
     unusable(tmp_path)
     before = names(tmp_path)
     for attempt in (
@@ -198,7 +198,7 @@ def test_where_no_file_can_be_is_one_line_and_left_as_it_is(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["file", "pipe", "/", "/proc"])
-def test_where_no_directory_can_be_is_one_line(tmp_path, name):
+def test_an_unusable_directory_path_is_an_error_of_one_line(tmp_path, name):
     unusable(tmp_path)
     with pytest.raises(OutputError, match=r"exists and is not empty|is a mount point"):
         write(tmp_path / name, "directory")
@@ -210,14 +210,14 @@ def vanish(path, kind):
         files._remove(path.parent)
 
 
-def test_a_directory_that_vanishes_meanwhile_is_one_line(tmp_path, kind):
+def test_a_parent_directory_that_is_deleted_meanwhile_is_an_error_of_one_line(tmp_path, kind):
     (tmp_path / "cache").mkdir()
     with pytest.raises(OutputError, match="No such file or directory"):
         vanish(tmp_path / "cache" / "out", kind)
     assert names(tmp_path) == []
 
 
-def test_a_name_in_a_lock_is_removed_only_if_it_is_of_this_target(tmp_path):
+def test_only_partial_files_of_the_same_target_are_removed(tmp_path):
     (tmp_path / "precious").write_bytes(b"mine")
     for name in (
         "precious",
@@ -231,13 +231,13 @@ def test_a_name_in_a_lock_is_removed_only_if_it_is_of_this_target(tmp_path):
     assert names(tmp_path) == ["out", "precious"]
 
 
-def test_errors_that_are_no_writes_pass():
+def test_errors_unrelated_to_writing_are_not_converted():
     for error in (KeyError("a"), RuntimeError("Out of memory"), BrokenPipeError(32, "pipe")):
         with pytest.raises(type(error)), files.reporting("out"):
             raise error
 
 
-def test_an_error_of_a_library_says_what_the_system_said():
+def test_an_error_of_a_library_includes_the_system_error():
     text = 'RESOURCE_EXHAUSTED: Error writing "a": No space left on device [source]\nmore'
     with (
         pytest.raises(OutputError, match=r"^out \(No space left on device\): "),
@@ -248,7 +248,7 @@ def test_an_error_of_a_library_says_what_the_system_said():
 
 @pytest.fixture
 def full_disk():
-    """Files cannot grow beyond 1000 bytes: real writes fail half-way."""
+    """A limit of 1000 bytes on file sizes makes real writes fail half-way."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, limits[1]))
     yield os.strerror(errno.EFBIG)
@@ -263,13 +263,15 @@ def stream(path):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm"])
-def test_a_stream_to_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, suffix, full_disk):
+def test_a_stream_to_a_full_disk_is_an_error_of_one_line_and_leaves_no_file(
+    tmp_path, suffix, full_disk
+):
     with pytest.raises(OutputError, match=full_disk):
         stream(tmp_path / f"a{suffix}")
     assert names(tmp_path) == []
 
 
-def test_codes_to_a_full_disk_are_one_line(tmp_path, full_disk):
+def test_codes_to_a_full_disk_are_an_error_of_one_line(tmp_path, full_disk):
     with pytest.raises(OutputError, match=full_disk):
         output.save_codes(tmp_path / "a.npy", np.zeros((100, 32), np.int32))
     assert names(tmp_path) == []

@@ -1,4 +1,4 @@
-"""Checkpoints by name, from a server on this machine that answers as the Hugging Face hub does."""
+"""Checkpoints by name, from a local server with the API of the Hugging Face hub."""
 
 import json
 import os
@@ -24,7 +24,7 @@ TOKEN = "hf_secret"
 
 
 class Hub(ThreadingHTTPServer):
-    """Repositories are directories; those called gated want a token.
+    """A hub whose repositories are directories; those named gated need a token.
 
     Attributes:
       seen: "METHOD path" of every request.
@@ -40,7 +40,7 @@ class Hub(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def downloaded(self) -> list[str]:
-        """REPOSITORY/FILE of every download, in order of the names."""
+        """REPOSITORY/FILE of every download, sorted."""
         gets = (path.split() for path in self.seen)
         return sorted(
             path.strip("/").replace("resolve/main/", "")
@@ -120,9 +120,9 @@ def hub(tmp_path_factory):
 
 @pytest.fixture
 def run(hub, tmp_path):
-    """Looks up names in a process with caches of its own; returns a line about each."""
+    """Looks up names in a process with separate caches; returns a line for each."""
     hub.seen.clear()
-    # The library waits up to 23 s for a network that is gone.
+    # The library retries for up to 23 s without a network.
     native = """
         import sys, time
         time.sleep = lambda seconds: None
@@ -156,7 +156,7 @@ def closed_port() -> str:
         return f"http://127.0.0.1:{taken.getsockname()[1]}"
 
 
-def test_downloads_and_converts_once(hub, run, tmp_path):
+def test_a_repository_is_downloaded_and_converted_once(hub, run, tmp_path):
     native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
     assert run("sesame/gated-csm") == [f"native: {native}"]
     wanted = ["config.json", "generation_config.json", "tokenizer.json"]
@@ -166,7 +166,7 @@ def test_downloads_and_converts_once(hub, run, tmp_path):
     assert_same_params(checkpoint.flatten(loaded), params())
     assert (native / "generation_config.json").is_file()
 
-    # From now on nothing else is needed: no server, no token, no download.
+    # The second time needs no server, no token and no download.
     hub.seen.clear()
     before = {path: path.stat().st_mtime_ns for path in native.rglob("*")}
     shutil.move(tmp_path / "hf", tmp_path / "aside")
@@ -174,7 +174,7 @@ def test_downloads_and_converts_once(hub, run, tmp_path):
     assert hub.seen == []
     assert {path: path.stat().st_mtime_ns for path in native.rglob("*")} == before
 
-    # And without the native copy, the hub's own cache will do, offline.
+    # Without the native copy, the hub's own cache suffices offline.
     shutil.rmtree(native)
     shutil.move(tmp_path / "aside", tmp_path / "hf")
     assert run("sesame/gated-csm", HF_HUB_OFFLINE="1") == [f"native: {native}"]
@@ -182,7 +182,7 @@ def test_downloads_and_converts_once(hub, run, tmp_path):
     assert checkpoint.is_native(native)
 
 
-def test_sesames_layout_takes_kyutais_codec(hub, run, tmp_path):
+def test_sesames_layout_is_converted_with_kyutais_codec(hub, run, tmp_path):
     native = tmp_path / "ours" / "checkpoints" / "someone--tuned"
     assert run("someone/tuned") == [f"native: {native}"]
     own = [f"someone/tuned/{name}" for name in ("config.json", "model.safetensors")]
@@ -192,8 +192,8 @@ def test_sesames_layout_takes_kyutais_codec(hub, run, tmp_path):
     assert_same_params(checkpoint.flatten(loaded), params())
 
 
-def test_voices_of_a_repository(hub, run, tmp_path):
-    """Its recordings with a transcript beside each: the repository's, or ours of those we know."""
+def test_recordings_of_a_repository_are_voices(hub, run, tmp_path):
+    """The transcripts are the repository's, or the package's for known recordings."""
     code = """
         import sys
         from pathlib import Path
@@ -217,7 +217,7 @@ def test_voices_of_a_repository(hub, run, tmp_path):
     assert "the Tree quite forgot" in (prompts / "read_speech_c.txt").read_text()
     assert (prompts / "read_speech_c.wav").read_bytes() == b"a recording of read_speech_c.wav"
 
-    # Once is enough, and who has no network has no voices.
+    # They are downloaded once; without a network there are no voices.
     hub.seen.clear()
     assert run("sesame/gated-csm", str(native), code=code) == [f"presets: {prompts}"]
     assert hub.seen == []
@@ -227,7 +227,7 @@ def test_voices_of_a_repository(hub, run, tmp_path):
     assert list(native.iterdir()) == []
 
 
-def test_two_processes_at_once_make_one_copy(hub, run, tmp_path):
+def test_two_concurrent_processes_make_one_copy(hub, run, tmp_path):
     native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(run, ["sesame/gated-csm"] * 2))
@@ -237,7 +237,7 @@ def test_two_processes_at_once_make_one_copy(hub, run, tmp_path):
     assert_same_params(checkpoint.flatten(loaded), params())
 
 
-def test_what_the_hub_refuses(hub, run, tmp_path):
+def test_refused_requests_are_errors_that_name_the_way_out(hub, run, tmp_path):
     names = ["sesame/gated-csm", "nobody/nothing", "someone/else"]
     lines = run(*names, HF_TOKEN="hf_wrong")
     assert len(lines) == len(names), "an error took more than one line"
@@ -252,7 +252,7 @@ def test_what_the_hub_refuses(hub, run, tmp_path):
     assert not (tmp_path / "ours" / "checkpoints").exists()
 
 
-def test_without_a_network(run, tmp_path):
+def test_a_missing_network_is_an_error_of_one_line(run, tmp_path):
     (line,) = run("sesame/csm-1b", HF_ENDPOINT=closed_port())
     assert line.startswith("error: config.json of sesame/csm-1b could not be downloaded (")
     assert "check the network" in line
@@ -260,8 +260,8 @@ def test_without_a_network(run, tmp_path):
     assert not (tmp_path / "ours" / "checkpoints").exists()
 
 
-def test_the_command_line_says_it_in_one_line(tmp_path):
-    """Without the warnings that the hub's library prints for every attempt."""
+def test_a_failed_download_is_one_line_on_the_command_line(tmp_path):
+    """The warnings that the hub's library prints for every attempt are suppressed."""
     code = "import time; time.sleep = lambda _: 0; from csm_jax import generate; generate.run()"
     flags = ["--text=Hi.", "--checkpoint=sesame/csm-1b", f"--out={tmp_path / 'out.wav'}"]
     settings = {"HF_ENDPOINT": closed_port(), "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}

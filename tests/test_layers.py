@@ -31,7 +31,7 @@ def float64(*arrays) -> list[np.ndarray]:
 
 
 def assert_rounded(got, expected: np.ndarray, dtype, roundings: int = 1, atol: float = 0.0):
-    """`got` is `expected` but for this many roundings to `dtype`, and float32 noise."""
+    """Checks that `got` is `expected` up to this many roundings to `dtype` and float32 noise."""
     assert got.dtype == dtype
     eps = float(ml_dtypes.finfo(dtype).eps)
     rtol = max(roundings * eps / 2, 1e-5) * 1.01
@@ -53,7 +53,7 @@ def test_linear_is_x_times_the_transposed_weight(dtype, shape):
 @every_dtype
 @pytest.mark.parametrize("rows", [1, 2, 3])
 def test_linear_accumulates_in_float32(dtype, rows):
-    """8192 ones: bfloat16 stops counting at 256, float16 at 2048. One row has its own product."""
+    """Sums 8192 ones: bfloat16 counts to 256, float16 to 2048. One row has its own product."""
     ones, weight = np.ones((rows, 8192), dtype), np.ones((3, 8192), dtype)
     got = jax.jit(linear)(ones, weight)
     np.testing.assert_array_equal(float64(got)[0], np.full((rows, 3), 8192.0))
@@ -61,8 +61,8 @@ def test_linear_accumulates_in_float32(dtype, rows):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(5,), (1, 5), (2, 3, 5)], ids=str)
-def test_float32_activations_meet_narrow_weights_in_their_type(dtype, shape):
-    """What a CPU does: the product rounds its inputs to the weights' type, and nothing else."""
+def test_float32_activations_are_rounded_to_the_type_of_narrow_weights(dtype, shape):
+    """On a CPU the product rounds its inputs to the weights' type, and nothing else."""
     x, weight = normal(0, *shape), normal(1, 4, 5, dtype=DTYPES[dtype])
     x64, weight64 = float64(x.astype(DTYPES[dtype]), weight)
     got = jax.jit(linear)(x, weight)
@@ -71,8 +71,8 @@ def test_float32_activations_meet_narrow_weights_in_their_type(dtype, shape):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_packed_table_is_the_same_table():
-    """Any bits of bfloat16, of a table of vectors and of one of matrices."""
+def test_packing_and_unpacking_a_table_is_exact():
+    """All bit patterns of bfloat16, in a table of vectors and in one of matrices."""
     bits = np.random.default_rng(0).integers(0, 2**16, (6, 4, 5), np.uint16)
     table = bits.view(ml_dtypes.bfloat16)
     packed = pack(jnp.asarray(table))
@@ -88,8 +88,8 @@ def test_a_packed_table_is_the_same_table():
 
 @every_dtype
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
-def test_rms_norm(dtype, scale):
-    """The squares of 1e3 are infinite in float16."""
+def test_rms_norm_equals_its_definition(dtype, scale):
+    """Squares of 1e3 overflow float16."""
     x = normal(2, 3, 4, 40, dtype=dtype, scale=scale)
     norm = RMSNorm(40, 1e-5, dtype=dtype)
     norm.scale[...] = jnp.asarray(normal(3, 40, dtype=dtype))
@@ -100,14 +100,14 @@ def test_rms_norm(dtype, scale):
 
 @every_dtype
 @pytest.mark.parametrize("shift", [0.0, 30.0])
-def test_layer_norm(dtype, shift):
+def test_layer_norm_equals_its_definition(dtype, shift):
     x = (normal(4, 3, 4, 40) + shift).astype(dtype)
     norm = LayerNorm(40, 1e-5, dtype=dtype)
     norm.scale[...], norm.bias[...] = (jnp.asarray(normal(s, 40, dtype=dtype)) for s in (5, 6))
     x64, scale64, bias64 = float64(x, norm.scale[...], norm.bias[...])
     centred = x64 - x64.mean(axis=-1, keepdims=True)
     product = centred / np.sqrt(x64.var(axis=-1, keepdims=True) + 1e-5) * scale64
-    # A bias of the other sign leaves a small sum with the rounding of its large terms.
+    # A bias of the opposite sign gives a small sum with the rounding errors of large terms.
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(norm(x), product + bias64, dtype, atol=max(eps * np.abs(product).max(), 1e-5))
 
@@ -123,7 +123,7 @@ SCALINGS = {
 
 
 @pytest.mark.parametrize("head_dim", [6, 8, 64, 128])
-def test_plain_frequencies(head_dim):
+def test_plain_rope_frequencies_equal_their_definition(head_dim):
     expected = [500_000.0 ** (-2 * i / head_dim) for i in range(head_dim // 2)]
     got = rope_frequencies(head_dim, 500_000.0)
     assert got.dtype == np.float32
@@ -131,8 +131,8 @@ def test_plain_frequencies(head_dim):
 
 
 @pytest.mark.parametrize(("head_dim", "scaling"), SCALINGS.values(), ids=SCALINGS.keys())
-def test_llama3_scaling_is_the_piecewise_definition(head_dim, scaling):
-    """`apply_scaling` of the Llama 3.1 release, in float64."""
+def test_llama3_scaling_equals_its_piecewise_definition(head_dim, scaling):
+    """The definition is `apply_scaling` of the Llama 3.1 release, in float64."""
     got = rope_frequencies(head_dim, 500_000.0, scaling)
     regions = set()
     for i, frequency in enumerate(got):
@@ -154,7 +154,7 @@ def test_llama3_scaling_is_the_piecewise_definition(head_dim, scaling):
     assert regions == {"kept", "stretched", "between"}
 
 
-def test_the_numbers_of_the_hugging_face_config_mean_the_same():
+def test_the_scaling_of_the_hugging_face_config_gives_equal_frequencies():
     sesame = config.csm_1b().backbone.rope_scaling
     expected = rope_frequencies(64, 500_000.0, sesame)
     for same in (
@@ -165,8 +165,8 @@ def test_the_numbers_of_the_hugging_face_config_mean_the_same():
 
 
 @every_dtype
-def test_rope_turns_complex_numbers(dtype):
-    """Pairs (i, i + H/2) as complex numbers, times e^(i * position * frequency)."""
+def test_rope_equals_a_rotation_of_complex_numbers(dtype):
+    """Pairs (i, i + H/2) are complex numbers, multiplied by e^(i * position * frequency)."""
     head_dim = 8
     x = normal(7, 2, 5, 3, head_dim, dtype=dtype)
     positions = np.array([[0, 1, 2, 3, 4], [2043, 2044, 2045, 2046, 2047]], np.int32)
@@ -180,7 +180,7 @@ def test_rope_turns_complex_numbers(dtype):
     assert_rounded(apply_rope(x, positions, frequencies), expected, dtype, atol=3e-4)
 
 
-def test_scores_depend_on_the_distance_alone():
+def test_attention_scores_depend_only_on_the_distance():
     query, key = normal(8, 2, 1, 1, 1, 16)
     frequencies = rope_frequencies(16, 500_000.0, config.csm_1b().backbone.rope_scaling)
 
@@ -220,28 +220,28 @@ def test_attention_equals_a_loop(dtype, num_kv_heads, group):
     visible[..., 3] = True
     got = jax.jit(attention)(query, key, value, visible)
     expected = naive_attention(query, key, value, visible)
-    # Weights are rounded too, and a sum of both signs keeps the error of its terms.
+    # Attention weights are rounded too; sums of mixed signs keep the errors of their terms.
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
 
 
 @every_dtype
-def test_attention_is_soft_in_float32(dtype):
-    """4096 equal keys: their weights, added in bfloat16 or float16, would not come to one."""
+def test_the_softmax_of_attention_is_float32(dtype):
+    """The weights of 4096 equal keys, added in bfloat16 or float16, would not sum to one."""
     query, key = np.ones((1, 1, 1, 1, 4), dtype), np.ones((1, 1, 4, 4096), dtype)
     value, visible = np.ones((1, 1, 4096, 4), dtype), np.ones((1, 1, 4096), bool)
     got = jax.jit(attention)(query, key, value, visible)
     np.testing.assert_array_equal(float64(got)[0], np.ones((1, 1, 1, 1, 4)))
 
 
-def test_one_mask_for_all_rows():
+def test_a_mask_without_a_batch_axis_applies_to_all_rows():
     query, key, value = normal(13, 2, 3, 2, 3, 8), normal(14, 2, 2, 8, 5), normal(15, 2, 2, 5, 8)
     visible = np.tri(3, 5, 2, dtype=bool)[None]
     expected = attention(query, key, value, np.repeat(visible, 2, axis=0))
     np.testing.assert_array_equal(attention(query, key, value, visible), expected)
 
 
-def test_keys_that_are_not_visible_have_no_effect():
+def test_masked_keys_have_no_effect():
     query, key, value = normal(13, 1, 2, 2, 3, 8), normal(14, 1, 2, 8, 5), normal(15, 1, 2, 5, 8)
     visible = np.array([[[1, 0, 1, 1, 0], [1, 0, 1, 0, 0]]], bool)
     expected = attention(query, key, value, visible)

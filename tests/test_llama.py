@@ -52,7 +52,7 @@ def inputs(*shape: int, seed: int = 0, dtype: str = "float32") -> np.ndarray:
 
 
 def empty(batch: int, llama: LlamaConfig = BACKBONE, dtype: str = "float32") -> KVCache:
-    """With a length for every row."""
+    """An empty cache with a length for every row."""
     return KVCache.create(llama, batch, SLOTS, jnp.dtype(dtype), num_lengths=batch)
 
 
@@ -83,8 +83,8 @@ def test_chunks_equal_one_pass(name, sizes):
         close(got, expected)
 
 
-def test_position_and_order_matter():
-    """What makes the equality above worth something: the stack is no function of single inputs."""
+def test_states_depend_on_position_and_order():
+    """The equality above is meaningful, since states depend on more than single inputs."""
     x = inputs(2, 6, BACKBONE.embed_dim)
     states, _ = stack()(x, empty(2))
     swapped, _ = stack()(x[:, [1, 0, 2, 3, 4, 5]], empty(2))
@@ -107,7 +107,7 @@ def test_later_inputs_do_not_change_earlier_states():
 @pytest.mark.parametrize("lengths", [[1, 6], [4, 2]], ids=str)
 @pytest.mark.parametrize("padding", [0.0, 1e3, -1e3])
 def test_ragged_rows_equal_the_same_rows_alone(lengths, padding):
-    """A right-padded prompt, then single steps; every row from its own length on."""
+    """A right-padded prompt is followed by single steps, which start at the length of each row."""
     prompt, steps = inputs(2, 6, BACKBONE.embed_dim), inputs(2, 3, BACKBONE.embed_dim, seed=1)
     for row, length in enumerate(lengths):
         prompt[row, length:] = padding
@@ -122,7 +122,7 @@ def test_ragged_rows_equal_the_same_rows_alone(lengths, padding):
         close(continued[row], expected[0, length:])
 
 
-def test_unused_slots_have_no_effect():
+def test_unused_cache_positions_have_no_effect():
     x = inputs(2, 5, BACKBONE.embed_dim)
     clean = empty(2)
     dirty = jax.tree.map(lambda leaf: leaf + 1e3 if leaf.ndim == 4 else leaf, clean)
@@ -137,7 +137,7 @@ def test_the_size_of_the_cache_has_no_effect():
     close(stack()(x, fits)[0], stack()(x, empty(2))[0])
 
 
-def test_one_length_for_all_rows_equals_a_length_for_each():
+def test_one_length_for_all_rows_equals_equal_lengths_for_each():
     x = inputs(2, 6, BACKBONE.embed_dim)
     shared = KVCache.create(BACKBONE, 2, SLOTS, jnp.float32, num_lengths=1)
     expected, filled = in_chunks(stack(), x, empty(2), [3, 1, 2])
@@ -150,8 +150,8 @@ def test_one_length_for_all_rows_equals_a_length_for_each():
 
 
 @pytest.mark.parametrize("kv_length", [6, 7, 15, SLOTS])
-def test_attending_to_no_more_than_there_is(kv_length):
-    """Six positions are all there are: the rest of the cache is not even read."""
+def test_a_kv_length_that_covers_all_positions_gives_equal_states(kv_length):
+    """The cache holds six positions; the rest of it is not read."""
     x = inputs(2, 6, BACKBONE.embed_dim)
     expected, full = in_chunks(stack(), x, empty(2), [4, 1, 1])
     cache, states = empty(2), []
@@ -167,14 +167,14 @@ def test_attending_to_no_more_than_there_is(kv_length):
 
 
 def blank_unread(layer: kv.LayerCache, kv_length: int) -> kv.LayerCache:
-    """Zeros where attention may look, NaN beyond: one of them read would be seen."""
+    """Replaces NaN up to `kv_length` by zeros; NaN beyond would show in the states if read."""
     return kv.LayerCache(
         layer.key.at[..., :kv_length].set(jnp.nan_to_num(layer.key[..., :kv_length])),
         layer.value.at[:, :, :kv_length].set(jnp.nan_to_num(layer.value[:, :, :kv_length])),
     )
 
 
-def test_attending_to_less_than_there_is_changes_the_states():
+def test_a_kv_length_that_is_too_short_changes_the_states():
     x = inputs(2, 6, BACKBONE.embed_dim)
     _, cache = stack()(x[:, :5], empty(2))
     step = stack()
@@ -182,7 +182,7 @@ def test_attending_to_less_than_there_is_changes_the_states():
     assert np.abs(whole - short).max() > 1e-2
 
 
-def test_a_cache_keeps_its_shapes_and_types():
+def test_a_step_keeps_the_shapes_and_types_of_the_cache():
     cache = empty(2)
     assert len(cache.layers) == BACKBONE.num_layers
     assert cache.layers[0].key.shape == (2, BACKBONE.num_kv_heads, BACKBONE.head_dim, SLOTS)
@@ -194,8 +194,8 @@ def test_a_cache_keeps_its_shapes_and_types():
 
 
 @pytest.mark.parametrize("starts", [[3, 1], [2]], ids=str)
-def test_write_puts_each_row_at_its_own_start(starts):
-    """Or all rows at one."""
+def test_write_puts_each_row_at_its_start(starts):
+    """A scalar start applies to all rows."""
     rng = np.random.default_rng(0)
     key, value = rng.normal(size=(2, 3, 4, 2)), rng.normal(size=(2, 3, 2, 4))  # T = 2
     cache = kv.LayerCache(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 5, 4)))
@@ -209,20 +209,20 @@ def test_write_puts_each_row_at_its_own_start(starts):
     np.testing.assert_array_equal(written.value, expected_value)
 
 
-# (weights, activations): the mean error of states of about unit size.
+# (weights, activations): limit of the mean error of states of about unit size.
 TYPES = {
     ("float32", "float32"): 1e-5,
     ("float16", "float16"): 2e-3,
     ("bfloat16", "bfloat16"): 2e-2,
-    # Only the inputs of products are rounded, not what adds up between them.
+    # Only the inputs of products are rounded, not the residual stream.
     ("float16", "float32"): 1e-3,
     ("bfloat16", "float32"): 5e-3,
 }
 
 
 @pytest.mark.parametrize(("weights", "activations"), TYPES)
-def test_every_type_runs_in_its_own_type(weights, activations):
-    """And says the same as float32, in as many digits as it has."""
+def test_narrow_types_stay_close_to_float32(weights, activations):
+    """States keep the type of the activations and the accuracy of the narrow type."""
     x = inputs(2, 6, BACKBONE.embed_dim, dtype=activations)
     step = stack(BACKBONE, weights, activations, rounded_to=weights)
     states, cache = in_chunks(step, x, empty(2, dtype=activations), [3, 3])
@@ -235,7 +235,7 @@ def test_every_type_runs_in_its_own_type(weights, activations):
 
 
 @pytest.mark.parametrize(("num_heads", "num_kv_heads"), [(6, 6), (5, 1)])
-def test_head_groupings(num_heads, num_kv_heads):
+def test_chunks_equal_one_pass_with_other_groupings_of_heads(num_heads, num_kv_heads):
     llama = dataclasses.replace(
         BACKBONE, num_layers=1, num_heads=num_heads, num_kv_heads=num_kv_heads, rope_scaling=None
     )

@@ -24,7 +24,7 @@ FRAME = CONFIG.frame_size
 
 
 class EncodeLayers(Chain):
-    """All of the codec before the quantiser."""
+    """The layers of the codec before the quantizer."""
 
     def __init__(self, config, *, rngs):
         mimi = Mimi(config, rngs=rngs)
@@ -32,14 +32,14 @@ class EncodeLayers(Chain):
 
 
 class DecodeLayers(Chain):
-    """All of the codec after the quantiser."""
+    """The layers of the codec after the quantizer."""
 
     def __init__(self, config, *, rngs):
         mimi = Mimi(config, rngs=rngs)
         super().__init__([mimi.upsample, mimi.decoder_transformer, mimi.decoder])
 
 
-# Name: how to build the layer, its channels, and how many inputs make the smallest block.
+# Name: constructor of the layer, its channels, and the number of inputs of its smallest block.
 LAYERS = {
     "elu": (lambda rngs: Elu(), 3, 1),
     "conv": (lambda rngs: Conv1d(3, 5, 7, rngs=rngs), 3, 1),
@@ -61,7 +61,7 @@ LAYERS = {
     "encode": (lambda rngs: EncodeLayers(CONFIG, rngs=rngs), 1, FRAME),
     "decode": (lambda rngs: DecodeLayers(CONFIG, rngs=rngs), DIM, 1),
 }
-# More blocks than the attention window has positions, in steps of these many blocks.
+# Blocks of each step; in all there are more than positions in the attention window.
 NUM_BLOCKS = 12
 STEPS = {
     "ones": [1] * 12,
@@ -72,7 +72,7 @@ STEPS = {
 
 
 def randomized(make: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
-    """A module without the zeros and ones of an initialisation, behind which errors hide."""
+    """A module with random parameters: zeros and ones of an initialization could hide errors."""
     rng = np.random.default_rng(0)
 
     def fill(param):
@@ -90,7 +90,7 @@ def noise(*shape: int, seed: int = 1) -> jax.Array:
 
 @pytest.fixture(scope="module")
 def build():
-    """A layer by its name, with its step jitted; the tests share what is compiled."""
+    """Layers by name, with jitted steps; the tests share the compiled functions."""
     built = {}
 
     def get(name: str):
@@ -115,7 +115,7 @@ def assert_near(got, want, atol=2e-5):
 
 @pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("name", LAYERS)
-def test_steps_equal_the_whole(build, name, steps):
+def test_steps_equal_one_call(build, name, steps):
     layer, step, channels, block = build(name)
     x = noise(2, NUM_BLOCKS * block, channels)
     whole, _ = step(x, layer.init_state(2))
@@ -130,7 +130,7 @@ def test_steps_equal_the_whole(build, name, steps):
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_the_future_has_no_effect(build, name):
+def test_layers_are_causal(build, name):
     layer, step, channels, block = build(name)
     x = noise(2, NUM_BLOCKS * block, channels)
     seen = 7 * block
@@ -194,7 +194,7 @@ def test_transposed_conv_equals_scattering(kernel_size, stride, depthwise):
         )
     )
     x = np.asarray(noise(2, 7, 3))
-    # Every input adds its kernel, torch's [in, out, K], to the output from its own place on.
+    # Every input adds its kernel, torch's [in, out, K], to the output from its position on.
     (kernel,) = tables.conv_transpose(stride).inverse(np.asarray(layer.weight[...]))
     if depthwise:
         kernel = np.eye(3)[:, :, None] * kernel
@@ -214,7 +214,7 @@ def test_impossible_sizes_are_refused():
         StreamingLayer()(noise(1, 2, 3))
 
 
-def test_attention_sees_its_window_and_no_more():
+def test_attention_covers_exactly_its_window():
     layer = randomized(lambda rngs: TransformerLayer(CONFIG, rngs=rngs))
     window, length = CONFIG.attention_window, 2 * CONFIG.attention_window
     x = noise(1, length, DIM)
@@ -223,7 +223,7 @@ def test_attention_sees_its_window_and_no_more():
     np.testing.assert_array_equal(np.flatnonzero(differs), np.arange(3, 3 + window))
 
 
-def test_nearest_is_the_nearest():
+def test_nearest_equals_brute_force():
     x, codebook = noise(2, 9, 6), noise(17, 6, seed=2)
     distances = np.linalg.norm(np.asarray(x)[:, :, None] - np.asarray(codebook), axis=-1)
     np.testing.assert_array_equal(nearest(x, codebook), distances.argmin(axis=-1))
@@ -244,7 +244,7 @@ def test_residual_quantizer_equals_brute_force():
 
 
 @pytest.mark.parametrize("num_semantic", [1, 2])
-def test_groups_quantize_the_same_latent_and_add_up(num_semantic):
+def test_both_groups_quantize_the_same_latent_and_are_added(num_semantic):
     config = dataclasses.replace(CONFIG, num_semantic_codebooks=num_semantic)
     quantizer = randomized(lambda rngs: SplitQuantizer(config, rngs=rngs))
     latent = noise(2, 9, DIM)
@@ -280,7 +280,7 @@ def random_codes(num_frames: int, count: int = 7, seed: int = 0) -> np.ndarray:
     return rng.integers(0, CONFIG.codebook_size, (num_frames, count))
 
 
-def test_codec_is_the_network_on_padded_audio(tiny_codec, params):
+def test_codec_pads_the_audio_and_calls_the_network(tiny_codec, params):
     mimi = codec.bind(CONFIG, params)
     audio = speech(20 * FRAME + 1)
     codes = tiny_codec.encode(audio)
@@ -294,7 +294,7 @@ def test_codec_is_the_network_on_padded_audio(tiny_codec, params):
     assert_near(decoded, jax.jit(mimi.decode)(jnp.asarray(codes)[None])[0, :, 0])
 
 
-def test_long_recordings_go_through_in_blocks(tiny_codec, monkeypatch):
+def test_long_recordings_are_encoded_and_decoded_in_blocks(tiny_codec, monkeypatch):
     audio = speech(22 * FRAME)
     codes = tiny_codec.encode(audio)
     whole = tiny_codec.decode(codes)
@@ -304,7 +304,7 @@ def test_long_recordings_go_through_in_blocks(tiny_codec, monkeypatch):
 
 
 @pytest.mark.parametrize("num_frames", [0, 1, 3, 8, 127, 128, 129, 400])
-def test_blocks_cover_everything_in_few_sizes(num_frames):
+def test_blocks_cover_all_frames_with_few_sizes(num_frames):
     blocks = list(codec._blocks(num_frames))
     ends = [start + size for start, size in blocks]
     assert [start for start, _ in blocks] == [0, *ends][: len(blocks)]
@@ -325,14 +325,14 @@ def test_ragged_batches_equal_single_recordings(tiny_codec):
         assert_near(row, tiny_codec.decode(alone))
 
 
-def test_nothing_in_gives_nothing_out(tiny_codec):
+def test_empty_input_gives_empty_output(tiny_codec):
     assert tiny_codec.encode(np.zeros(0, np.float32)).shape == (0, 7)
     assert tiny_codec.decode(np.zeros((0, 7), np.int32)).shape == (0,)
     assert tiny_codec.encode([]) == []
     assert tiny_codec.decode([]) == []
 
 
-def test_fewer_codebooks_are_the_first_ones(tiny_codec):
+def test_encoding_fewer_codebooks_gives_the_first_ones(tiny_codec):
     audio = speech(8 * FRAME)
     codes = tiny_codec.encode(audio)
     np.testing.assert_array_equal(tiny_codec.encode(audio, num_codebooks=3), codes[:, :3])
@@ -356,7 +356,7 @@ def test_streams_equal_whole_recordings(tiny_codec):
     np.testing.assert_array_equal(np.concatenate(pieces, axis=1)[0], tiny_codec.encode(audio))
 
 
-def test_wrong_input_is_named(tiny_codec):
+def test_wrong_input_is_an_error_that_names_it(tiny_codec):
     codes = random_codes(4)
     codes[2, 5] = 32
     with pytest.raises(InputError, match=r"code 32 is outside 0\.\.31"):
@@ -377,7 +377,7 @@ def test_wrong_input_is_named(tiny_codec):
         Codec(dataclasses.replace(CONFIG, channels=2), {})
 
 
-def test_random_weights_make_noise_as_loud_as_speech():
+def test_random_weights_give_noise_at_the_level_of_speech():
     fresh = Codec(CONFIG, nnx.to_pure_dict(nnx.state(Mimi(CONFIG, rngs=nnx.Rngs(0)))))
     audio = fresh.decode(random_codes(21))
     assert 0.02 < audio.std() < 0.5
@@ -385,7 +385,7 @@ def test_random_weights_make_noise_as_loud_as_speech():
     assert (fresh.sample_rate, fresh.frame_size, fresh.num_codebooks) == (24_000, 1920, 7)
 
 
-def test_parameters_of_other_widths_become_float32(params):
+def test_parameters_of_other_types_become_float32(params):
     halved = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
     assert Codec(CONFIG, halved).decode(random_codes(21)).dtype == np.float32
 
@@ -412,7 +412,7 @@ def written(table, params) -> Tensors:
     return Tensors((name, np.asarray(make())) for name, make in invert(table, own, own.__getitem__))
 
 
-# How moshi saves what the published file spells otherwise, and how older files of it do.
+# Names that moshi saves where the published file has others, and names of older files.
 RESPELT = {
     "published": {},
     "moshi": {"in_proj_weight": "in_projs.0.weight", "out_proj.weight": "out_projs.0.weight"},
@@ -425,7 +425,7 @@ RESPELT = {
 
 
 @pytest.mark.parametrize("spelling", RESPELT)
-def test_kyutai_table_reads_every_spelling(params, spelling):
+def test_the_kyutai_table_reads_every_naming(params, spelling):
     tensors = written(tables.kyutai_table(CONFIG), params)
     for old, new in RESPELT[spelling].items():
         tensors = Tensors((name.replace(old, new), t) for name, t in tensors.items())
@@ -435,7 +435,7 @@ def test_kyutai_table_reads_every_spelling(params, spelling):
 
 
 @pytest.mark.parametrize("blocks", [1, 2])
-def test_huggingface_table_round_trips(blocks):
+def test_the_huggingface_table_works_in_both_directions(blocks):
     config = dataclasses.replace(CONFIG, num_residual_layers=blocks, ratios=(3, 2))
     params = nnx.to_pure_dict(nnx.state(randomized(lambda rngs: Mimi(config, rngs=rngs))))
     table = tables.huggingface_table(config).prefixed("codec_model.", "codec/")

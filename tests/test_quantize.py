@@ -1,4 +1,4 @@
-"""int8: against numpy, on the way into a checkpoint and out of it, and in a whole model."""
+"""int8: against numpy, in checkpoints, and in a whole model."""
 
 import json
 import re
@@ -30,7 +30,7 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The definition: of each row's largest magnitude, 127 steps, rounded to the nearest."""
+    """The definition: 127 steps to the largest magnitude of each row, rounded to the nearest."""
     x = np.float64(x)
     scale = np.abs(x).max(axis=-1) / 127
     steps = np.rint(x / np.where(scale > 0, scale, 1)[..., None])
@@ -38,7 +38,7 @@ def quantized(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def assert_quantized(values, scale, x: np.ndarray) -> None:
-    """Exactly, but for numbers half-way between two steps, which rounding may send to either."""
+    """Checks for equality, except halfway between two steps, which rounding may send to either."""
     x, values, scale = np.float64(x), np.asarray(values), np.asarray(scale)
     assert (values.dtype, scale.dtype) == (np.int8, np.float32)
     expected_values, expected_scale = quantized(x)
@@ -59,13 +59,13 @@ def as_int8(weight: np.ndarray) -> Int8Weight:
 
 @pytest.mark.parametrize("shape", ROWS, ids=str)
 @pytest.mark.parametrize("scale", [1e-30, 1e-3, 1.0, 1e30])
-def test_the_integers_are_those_of_the_definition(shape, scale):
+def test_quantized_values_equal_the_definition(shape, scale):
     x = normal(0, *shape) * np.float32(scale)
     assert_quantized(*jax.jit(quantize_int8)(x), x)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_rows_are_quantised_as_the_numbers_they_are(dtype):
+def test_rows_of_narrow_types_are_quantized_like_their_float32_values(dtype):
     x = normal(1, 5, 40).astype(jnp.dtype(dtype))
     for got, expected in zip(quantize_int8(x), quantize_int8(np.float32(x)), strict=True):
         np.testing.assert_array_equal(got, expected)
@@ -73,24 +73,24 @@ def test_narrow_rows_are_quantised_as_the_numbers_they_are(dtype):
 
 
 @pytest.mark.parametrize("shape", ROWS, ids=str)
-def test_no_number_is_off_by_more_than_half_a_step(shape):
+def test_the_rounding_error_is_at_most_half_a_step(shape):
     x = normal(2, *shape)
     values, scale = (np.float64(part) for part in quantize_int8(x))
     error = np.abs(values * scale[..., None] - x)
     assert (error <= scale[..., None] / 2 * (1 + 1e-6)).all()
-    assert error.max() > 0.4 * scale.min()  # it is not finer than it says
-    # The largest of every row is there exactly, and -128, which has no opposite, is not used.
+    assert error.max() > 0.4 * scale.min()  # the steps are not finer
+    # The largest value of every row is exact; -128, which has no opposite, is not used.
     assert (np.abs(values).max(axis=-1) == 127).all()
 
 
-def test_it_is_symmetric():
+def test_quantization_is_symmetric():
     x = normal(3, 7, 40)
     (values, scale), (opposite, same) = quantize_int8(x), quantize_int8(-x)
     np.testing.assert_array_equal(values, -opposite)
     np.testing.assert_array_equal(scale, same)
 
 
-def test_rows_of_zeros():
+def test_rows_of_zeros_stay_zero():
     x = normal(4, 3, 40)
     x[1] = 0
     with jax.debug_nans(True):
@@ -106,8 +106,8 @@ def test_rows_of_zeros():
 
 @pytest.mark.parametrize("shape", [(40,), (1, 40), (2, 40), (3, 40), (2, 3, 40)], ids=str)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_product_is_the_integers_product_times_the_scales(shape, dtype):
-    """Every row of activations with a scale of its own; numpy adds up in 64-bit integers."""
+def test_a_product_equals_the_integer_product_times_the_scales(shape, dtype):
+    """Every row of activations has its own scale; numpy adds 64-bit integers."""
     x, weight = normal(6, *shape).astype(jnp.dtype(dtype)), normal(7, 9, 40)
     values, scale = quantized(x.astype(np.float32))
     weights, weight_scale = quantized(weight)
@@ -120,8 +120,8 @@ def test_a_product_is_the_integers_product_times_the_scales(shape, dtype):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 7])
-def test_sums_are_of_whole_numbers(rows):
-    """Up to 8192 products of 127 by 127: int16 is too small, and float32 would round its steps."""
+def test_sums_of_a_product_are_integers(rows):
+    """Sums up to 8192 products of 127 by 127: int16 would overflow, float32 would round."""
     rng = np.random.default_rng(0)
     x, weight = (rng.integers(1, 128, (count, 8192)) for count in (rows, 99))
     x[:, 0] = weight[:, 0] = 127  # so that a step is 1
@@ -130,8 +130,8 @@ def test_sums_are_of_whole_numbers(rows):
 
 
 @pytest.mark.parametrize("shape", [(1, 40), (20, 40)], ids=str)
-def test_a_product_is_off_by_what_half_steps_can_add_up_to(shape):
-    """|xw - (x + a)(w + b)| with every |a| up to half a step of its row, and every |b|."""
+def test_the_error_of_a_product_is_bounded_by_half_steps(shape):
+    """The bound is |xw - (x + a)(w + b)| with |a| and |b| up to half a step of their rows."""
     x, weight = normal(8, *shape), normal(9, 9, 40)
     step = np.abs(x).max(axis=1, keepdims=True) / 127
     weight_step = np.abs(weight).max(axis=1) / 127
@@ -154,7 +154,7 @@ MATRICES = re.compile(
 
 
 def assert_holds(got: dict, weights: str = "float32", norms: str = "float32") -> None:
-    """All parameters as an int8 model has them. bfloat16 may be held as bits."""
+    """Checks the types of all parameters of an int8 model. bfloat16 may be held as bits."""
     matrices = {path for path in params() if MATRICES.fullmatch(path)}
     assert len(matrices) == 3 + 5 * 5
     assert got.keys() == params().keys() | {f"{path}_scale" for path in matrices}
@@ -182,8 +182,8 @@ def flat_params(model: Generator) -> dict:
     return checkpoint.flatten({"csm": model.params}) | codec
 
 
-def test_matrices_and_nothing_else(native, directory):
-    """As it is loaded, and as it is stored: each channel of each depth head for itself, too."""
+def test_only_matrices_are_quantized(native, directory):
+    """On loading and in files. Each channel of each depth head has its own scale."""
     assert_holds(checkpoint.flatten(fixtures.load_params(native, CONFIG, INT8)))
     assert checkpoint.is_int8(directory)
     assert not checkpoint.is_int8(native)
@@ -191,7 +191,7 @@ def test_matrices_and_nothing_else(native, directory):
     assert_holds(dict(checkpoint.read_params(directory, CONFIG)))
 
 
-def test_the_shapes_are_told_beforehand(directory):
+def test_quantized_shapes_are_known_before_loading(directory):
     told = checkpoint.flatten(checkpoint.param_shapes(CONFIG, INT8))
     got = checkpoint.flatten(fixtures.load_params(directory, CONFIG, INT8))
     assert {path: (x.shape, x.dtype) for path, x in got.items()} == {
@@ -200,8 +200,8 @@ def test_the_shapes_are_told_beforehand(directory):
 
 
 @pytest.mark.parametrize("config", [csm_jax.tiny(), csm_jax.csm_1b()], ids=["tiny", "csm_1b"])
-def test_a_third_of_the_memory(config):
-    """A byte for a weight and four for a channel; embeddings in bfloat16, norms in float32."""
+def test_int8_parameters_take_a_third_of_the_memory(config):
+    """A weight takes a byte and a channel four; embeddings are bfloat16, norms float32."""
     stacks = config.backbone, config.depth_decoder
     matrices = [(config.audio_vocab_size, config.backbone.embed_dim)]
     matrices += [(config.depth_decoder.embed_dim, config.backbone.embed_dim)]
@@ -227,8 +227,8 @@ def test_a_third_of_the_memory(config):
 # --- Loading and converting ---------------------------------------------------------------------
 
 
-def test_a_stored_int8_model_is_int8_again(directory, native):
-    """By itself or if asked for; quantising the original on the way in gives the same."""
+def test_a_stored_int8_model_loads_as_int8(directory, native):
+    """With or without `quantize`; quantizing the original on loading gives equal parameters."""
     for dtype, weights in (("auto", "bfloat16"), ("float32", "float32")):
         models = [
             flat_params(csm_jax.load(source, dtype, asked))
@@ -245,7 +245,7 @@ def test_full_precision_of_an_int8_model_is_refused(directory):
     assert "\n" not in str(error.value)
 
 
-def test_a_float32_model_stays_one(native):
+def test_loading_without_quantize_keeps_float32(native):
     for asked in (None, "none"):
         fixtures.assert_same_params(flat_params(csm_jax.load(native, quantize=asked)), params())
 
@@ -253,15 +253,15 @@ def test_a_float32_model_stays_one(native):
 @pytest.mark.parametrize(
     ("flags", "weights"), [([], "float32"), (["--dtype=bfloat16"], "bfloat16")], ids=str
 )
-def test_converting_to_int8(huggingface, tmp_path, flags, weights):
+def test_a_converted_int8_checkpoint_has_int8_matrices(huggingface, tmp_path, flags, weights):
     out = tmp_path / "out"
     assert convert.run([f"--source={huggingface}", f"--out={out}", "--quantize=int8", *flags]) == 0
     assert json.loads((out / "config.json").read_text())["int8"] is True
-    # Norms are stored in the same type; computed are they in float32.
+    # Norms are stored in the same type, and computed in float32.
     assert_holds(dict(checkpoint.read_params(out, CONFIG)), weights, norms=weights)
 
 
-def test_what_cannot_be_converted(directory, huggingface, tmp_path, capsys):
+def test_impossible_quantizations_are_refused(directory, huggingface, tmp_path, capsys):
     out = tmp_path / "out"
     for flags, message in (
         ([f"--source={huggingface}", "--quantize=int4"], "quantize is int4, but must be none or"),
@@ -277,8 +277,8 @@ def test_what_cannot_be_converted(directory, huggingface, tmp_path, capsys):
         csm_jax.load("random:tiny", quantize="int4")
 
 
-def test_the_best_types_beside_int8():
-    """On a CPU only embeddings are left to be narrow, which costs no time and half their memory."""
+def test_the_types_beside_int8_depend_on_the_platform():
+    """On a CPU only embeddings are narrow, which takes half their memory at no cost in time."""
     assert resolve("auto", "int8") == Precision(jnp.dtype(jnp.bfloat16), WIDE, int8=True)
     assert resolve("float32", "int8") == INT8
     assert resolve("auto", "none") == resolve() == FLOAT32
@@ -288,7 +288,7 @@ def test_the_best_types_beside_int8():
 
 
 def logits(precision: Precision) -> tuple[np.ndarray, np.ndarray]:
-    """Of all positions of a random sequence: codebook 0 [T, V], and the others [T, Q - 1, V]."""
+    """Logits at all positions of a random sequence: codebook 0 [T, V], the others [T, Q - 1, V]."""
     weights = checkpoint.place_params(params().items(), CONFIG, precision)["csm"]
     rng = np.random.default_rng(0)
     frames = rng.integers(0, CONFIG.audio_vocab_size, (1, 40, CONFIG.num_codebooks + 1), np.int32)
@@ -309,14 +309,15 @@ def logits(precision: Precision) -> tuple[np.ndarray, np.ndarray]:
 def test_logits_stay_close_to_those_of_float32():
     """Rounding to steps of max / 127 is an error of max / (127 sqrt 12), that is of
     (max / rms) / 440 of an operand; with max / rms about 2.5, a product of two is off by 0.8 %.
-    Some 3 of them in a row in each of 3 layers (2 in the depth decoder, after the backbone's 3),
-    independent as they are, come to sqrt(9) x 0.8 % and sqrt(15) x 0.8 %; half of it to spare."""
+    About 3 of them in sequence in each of 3 layers (2 in the depth decoder, after the backbone's
+    3), being independent, give sqrt(9) x 0.8 % and sqrt(15) x 0.8 %; the limits are half as much
+    again."""
     for wide, int8, bound in zip(logits(FLOAT32), logits(INT8), (0.036, 0.047), strict=True):
         error = np.std(int8 - wide) / np.std(wide)
         assert 1e-3 < error < bound
 
 
-def test_a_stored_int8_model_speaks(directory):
+def test_a_stored_int8_model_generates(directory):
     said = dict(max_audio_length_ms=640, guard="off", seed=3, notify=lambda notice: None)
     model = csm_jax.load(directory)
     codes = model.generate_codes("Hello.", **said)

@@ -29,9 +29,9 @@ from csm_jax.sampling import (
 )
 
 DRAWS, FRAMES, GRID = 20_000, 8192, 4096
-# float32's last number under 1.
+# The largest float32 below 1.
 NEARLY_ONE = np.nextafter(np.float32(1), np.float32(0))
-# Fixed seeds: a correct sampler fails no more often than the seeds are changed.
+# With fixed seeds a correct sampler can fail only when the seeds are changed.
 ACCEPTED = 1e-4
 
 OFF = Sampling(temperature=1.0, top_k=10**6)
@@ -49,7 +49,7 @@ FILTERS = {
 }
 
 
-# Uncompiled, every call would compile its `cond` anew.
+# Without jit, every call would compile its `cond` again.
 filtered, drawn = jax.jit(filter_logits), jax.jit(sample)
 
 
@@ -86,7 +86,7 @@ def filtered_probabilities(logits, sampling: Sampling) -> np.ndarray:
 
 
 def p_value(draws, probabilities) -> float:
-    """How likely draws [n] from probabilities [V] or [n, V] are to be counted this far off.
+    """The probability that counts of draws [n] from probabilities [V] or [n, V] differ this much.
 
     With one distribution for all draws it is Pearson's chi-square; with a distribution for each
     draw the counts have the covariance that is summed here. Zero if an impossible id was drawn.
@@ -114,7 +114,7 @@ def test_p_value_is_pearsons_chi_square():
 # --- Filters ------------------------------------------------------------------------------------
 
 
-def test_rows_of_one_batch_follow_the_definition_each_with_its_own_values():
+def test_filters_of_each_row_equal_the_definition_with_its_own_values():
     rng = np.random.default_rng(1)
     logits = rng.normal(scale=3, size=(len(FILTERS), 97)).astype(np.float32)
     got = np.asarray(filtered(logits, filters(*FILTERS.values())))
@@ -125,7 +125,7 @@ def test_rows_of_one_batch_follow_the_definition_each_with_its_own_values():
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_a_row_does_not_depend_on_its_neighbours(name):
+def test_a_row_does_not_depend_on_the_other_rows(name):
     rng = np.random.default_rng(2)
     logits = rng.normal(size=(32, 60)).astype(np.float32)
     uniform = rng.random(32, np.float32)
@@ -147,7 +147,7 @@ def test_filters_equal_those_of_transformers(name, vocab):
         processors.TemperatureLogitsWarper(float(sampling.temperature)),
         processors.TopKLogitsWarper(sampling.top_k),
     ]
-    # As in `generate`, which leaves out those that are off: top-p of 1 would drop what underflows.
+    # As in `generate`, which skips disabled filters: a top-p of 1 would drop underflowing ids.
     if sampling.top_p < 1:
         chain.append(processors.TopPLogitsWarper(sampling.top_p))
     if sampling.min_p > 0:
@@ -176,7 +176,7 @@ def test_repetition_penalty_equals_that_of_transformers(penalty):
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
-def test_repetition_penalty_is_of_each_row():
+def test_each_row_has_its_own_repetition_penalty():
     logits = np.array([[2.0, -2.0, 1.0]] * 3, np.float32)
     seen = np.array([[True, True, False], [True, True, False], [False] * 3])
     got = penalise_repetition(logits, seen, np.array([2.0, 1.0, 2.0], np.float32))
@@ -219,8 +219,8 @@ def test_top_k_keeps_ties(logits, k, kept):
 
 
 @top_k_cases
-def test_top_k_rule_of_the_reference(logits, k, kept):
-    """`sample_topk` of SesameAILabs/csm `models.py`, word for word."""
+def test_top_k_equals_the_rule_of_the_reference(logits, k, kept):
+    """The rule is copied from `sample_topk` of SesameAILabs/csm `models.py`."""
     torch = pytest.importorskip("torch")
     logits = torch.tensor([logits], dtype=torch.float32)
     indices_to_remove = logits < torch.topk(logits, min(k, logits.shape[-1]))[0][..., -1, None]
@@ -228,7 +228,7 @@ def test_top_k_rule_of_the_reference(logits, k, kept):
     assert np.flatnonzero(torch.isfinite(scores)).tolist() == kept
 
 
-def test_top_p_keeps_ties_and_always_the_likeliest():
+def test_top_p_keeps_ties_and_at_least_the_likeliest_id():
     logits = np.log(np.array([[0.4, 0.2, 0.2, 0.15, 0.05]] * 3, np.float32))
     rows = [dataclasses.replace(OFF, top_p=p) for p in (0.5, 0.3, 1e-60)]
     got = filtered(logits, filters(*rows))
@@ -240,7 +240,7 @@ def test_largest_reaching_equals_sorting(pool):
     rng = np.random.default_rng(4)
     bits = rng.integers(0, 2**32, size=(300, 37), dtype=np.uint32).view(np.float32)
     values = {
-        # Any float there is but NaN, and but subnormal ones, which XLA takes for zero.
+        # Any float except NaN and subnormals, which XLA flushes to zero.
         "bits": np.where(np.isnan(bits) | (np.abs(bits) < 1e-37), 1.0, bits),
         "few values": rng.choice(bits[np.isfinite(bits)][:9], size=bits.shape),
         "zeros": rng.choice(np.array([0.0, -0.0, 1e-37, -1e-37, INF, -INF]), size=bits.shape),
@@ -254,11 +254,11 @@ def test_largest_reaching_equals_sorting(pool):
     np.testing.assert_array_equal(kept, (values >= kth[:, None]) | (k > 37)[:, None])
 
 
-# --- The forms that a GPU runs ------------------------------------------------------------------
+# --- The implementations for a GPU --------------------------------------------------------------
 
 
 def hard_rows(vocab: int) -> np.ndarray:
-    """Random logits; many that are equal, both zeros, or impossible; and all of these equal."""
+    """Random logits; rows with equal, zero, negative zero or impossible logits; equal rows."""
     rng = np.random.default_rng(vocab)
     rows = rng.normal(scale=4, size=(60, vocab))
     rows[20:40] = np.round(rows[20:40])
@@ -271,7 +271,7 @@ def hard_rows(vocab: int) -> np.ndarray:
 
 @pytest.mark.parametrize("vocab", [2, 35, 600])
 @pytest.mark.parametrize("k", [1, 2, 7, 34, 35, 36, 599, 10**6, 2**31 - 1])
-def test_comparing_finds_the_same_top_k_as_searching(vocab, k):
+def test_comparison_and_search_give_the_same_top_k(vocab, k):
     logits, counts = hard_rows(vocab), np.full(60, k, np.int32)
     searched = jax.jit(_top_k_by_search)(logits, counts)
     np.testing.assert_array_equal(jax.jit(_top_k_by_comparison)(logits, counts), searched)
@@ -280,9 +280,9 @@ def test_comparing_finds_the_same_top_k_as_searching(vocab, k):
 
 @pytest.mark.parametrize("vocab", [2, 35, 600])
 @pytest.mark.parametrize("p", [0.0, 1e-38, 1e-4, 0.3, 0.77, 0.999, NEARLY_ONE, 1.0])
-def test_comparing_finds_the_same_nucleus_as_searching(vocab, p):
+def test_comparison_and_search_give_the_same_top_p(vocab, p):
     logits = hard_rows(vocab)
-    # Where the probability so far is p but for rounding, both answers are right.
+    # Where the cumulative probability is p up to rounding, both results are right.
     probabilities = softmax(logits.astype(np.float64))
     larger = logits[:, None, :] > logits[:, :, None]
     before = np.sum(np.where(larger, probabilities[:, None, :], 0), axis=-1)
@@ -299,8 +299,8 @@ def test_comparing_finds_the_same_nucleus_as_searching(vocab, p):
     assert is_clear.mean() > 0.5
 
 
-def test_rows_with_and_without_top_p():
-    """The search is left out only if no row wants it."""
+def test_a_top_p_of_1_keeps_all_ids_beside_rows_with_top_p():
+    """The search is skipped only if no row needs it."""
     logits, p = hard_rows(35), np.tile(np.float32([0.4, 1.0]), 30)
     for form in (_top_p_by_search, _top_p_by_comparison):
         kept = np.asarray(jax.jit(form)(logits, p))
@@ -309,7 +309,7 @@ def test_rows_with_and_without_top_p():
 
 
 @pytest.mark.parametrize("vocab", [1, 35, 2051])
-def test_comparing_adds_up_the_same_prefixes(vocab):
+def test_prefix_sums_of_both_implementations_equal_numpy(vocab):
     mass = np.random.default_rng(0).random((5, vocab), np.float32)
     expected = np.cumsum(mass, axis=1, dtype=np.float64)
     for form in (_prefix_sums, _prefix_sums_by_comparison):
@@ -344,9 +344,9 @@ def draw(logits: np.ndarray, sampling: Sampling, seed: int) -> np.ndarray:
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
 @pytest.mark.parametrize("vocab", [len(LOGITS), 2051])
-def test_evenly_spread_numbers_give_every_id_its_share(name, vocab):
-    """The cumulative distribution inverted, in closed form: of N numbers (i + 1/2) / N, those in
-    an interval of length p are N p but for one; and each id is the one whose interval it is."""
+def test_evenly_spaced_uniform_numbers_draw_every_id_in_proportion(name, vocab):
+    """The inverse of the cumulative distribution in closed form: of N numbers (i + 1/2) / N, an
+    interval of length p contains N p up to one, and all of them draw the id of the interval."""
     logits = LOGITS
     if vocab > len(LOGITS):
         logits = np.random.default_rng(0).normal(scale=2, size=vocab).astype(np.float32)
@@ -354,7 +354,7 @@ def test_evenly_spread_numbers_give_every_id_its_share(name, vocab):
     uniform = (np.arange(GRID) + 0.5) / GRID
     ids = draw_at(logits, DISTRIBUTIONS[name], uniform)
     counts = np.bincount(ids, minlength=vocab)
-    # Sums of 2051 numbers in float32 are off by 1e-6 or so.
+    # Sums of 2051 numbers in float32 have errors of about 1e-6.
     assert np.abs(counts - GRID * expected).max() <= 1 + GRID * 1e-5
     assert counts[expected == 0].sum() == 0
     edges = np.cumsum(expected)
@@ -366,10 +366,10 @@ def test_evenly_spread_numbers_give_every_id_its_share(name, vocab):
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize("uniform", [0.0, 1e-38, 2.0**-24, 0.5, NEARLY_ONE])
-def test_what_is_filtered_out_is_never_drawn(name, uniform):
-    """Not even by a number that rounding puts beyond the last id, nor by 0 before the first."""
+def test_filtered_ids_are_never_drawn(name, uniform):
+    """This holds for 0, and for numbers that rounding puts beyond the last id."""
     logits = np.random.default_rng(8).normal(scale=4, size=(200, 97)).astype(np.float32)
-    logits[:50, -20:] = logits[50:100, :20] = -np.inf  # nothing to be drawn at either end
+    logits[:50, -20:] = logits[50:100, :20] = -np.inf  # no id can be drawn at either end
     values = repeat(filters(FILTERS[name]), len(logits))
     ids = np.asarray(drawn(logits, np.full(len(logits), uniform, np.float32), values))
     kept = np.isfinite(np.asarray(filtered(logits, values)))
@@ -379,21 +379,21 @@ def test_what_is_filtered_out_is_never_drawn(name, uniform):
 
 
 def first_possible(logits: np.ndarray, values: Filter) -> np.ndarray:
-    """The first id that is kept and has a probability that float32 can tell from 0."""
+    """The first kept id whose probability is not zero in float32."""
     kept = np.asarray(filtered(logits, values), np.float64)
     return (kept - kept.max(axis=1, keepdims=True) > -87).argmax(axis=1)
 
 
-def test_a_border_belongs_to_the_id_that_it_begins():
-    """[0, 1/4) is the first of four equals."""
+def test_a_boundary_belongs_to_the_id_that_starts_there():
+    """[0, 1/4) draws the first of four equally likely ids."""
     logits = np.array([-INF, 2, 2, -INF, 2, 2, -INF], np.float32)
     uniform = np.float32([0, 0.25, 0.5, 0.75])
     uniform = np.append(uniform, np.nextafter(uniform[1:], np.float32(0)))
     assert draw_at(logits, OFF, uniform).tolist() == [1, 2, 4, 5, 1, 2, 4]
 
 
-def test_the_rounding_of_sums_draws_nothing_that_is_filtered_out():
-    """Sums of 2051 numbers are added in blocks, and may grow where nothing was added: there."""
+def test_rounding_of_cumulative_sums_draws_no_filtered_id():
+    """2051 numbers are added in blocks, so the sums may rise by rounding at a probability of 0."""
     logits = np.random.default_rng(0).normal(size=(50, 2051)).astype(np.float32)
     values = repeat(filters(Sampling(temperature=1.0, top_k=1000)), len(logits))
     kept = np.asarray(filtered(logits, values))
@@ -402,7 +402,7 @@ def test_the_rounding_of_sums_draws_nothing_that_is_filtered_out():
     rises = (np.diff(sums, axis=1) > 0) & (mass[:, 1:] == 0)
     rows, ids = np.nonzero(rises)
     assert len(rows) > 20
-    # Numbers that meet the sum before such a rise, or nearly.
+    # Uniform numbers at or near the sum before such a rise.
     quotient = sums[rows, ids] / sums[rows, -1]
     uniform = [np.nextafter(quotient, to) for to in np.float32([0, 1])] + [quotient]
     rows = np.tile(rows, 3)
@@ -412,7 +412,7 @@ def test_the_rounding_of_sums_draws_nothing_that_is_filtered_out():
     assert np.isfinite(kept[rows, np.asarray(drawn_ids)]).all()
 
 
-def test_nearly_one_draws_the_last_id_that_is_kept():
+def test_a_uniform_number_below_one_draws_the_last_kept_id():
     logits = np.zeros((1, 2051), np.float32)
     logits[0, [3, 70, 2000]] = 5.0
     values = filters(Sampling(temperature=1.0, top_k=3))
@@ -430,7 +430,7 @@ def test_draws_match_the_definition(name):
 
 @pytest.mark.parametrize("name", ["defaults", "tie at the edge", "hot"])
 def test_draws_match_the_reference(name):
-    """Against the probabilities that `sample_topk` of SesameAILabs/csm `models.py` computes."""
+    """The probabilities are those of `sample_topk` of SesameAILabs/csm `models.py`."""
     torch = pytest.importorskip("torch")
     sampling = DISTRIBUTIONS[name]
     logits = torch.tensor(LOGITS)[None] / sampling.temperature
@@ -470,14 +470,14 @@ def test_greedy_rows_ignore_temperature_and_filters():
             np.testing.assert_array_equal(got, logits.argmax(axis=1))
 
 
-def test_greedy_takes_the_first_of_the_largest():
+def test_greedy_takes_the_first_of_equal_logits():
     rng = np.random.default_rng(9)
     logits = rng.choice([-np.inf, -3.5, -0.0, 0.0, 2.0], size=(200, 60)).astype(np.float32)
     logits[:50] = np.minimum(logits[:50], 0)  # the largest are 0 and -0
     for uniform in (0.0, 0.5, NEARLY_ONE):
         got = draw_rows(logits, Sampling(greedy=True), uniform)
         np.testing.assert_array_equal(got, logits.argmax(axis=1))
-    # Where a draw takes any of them.
+    # Sampling draws any of them.
     assert (draw_rows(logits, Sampling(top_k=1), NEARLY_ONE) != logits.argmax(axis=1)).mean() > 0.9
 
 
@@ -487,13 +487,13 @@ def draw_rows(logits: np.ndarray, sampling: Sampling, uniform: float) -> np.ndar
     return np.asarray(drawn(logits, np.full(count, uniform, np.float32), values))
 
 
-def test_the_coldest_and_the_hottest_rows_still_draw():
+def test_extreme_temperatures_draw_valid_ids():
     logits = np.broadcast_to(LOGITS, (2, len(LOGITS)))
     rows = filters(Sampling(temperature=1e-30), Sampling(temperature=1e30))
     kept = filtered(logits, rows)
     assert not np.isnan(kept).any()
     assert drawn(logits, np.float32([0.3, 0.3]), rows)[0] == LOGITS.argmax()
-    # Heat beyond all differences leaves even chances.
+    # At the highest temperature all ids are equally likely.
     ids = draw_at(LOGITS, Sampling(temperature=1e30), (np.arange(GRID) + 0.5) / GRID)
     assert np.abs(np.bincount(ids) - GRID / len(LOGITS)).max() <= 1
 
@@ -509,7 +509,7 @@ def model() -> CSM:
 
 
 def draw_frames(model: CSM, hidden, sampling: Sampling, seen=None) -> np.ndarray:
-    """Frames [FRAMES, Q], each from its own key and all from one backbone state [D]."""
+    """Frames [FRAMES, Q], each with its own key and all with one backbone state [D]."""
     vocab = model.config.audio_vocab_size
     seen = np.zeros(vocab, bool) if seen is None else seen
     keys = jax.random.split(jax.random.key(9), FRAMES)
@@ -518,8 +518,8 @@ def draw_frames(model: CSM, hidden, sampling: Sampling, seen=None) -> np.ndarray
     return np.asarray(jax.jit(model.generate_frame)(batch[0], keys, params, batch[1]))
 
 
-def test_frames_match_the_logits_of_the_model(model):
-    """Every codebook given those before it, with the depth decoder's own values."""
+def test_sampled_frames_match_the_logits_of_the_model(model):
+    """Every codebook is tested given those before it, with the depth decoder's sampling values."""
     sampling = Sampling(
         temperature=0.8, top_k=20, top_p=0.9, min_p=0.02, depth_temperature=1.3, depth_top_k=9
     )
@@ -537,13 +537,13 @@ def test_frames_match_the_logits_of_the_model(model):
         expected = filtered_probabilities(depth[:, codebook - 1], values)
         assert p_value(codes[:, codebook], expected) > ACCEPTED
 
-    # And codebook 1 as a plain chi-square, given the likeliest id of codebook 0.
+    # Codebook 1 also has a plain chi-square test, given the likeliest id of codebook 0.
     given = codes[:, 0] == first.argmax()
     expected = filtered_probabilities(depth[given, 0][0], values)
     assert p_value(codes[given, 1], expected) > ACCEPTED
 
 
-def test_the_penalty_is_for_codebook_0_alone(model):
+def test_the_repetition_penalty_applies_to_codebook_0_only(model):
     sampling = Sampling(temperature=1.0, top_k=35, repetition_penalty=1.5)
     hidden = jax.random.normal(jax.random.key(11), (model.config.backbone.embed_dim,))
     seen = np.arange(model.config.audio_vocab_size) % 2 == 0
@@ -558,8 +558,8 @@ def test_the_penalty_is_for_codebook_0_alone(model):
     assert p_value(codes[:, 1], filtered_probabilities(depth, sampling)) > ACCEPTED
 
 
-def test_codebooks_draw_from_different_numbers(model):
-    """With heads that know nothing, every pair of codebooks is uniform over all pairs of ids."""
+def test_codebooks_use_different_random_numbers(model):
+    """With constant logits, every pair of codebooks is uniform over all pairs of ids."""
     graph, state = nnx.split(model)
     state["codebook0_head"]["weight"][...] *= 0
     state["depth_heads"]["weight"][...] *= 0
@@ -588,7 +588,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize(("name", "value", "limit"), OUTSIDE)
-def test_values_outside_the_limits(name, value, limit):
+def test_values_outside_the_limits_are_refused(name, value, limit):
     with pytest.raises(InputError) as error:
         Sampling(**{name: value})
     message = str(error.value)
@@ -601,11 +601,11 @@ def test_values_outside_the_limits(name, value, limit):
     "values",
     [{"top_k": 1}, {"top_k": 2**40}, {"top_p": 1}, {"min_p": 0}, {"temperature": 1e-30}],
 )
-def test_values_at_the_limits(values):
+def test_values_at_the_limits_are_accepted(values):
     Sampling(**values)
 
 
-def test_values_of_the_depth_decoder():
+def test_depth_values_default_to_those_of_the_backbone():
     plain = Sampling(temperature=0.7, top_k=11, top_p=0.8, min_p=0.1)
     own = dataclasses.replace(plain, depth_temperature=1.1, depth_top_k=3)
     depth = SamplingParams.stack([plain, own]).depth_decoder
