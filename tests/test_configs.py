@@ -19,7 +19,7 @@ ODD = dataclasses.replace(
     backbone=dataclasses.replace(tiny().backbone, rope_scaling=None, rope_theta=1234.5),
     text_token_ids=TextTokenIds(bos=7, eos=8, audio=1, audio_eos=2),
 )
-# `config.json` of `sesame/csm-1b` as far as it tells sizes, in the older spelling of RoPE.
+# The sizes in the `config.json` of `sesame/csm-1b`, with the older form of RoPE.
 PUBLISHED_ROPE = {
     "factor": 32.0,
     "low_freq_factor": 0.125,
@@ -76,7 +76,7 @@ def published(**changes) -> dict:
 
 
 def without_scaling(config: CSMConfig) -> CSMConfig:
-    """Scalings are compared by what they do; the same one can be written in several numbers."""
+    """The config without RoPE scaling, whose different numbers may have equal effect."""
     stacks = {
         name: dataclasses.replace(getattr(config, name), rope_scaling=None)
         for name in ("backbone", "depth_decoder")
@@ -96,16 +96,16 @@ def assert_equivalent(got: CSMConfig, want: CSMConfig) -> None:
 
 
 @pytest.mark.parametrize("config", [csm_1b(), tiny(), ODD], ids=["csm_1b", "tiny", "odd"])
-def test_round_trips(config):
+def test_configs_are_equivalent_after_writing_and_reading(config):
     assert CSMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     back = configs.csm_from_huggingface(json.loads(json.dumps(configs.csm_to_huggingface(config))))
-    # Hugging Face's form has no place for the text EOS: it is the id after BOS, as in Llama 3.
+    # Hugging Face's form has no field for the text EOS: it is the id after BOS, as in Llama 3.
     assert_equivalent(back, config)
 
 
 def test_the_released_model_has_its_published_size():
-    """1 552 791 552 parameters without the codec. Mimi's 79 308 609 are its trained weights; the
-    entries of the 32 codebooks are buffers to torch, and come on top."""
+    """CSM has 1 552 791 552 parameters without the codec. Mimi has 79 308 609 trained weights, and
+    the entries of 32 codebooks, which are buffers in torch."""
     shapes = checkpoint.flatten(checkpoint.param_shapes(csm_1b()))
     sizes = {path: math.prod(shape.shape) for path, shape in shapes.items()}
     assert sum(n for path, n in sizes.items() if path.startswith("csm/")) == 1_552_791_552
@@ -122,18 +122,18 @@ def test_mimi_has_the_size_of_the_reference():
     assert sum(parameter.numel() for parameter in model.parameters()) == 79_308_609
 
 
-def test_the_published_config_is_the_released_model():
+def test_the_published_config_gives_csm_1b():
     assert_equivalent(configs.csm_from_huggingface(published()), csm_1b())
 
 
-def test_the_published_rope_numbers_are_read_as_they_stand():
+def test_the_published_rope_numbers_are_read_unchanged():
     config = configs.csm_from_huggingface(published())
     assert config.backbone.rope_scaling == RopeScaling(32.0, 0.125, 0.5, 1024)
     assert config.depth_decoder.rope_scaling == RopeScaling(32.0, 0.001953125, 0.0078125, 16)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
-def test_the_published_rope_numbers_are_metas(head_dim):
+def test_the_published_rope_numbers_give_metas_frequencies(head_dim):
     meta = RopeScaling(32.0, 1.0, 4.0, 8192)
     scaled = rope_frequencies(head_dim, 500_000.0, meta)
     assert (scaled < rope_frequencies(head_dim, 500_000.0)).any(), "the scaling does nothing"
@@ -142,7 +142,7 @@ def test_the_published_rope_numbers_are_metas(head_dim):
         np.testing.assert_allclose(got, scaled, rtol=1e-6)
 
 
-def test_the_newer_spelling_of_rope():
+def test_the_newer_form_of_rope_is_read():
     values = published(rope_parameters=PUBLISHED_ROPE | {"rope_theta": 10_000.0})
     del values["rope_scaling"], values["rope_theta"]
     backbone = configs.csm_from_huggingface(values).backbone
@@ -150,19 +150,19 @@ def test_the_newer_spelling_of_rope():
     assert backbone.rope_scaling == RopeScaling(32.0, 0.125, 0.5, 1024)
 
 
-def test_the_oldest_spelling_of_rope():
+def test_the_oldest_form_of_rope_is_read():
     kind = {"type": "llama3"} | {k: v for k, v in PUBLISHED_ROPE.items() if k != "rope_type"}
     backbone = configs.csm_from_huggingface(published(rope_scaling=kind)).backbone
     assert backbone.rope_scaling == RopeScaling(32.0, 0.125, 0.5, 1024)
 
 
 @pytest.mark.parametrize("rope", [None, {"rope_type": "default"}])
-def test_no_rope_scaling_means_plain_rope(rope):
+def test_missing_rope_scaling_gives_plain_rope(rope):
     backbone = configs.csm_from_huggingface(published(rope_scaling=rope, rope_theta=777.0)).backbone
     assert (backbone.rope_scaling, backbone.rope_theta) == (None, 777.0)
 
 
-def test_transformers_reads_what_is_written():
+def test_transformers_reads_written_configs():
     transformers = pytest.importorskip("transformers")
     for config in (csm_1b(), tiny()):
         theirs = transformers.CsmConfig(**configs.csm_to_huggingface(config))
@@ -171,7 +171,7 @@ def test_transformers_reads_what_is_written():
         assert_equivalent(configs.csm_from_huggingface(theirs.to_dict()), config)
 
 
-def test_flavours():
+def test_flavors_are_read():
     values = {
         "backbone_flavor": "llama-1B",
         "decoder_flavor": "llama-100M",
@@ -204,7 +204,7 @@ def test_flavours():
         ({"codec_config": {"vector_quantization_hidden_dimension": 9}}, "vector_quantization"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(changes, message):
+def test_unsupported_settings_are_refused(changes, message):
     with pytest.raises(CheckpointError, match=message):
         configs.csm_from_huggingface(published(**changes))
 

@@ -1,4 +1,4 @@
-"""The conversion engine on a small table, and every real table there and back."""
+"""The conversion engine with a small table, and every real table in both directions."""
 
 import dataclasses
 import itertools
@@ -41,7 +41,7 @@ TABLE = Table(
 
 
 class Source(dict):
-    """Tensors in memory, which remember what was read."""
+    """Tensors in memory that record which of them were read."""
 
     name = "file"
 
@@ -87,7 +87,7 @@ def failure(tensors, table=TABLE) -> str:
     return str(caught.value)
 
 
-def test_every_tensor_arrives():
+def test_every_tensor_is_converted():
     got, tensors = run(good()), good()
     np.testing.assert_array_equal(got["layer/0/weight"], tensors["layers.0.w"].T)
     np.testing.assert_array_equal(got["layer/10/weight"], tensors["layers.10.w"].T)
@@ -100,20 +100,20 @@ def test_every_tensor_arrives():
     "name",
     [
         "more",
-        "layers.0.w.more",  # full matches only
+        "layers.0.w.more",  # only full matches count
         "more.layers.0.w",
-        "layers_0_w",  # a dot is a dot
+        "layers_0_w",  # a dot is a literal
         "layers.x.w",
         "layers.7.w",  # a layer that the config does not have
         "buffers.3.w",
     ],
 )
-def test_unexpected_tensors(name):
+def test_an_unexpected_tensor_is_an_error_that_names_it(name):
     assert f"unexpected tensor {name}" in failure(good() | {name: good()["layers.0.w"]})
 
 
 @pytest.mark.parametrize("name", ["layers.0.w", "layers.10.w", "total", "count", "here.tied"])
-def test_missing_tensors(name):
+def test_a_missing_tensor_is_an_error_that_names_it(name):
     tensors = good()
     del tensors[name]
     assert f"missing tensor {name}" in failure(tensors)
@@ -128,20 +128,20 @@ def test_missing_tensors(name):
         ("here.tied", (4,), (3,)),
     ],
 )
-def test_misshapen_tensors(name, shape, wanted):
+def test_a_tensor_of_another_shape_is_an_error_with_both_shapes(name, shape, wanted):
     message = failure(good() | {name: np.zeros(shape, np.float32)})
     assert f"{name} is {list(shape)} but the config wants {list(wanted)}" in message
 
 
-def test_a_misshapen_tensor_is_named_by_the_shape_it_should_have_had():
-    """The transform makes three parameters of it, of which none has its shape."""
+def test_the_expected_shape_in_an_error_is_that_of_the_source_tensor():
+    """The transform splits the tensor into three parameters of other shapes."""
     table = Table("fused", (Rule(("qkv", "in_proj"), ("q", "k", "v"), fused_qkv(2), True),))
     wanted = {path: jax.ShapeDtypeStruct((4, 4), jnp.float32) for path in "qkv"}
     with pytest.raises(CheckpointError, match=r"qkv is \[12, 6\] but the config wants \[12, 4\]"):
         plan(table, Source({"qkv": np.zeros((12, 6), np.float32)}), wanted)
 
 
-def test_everything_is_said_at_once():
+def test_all_problems_are_in_one_error():
     tensors = good() | {"more": np.zeros(1), "layers.0.w": np.zeros((5, 5), np.float32)}
     del tensors["here.tied"]
     message = failure(tensors)
@@ -149,20 +149,20 @@ def test_everything_is_said_at_once():
         assert part in message
 
 
-def test_many_problems_are_counted():
+def test_problems_beyond_the_limit_are_counted():
     extra = {f"more.{i}": np.zeros(1) for i in range(MAX_PROBLEMS + 3)}
     message = failure(good() | extra)
     assert message.count("unexpected tensor") == MAX_PROBLEMS
     assert message.endswith("and 3 more")
 
 
-def test_a_tensor_of_two_rules_is_ambiguous():
+def test_a_tensor_that_two_rules_match_is_an_error():
     twice = Table("twice", (*TABLE.rules, Rule("layers.0.w", "unused")))
     assert "ambiguous tensor layers.0.w" in failure(good(), twice)
 
 
 @pytest.mark.parametrize(("rules", "count"), [((), 0), ((Rule("a", "x"), Rule("b", "x")), 2)])
-def test_a_parameter_of_no_rule_or_of_two(rules, count):
+def test_a_parameter_without_exactly_one_rule_is_an_error(rules, count):
     table, wanted = Table("wrong", rules), {"x": jax.ShapeDtypeStruct((1,), jnp.float32)}
     source = Source({rule.sources: np.zeros(1, np.float32) for rule in rules})
     with pytest.raises(CheckpointError, match=f"{count} rules make parameter x"):
@@ -184,7 +184,7 @@ def test_tied_tensors_must_be_equal():
         run(tensors)
 
 
-def test_both_tied_tensors_have_their_shape_checked():
+def test_the_shape_of_both_tied_tensors_is_checked():
     message = failure(good() | {"there.tied": np.zeros(4, np.float32)})
     assert "there.tied is [4] but the config wants [3]" in message
 
@@ -204,14 +204,14 @@ def targets_sources() -> list[str]:
     return [name for name in good() if not name.startswith("buffers")]
 
 
-def test_prefixes():
+def test_a_table_with_prefixes_converts_prefixed_names():
     prefixed = TABLE.prefixed("theirs.", "ours/")
     wanted = {f"ours/{path}": shape for path, shape in targets().items()}
     got = dict(convert(prefixed, Source({f"theirs.{n}": t for n, t in good().items()}), wanted))
     assert_same_params(section("ours/", got), run(good()))
 
 
-def test_the_way_back_writes_the_first_of_tied_names():
+def test_the_inverse_writes_the_first_of_tied_names():
     got = {name: make() for name, make in invert(TABLE, targets(), run(good()).__getitem__)}
     assert got.keys() == {"layers.0.w", "layers.10.w", "total", "count", "here.tied"}
     np.testing.assert_array_equal(got["layers.10.w"], good()["layers.10.w"])
@@ -219,14 +219,14 @@ def test_the_way_back_writes_the_first_of_tied_names():
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_real_tables_there_and_back(name):
-    """Distinct values in every tensor: none may be dropped, swapped or transposed."""
+def test_converting_a_layout_and_back_gives_equal_tensors(name):
+    """All values differ, so a tensor that is dropped, swapped or transposed shows."""
     prefix, table = TABLES[name]
     rng = np.random.default_rng(0)
     tensors = {
         key: rng.standard_normal(tensor.shape, np.float32) for key, tensor in layout(name).items()
     }
-    for key in tensors:  # how often codebook entries were used divides their sums
+    for key in tensors:  # sums of codebook entries are divided by their usage
         if key.endswith(("cluster_usage", "initialized")):
             tensors[key] = np.ones_like(tensors[key])
     wanted = section(prefix, shapes())
@@ -238,14 +238,14 @@ def test_real_tables_there_and_back(name):
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_real_tables_back_and_there(name):
+def test_writing_a_layout_and_converting_it_gives_equal_parameters(name):
     prefix, table = TABLES[name]
     got = dict(convert(table, Source(layout(name)), section(prefix, shapes())))
     assert_same_params(got, section(prefix, params()))
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_real_tables_miss_a_tensor_of_any_kind(name):
+def test_a_missing_tensor_of_any_kind_is_an_error_in_every_layout(name):
     prefix, table = TABLES[name]
     tensors, wanted = layout(name), section(prefix, shapes())
     kinds = {re.sub(r"\d+", "0", key): key for key in tensors}
@@ -257,8 +257,8 @@ def test_real_tables_miss_a_tensor_of_any_kind(name):
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 2), (6, 8), (2, 6)])
-def test_rotating_neighbours_equals_rotating_halves_of_reordered_rows(num_heads, head_dim):
-    """RoPE of torchtune and moshi on their rows, written out as complex numbers, and ours."""
+def test_rotating_pairs_of_neighbours_equals_rotating_halves_of_reordered_rows(num_heads, head_dim):
+    """RoPE of torchtune and moshi on their rows, as complex numbers, against csm_jax's."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((num_heads * head_dim, 5), np.float32)
     inputs = rng.standard_normal((7, 5), np.float32)
@@ -277,7 +277,7 @@ def test_rotating_neighbours_equals_rotating_halves_of_reordered_rows(num_heads,
 
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_queries_keys_and_values_are_grouped_by_kv_heads(interleaved):
-    """2 of these, 3 queries each, and 4 rows to a head: every row says where it came from."""
+    """2 kv heads have 3 queries each, and a head has 4 rows; the values number the rows."""
     config = dataclasses.replace(tiny().backbone, head_dim=4)
     sizes = {"q": 6, "k": 2, "v": 2}
     rows = {

@@ -1,4 +1,4 @@
-"""What lies where, by the table and its rule. What comes of it is in `eight_devices.py`."""
+"""Sharding by the table and its rule. `eight_devices.py` tests the effect."""
 
 import dataclasses
 import os
@@ -27,7 +27,7 @@ LAYER = "csm/backbone/layers/0"
 
 
 def mesh_of(data: int, model: int) -> AbstractMesh:
-    """Without devices: this process has one."""
+    """A mesh without devices, since this process has only one."""
     return AbstractMesh((data, model), ("data", "model"))
 
 
@@ -57,13 +57,13 @@ def test_every_row_of_the_table_is_used():
         assert any(re.fullmatch(pattern, path) for path in paths), pattern
 
 
-def test_a_parameter_that_the_table_does_not_know_is_an_error():
+def test_a_parameter_missing_from_the_table_is_an_error():
     with pytest.raises(ValueError, match="unpack"):
         param_sharding("csm/new/weight", (4, 4), csm_1b(), mesh_of(1, 2))
 
 
 @pytest.mark.parametrize("precision", [FLOAT32, INT8], ids=["plain", "int8"])
-def test_what_an_axis_divides_is_split(precision):
+def test_dimensions_that_an_axis_divides_are_split(precision):
     got = specs(csm_1b(), precision, mesh_of(2, 2))
     assert got[f"{LAYER}/attn/qkv/weight"] == P("model")
     assert got[f"{LAYER}/attn/o/weight"] == P(None, "model")
@@ -78,7 +78,7 @@ def test_what_an_axis_divides_is_split(precision):
             assert tuple(axis for axis in spec if axis) == tuple(axis for axis in rows if axis)
 
 
-def test_heads_of_a_group_stay_together():
+def test_query_heads_of_a_kv_head_stay_together():
     """4 divides the rows of the depth decoder's qkv and the columns of o, but not 2 kv heads."""
     config = csm_1b()
     got = specs(config, FLOAT32, mesh_of(1, 4))
@@ -88,7 +88,7 @@ def test_heads_of_a_group_stay_together():
     assert got[f"{depth}/mlp/down/weight"] == P(None, "model")
 
 
-def test_what_an_axis_does_not_divide_is_replicated():
+def test_dimensions_that_an_axis_does_not_divide_are_replicated():
     assert not any(axis for spec in specs(tiny(), INT8, mesh_of(1, 9)).values() for axis in spec)
     got = specs(tiny(), INT8, mesh_of(1, 4))  # 2 kv heads, 263 words, MLPs of 80 and 56
     assert {path for path, spec in got.items() if any(spec)} == {p for p in got if "/mlp/" in p} - {
@@ -97,7 +97,7 @@ def test_what_an_axis_does_not_divide_is_replicated():
 
 
 @pytest.mark.parametrize(("model", "share"), [(1, 1.0), (2, 0.57), (4, 0.36), (8, 0.25)])
-def test_bytes_of_a_device_at_full_size(model, share):
+def test_a_device_holds_its_share_of_the_full_size(model, share):
     mesh, config = mesh_of(1, model), csm_1b()
     shapes = flatten({"csm": param_shapes(config, BFLOAT16)["csm"]})
     sizes = {path: (leaf, leaf.dtype.itemsize) for path, leaf in shapes.items()}
@@ -109,30 +109,30 @@ def test_bytes_of_a_device_at_full_size(model, share):
     assert share - 0.01 < held / total <= share
 
 
-def test_rows_are_over_data_and_kv_heads_over_model():
+def test_the_state_is_split_by_rows_over_data_and_by_kv_heads_over_model():
     got = state_specs(csm_1b(), 8, mesh_of(4, 2))
     assert set(jax.tree.leaves(got.cache.layers)) == {P("data", "model")}
     rest = got._replace(cache=got.cache._replace(layers=()))
     assert set(jax.tree.leaves(rest)) == {P("data")}
 
 
-def test_a_row_alone_is_on_all_devices():
+def test_a_batch_of_one_row_is_replicated():
     got = state_specs(tiny(), 1, mesh_of(4, 8))
     assert not any(axis for spec in jax.tree.leaves(got) for axis in spec)
 
 
-def test_the_codec_is_not_on_the_mesh():
+def test_the_codec_has_no_sharding():
     shape = flatten(param_shapes(tiny()))["codec/upsample/weight"].shape
     assert param_sharding("codec/upsample/weight", shape, tiny(), mesh_of(2, 2)) is None
 
 
 @pytest.mark.parametrize(("data", "model"), [(0, 1), (1, 0), (1000, 2)])
-def test_a_mesh_of_devices_that_are_not_there(data, model):
+def test_a_mesh_of_more_devices_than_exist_is_an_error(data, model):
     with pytest.raises(InputError, match=f"a mesh of {data} x {model} needs {data * model} device"):
         make_mesh(data, model)
 
 
-def test_rows_that_the_data_axis_does_not_divide():
+def test_a_batch_that_the_data_axis_does_not_divide_is_an_error():
     for size in (1, 4, 8):
         check_rows(size, mesh_of(4, 1))
     check_rows(7, None)
@@ -140,8 +140,8 @@ def test_rows_that_the_data_axis_does_not_divide():
         check_rows(7, mesh_of(4, 1))
 
 
-def test_on_eight_devices():
-    """A process has as many CPU devices as it is told at its start: so in one of its own."""
+def test_eight_devices_give_the_codes_of_one():
+    """The number of CPU devices is fixed at the start of a process, so the tests run in another."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     file = Path(__file__).with_name("eight_devices.py")

@@ -1,4 +1,4 @@
-"""Checksums of native checkpoints, `--verify`, and damage that is found on loading."""
+"""Checksums of native checkpoints, `--verify`, and damage found on loading."""
 
 import gzip
 import json
@@ -27,14 +27,14 @@ def largest_file(directory: Path) -> Path:
 
 
 def make_noise(file: Path) -> None:
-    """Overwrites 4 kB in the middle of a file; its size stays."""
+    """Overwrites 4 kB in the middle of a file without changing its size."""
     content = bytearray(file.read_bytes())
     middle = len(content) // 2
     content[middle : middle + 4096] = np.random.default_rng(0).bytes(4096)
     file.write_bytes(content)
 
 
-def test_checksums_are_those_of_gzip(native):
+def test_checksums_equal_those_of_gzip(native):
     sums = json.loads((native / "checksums.json").read_text())["files"]
     files = {path.relative_to(native).as_posix() for path in native.rglob("*") if path.is_file()}
     assert sums.keys() == files - {"checksums.json"}
@@ -43,8 +43,8 @@ def test_checksums_are_those_of_gzip(native):
         assert (values["size"], values["crc32"]) == (size, f"{crc:08x}"), name
 
 
-def test_a_whole_checkpoint_is_verified(native, copy, tmp_path, capsys):
-    """Under any name of its directory, and with what is added to it later."""
+def test_an_undamaged_checkpoint_is_verified(native, copy, tmp_path, capsys):
+    """The directory may have any name, and other files may be added to it."""
     (copy / "prompts").mkdir()
     (copy / "prompts" / "voice.wav").write_bytes(b"")
     (tmp_path / "link").symlink_to(copy)
@@ -67,7 +67,7 @@ def noise_in_the_tokenizer(copy):
 
 
 def a_small_file_changed(copy):
-    """It says the same as before."""
+    """The meaning of the file is the same."""
     file = copy / "config.json"
     file.write_text(file.read_text().replace(": ", " :", 1))
     return "config.json has changed"
@@ -104,7 +104,7 @@ def noise_in_checksums(copy):
     return "checksums.json is damaged"
 
 
-def checksums_of_others(copy):
+def checksums_outside(copy):
     text = json.dumps({"files": {"../native": {"size": 1, "crc32": "0"}}})
     (copy / "checksums.json").write_text(text)
     return "names ../native, which is outside"
@@ -134,12 +134,12 @@ DAMAGE = [
     a_shorter_file,
     a_file_more,
 ]
-DAMAGE += [a_pipe, no_checksums, noise_in_checksums, checksums_of_others, no_config]
+DAMAGE += [a_pipe, no_checksums, noise_in_checksums, checksums_outside, no_config]
 DAMAGE += [nothing, nothing_in_it]
 
 
 @pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
-def test_damage_is_found(copy, capsys, damage):
+def test_verify_finds_damage(copy, capsys, damage):
     says = damage(copy)
     assert convert.run([f"--verify={copy}"]) == 2
     error = one_error(capsys)
@@ -154,7 +154,7 @@ def test_damage_beside_the_weights_and_wrong_sizes_are_found_on_loading(copy, da
         csm_jax.load(copy)
 
 
-def test_checkpoints_of_older_versions_have_no_checksums(copy, capsys):
+def test_checkpoints_of_older_versions_load_without_checksums(copy, capsys):
     values = json.loads((copy / "config.json").read_text())
     del values["checksums"]
     (copy / "config.json").write_text(json.dumps(values))
@@ -164,7 +164,7 @@ def test_checkpoints_of_older_versions_have_no_checksums(copy, capsys):
     assert "there are no checksums to compare them with" in capsys.readouterr().out
 
 
-def test_other_layouts_are_whole_and_finite(mixed, tmp_path, capsys):
+def test_verify_checks_other_layouts_for_completeness_and_finite_values(mixed, tmp_path, capsys):
     assert convert.run([f"--verify={mixed}"]) == 0
     assert "tensors" in capsys.readouterr().out
     tensors = fixtures.huggingface_tensors()
@@ -175,6 +175,6 @@ def test_other_layouts_are_whole_and_finite(mixed, tmp_path, capsys):
     assert "lm_head.weight has values that are NaN or infinite" in one_error(capsys)
 
 
-def test_verify_takes_no_other_flag(native, tmp_path, capsys):
+def test_verify_accepts_no_other_flag(native, tmp_path, capsys):
     assert convert.run([f"--verify={native}", f"--out={tmp_path / 'out'}"]) == 2
     assert "--verify goes alone, without --out" in one_error(capsys)

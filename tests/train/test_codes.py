@@ -1,4 +1,4 @@
-"""Codes on disk: those of the codec, computed once, and again when anything has changed."""
+"""The cache of codes: computed once, and again when the recording or the codec changes."""
 
 import errno
 import hashlib
@@ -17,12 +17,12 @@ from csm_jax.train.codes import CodeCache
 
 FRAME = CONFIG.codec.frame_size
 Q = CONFIG.num_codebooks
-# In samples: of whole frames and not, and not in their order.
+# Lengths in samples: whole frames and others, unsorted.
 LENGTHS = {"a": 5 * FRAME, "b": 1, "c": 2 * FRAME + 1, "d": 11 * FRAME - 1, "e": 2 * FRAME}
 
 
 class Counting(Codec):
-    """A codec that keeps the lengths of all that it has encoded, a list a call."""
+    """A codec that records the lengths of encoded recordings, one list for each call."""
 
     def __init__(self, seed: int = 0):
         super().__init__(CONFIG.codec, random_params(CONFIG, seed=seed)["codec"])
@@ -36,17 +36,17 @@ class Counting(Codec):
 
 @pytest.fixture(scope="module")
 def alone():
-    """The codec itself, which no test counts."""
+    """A codec whose calls are not counted."""
     return Codec(CONFIG.codec, random_params(CONFIG)["codec"])
 
 
 @pytest.fixture
 def recordings(tmp_path):
-    """Paths of noise."""
+    """Paths of recordings of noise."""
     random = np.random.default_rng(2)
     paths = [tmp_path / f"{name}.wav" for name in LENGTHS]
     for path, length in zip(paths, LENGTHS.values(), strict=True):
-        # Loud enough in its every sample: one of them has only one.
+        # Every sample is loud enough, since one recording has only one.
         noise = 0.1 * random.choice([-1, 1], length) + 0.05 * random.standard_normal(length)
         soundfile.write(path, noise, 24_000)
     return paths
@@ -59,12 +59,12 @@ def encoded(alone: Codec, path: Path, num_codebooks: int = Q) -> np.ndarray:
 
 
 def stored(directory: Path) -> list[Path]:
-    """All files, whatever they are called."""
+    """All files in the directory."""
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def test_codes_are_those_of_the_recording_alone(alone, recordings, tmp_path):
-    """Encoded beside longer ones; and the same when they come from the disk."""
+def test_codes_equal_those_of_the_recording_alone(alone, recordings, tmp_path):
+    """This holds beside longer recordings, and for codes read from the disk."""
     codec = Counting()
     for _ in range(2):
         found = CodeCache(tmp_path / "cache", codec, Q).codes(recordings)
@@ -77,8 +77,8 @@ def test_codes_are_those_of_the_recording_alone(alone, recordings, tmp_path):
     assert len(np.unique(found[recordings[0]])) > 5, "codes that do not vary would show nothing"
 
 
-def test_where_they_are_kept(alone, recordings, tmp_path):
-    """By weights, codebooks and content: int16, nothing beside."""
+def test_files_are_named_by_weights_codebooks_and_content(alone, recordings, tmp_path):
+    """The files contain int16 codes, and there are no other files."""
     CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
     (directory,) = (tmp_path / "cache").iterdir()
     names = {hashlib.sha256(path.read_bytes()).hexdigest(): path for path in recordings}
@@ -89,7 +89,7 @@ def test_where_they_are_kept(alone, recordings, tmp_path):
         np.testing.assert_array_equal(kept, encoded(alone, path))
 
 
-def test_a_new_name_is_no_new_recording(recordings, tmp_path):
+def test_a_renamed_recording_is_not_encoded_again(recordings, tmp_path):
     codec = Counting()
     cache = CodeCache(tmp_path / "cache", codec, Q)
     before = cache.codes(recordings)[recordings[0]]
@@ -111,7 +111,7 @@ def test_a_changed_recording_is_encoded_again(alone, recordings, tmp_path):
     assert not np.array_equal(after[changed], before[changed])
 
 
-def test_other_weights_and_other_codebooks_are_other_codes(alone, recordings, tmp_path):
+def test_other_weights_and_other_codebooks_have_separate_codes(alone, recordings, tmp_path):
     directory, path = tmp_path / "cache", recordings[0]
     first, same, other = Counting(), Counting(), Counting(seed=1)
     ours = CodeCache(directory, first, Q).codes([path])[path]
@@ -125,7 +125,7 @@ def test_other_weights_and_other_codebooks_are_other_codes(alone, recordings, tm
     assert len(same.calls) == 1, "the same weights, loaded again"
 
 
-def test_one_weight_is_enough_to_be_another_codec(alone):
+def test_one_changed_weight_gives_another_codec_key(alone):
     params = random_params(CONFIG)["codec"]
     codebook = params["downsample"]["weight"]
     params["downsample"]["weight"] = codebook.at[(0,) * codebook.ndim].add(1e-6)
@@ -147,7 +147,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_file_is_made_again(recordings, name, tmp_path):
+def test_a_damaged_file_is_written_again(recordings, name, tmp_path):
     codec = Counting()
     cache = CodeCache(tmp_path / "cache", codec, Q)
     before = cache.codes(recordings[:1])[recordings[0]]
@@ -159,7 +159,7 @@ def test_a_damaged_file_is_made_again(recordings, name, tmp_path):
     assert file.read_bytes() == content
 
 
-def test_codes_of_fewer_codebooks_are_no_codes_of_more(recordings, tmp_path):
+def test_a_file_with_too_few_codebooks_is_written_again(recordings, tmp_path):
     codec = Counting()
     cache = CodeCache(tmp_path / "cache", codec, Q)
     before = cache.codes(recordings[:1])[recordings[0]]
@@ -168,7 +168,7 @@ def test_codes_of_fewer_codebooks_are_no_codes_of_more(recordings, tmp_path):
     np.testing.assert_array_equal(cache.codes(recordings[:1])[recordings[0]], before)
 
 
-def test_a_bad_recording_stands_in_nobodys_way(alone, recordings, tmp_path):
+def test_a_bad_recording_does_not_stop_the_others(alone, recordings, tmp_path):
     bad = [tmp_path / name for name in ("gone.wav", "note.txt", "silent.wav")]
     bad[1].write_text("this is not a recording")
     soundfile.write(bad[2], np.zeros(FRAME), 24_000)
@@ -189,8 +189,8 @@ def test_a_bad_recording_stands_in_nobodys_way(alone, recordings, tmp_path):
 
 
 @pytest.mark.parametrize("read_seconds", [0.5, 100.0])
-def test_batches_are_bounded_and_of_a_kind(alone, read_seconds, tmp_path, monkeypatch):
-    """Padding included; of one alone, whatever its length. However much is read at once."""
+def test_batches_are_bounded_and_have_similar_lengths(alone, read_seconds, tmp_path, monkeypatch):
+    """The bound includes padding; a longer recording is a batch of its own."""
     monkeypatch.setattr(codes, "BATCH_SECONDS", 1.0)
     monkeypatch.setattr(codes, "READ_SECONDS", read_seconds)
     random = np.random.default_rng(4)
@@ -215,7 +215,7 @@ def test_batches_are_bounded_and_of_a_kind(alone, read_seconds, tmp_path, monkey
             assert (len(call) + 1) * following[0] > 24_000, "one more would have been too many"
 
 
-def test_what_was_encoded_before_an_interruption_is_kept(alone, recordings, tmp_path, monkeypatch):
+def test_codes_from_before_an_interruption_are_kept(alone, recordings, tmp_path, monkeypatch):
     monkeypatch.setattr(codes, "BATCH_SECONDS", 0.1)  # one by one
 
     class Interrupted(Counting):
@@ -235,7 +235,7 @@ def test_what_was_encoded_before_an_interruption_is_kept(alone, recordings, tmp_
         np.testing.assert_array_equal(found[path], encoded(alone, path))
 
 
-def test_a_file_is_whole_or_not_there(alone, recordings, tmp_path, monkeypatch):
+def test_a_failed_write_leaves_no_file(alone, recordings, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -245,21 +245,21 @@ def test_a_file_is_whole_or_not_there(alone, recordings, tmp_path, monkeypatch):
     assert stored(tmp_path / "cache") == []
 
 
-def test_a_directory_that_cannot_be_made(alone, recordings, tmp_path):
+def test_a_directory_that_cannot_be_created_is_an_error(alone, recordings, tmp_path):
     (tmp_path / "cache").write_text("a file")
     with pytest.raises(OutputError, match="Not a directory"):
         CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
 
 
 @pytest.mark.parametrize("name", ["a\0.wav", "\ud800.wav"])
-def test_a_path_that_cannot_be(alone, recordings, name, tmp_path):
+def test_the_result_of_an_impossible_path_is_an_error(alone, recordings, name, tmp_path):
     found = CodeCache(tmp_path / "cache", alone, Q).codes([tmp_path / name, *recordings])
     assert isinstance(found.pop(tmp_path / name), InputError)
     assert set(found) == set(recordings)
 
 
-def test_the_same_bytes_without_their_header(alone, recordings, tmp_path):
-    """Are samples themselves, the header too."""
+def test_a_raw_file_with_the_bytes_of_a_wav_file_has_other_codes(alone, recordings, tmp_path):
+    """In a raw file the header is samples too."""
     cache = CodeCache(tmp_path / "cache", alone, Q)
     raw = tmp_path / "a.raw"
     raw.write_bytes(recordings[0].read_bytes())
@@ -268,8 +268,8 @@ def test_the_same_bytes_without_their_header(alone, recordings, tmp_path):
         assert (len(found[recordings[0]]), len(found[raw])) == (5, 6)
 
 
-def test_a_recording_that_changes_meanwhile(alone, recordings, tmp_path):
-    """Its codes are not kept as those of what it has become."""
+def test_codes_of_a_recording_that_changes_meanwhile_are_not_kept(alone, recordings, tmp_path):
+    """They would be stored under the new content."""
     path, other = recordings[:2]
 
     class Slow(Counting):

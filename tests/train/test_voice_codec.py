@@ -1,4 +1,4 @@
-"""The run that trains the bundled voice's codec: it can be stopped anywhere and goes on."""
+"""The training run of the open-vocabulary codec, which can be interrupted and resumed."""
 
 import json
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.long, pytest.mark.usefixtures("lenient")]
 
 @pytest.fixture(scope="module")
 def script():
-    """The script, for a codec that is small enough to test."""
+    """The script with a codec small enough for a test."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sizes, "VOICE_CODEC", csm_jax.tiny().codec)
         import train_voice_codec
@@ -32,7 +32,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
-    """Recordings of noise, some of which are held out."""
+    """Recordings of noise, some of them held out."""
     directory = tmp_path_factory.mktemp("speech")
     random = np.random.default_rng(0)
     lines = []
@@ -68,7 +68,7 @@ def run(script, speech, out, stop):
         script.main([])
 
 
-def test_a_run_that_was_stopped_learns_the_same_to_the_bit(script, speech, tmp_path):
+def test_a_resumed_run_gives_equal_weights_to_the_bit(script, speech, tmp_path):
     run(script, speech, tmp_path / "whole", stop=4)
     for stop in (2, 4):
         run(script, speech, tmp_path / "parts", stop=stop)
@@ -82,7 +82,7 @@ def test_a_run_that_was_stopped_learns_the_same_to_the_bit(script, speech, tmp_p
     assert [line["step"] for line in lines if "held_out" in line] == [2, 4]
 
 
-def test_a_run_is_not_gone_on_with_under_other_settings(script, speech, tmp_path):
+def test_resuming_a_run_with_other_settings_is_refused(script, speech, tmp_path):
     run(script, speech, tmp_path, stop=1)
     with flagsaver.flagsaver(wave_weight=0.5), pytest.raises(InputError, match="--wave_weight"):
         run(script, speech, tmp_path, stop=2)
