@@ -7,6 +7,7 @@ end. libsndfile does it: it opens nothing but what it is given.
 import base64
 import binascii
 import contextlib
+import functools
 import io
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import soxr
 
 from csm_jax.audio import SAMPLE_RATE, audio_error, check_speech
 from csm_jax.errors import InputError, first_line
+from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits
 
 MAX_CHANNELS = 8
@@ -25,8 +27,13 @@ MIN_RATE = 4_000
 # What is decoded at once.
 _BLOCK_SECONDS = 1
 # How the formats begin that are read here. libsndfile knows two dozen rare ones, whose readers are
-# used and tested less.
-_BEGINNINGS = re.compile(rb"RIFF....WAVE|fLaC|OggS|ID3|\xff[\xe2-\xff]", re.DOTALL)
+# used and tested less; behind a tag it would look for any of them.
+_BEGINNINGS = re.compile(rb"RIFF....WAVE|fLaC|OggS|\xff[\xe2-\xff]", re.DOTALL)
+_TAGGED = re.compile(rb"fLaC|\xff[\xe2-\xff]", re.DOTALL)
+# An ID3 tag: its size in 4 times 7 bits.
+_TAG = re.compile(rb"ID3[\x02-\x04]..([\x00-\x7f]{4})", re.DOTALL)
+# The same as libsndfile calls them.
+_CONTAINERS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
 # Lengths from here on stand in heads of files that were written as streams.
 _UNKNOWN_FRAMES = 2**31
 
@@ -88,18 +95,33 @@ def _opened(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundF
     """Raises `InputError` for bytes that are no audio, or of a kind that is not read here."""
     if len(data) > limits.audio_bytes:
         raise InputError(_too_large(name, limits))
-    if not _BEGINNINGS.match(data):
-        raise InputError(f"{name}: not readable as audio; send WAV, FLAC, Ogg or MP3")
+    if not _is_known(data):
+        raise InputError(_not_readable(name))
     try:
+        if data.startswith(b"OggS"):
+            data = checked_ogg(data)
         with soundfile.SoundFile(io.BytesIO(data)) as file:
+            if file.format not in _CONTAINERS:
+                raise InputError(_not_readable(name))
             if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
                 raise InputError(
                     f"{name}: {file.channels} channels at {file.samplerate} Hz, but at most "
                     f"{MAX_CHANNELS} at {MIN_RATE} to {MAX_RATE} can be read"
                 )
             yield file
+    except OggError as error:
+        raise InputError(f"{name}: not readable as audio ({error})") from error
     except (soundfile.LibsndfileError, OSError) as error:
         raise InputError(f"{name}: not readable as audio ({audio_error(error)})") from error
+
+
+def _is_known(data: bytes) -> bool:
+    """Whether a file begins as those that are read here, if need be after ID3 tags."""
+    start = 0
+    while tag := _TAG.match(data, start):
+        size = functools.reduce(lambda size, byte: size << 7 | byte, tag[1])
+        start = tag.end() + size
+    return (_TAGGED if start else _BEGINNINGS).match(data, start) is not None
 
 
 def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
@@ -114,6 +136,10 @@ def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
         with np.errstate(invalid="ignore", over="ignore"):
             blocks.append(block.mean(axis=1))
     return np.concatenate([np.zeros(0, np.float32), *blocks])
+
+
+def _not_readable(name: str) -> str:
+    return f"{name}: not readable as audio; send WAV, FLAC, Ogg or MP3"
 
 
 def _too_large(name: str, limits: Limits) -> str:

@@ -3,11 +3,13 @@
 import base64
 import contextlib
 import io
+import time
 import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
+from attacks import vorbis
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -49,6 +51,23 @@ def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monke
     monkeypatch.setattr(soundfile, "SoundFile", None)
     with pytest.raises(InputError, match="send WAV, FLAC, Ogg or MP3"):
         decode_recording(data, LIMITS)
+
+
+TAG = b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10)
+
+
+@pytest.mark.parametrize("form", ["AU", "AIFF", "WAV"])
+def test_other_formats_behind_a_tag_are_not_given_to_their_readers(form, monkeypatch):
+    data = TAG + as_file(tone(0.3), form=form)
+    assert soundfile.info(io.BytesIO(data)).frames
+    monkeypatch.setattr(soundfile, "SoundFile", None)
+    with pytest.raises(InputError, match="send WAV, FLAC, Ogg or MP3"):
+        decode_recording(data, LIMITS)
+
+
+@pytest.mark.parametrize("form", ["MP3", "FLAC"])
+def test_a_recording_can_have_tags(form):
+    assert len(decode_recording(TAG + as_file(tone(0.3), form=form), LIMITS)) > 0.2 * RATE
 
 
 @pytest.mark.parametrize(
@@ -112,6 +131,76 @@ def test_a_small_file_that_unpacks_to_much_takes_no_memory():
         decode_recording(data, limits)
     assert tracemalloc.get_traced_memory()[1] < 2_000_000
     tracemalloc.stop()
+
+
+def assert_no_decoder_opens(data: bytes, monkeypatch) -> None:
+    monkeypatch.setattr(soundfile, "SoundFile", None)
+    for read in (decode_recording, check_head):
+        with pytest.raises(InputError, match="not readable as audio"):
+            read(data, LIMITS)
+
+
+@pytest.mark.parametrize(("books", "bits", "dimensions"), [(256, 22, 1), (1, 18, 2), (2, 10, 200)])
+def test_vorbis_codebooks_that_unpack_to_much_are_not_unpacked(
+    books, bits, dimensions, monkeypatch
+):
+    """libvorbis would make 256 tables of 4 million entries of 3 kB."""
+    data = vorbis.file(books, bits, dimensions)
+    assert len(data) < 4000
+    assert_no_decoder_opens(data, monkeypatch)
+
+
+def test_vorbis_codebooks_are_found_in_the_pages_that_libogg_reads(monkeypatch):
+    """A harmless head comes first, which libogg skips."""
+    first, comments, harmless = vorbis.head(1, 4)
+    bomb = vorbis.page(*vorbis.head(256, 22)[1:], number=1)
+    start, good = vorbis.page(first, flags=2), vorbis.page(comments, harmless, number=1)
+    wrong = good[:-1] + bytes([good[-1] ^ 1])
+    other = vorbis.page(comments, harmless, number=1, serial=2)
+    late = vorbis.page(comments, harmless, number=7)
+    rest = vorbis.page(comments, harmless, number=1, flags=1)
+    for decoy in (wrong, other, late, rest, good[:-20]):
+        assert_no_decoder_opens(start + decoy + bomb, monkeypatch)
+
+
+@pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
+def test_libogg_is_not_let_to_look_for_pages(coding):
+    """It would add up 64 kB at each byte that seems to begin one; junk at the end is cut off."""
+    good = as_file(tone(1), form="OGG", coding=coding)
+    junk = (b"OggS" + b"\xff" * 23) * 100_000 + bytes(66_000)
+    limits = Limits(audio_seconds=2.0)
+    started = time.process_time()
+    with pytest.raises(InputError, match="not readable as audio"):
+        decode_recording(good + junk, limits)
+    audio = decode_recording(good + b"x" + junk, limits)
+    assert time.process_time() - started < 1
+    np.testing.assert_array_equal(audio, decode_recording(good, limits))
+    with pytest.raises(InputError, match="20000 pages"):
+        check_head(good + vorbis.page() * 20_000, limits)
+
+
+def test_an_ogg_file_may_be_cut_off():
+    data = as_file(tone(1.5), form="OGG", coding="OPUS")
+    assert 0 < len(decode_recording(data[:-10], LIMITS)) < 1.5 * RATE
+
+
+def test_small_vorbis_codebooks_are_opened():
+    data = vorbis.file(3, 8)
+    assert soundfile.info(io.BytesIO(data)).subtype == "VORBIS"
+    with pytest.raises(InputError, match="no samples"):
+        decode_recording(data, LIMITS)
+
+
+@pytest.mark.parametrize("rate", [8000, 44_100, 48_000, 192_000])
+@pytest.mark.parametrize("channels", [1, 2, 6, 8])
+@pytest.mark.parametrize("level", [0.0, 0.5, 1.0])
+def test_files_of_encoders_have_small_codebooks(rate, channels, level):
+    file = io.BytesIO()
+    form = dict(format="OGG", subtype="VORBIS", compression_level=level)
+    with contextlib.suppress(soundfile.LibsndfileError):  # libvorbis has not all combinations
+        with soundfile.SoundFile(file, "w", rate, channels, **form) as written:
+            written.write(tone(0.2, rate, channels))
+        decode_recording(file.getvalue(), Limits())
 
 
 def test_a_head_that_lies_of_its_length():

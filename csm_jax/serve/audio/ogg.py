@@ -1,0 +1,177 @@
+"""The structure of an Ogg file, checked before libogg and libvorbis read it.
+
+A Vorbis file begins with the codebooks of its decoder, and libvorbis makes the tables of all of
+them when the file is opened. A codebook of some bytes can stand for four million entries: 3 kB ask
+for 13 GB of memory and minutes of work. So the entries are counted here first.
+
+Where libogg finds no page it looks for one from byte to byte, and adds up 64 kB at each that seems
+to begin one: minutes for 10 MB. So only a file of whole pages, one behind the other, gets there.
+"""
+
+import struct
+import zlib
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+# Entries of all codebooks, times the dimensions of each. Encoders write at most 90 000.
+MAX_VALUES = 1 << 18
+# A minute of pages that hold 20 ms each has 3000.
+MAX_PAGES = 20_000
+# Of the packet with the codebooks. Encoders write some kB.
+_SETUP_BYTES = 65_536
+_HEAD = struct.Struct("<4sBBqIIIB")
+_CRC_AT, _NO_CRC = 22, bytes(4)
+_CONTINUED = 1
+_IDENTIFICATION, _SETUP = b"\x01vorbis", b"\x05vorbis"
+_CODEBOOK = 0x564342
+# Code words have at most so many bits, and an ordered codebook as many runs.
+_LONGEST_CODE = 32
+_REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
+
+
+class OggError(Exception):
+    """An Ogg file is not given to a decoder; the message says why."""
+
+
+class _Page(NamedTuple):
+    """A page whose checksum is right. Attributes: end: where it ends in the file."""
+
+    flags: int
+    serial: int
+    number: int
+    lengths: bytes
+    body: bytes
+    end: int
+
+
+def checked_ogg(data: bytes) -> bytes:
+    """The file up to its last whole page.
+
+    Raises `OggError` if a page is damaged, or the codebooks of a Vorbis file are malformed or
+    unpack to too much.
+    """
+    pages = list(_pages(data))
+    packets = _packets(pages)
+    if next(packets).startswith(_IDENTIFICATION):
+        next(packets)  # comments
+        _check_codebooks(next(packets))
+    return data[: pages[-1].end]
+
+
+def _pages(data: bytes) -> Iterator[_Page]:
+    at, count = 0, 0
+    while data.startswith(b"OggS", at) and at + _HEAD.size <= len(data):
+        _, version, flags, _, serial, number, crc, num_lengths = _HEAD.unpack_from(data, at)
+        body = at + _HEAD.size + num_lengths
+        lengths = data[at + _HEAD.size : body]
+        end = body + sum(lengths)
+        if end > len(data):
+            return  # cut off
+        if version or _crc(data[at : at + _CRC_AT] + _NO_CRC + data[at + _CRC_AT + 4 : end]) != crc:
+            raise OggError("a page of the Ogg file is damaged")
+        count += 1
+        if count > MAX_PAGES:
+            raise OggError(f"the Ogg file has more than {MAX_PAGES} pages")
+        yield _Page(flags, serial, number, lengths, data[body:end], end)
+        at = end
+
+
+def _packets(pages: Iterable[_Page]) -> Iterator[bytes]:
+    """The packets of the first stream. Raises `OggError` where its pages are not in order.
+
+    What libogg would skip or drop there is refused: so it reads the same packets.
+    """
+    packet, serial = b"", None
+    for number, page in enumerate(pages):
+        serial = page.serial if serial is None else serial
+        is_next = page.serial == serial and page.number == number
+        if not is_next or bool(page.flags & _CONTINUED) != bool(packet):
+            raise OggError("the pages of the Ogg file are not in order")
+        start = 0
+        for length in page.lengths:
+            packet += page.body[start : start + length]
+            start += length
+            if length < 255:
+                yield packet
+                packet = b""
+    raise OggError("the head of the Ogg file is not complete")
+
+
+def _crc(data: bytes) -> int:
+    """Ogg's checksum: that of zlib with all bits the other way round, from 0 on."""
+    crc = zlib.crc32(data.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
+    return int(f"{crc:032b}"[::-1], 2)
+
+
+def _check_codebooks(setup: bytes) -> None:
+    if not setup.startswith(_SETUP) or len(setup) > _SETUP_BYTES:
+        raise OggError("the Vorbis file has no codebooks, or too large ones")
+    bits = _Bits(setup[len(_SETUP) :])
+    num_values = 0
+    for _ in range(bits.read(8) + 1):
+        num_values += _read_codebook(bits, MAX_VALUES - num_values)
+
+
+class _Bits:
+    """Bits of a packet, the lowest of each byte first. Raises `OggError` at its end."""
+
+    def __init__(self, data: bytes):
+        self._data = data
+        self._at = 0
+
+    def read(self, count: int) -> int:
+        start = self._at
+        self.skip(count)
+        piece = self._data[start >> 3 : (self._at + 7) >> 3]
+        return (int.from_bytes(piece, "little") >> (start & 7)) & ((1 << count) - 1)
+
+    def skip(self, count: int) -> None:
+        self._at += count
+        if self._at > 8 * len(self._data):
+            raise OggError("the codebooks of the Vorbis file are cut off")
+
+
+def _read_codebook(bits: _Bits, most: int) -> int:
+    """Goes past a codebook (Vorbis I, 3.2.1); returns its entries times its dimensions.
+
+    Raises `OggError` if they are more than `most`.
+    """
+    mark, dimensions, entries = bits.read(24), bits.read(16), bits.read(24)
+    if mark != _CODEBOOK or not dimensions or not entries:
+        raise OggError("a codebook of the Vorbis file is malformed")
+    if entries * dimensions > most:
+        raise OggError(f"the codebooks of the Vorbis file have more than {MAX_VALUES} values")
+    _skip_lengths(bits, entries)
+    kind = bits.read(4)
+    if kind:
+        bits.skip(32 + 32)
+        width = bits.read(4) + 1
+        bits.skip(1)
+        bits.skip(width * (_root(entries, dimensions) if kind == 1 else entries * dimensions))
+    return entries * dimensions
+
+
+def _skip_lengths(bits: _Bits, entries: int) -> None:
+    is_ordered = bits.read(1)
+    if is_ordered:
+        bits.skip(5)
+        for _ in range(_LONGEST_CODE):
+            entries -= bits.read(entries.bit_length())
+            if entries <= 0:
+                break
+        if entries:
+            raise OggError("a codebook of the Vorbis file is malformed")
+    elif bits.read(1):  # sparse
+        for _ in range(entries):
+            if bits.read(1):
+                bits.skip(5)
+    else:
+        bits.skip(5 * entries)
+
+
+def _root(number: int, degree: int) -> int:
+    """The largest whole number whose power is not larger than `number`."""
+    root = 1
+    while (root + 1) ** degree <= number:
+        root += 1
+    return root
