@@ -2,7 +2,8 @@
 
 A `Connection` stands between the event loop's transport and uvicorn's protocol. It hands on what
 comes in small pieces, so that a flood of tiny frames or chunks never holds the event loop for
-long, and it knows at any time what the connection waits for.
+long, and it knows at any time what the connection waits for. `InputScheduler` says whose piece is
+next.
 """
 
 import asyncio
@@ -18,9 +19,11 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from csm_jax.serve.admission.memory import Held
 from csm_jax.serve.errors import RETRY_AFTER, ApiError
 from csm_jax.serve.network.addresses import is_proxy, network_of
 from csm_jax.serve.settings import Limits
+from csm_jax.serve.transport.input_scheduler import InputScheduler
 
 # Bytes that the kernel takes before the client has room for them.
 _KERNEL_BYTES = 262_144
@@ -28,7 +31,7 @@ _KERNEL_BYTES = 262_144
 _BUFFER_BYTES = 65_536
 # Connections that are looked at whether they have been sent their responses, when room is needed.
 _LOOKED_AT = 16
-# Bytes that a protocol is given at once.
+# Bytes that a protocol is given at once: of tiny chunks, some milliseconds of work.
 _PIECE = 8192
 # Seconds in which the rest of a body may come that has been answered already.
 _LINGER_SECONDS = 5.0
@@ -85,7 +88,12 @@ class Group:
 
 
 class Connections:
-    """All connections of a server, from the moment that they are accepted."""
+    """All connections of a server, from the moment that they are accepted.
+
+    Attributes:
+      input: schedules what they have received.
+      messages: counts the bytes of WebSocket messages that are not complete.
+    """
 
     def __init__(self, limits: Limits, proxies: Sequence[str] = ()):
         """Starts without connections.
@@ -94,11 +102,12 @@ class Connections:
           proxies: addresses and networks whose connections are those of many clients.
         """
         self.limits = limits
+        self.input = InputScheduler()
+        self.messages = Held(limits.pending_body_bytes, "messages")
         self._proxies = proxies
         self._all: set[Connection] = set()
         self._total = Group()
         self._groups: dict[str, Group] = {}
-        self._message_bytes = 0
 
     def __len__(self) -> int:
         return len(self._all)
@@ -151,11 +160,6 @@ class Connections:
             for group in connection.groups:
                 group.moved(connection, old, connection.phase)
 
-    def hold(self, num_bytes: int) -> bool:
-        """Counts bytes of WebSocket messages that are not complete; whether there is room."""
-        self._message_bytes += num_bytes
-        return self._message_bytes <= self.limits.pending_body_bytes
-
     def sweep(self) -> None:
         """Ends the connections that have kept the server waiting too long."""
         now = asyncio.get_running_loop().time()
@@ -185,11 +189,14 @@ class Protocol(typing.Protocol):
     Attributes:
       phase: what it is doing; of HTTP only.
       is_answered: whether the request has its whole response; of HTTP only.
+      has_input: whether it has got input that it has not read, to read with `handle_events`.
     """
 
     phase: Phase
     is_answered: bool
+    has_input: bool
 
+    def handle_events(self) -> None: ...
     def connection_made(self, transport: "Connection") -> None: ...
     def connection_lost(self, error: Exception | None) -> None: ...
     def data_received(self, data: bytes) -> None: ...
@@ -251,7 +258,6 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._inner: Protocol | None = None
         self._pieces: deque[bytes] = deque()
-        self._is_feeding = False
         self._is_scheduled = False
         self._wants_more = True
         self._is_reading = True
@@ -302,7 +308,7 @@ class Connection(asyncio.Protocol):
             self._enter(Phase.HEAD)
         pieces = (data[start : start + _PIECE] for start in range(0, len(data), _PIECE))
         self._pieces.extend(pieces)
-        self._feed()
+        self._steer()
 
     def eof_received(self) -> None:
         if self._inner is not None:
@@ -396,39 +402,40 @@ class Connection(asyncio.Protocol):
         old, self.phase, self.since = self.phase, phase, self._loop.time()
         self.connections.moved(self, old)
 
-    def _feed(self) -> None:
-        """Hands on one piece; the others follow when the event loop has looked at the rest."""
+    def feed(self) -> None:
+        """Hands on one piece. `InputScheduler` calls it."""
         self._is_scheduled = False
-        if self._is_feeding or not self._may_feed:
+        if not self._may_feed:
             return
-        self._is_feeding = True
         try:
-            self._inner.data_received(self._pieces.popleft())
+            if self._pieces:
+                self._inner.data_received(self._pieces.popleft())
+            else:
+                self._inner.handle_events()
         except Exception:
             # What a protocol does not expect is no reason to go on with this client.
             self.abort()
-        finally:
-            self._is_feeding = False
         self.settle()
         self._steer()
 
     @property
     def _may_feed(self) -> bool:
         is_open = self._inner is not None and not self.is_closing()
-        return is_open and bool(self._pieces) and self._wants_more and self._can_write
+        has_input = is_open and (bool(self._pieces) or self._inner.has_input)
+        return has_input and self._wants_more and self._can_write
 
     def _steer(self) -> None:
-        """Reads from the client only while there is nothing to do with what has come."""
+        """Reads from the client only while there is little to do with what has come."""
         if self.is_closing():
             return
         # A client that does not read responses is not read from.
-        should_read = self._wants_more and self._can_write and not self._pieces
+        should_read = self._wants_more and self._can_write and len(self._pieces) <= 1
         if should_read != self._is_reading:
             self._is_reading = should_read
             (self._transport.resume_reading if should_read else self._transport.pause_reading)()
-        if self._may_feed and not self._is_scheduled and not self._is_feeding:
+        if self._may_feed and not self._is_scheduled:
             self._is_scheduled = True
-            self._loop.call_soon(self._feed)
+            self.connections.input.add(self)
 
     def check(self, now: float) -> None:
         """Ends the connection if it has waited too long."""

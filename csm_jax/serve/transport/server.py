@@ -13,12 +13,14 @@ from typing import Any
 
 import h11
 import uvicorn
+from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
-from csm_jax.serve.errors import TRY_AGAIN_LATER
+from csm_jax.serve.admission.caller import caller_of
+from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.transport.connections import Connection, Connections, Phase
 from csm_jax.serve.transport.listener import Listener
@@ -38,10 +40,22 @@ _PING_SECONDS = 20.0
 _RESPONSES_PART = 0.7
 # Code of a WebSocket close.
 _TOO_BIG = 1009
+# Of the head of a WebSocket: websockets reads 128 lines of at most 8 kB.
+_REFUSAL = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
+    b"connection: close\r\ncontent-length: 0\r\n\r\n"
+)
 
 
 class HTTP(H11Protocol):
-    """uvicorn's protocol for HTTP, which says what it waits for."""
+    """uvicorn's protocol for HTTP, which says what it waits for.
+
+    Attributes:
+      has_input: a request has come behind one that has been answered. It is read when it is the
+        turn of this connection, as if it came only then.
+    """
+
+    has_input = _is_ending = False
 
     @property
     def phase(self) -> Phase:
@@ -59,10 +73,19 @@ class HTTP(H11Protocol):
         if {name for name, _ in self.headers} >= {b"content-length", b"transfer-encoding"}:
             # What follows may be part of a body to a proxy on the way (RFC 9112, 6.3).
             self.transport.close()
+        self._is_ending = True
         super().on_response_complete()
+        self._is_ending = False
         # uvicorn's timer runs while the response is still being sent. `Connection.check` does not.
         self._unset_keepalive_if_required()
         self.transport.settle(is_answered=True)
+        if self.has_input:
+            self.transport.resume_reading()
+
+    def handle_events(self) -> None:
+        self.has_input = self._is_ending and bool(self.conn.trailing_data[0])
+        if not self._is_ending:
+            super().handle_events()
 
     def _should_upgrade(self) -> bool:
         # A WebSocket begins with GET and has no body: the rest is a request like any other.
@@ -75,12 +98,19 @@ class HTTP(H11Protocol):
 class Socket(WebSocketsSansIOProtocol):
     """uvicorn's protocol for WebSockets, with limits of what is not a message yet."""
 
-    _num_held = 0
+    has_input = False
+    _num_held, _share = 0, ""
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        held = len(self.conn.reader.buffer) + sum(map(len, self.frames))
-        if not self._hold(held):
+        if not self.handshake_initiated:
+            # The first data are a whole head, which `HTTP` has accepted and websockets has not.
+            self.transport.write(_REFUSAL)
+            self.transport.close()
+            return
+        try:
+            self._hold(len(self.conn.reader.buffer) + sum(map(len, self.frames)))
+        except ApiError:
             self._end(TRY_AGAIN_LATER)
 
     def handle_cont(self, event: Any) -> None:
@@ -93,10 +123,18 @@ class Socket(WebSocketsSansIOProtocol):
         self._hold(0)
         super().connection_lost(error)
 
-    def _hold(self, num_bytes: int) -> bool:
-        """Says how much of a message is held; whether there is room for it."""
-        more, self._num_held = num_bytes - self._num_held, num_bytes
-        return self.transport.connections.hold(more) or more <= 0
+    def _hold(self, num_bytes: int) -> None:
+        """Counts what its caller holds of a message. Raises `ApiError` if there is no room."""
+        messages, is_more = self.transport.connections.messages, num_bytes > self._num_held
+        messages.add(self._share, -self._num_held)
+        self._num_held = 0
+        if num_bytes:
+            # Known as soon as the application has looked at the key.
+            self._share = caller_of(HTTPConnection(self.scope)).share
+            if is_more:
+                messages.check(self._share, num_bytes)
+            messages.add(self._share, num_bytes)
+            self._num_held = num_bytes
 
     def _end(self, code: int) -> None:
         if not self.handshake_complete:

@@ -18,10 +18,11 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
+from csm_jax.serve.admission.caller import Caller, set_caller
 from csm_jax.serve.middleware.response_limits import Responses
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.transport import server as transport
-from csm_jax.serve.transport.connections import Pace
+from csm_jax.serve.transport.connections import Connections, Pace
 
 LIMITS = Limits(
     connections=60,
@@ -41,9 +42,9 @@ WHOLE_BYTES = 16_000_000
 class Application:
     """Answers with the length of the body; keeps what it has seen.
 
-    `/large` is a response that exceeds all buffers, `/slow` one that takes a while, `/pieces` one
-    of which what was sent is counted, `/whole` one that is written at once, `/cut` one that
-    `Responses` cuts into pieces.
+    `/large` is a response that exceeds all buffers, `/slow` one that takes a while, `/busy` one
+    that keeps the event loop busy, `/pieces` one of which what was sent is counted, `/whole` one
+    that is written at once, `/cut` one that `Responses` cuts into pieces.
     """
 
     def __init__(self):
@@ -72,6 +73,8 @@ class Application:
             response = StreamingResponse(self._pieces())
         else:
             body = b"" if scope["path"] == "/unread" else await request.body()
+            if scope["path"] == "/busy":
+                time.sleep(0.003)
             if scope["path"] == "/slow":
                 await asyncio.sleep(3)
             response = PlainTextResponse(f"{len(body)} bytes")
@@ -95,6 +98,7 @@ class Application:
             self.sent += 10_000
 
     async def _talk(self, talk: WebSocket) -> None:
+        set_caller(talk, Caller(share=talk.url.path))
         await talk.accept()
         with contextlib.suppress(WebSocketDisconnect):
             while (message := await talk.receive())["type"] != "websocket.disconnect":
@@ -106,7 +110,16 @@ class Application:
 class Running:
     app: Application
     port: int
-    connections: object
+    server: transport.Server
+
+    @property
+    def connections(self) -> Connections:
+        return self.server._connections
+
+    @property
+    def protocols(self) -> int:
+        """What uvicorn waits for when it stops."""
+        return len(self.server.server_state.connections)
 
     def open(self, data: bytes = b"") -> socket.socket:
         made = socket.create_connection(("127.0.0.1", self.port), timeout=10)
@@ -116,6 +129,13 @@ class Running:
     def ask(self, path: str = "/") -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
             return answer.read().decode()
+
+    def ask_from(self, address: str) -> bytes:
+        """The response to a client with another address."""
+        where = ("127.0.0.1", self.port)
+        with socket.create_connection(where, 10, source_address=(address, 0)) as made:
+            made.sendall(REQUEST)
+            return made.recv(10_000)
 
     def exchange(self, data: bytes, seconds: float = 2) -> bytes:
         """All that is answered to these bytes until the server closes, or is silent so long."""
@@ -151,7 +171,7 @@ def run(limits: Limits = LIMITS, loop: str = "auto", proxies: tuple[str, ...] = 
     try:
         while not server.started:
             time.sleep(0.01)
-        yield Running(app, listening.getsockname()[1], server._connections)
+        yield Running(app, listening.getsockname()[1], server)
     finally:
         server.should_exit = True
         thread.join()
@@ -417,6 +437,42 @@ def test_tiny_chunks_do_not_delay_other_requests(running, opened):
     assert_answers_in_time_beside(flood, running)
 
 
+def test_tiny_chunks_on_many_connections_do_not_delay_other_clients():
+    """What the connections of one client send is handed on in turn with what others send."""
+    limits = dataclasses.replace(LIMITS, connections=400, connections_per_address=200)
+    chunks = b"1\r\na\r\n" * 4000
+    with run(limits) as running, contextlib.ExitStack() as stack:
+        flooding = [stack.enter_context(running.open(CHUNKED)) for _ in range(150)]
+        for made in flooding:
+            made.settimeout(0)
+        deadline, waits = time.monotonic() + 20, []
+        while len(waits) < 5:
+            for made in flooding:
+                with contextlib.suppress(OSError):
+                    made.sendall(chunks)
+            started = time.monotonic()
+            assert b" 200 " in running.ask_from("127.0.0.2")
+            waits.append(time.monotonic() - started)
+            assert time.monotonic() < deadline
+        assert sorted(waits)[2] < 0.5
+
+
+def test_requests_behind_others_do_not_delay_other_clients():
+    """What answering a request takes is not known when it is read: few begin in one round."""
+    limits = dataclasses.replace(LIMITS, connections=400, connections_per_address=200)
+    with run(limits) as running, contextlib.ExitStack() as stack:
+        flooding = [stack.enter_context(running.open()) for _ in range(150)]
+        for made in flooding:
+            made.sendall(REQUEST.replace(b"/ ", b"/busy ") * 30)
+        time.sleep(0.5)
+        started = time.monotonic()
+        assert b" 200 " in running.ask_from("127.0.0.2")
+        assert time.monotonic() - started < 1
+        for made in flooding:
+            made.settimeout(0.2)
+            made.shutdown(socket.SHUT_RDWR)
+
+
 UPGRADE = (
     b"GET /talk HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
     b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n\r\n"
@@ -437,6 +493,25 @@ def test_malformed_upgrades_open_no_websocket(running, data):
     answer = running.exchange(data)
     assert b" 101 " not in answer
     assert answer.startswith(b"HTTP/1.1 ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        UPGRADE[:-2] + b"A: b\r\n" * 200 + b"\r\n",
+        UPGRADE[:-2] + b"A: " + b"b" * 9000 + b"\r\n\r\n",
+        UPGRADE.replace(b"/talk", b"/" + b"a" * 9000),
+    ],
+    ids=["lines", "line", "target"],
+)
+def test_an_upgrade_with_too_large_a_head_is_refused_and_closed(running, opened, data):
+    """h11 reads larger heads than websockets."""
+    made = running.open(data)
+    opened.append(made)
+    made.settimeout(3)
+    assert read_all(made).startswith(b"HTTP/1.1 4")
+    running.wait_for(0)
+    assert running.protocols == 0
 
 
 def frame(opcode: int, payload: bytes = b"", is_last: bool = True) -> bytes:
@@ -490,13 +565,28 @@ def test_unfinished_messages_of_all_have_a_limit(running, opened):
         assert b" 101 " in made.recv(1000)
         made.sendall(head + b"a" * 50_000)
     time.sleep(0.5)
-    assert running.connections._message_bytes <= LIMITS.pending_body_bytes + 60_000
+    assert running.connections.messages._total <= LIMITS.pending_body_bytes + 60_000
     ended = 0
     for made in opened:
         made.settimeout(0.2)
         ended += bool(read_all(made))
     # Those that go beyond the limit, and perhaps one more: data comes in pieces of any size.
     assert 3 <= ended < len(opened)
+
+
+def test_unfinished_messages_of_one_caller_leave_room_for_those_of_others(running, opened):
+    head = bytes([0x81, 0xFF]) + (50_000).to_bytes(8, "big") + bytes(4)
+    for _ in range(5):
+        made = running.open(UPGRADE.replace(b"/talk", b"/many"))
+        opened.append(made)
+        assert b" 101 " in made.recv(1000)
+        made.sendall(head + b"a" * 49_000)
+    time.sleep(0.5)
+    other = running.open(UPGRADE)
+    opened.append(other)
+    assert b" 101 " in other.recv(1000)
+    other.sendall(head + b"a" * 50_000)
+    assert b"heard" in other.recv(1000)
 
 
 def test_pings_without_reading_fill_no_memory(running, talking):
