@@ -108,7 +108,7 @@ class Webhooks:
         try:
             body = await self._store.read_post(delivery)
             headers = {"X-Webhook-Id": delivery.id, **signature(self._secret, body)}
-            status = await self._outgoing.post(delivery.url, body, headers)
+            status = await self._outgoing.post(delivery.url, body, headers, delivery.owner)
         except StorageError as error:
             return str(error)
         except InputError as error:

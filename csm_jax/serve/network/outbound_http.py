@@ -8,6 +8,7 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Iterable
+from contextvars import ContextVar
 from typing import Any, NoReturn
 from urllib.parse import urljoin, urlsplit
 from weakref import WeakValueDictionary
@@ -15,6 +16,8 @@ from weakref import WeakValueDictionary
 import httpcore
 
 from csm_jax.errors import InputError, first_line
+from csm_jax.serve.admission.caller import INTERNAL, Caller
+from csm_jax.serve.admission.thread_pools import FairPool
 from csm_jax.serve.network.addresses import parse_address
 from csm_jax.serve.network.special_addresses import is_public
 
@@ -23,6 +26,10 @@ MAX_REDIRECTS = 3
 POST_SECONDS = 20.0
 # Connections at once: for all fetches, for those of one share, and for all webhooks.
 _MAX_FETCHES, _FETCHES_OF_SHARE, _MAX_POSTS = 64, 4, 64
+# Threads that resolve names. A name server of a client's choice can take half a minute for each.
+_NAME_THREADS = 8
+# For whom a connection is opened, which httpcore does not hand on.
+_caller: ContextVar[Caller] = ContextVar("caller", default=INTERNAL)
 _REDIRECTS = (301, 302, 303, 307, 308)
 _TIMEOUTS = {"timeout": dict.fromkeys(("connect", "read", "write", "pool"), 10.0)}
 
@@ -38,11 +45,12 @@ class Outgoing:
         """
         # Made once: reading the certificates of all authorities takes a tenth of a second.
         context = httpcore.default_ssl_context()
+        self._names = FairPool(_NAME_THREADS, "csm_jax.serve.names")
 
         def open_pool(max_connections: int) -> httpcore.AsyncConnectionPool:
             return httpcore.AsyncConnectionPool(
                 ssl_context=context,
-                network_backend=_Checked(allow_private),
+                network_backend=_Checked(allow_private, self._names),
                 max_connections=max_connections,
                 max_keepalive_connections=0,
             )
@@ -55,6 +63,7 @@ class Outgoing:
     async def close(self) -> None:
         await self._fetches.aclose()
         await self._posts.aclose()
+        self._names.close()
 
     async def fetch(self, url: str, max_bytes: int, seconds: float, share: str = "") -> bytes:
         """What lies at an address.
@@ -65,6 +74,7 @@ class Outgoing:
         Raises:
           InputError: it cannot be fetched, or is beyond a limit.
         """
+        _caller.set(Caller(share=share))
         turn = self._fetch_turns.setdefault(share, asyncio.Semaphore(_FETCHES_OF_SHARE))
         try:
             async with asyncio.timeout(seconds), turn:
@@ -78,12 +88,16 @@ class Outgoing:
         except _FAILURES as error:
             raise InputError(f"{url[:200]}: cannot be fetched ({first_line(error)})") from error
 
-    async def post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
+    async def post(self, url: str, body: bytes, headers: dict[str, str], share: str = "") -> int:
         """Posts JSON, and returns the status; what else is answered is not read.
 
         Redirects are not followed. Raises `InputError`.
+
+        Args:
+          share: whose posts they are: their names are resolved in turn with those of others.
         """
         check_url(url)
+        _caller.set(Caller(share=share))
         headers = {"Content-Type": "application/json", **headers}
         arguments = {"headers": headers, "content": body, "extensions": _TIMEOUTS}
         try:
@@ -146,10 +160,15 @@ def check_url(url: str) -> None:
         raise InputError(f"{url[:200]!r} is no http or https address that can be used")
 
 
-async def public_address(host: str, port: int, allow_private: bool) -> str:
-    """The address to dial. Raises `InputError` unless every address of the host is public."""
-    loop = asyncio.get_running_loop()
-    found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+async def public_address(names: FairPool, host: str, port: int, allow_private: bool) -> str:
+    """The address to dial. Raises `InputError` unless every address of the host is public.
+
+    Args:
+      names: resolves them, in turn with those of other callers: not in the threads that the event
+        loop has for everything, which slow name servers would take.
+    """
+    kind = socket.SOCK_STREAM
+    found = await names.run(_caller.get(), socket.getaddrinfo, host, port, socket.AF_UNSPEC, kind)
     addresses = [entry[4][0] for entry in found]
     if not allow_private:
         _check_public(host, addresses)
@@ -166,14 +185,15 @@ def _check_public(host: str, addresses: Iterable[str]) -> None:
 class _Checked(httpcore.AsyncNetworkBackend):
     """Dials what `public_address` allows."""
 
-    def __init__(self, allow_private: bool):
+    def __init__(self, allow_private: bool, names: FairPool):
         self._allow_private = allow_private
+        self._names = names
         self._inner = httpcore.AnyIOBackend()
 
     async def connect_tcp(
         self, host: str, port: int, *args: Any, **kwargs: Any
     ) -> httpcore.AsyncNetworkStream:
-        address = await public_address(host, port, self._allow_private)
+        address = await public_address(self._names, host, port, self._allow_private)
         return await self._inner.connect_tcp(address, port, *args, **kwargs)
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> NoReturn:

@@ -35,7 +35,7 @@ class Receiver:
         self.posts: list[tuple[dict[str, str], bytes]] = []
         self._answer = answer
 
-    async def post(self, url: str, body: bytes, headers: dict[str, str]) -> int:
+    async def post(self, url: str, body: bytes, headers: dict[str, str], share: str) -> int:
         self.posts.append((headers, body))
         return self._answer()
 

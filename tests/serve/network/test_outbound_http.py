@@ -11,6 +11,7 @@ import httpcore
 import pytest
 
 from csm_jax.errors import InputError
+from csm_jax.serve.admission.thread_pools import FairPool
 from csm_jax.serve.network import outbound_http as outgoing_module
 from csm_jax.serve.network.outbound_http import Outgoing, public_address
 
@@ -20,14 +21,18 @@ def names(monkeypatch):
     """What hosts resolve to, one list of addresses after the other."""
     known = {}
 
-    async def getaddrinfo(self, host, port, **_):
+    def getaddrinfo(host, port, *_):
         found = known[host]
         if isinstance(found[0], list):
             found = found.pop(0)
         return [(0, 0, 0, "", (address, port)) for address in found]
 
-    monkeypatch.setattr(asyncio.BaseEventLoop, "getaddrinfo", getaddrinfo)
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
     return known
+
+
+def resolve(host: str, allow_private: bool = False) -> str:
+    return asyncio.run(public_address(FairPool(1, "names"), host, 80, allow_private))
 
 
 PRIVATE = [
@@ -43,20 +48,20 @@ PRIVATE = [
 def test_private_addresses_are_refused(names, address):
     names["host"] = [address]
     with pytest.raises(InputError, match="not a public address"):
-        asyncio.run(public_address("host", 80, False))
-    assert asyncio.run(public_address("host", 80, True)) == address
+        resolve("host")
+    assert resolve("host", allow_private=True) == address
 
 
 def test_one_private_address_among_public_ones_is_enough(names):
     names["host"] = ["93.184.216.34", "127.0.0.1"]
     with pytest.raises(InputError):
-        asyncio.run(public_address("host", 80, False))
+        resolve("host")
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::"])
 def test_public_addresses_are_dialled(names, address):
     names["host"] = [address]
-    assert asyncio.run(public_address("host", 80, False)) == address
+    assert resolve("host") == address
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -251,6 +256,35 @@ def test_slow_fetches_of_one_caller_hold_up_neither_others_nor_webhooks(site):
         return seconds
 
     assert use(work) < 1.5
+
+
+def test_slow_name_servers_hold_up_neither_other_callers_nor_the_threads_of_the_loop(
+    site, monkeypatch
+):
+    """A client that has a name server can let it take as long as it likes."""
+    site.pages["/a"] = 200, {}, [b"one"]
+    port, stop = site.server_port, threading.Event()
+
+    def getaddrinfo(host, port, *_):
+        if host == "slow.example":
+            stop.wait(20)
+        return [(0, 0, 0, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+    async def work(outgoing: Outgoing) -> float:
+        for _ in range(20):
+            with pytest.raises(InputError, match="took more than"):
+                await outgoing.fetch("http://slow.example/", 1000, 0.03, "slow")
+        started = time.monotonic()
+        await asyncio.to_thread(time.sleep, 0)
+        url = f"http://fast.example:{port}/a"
+        assert await outgoing.fetch(url, 1000, 5.0, "other") == b"one"
+        seconds = time.monotonic() - started
+        stop.set()
+        return seconds
+
+    assert use(work) < 2
 
 
 def test_a_webhook_does_not_fail_because_others_are_under_way(site, monkeypatch):
