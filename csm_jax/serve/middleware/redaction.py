@@ -9,6 +9,8 @@ from urllib.parse import unquote_plus
 LOGGERS = ("csm_jax.serve", "uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 REDACTED = "[redacted]"
 _PARAMETER = re.compile(r"([?&;])([^\s?&;=#\"']{1,200})=([^\s&;#\"'\])]*)")
+# A key may have any of these characters in it: the server reads up to the next `&`.
+_REST = re.compile(rf"(={re.escape(REDACTED)})[^\s&\"]+")
 # Names of parameters whose values are credentials, decoded.
 _SECRET = re.compile(r"key|token|secret|passw|auth|credential|signature|session|jwt", re.IGNORECASE)
 _HEADER = re.compile(
@@ -21,7 +23,7 @@ _PROTOCOL = re.compile(r"(csm-key\.|openai-insecure-api-key\.)[^\s,\"'\])]+")
 
 def redact(text: str) -> str:
     """The text without the values of credentials in query strings and headers."""
-    text = _PARAMETER.sub(_redact_parameter, text)
+    text = _REST.sub(r"\1", _PARAMETER.sub(_redact_parameter, text))
     text = _HEADER.sub(rf"\1{REDACTED}", text)
     return _PROTOCOL.sub(rf"\1{REDACTED}", text)
 

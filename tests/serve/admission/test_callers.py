@@ -176,6 +176,8 @@ def test_other_spellings_of_open_paths_need_a_key(path):
         ("/a?%61ccess_token=sk-1 done", "sk-1", "done"),
         ("/a?a=b;token=sk-1", "sk-1", "a=b"),
         ("/a?X-Amz-Signature=sk-1", "sk-1", "/a"),
+        ("/a?api_key=b)c;sk-1 done", "sk-1", "done"),
+        ("/a?x=1&api_key=b'c]#sk-1&y=2", "sk-1", "y=2"),
         ("< Authorization: Bearer sk-1", "sk-1", "Authorization"),
         ("[(b'authorization', b'Bearer sk-1')]", "sk-1", "authorization"),
         ("< Sec-WebSocket-Protocol: csm, csm-key.c2s", "c2s", "Sec-WebSocket"),
