@@ -29,7 +29,7 @@ def read_script(path: Path) -> list[Turn]:
         turns = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"script {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"script {path} is not JSON: {error}") from error
     if not isinstance(turns, list) or not turns:
         raise InputError(f"script {path} is not a JSON list of turns")

@@ -234,6 +234,7 @@ def test_a_damaged_native_config_is_refused(change, message):
     [
         (None, "config.json is missing"),
         ("{", "config.json cannot be read"),
+        ('{"a":' * 10_000, "config.json cannot be read"),
         ("[]", "not a JSON object"),
         ('{"audio_vocab_size": 35}', "tells no sizes; give them with --config"),
     ],
