@@ -102,6 +102,42 @@ async def dripping_bodies(target: Target) -> str:
 
 
 @attack()
+async def tiny_chunks_of_many(target: Target) -> str:
+    """Sends bodies in chunks of a byte on 400 connections, for 15 s."""
+    more = {"Content_Type": "application/json", "Transfer_Encoding": "chunked"}
+    head, chunks = target.head("POST", "/generate", **more), b"1\r\n \r\n" * 10_000
+
+    async def send(deadline: float) -> None:
+        while time.monotonic() < deadline:
+            with contextlib.suppress(OSError, TimeoutError):
+                _, writer = await target.connect()
+                async with closing([writer]), asyncio.timeout(10):
+                    writer.write(head)
+                    while time.monotonic() < deadline:
+                        writer.write(chunks)
+                        await writer.drain()
+
+    deadline = time.monotonic() + 15
+    await asyncio.gather(*(send(deadline) for _ in range(400)))
+    return "the bystander is answered"
+
+
+@attack(floods=False)
+async def upgrades_with_large_heads(target: Target) -> str:
+    """Opens 100 WebSockets with 200 headers each, and says nothing more."""
+    more = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": 13}
+    more |= {"Sec_WebSocket_Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
+    more |= {f"X{number}": "a" for number in range(200)}
+    pairs = await _open(target, 100, 1, target.head("GET", "/v1/realtime", **more))
+    async with closing([writer for _, writer in pairs]):
+        await asyncio.sleep(_HOLD_SECONDS)
+        closed = sum([await _is_closed(reader) for reader, _ in pairs])
+    if closed < len(pairs):
+        raise BrokeError(f"{len(pairs) - closed} of {len(pairs)} are open still")
+    return f"all {len(pairs)} closed"
+
+
+@attack()
 async def many_requests_in_one_go(target: Target) -> str:
     """Sends 20 000 pipelined requests to /healthz and reads no response."""
     _, writer = await target.connect()

@@ -5,8 +5,9 @@ import io
 import os
 import struct
 
+from attacks import vorbis
 from attacks.registry import Server, attack
-from attacks.target import BrokeError, Target, count_statuses
+from attacks.target import BrokeError, Target, add_voice, count_statuses
 
 
 def _wav_head(channels: int, rate: int, data_bytes: int, bits: int = 16) -> bytes:
@@ -85,6 +86,37 @@ async def lying_recordings(target: Target) -> str:
     if read:
         raise BrokeError(f"formats beyond the documented ones are read: {', '.join(read)}")
     return f"{len(lies) + len(rare)} files; spoken after: {', '.join(spoken) or 'none'}"
+
+
+@attack(Server.OPEN)
+async def unpacking_codebooks(target: Target) -> str:
+    """Sends Vorbis files of 3 kB whose codebooks unpack to 800 MB, as recordings and as voices."""
+    # Enough to be seen, and not so much that this machine runs out of memory.
+    bomb, before, statuses = vorbis.file(16, 22), target.memory_mb(), []
+    async with target.client() as client:
+        for _ in range(3):
+            form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
+            answer = await client.post("/generate", data=form, files={"audio": ("a", bomb)})
+            statuses.append(answer.status_code)
+            statuses.append((await add_voice(client, "bomb", bomb)).status_code)
+    most = target.peak_memory_mb()
+    if most and before and most - before > 400:
+        raise BrokeError(f"the server has taken {most - before:.0f} MB more")
+    return count_statuses(statuses)
+
+
+@attack(Server.OPEN, floods=False)
+async def formats_behind_tags(target: Target) -> str:
+    """Sends recordings in rare formats behind an ID3 tag."""
+    tag, read = b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10), []
+    async with target.client() as client:
+        for name, data in _rare().items():
+            form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
+            answer = await client.post("/generate", data=form, files={"audio": ("a", tag + data)})
+            read += [name] if answer.status_code != 400 else []
+    if read:
+        raise BrokeError(f"formats beyond the documented ones are read: {', '.join(read)}")
+    return "none is read"
 
 
 @attack(floods=False)

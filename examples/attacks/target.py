@@ -112,6 +112,15 @@ class Target:
             return round(pages * os.sysconf("SC_PAGE_SIZE") / 1e6)
         return None
 
+    def peak_memory_mb(self) -> float | None:
+        """The most that has been resident since the server started."""
+        if self.pid is None:
+            return None
+        with contextlib.suppress(OSError):
+            status = Path(f"/proc/{self.pid}/status").read_text()
+            return round(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1e3)
+        return None
+
     def connections(self) -> int:
         """Established TCP connections to the server's port."""
         port = f":{self.address[1]:04X}"

@@ -142,6 +142,30 @@ async def sockets_of_one_tenant(target: Target) -> str:
 
 
 @attack(Server.KEYS, floods=False)
+async def unfinished_messages_of_one_tenant(target: Target) -> str:
+    """Sends halves of large messages on 40 WebSockets, then another tenant's recording."""
+    size, sockets = 13_000_000, []
+    head = bytes([0x81, 0xFF]) + size.to_bytes(8, "big") + bytes(4)
+    for _ in range(40):
+        with contextlib.suppress(Exception):
+            socket = await target.socket(0)
+            sockets.append(socket)
+            socket.transport.write(head + b" " * (size - 1000))
+    await asyncio.sleep(5)
+    turn = {"type": "turn", "speaker": 0, "text": "one", "x": "a" * 2_000_000}
+    try:
+        async with target.socket(1) as other, asyncio.timeout(_PATIENCE_SECONDS):
+            await other.send(json.dumps(turn))
+            answer = json.loads(await other.recv())
+    finally:
+        for socket in sockets:
+            socket.transport.abort()
+    if answer["type"] != "turn":
+        raise BrokeError(f"another tenant's message is refused: {answer}")
+    return f"{len(sockets)} opened; another tenant's message is received"
+
+
+@attack(Server.KEYS, floods=False)
 async def webhooks_of_one_tenant(target: Target) -> str:
     """Requests 150 webhooks of one tenant to refused addresses, then another tenant's."""
     body = {"text": "one", "max_audio_length_ms": 160, "webhook": "http://127.0.0.1:9/"}
