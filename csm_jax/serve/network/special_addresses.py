@@ -19,6 +19,8 @@ _IPV4 = [
     *("172.16.0.0/12", "192.0.0.0/24", "192.0.2.0/24", "192.31.196.0/24", "192.52.193.0/24"),
     *("192.88.99.0/24", "192.168.0.0/16", "192.175.48.0/24", "198.18.0.0/15", "198.51.100.0/24"),
     *("203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
+    # Of no registry: in Azure each machine reaches its host by it, which hands out its settings.
+    "168.63.129.16/32",
 ]
 # All of 2001::/23 are protocols' own addresses; Teredo (2001::/32) and 6to4 (2002::/16) lead to
 # IPv4 addresses by way of strangers.

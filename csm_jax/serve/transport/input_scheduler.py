@@ -7,7 +7,7 @@ from typing import Protocol
 
 # Seconds of one round of the event loop in which input is handed on, and connections whose turn
 # comes in it: what they begin, such as answering a request, is work of the next round.
-_ROUND_SECONDS, _ROUND_TURNS = 0.005, 32
+_ROUND_SECONDS, _ROUND_TURNS = 0.005, 16
 
 
 class Receiver(Protocol):

@@ -89,6 +89,15 @@ def test_addresses_that_python_has_taken_for_public(address):
 
 @pytest.mark.parametrize(
     "address",
+    ["169.254.169.254", "fd00:ec2::254", "100.100.100.200", "192.0.0.192", "168.63.129.16"],
+)
+def test_addresses_of_clouds_own_services_are_not_public(address):
+    """Of AWS, Google and Azure; of AWS by IPv6; of Alibaba; of Oracle; of Azure's host."""
+    assert not is_public(ipaddress.ip_address(address))
+
+
+@pytest.mark.parametrize(
+    "address",
     [
         *("1.1.1.1", "8.8.8.8", "93.184.216.34", "100.63.255.255", "100.128.0.0", "172.32.0.0"),
         *("192.0.1.0", "198.17.255.255", "198.20.0.0", "223.255.255.255", "192.88.98.255"),
