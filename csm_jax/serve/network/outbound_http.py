@@ -156,7 +156,8 @@ def check_url(url: str) -> None:
         is_good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     except ValueError:
         is_good = False
-    if not is_good or "@" in parts.netloc or not url.isascii() or len(url) > 2048:
+    is_plain = url.isascii() and url.isprintable() and len(url) <= 2048
+    if not is_good or "@" in parts.netloc or not is_plain:
         raise InputError(f"{url[:200]!r} is no http or https address that can be used")
 
 

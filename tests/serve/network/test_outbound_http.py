@@ -13,7 +13,7 @@ import pytest
 from csm_jax.errors import InputError
 from csm_jax.serve.admission.thread_pools import FairPool
 from csm_jax.serve.network import outbound_http as outgoing_module
-from csm_jax.serve.network.outbound_http import Outgoing, public_address
+from csm_jax.serve.network.outbound_http import Outgoing, check_url, public_address
 
 
 @pytest.fixture
@@ -164,6 +164,16 @@ def test_private_is_refused_without_a_name(site):
 def test_only_http_addresses_are_fetched(url):
     with pytest.raises(InputError):
         fetch(url)
+
+
+@pytest.mark.parametrize(
+    "url", ["http://a\x1b[2J/", "http://a/\x07", "http://a\nb/", "http://a\x7f/"]
+)
+def test_addresses_have_no_characters_that_a_log_obeys(url):
+    """The host of a webhook that cannot be reached is logged."""
+    with pytest.raises(InputError, match="no http or https address") as raised:
+        check_url(url)
+    assert str(raised.value).isprintable()
 
 
 def test_there_is_an_end_to_everything(site):
