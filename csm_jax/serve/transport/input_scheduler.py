@@ -50,11 +50,14 @@ class InputScheduler:
     def _run(self) -> None:
         self._is_scheduled = False
         deadline = time.monotonic() + _ROUND_SECONDS
-        for _ in range(_ROUND_TURNS):
-            if not self._waiting or time.monotonic() >= deadline:
-                break
-            self._feed_next()
-        self._schedule()
+        try:
+            for _ in range(_ROUND_TURNS):
+                if not self._waiting or time.monotonic() >= deadline:
+                    break
+                self._feed_next()
+        finally:
+            # What goes wrong with one connection is no matter of the others.
+            self._schedule()
 
     def _feed_next(self) -> None:
         client, receivers = next(iter(self._waiting.items()))

@@ -26,6 +26,13 @@ class Receiver:
             self.scheduler.add(self)
 
 
+class BrokenReceiver:
+    share = "broken"
+
+    def feed(self) -> None:
+        raise RuntimeError
+
+
 @dataclass
 class Scheduled:
     scheduler: InputScheduler = field(default_factory=InputScheduler)
@@ -78,3 +85,15 @@ def test_a_round_of_the_event_loop_has_an_end():
     first, quick = asyncio.run(work())
     assert 1 <= first <= 2
     assert quick == 10
+
+
+def test_an_error_of_one_connection_does_not_hold_up_the_others():
+    async def work() -> list[str]:
+        asyncio.get_running_loop().set_exception_handler(lambda *_: None)
+        made = Scheduled()
+        made.scheduler.add(BrokenReceiver())
+        made.add("one", "x")
+        await asyncio.sleep(0.05)
+        return made.fed
+
+    assert asyncio.run(work()) == ["x"]
