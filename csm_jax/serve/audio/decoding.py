@@ -116,12 +116,11 @@ def _opened(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundF
 
 
 def _is_known(data: bytes) -> bool:
-    """Whether a file begins as those that are read here, if need be after ID3 tags."""
-    start = 0
-    while tag := _TAG.match(data, start):
-        size = functools.reduce(lambda size, byte: size << 7 | byte, tag[1])
-        start = tag.end() + size
-    return (_TAGGED if start else _BEGINNINGS).match(data, start) is not None
+    """Whether a file begins as those that are read here, if need be after an ID3 tag."""
+    if not (tag := _TAG.match(data)):
+        return _BEGINNINGS.match(data) is not None
+    size = functools.reduce(lambda size, byte: size << 7 | byte, tag[1])
+    return _TAGGED.match(data, tag.end() + size) is not None
 
 
 def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
