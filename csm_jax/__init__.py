@@ -6,9 +6,11 @@ from csm_jax.errors import (
     CancelledError,
     CheckpointError,
     CSMError,
+    EngineClosedError,
     InputError,
     OutputError,
     QueueFullError,
+    RequestCancelledError,
 )
 from csm_jax.generator import Generator, load
 from csm_jax.mimi.codec import Codec
@@ -23,12 +25,14 @@ __all__ = [
     "CheckpointError",
     "Codec",
     "Engine",
+    "EngineClosedError",
     "Generator",
     "InputError",
     "Notice",
     "OutputError",
     "QueueFullError",
     "Request",
+    "RequestCancelledError",
     "Sampling",
     "Segment",
     "Ticket",

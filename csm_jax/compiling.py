@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from csm_jax.errors import CancelledError
+from csm_jax.errors import RequestCancelledError
 
 # A jitted function, its positional arguments (or their shapes), and its named ones.
 Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
@@ -32,12 +32,12 @@ def compile_all(
     """Compiles programs side by side; what has been compiled before takes no time.
 
     Args:
-      is_unwanted: asked before each program whether to stop, with `CancelledError`.
+      is_unwanted: asked before each program whether to stop, with `RequestCancelledError`.
     """
 
     def compile_one(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
         if is_unwanted():
-            raise CancelledError("compiling was cancelled")
+            raise RequestCancelledError("compiling was cancelled")
         function.lower(*arguments, **named).compile()
 
     num_threads = min(_MAX_THREADS, os.cpu_count() or 1)

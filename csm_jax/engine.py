@@ -22,7 +22,14 @@ import numpy as np
 from csm_jax.active_request import ActiveRequest, frames_to_border, next_blocks
 from csm_jax.compiling import compile_all
 from csm_jax.decode_batch import DecodeBatch
-from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError, first_line
+from csm_jax.errors import (
+    CSMError,
+    EngineClosedError,
+    InputError,
+    QueueFullError,
+    RequestCancelledError,
+    first_line,
+)
 from csm_jax.pacing import Pace
 from csm_jax.request import as_request
 from csm_jax.row_decoder import RowDecoder, rows_together
@@ -126,11 +133,11 @@ class Engine:
 
         Args:
           prefix_lengths: positions of what requests will share, such as the sample of a voice.
-          is_unwanted: asked between two programs; if it says so, `CancelledError` is raised.
+          is_unwanted: asked between two programs; if it says so, `RequestCancelledError` is raised.
         """
         batch, decoder, model = self._batch, self._decoder, self.model
         if batch is None or decoder is None:
-            raise CSMError("the engine is closed: make another")
+            raise EngineClosedError("the engine is closed: make another")
         if not self._is_warm:
             count = model.config.num_codebooks
             # What the guard compares with; encoded once.
@@ -170,7 +177,7 @@ class Engine:
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
           QueueFullError: `max_queue` requests wait already.
-          CSMError: the engine is closed.
+          EngineClosedError: `close` was called.
         """
         request = as_request(*arguments, **named)
         # Before the work, and again after it.
@@ -220,7 +227,7 @@ class Engine:
             if wait:
                 self._changed.wait_for(lambda: self._is_closing or not is_full())
             if self._is_closing:
-                raise CSMError("the engine is closed: make another")
+                raise EngineClosedError("the engine is closed: make another")
             if is_full():
                 raise QueueFullError(
                     f"{len(queue)} requests are waiting, and at most {self.max_queue} may: "
@@ -268,7 +275,7 @@ class Engine:
             self._end_part(index)
 
     def _drop_cancelled(self) -> None:
-        cancelled = CancelledError("the request was cancelled")
+        cancelled = RequestCancelledError("the request was cancelled")
         with self._changed:
             dropped = [slot for slot in self._waiting if slot.ticket.is_cancelled]
             for slot in dropped:
@@ -400,7 +407,7 @@ class Engine:
             self._waiting.clear()
             self._changed.notify_all()
         for slot in left:
-            slot.ticket.finish(CSMError("the engine has stopped: make another"))
+            slot.ticket.finish(EngineClosedError("the engine has stopped: make another"))
 
 
 def _as_failure(error: Exception) -> CSMError:

@@ -1,34 +1,55 @@
-"""What a user did wrong. The command lines print one line of it and exit with code 2."""
+"""The errors whose message is meant for the user: a command prints one line of it and exits with 2.
+
+    CSMError
+      InputError              also a ValueError
+      CheckpointError         also a ValueError
+      OutputError
+        BusyError
+      QueueFullError
+      EngineClosedError
+      RequestCancelledError
+
+An argument or a file that cannot be used is a `ValueError`, as everywhere in Python. The others
+depend on the machine or on the moment: the same call can succeed later.
+"""
 
 
-class CSMError(ValueError):
+class CSMError(Exception):
     """Base of all errors whose message is meant for the user."""
 
 
-class InputError(CSMError):
+class InputError(CSMError, ValueError):
     """Text, audio, a sampling value or a script that cannot be used."""
 
 
-class CheckpointError(CSMError):
+class CheckpointError(CSMError, ValueError):
     """A checkpoint, config or tokenizer that is missing, damaged or of another layout."""
 
 
 class OutputError(CSMError):
-    """Somewhere that cannot be written to."""
+    """A file, directory or stream that cannot be written."""
 
 
 class BusyError(OutputError):
-    """Somewhere that another process is writing to."""
+    """A file or directory that another process is writing."""
 
 
 class QueueFullError(CSMError):
-    """As many requests wait for an engine as may."""
+    """The engine's queue of waiting requests is full."""
 
 
-class CancelledError(CSMError):
-    """The request was cancelled before it was over."""
+class EngineClosedError(CSMError):
+    """The engine is closed and takes no more requests."""
+
+
+class RequestCancelledError(CSMError):
+    """The request was cancelled before it was finished."""
+
+
+# The former name, which is that of a `BaseException` in asyncio.
+CancelledError = RequestCancelledError
 
 
 def first_line(error: Exception) -> str:
-    """What another library says went wrong, short enough to quote in a line of our own."""
+    """The first line of another library's message, to be quoted in a message of this one."""
     return (str(error).splitlines() or [type(error).__name__])[0]

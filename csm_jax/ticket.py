@@ -74,7 +74,7 @@ class Ticket:
         A request that was submitted without `stream` or `keep` comes as one chunk.
 
         Raises:
-          CancelledError: after `cancel`, or because the engine was closed.
+          RequestCancelledError: after `cancel`, or because the engine was closed.
           CSMError: the request failed.
         """
         if not (self._stream and self._keep):

@@ -28,7 +28,7 @@ from csm_jax import (
 )
 from csm_jax import engine as engine_module
 from csm_jax.decode_batch import DecodeBatch, bucket
-from csm_jax.errors import CancelledError, QueueFullError
+from csm_jax.errors import QueueFullError, RequestCancelledError
 from csm_jax.guard import Action, Verdict
 from csm_jax.request_state import RequestState
 from csm_jax.text import split_text
@@ -366,7 +366,7 @@ def test_a_cancelled_request_gives_its_row_away(model, alone):
         running.cancel()
         np.testing.assert_array_equal(waiting.codes(), alone["short"][0])
         for end in (running.codes, running.result, lambda: list(chunks), lambda: list(running)):
-            with pytest.raises(CancelledError):
+            with pytest.raises(RequestCancelledError):
                 end()
 
 
@@ -383,7 +383,7 @@ def test_a_cancelled_request_that_waits_never_runs(model, alone, monkeypatch):
         first_chunk(running)
         waiting, last = engine.submit("No.", seed=77), engine.submit(REQUESTS["another seed"])
         waiting.cancel()
-        with pytest.raises(CancelledError):
+        with pytest.raises(RequestCancelledError):
             waiting.codes()  # while the first one is still speaking
         running.cancel()
         np.testing.assert_array_equal(last.codes(), alone["another seed"][0])
@@ -530,7 +530,7 @@ def test_closing_cancels(model):
         with pytest.raises(CSMError, match="the engine is closed"):
             patient.result(WAIT_S)
     for ticket in (running, waiting):
-        with pytest.raises(CancelledError):
+        with pytest.raises(RequestCancelledError):
             ticket.result()
     with pytest.raises(CSMError, match="the engine is closed"):
         engine.submit("No.")
@@ -552,7 +552,7 @@ def test_leaving_the_block_finishes_unless_by_an_error(model, alone):
 
     with pytest.raises(ZeroDivisionError):
         stumble()
-    with pytest.raises(CancelledError):
+    with pytest.raises(RequestCancelledError):
         tickets[0].codes()
 
 
@@ -703,7 +703,7 @@ def test_an_engine_that_may_finish_is_closed_in_time(model, alone):
     engine.close(finish=True, seconds=0.5)
     assert time.monotonic() - started < 10
     np.testing.assert_array_equal(short.codes(), alone["one frame"][0])
-    with pytest.raises(CancelledError):
+    with pytest.raises(RequestCancelledError):
         endless.codes()
 
 
@@ -727,5 +727,8 @@ def test_no_more_turns_are_shared_than_there_are(count):
 
 
 def test_an_unwanted_warm_up_is_cancelled(model):
-    with Engine(model, max_batch=1, max_seq_len=128) as engine, pytest.raises(CancelledError):
+    with (
+        Engine(model, max_batch=1, max_seq_len=128) as engine,
+        pytest.raises(RequestCancelledError),
+    ):
         engine.warm_up(is_unwanted=lambda: True)

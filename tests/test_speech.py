@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from csm_jax import InputError, Request, Sampling, Segment, request_state
 from csm_jax.decode_batch import Utterance
-from csm_jax.errors import CancelledError
+from csm_jax.errors import RequestCancelledError
 from csm_jax.prompt import Turn, join_rows, text_rows, turn_rows
 from csm_jax.request_state import RequestState
 from csm_jax.text import needed_seconds, split_text
@@ -466,14 +466,14 @@ def test_encoding_can_be_given_up_between_turns():
     def encode(audio):
         encoded.append(audio)
         if len(encoded) == 2:
-            raise CancelledError("the request was cancelled")
+            raise RequestCancelledError("the request was cancelled")
         return codes(3)
 
     encoded, notices = [], []
     request = Request("Hi.", 0, [Segment(0, "a", recorded(codes(3)))] * 5)
     speech = RequestState(request, CONFIG, TOKENIZER, encode, lambda: SILENCE, notices.append)
     assert not encoded
-    with pytest.raises(CancelledError):
+    with pytest.raises(RequestCancelledError):
         speech.next_utterance()
     assert len(encoded) == 2
 

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from csm_jax.errors import CancelledError, CSMError, InputError, QueueFullError
+from csm_jax.errors import CSMError, InputError, QueueFullError, RequestCancelledError
 from csm_jax.serve.store.errors import QuotaError, StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
@@ -91,7 +91,7 @@ def as_api_error(error: Exception) -> ApiError:
             return as_bad_field(error)
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
-        case ClientGoneError() | ClientDisconnect() | CancelledError():
+        case ClientGoneError() | ClientDisconnect() | RequestCancelledError():
             # 499 is nginx's for it; only the log sees it.
             return ApiError(499, "the client closed the connection", code="client_gone")
         case CSMError():

@@ -35,7 +35,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.audio import to_pcm
-from csm_jax.errors import CancelledError, CSMError
+from csm_jax.errors import CSMError, RequestCancelledError
 from csm_jax.prompt import Segment, Turn, check_text
 from csm_jax.serve.admission.caller import caller_of
 from csm_jax.serve.api.parsing import parse_json
@@ -347,7 +347,7 @@ class Conversation:
 
     async def _send_speech(self, utterance: Utterance, live: Live, num_cancels: int) -> None:
         num_samples = 0
-        with contextlib.suppress(CancelledError):
+        with contextlib.suppress(RequestCancelledError):
             await self._send_event("started", id=utterance.id, text=utterance.text)
             async for chunk in live.chunks():
                 if num_cancels != self._num_cancels:

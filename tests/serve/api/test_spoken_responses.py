@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from csm_jax import Request
-from csm_jax.errors import CancelledError
+from csm_jax.errors import RequestCancelledError
 from csm_jax.serve.admission.caller import INTERNAL
 from csm_jax.serve.api.responses import SpokenResponse, speak_streamed
 from csm_jax.serve.errors import ClientGoneError
@@ -102,7 +102,7 @@ def test_a_cancelled_request_ends_whenever_it_is_cancelled(server, in_server):
             async with asyncio.timeout(10):
                 async for _ in live.chunks():
                     pass
-        except (CancelledError, ClientGoneError):
+        except (RequestCancelledError, ClientGoneError):
             pass
 
     for pause in (0.0, 0.05, 1.5):
