@@ -1,7 +1,7 @@
 /** A client of the server's HTTP APIs. */
 
 /**
- * What /v1/audio/voices says of a voice.
+ * A voice as in /v1/audio/voices.
  * @typedef {{name: string, speaker: number, text: string, seconds: number, deletable: boolean}} Voice
  */
 
@@ -40,7 +40,7 @@ export class Api {
   }
 
   /**
-   * The model: its id and how speech is drawn if a request does not say it.
+   * The model: its id and its default sampling.
    * @returns {Promise<{id: string, sampling: Record<string, number>}>}
    */
   async model() {
@@ -64,7 +64,7 @@ export class Api {
   }
 
   /**
-   * A voice's recording.
+   * The recording of a voice.
    * @param {string} name
    */
   async voiceRecording(name) {
@@ -73,7 +73,7 @@ export class Api {
   }
 
   /**
-   * Keeps a recording as a voice.
+   * Saves a recording as a voice.
    * @param {{name: string, speaker: number, text: string, recording: Blob}} voice
    * @returns {Promise<Voice>}
    */
@@ -121,7 +121,7 @@ export class Api {
    */
   async #request(path, options = {}) {
     const headers = new Headers(options.headers);
-    // A header is bytes: a key that is not ASCII travels as its UTF-8.
+    // A header consists of bytes, so a key that is not ASCII is sent as UTF-8.
     if (this.key) headers.set("Authorization", `Bearer ${asBytes(this.key)}`);
     let response;
     try {

@@ -9,7 +9,7 @@ const OPEN_MS = 20_000;
 export class ConnectionLost extends Error {}
 
 /**
- * What the server sends: 16-bit samples, or an object with a type.
+ * A message of the server: 16-bit samples, or an object with a type.
  * @typedef {Int16Array | {type: string, [field: string]: any}} Message
  */
 
@@ -48,7 +48,7 @@ export class Conversation {
     const socket = api.openSocket();
     if (await isOpened(socket, signal)) return new Conversation(socket, signal);
     signal.throwIfAborted();
-    // A browser does not say why a WebSocket was refused. HTTP does: no key, too many requests.
+    // A browser does not tell why a WebSocket was refused, but HTTP does: no key, too many requests.
     await api.model();
     throw new ConnectionLost("The server accepted no connection for speech. Try again.");
   }
@@ -59,7 +59,7 @@ export class Conversation {
   }
 
   /**
-   * Sends a message and returns what is answered. Throws `ApiError` if it is an error.
+   * Sends a message, and returns the response. Throws `ApiError` if that is an error.
    * @param {{type: string, [field: string]: any}} message
    */
   async ask(message) {
@@ -91,7 +91,7 @@ export class Conversation {
 }
 
 /**
- * The error that a message tells.
+ * The error in a message.
  * @param {{[field: string]: any}} message
  */
 export function asError(message) {
@@ -101,7 +101,7 @@ export function asError(message) {
 }
 
 /**
- * Waits until a socket is open; false if it is refused or given up.
+ * Waits until a WebSocket is open; false if it is refused or aborted.
  * @param {WebSocket} socket
  * @param {AbortSignal} signal
  * @returns {Promise<boolean>}

@@ -33,7 +33,7 @@ export class DialogueEditor {
   }
 
   /**
-   * Shows what is wrong with a turn, or with the dialogue.
+   * Shows an error of a turn, or of the dialogue.
    * @param {string} message
    * @param {number} [index] of the turn in `turns`
    */
@@ -114,7 +114,7 @@ export class DialogueEditor {
   }
 
   /**
-   * Makes turns of a dialogue that is pasted.
+   * Parses a pasted dialogue into turns.
    * @param {Row} row
    * @param {ClipboardEvent} event
    */
@@ -183,7 +183,7 @@ export class DialogueEditor {
         parts[part].setAttribute("aria-label", `${label} turn ${i + 1}`);
         parts[part].title = label;
       }
-      // Not `disabled`, which would take the focus from who moves a turn with the keyboard.
+      // Not `disabled`, which would remove the focus while a turn is moved by keyboard.
       parts.up.setAttribute("aria-disabled", String(i === 0));
       parts.down.setAttribute("aria-disabled", String(i === this.#rows.length - 1));
     }

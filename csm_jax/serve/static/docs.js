@@ -7,7 +7,7 @@ import { find, fromTemplate, showError } from "./dom.js";
 /** @typedef {{name: string, where: string, type: string, meaning: string}} Field */
 
 /**
- * The schema that a reference stands for.
+ * The schema of a reference.
  * @param {Schema} document
  * @param {Schema} [schema]
  * @returns {Schema}

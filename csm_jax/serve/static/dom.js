@@ -26,7 +26,7 @@ export function fromTemplate(id) {
 }
 
 /**
- * Shows an error beside what it is about, or hides it.
+ * Shows an error beside its control, or hides it.
  * @param {HTMLElement} place
  * @param {string} message "" hides it
  * @param {HTMLElement} [control] the control whose value is wrong

@@ -31,7 +31,7 @@ export class KeyPanel {
     find("#key-button").hidden = false;
     find("#key-forget").hidden = true;
     if (this.api.key) showError(this.error, "The server does not know this key.", this.input);
-    // Wrong keys are limited: it must not be sent again by itself.
+    // Wrong keys are limited, so this one must not be sent again automatically.
     this.api.key = "";
     this.input.focus();
   }

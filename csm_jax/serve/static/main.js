@@ -19,7 +19,7 @@ class Page {
   #model = "";
 
   constructor() {
-    // The page is one directory below the server's root, wherever that is.
+    // The page is one directory below the root of the server, which may have a prefix.
     this.api = new Api(new URL("..", document.baseURI));
     this.dialogue = new DialogueEditor(parseLines(EXAMPLE));
     this.settings = new Settings();
@@ -33,7 +33,7 @@ class Page {
     find("#speak").addEventListener("click", () => this.speak());
     find("#stop").addEventListener("click", () => this.stop());
     document.addEventListener("keydown", (event) => this.#pressed(event));
-    // A voice may have been added elsewhere.
+    // Another client may have added a voice.
     window.addEventListener("focus", () => this.#refreshVoices().catch(() => {}));
   }
 
@@ -100,7 +100,7 @@ class Page {
   }
 
   /**
-   * What is to be spoken; undefined if something is missing, which is shown.
+   * The dialogue to speak; undefined if something is missing, which is then shown.
    * @returns {import("./reading.js").Dialogue | undefined}
    */
   #collect() {
@@ -132,7 +132,7 @@ class Page {
   }
 
   /**
-   * Shows an error, beside what it is about if that is on the page.
+   * Shows an error, beside its control if that is on the page.
    * @param {Error} error
    * @param {import("./reading.js").Dialogue} dialogue
    */
@@ -144,7 +144,7 @@ class Page {
   }
 
   /**
-   * Shows an error beside what it is about; returns whether there is a place for it.
+   * Shows an error beside its control; returns whether there is one.
    * @param {Error} error
    * @returns {boolean}
    */

@@ -31,7 +31,7 @@ export class Player extends EventTarget {
   }
 
   /**
-   * Takes new speech, whose first samples start to play when they come.
+   * Takes new speech, whose first samples are played when they arrive.
    * @param {import("./speech.js").Speech} speech
    */
   load(speech) {
@@ -102,7 +102,7 @@ export class Player extends EventTarget {
     const speech = this.#speech;
     if (!speech || speech.length === this.#scheduled) return;
     const now = this.#now();
-    // Nothing is heard yet, so nothing can be late, however slowly this runs.
+    // Nothing was played before, so nothing can be late, even if this runs slowly.
     if (this.#scheduled === this.#from) this.#since = now + Math.round(LEAD * SAMPLE_RATE);
     const start = this.#since + this.#scheduled - this.#from;
     if (start < now) return this.#runDry();

@@ -5,7 +5,7 @@ import { Conversation, asError } from "./conversation.js";
 import { encodeWav, toBase64 } from "./wav.js";
 
 /**
- * Where a speaker's voice comes from.
+ * The source of a speaker's voice.
  * @typedef {{kind: "none"}
  *   | {kind: "preset", name: string, speaker: number}
  *   | {kind: "own", samples: Float32Array, transcript: string}} VoiceChoice
@@ -59,7 +59,7 @@ export function speakerNumbers(voices, speaks) {
 }
 
 /**
- * Speaks the turns of a dialogue one after the other, each heard by those after it.
+ * Speaks the turns of a dialogue one by one, each with the earlier ones as context.
  *
  * Every turn has a seed of its own: that of `options` and its index.
  *
@@ -84,7 +84,7 @@ export async function* read(api, dialogue, signal) {
 }
 
 /**
- * Lets the conversation begin with a speaker's own recording.
+ * Begins the conversation with a speaker's own recording.
  * @param {Conversation} conversation
  * @param {{samples: Float32Array, transcript: string}} voice
  * @param {number} index

@@ -53,7 +53,7 @@ export class Recorder {
   }
 
   /**
-   * Ends it, and returns the recording.
+   * Ends the recording, and returns it.
    * @returns {Promise<Blob>}
    */
   async stop() {

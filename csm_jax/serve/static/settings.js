@@ -3,7 +3,7 @@
 import { find, fromTemplate, showError, tie } from "./dom.js";
 
 /**
- * A setting, by the name that the APIs give it.
+ * A setting, with its name in the APIs.
  * @typedef {{name: string, label: string, hint: string, type: "range" | "text",
  *   min?: number, max?: number, step?: number, unit?: number}} Setting
  */
@@ -104,7 +104,7 @@ export class Settings {
   }
 
   /**
-   * Shows the server's own values, where nothing else has been chosen.
+   * Shows the server's defaults where nothing else was chosen.
    * @param {Record<string, number>} values
    */
   setDefaults(values) {
@@ -116,8 +116,8 @@ export class Settings {
   }
 
   /**
-   * The fields of a request: what has been changed, and a seed always. What is not a number stays
-   * as it was written, and the server says what is wrong with it.
+   * The fields of a request: changed settings, and always a seed. A text that is not a number stays
+   * as it is, and the server refuses it.
    * @returns {Record<string, unknown>}
    */
   get options() {
@@ -143,7 +143,7 @@ export class Settings {
   }
 
   /**
-   * Shows what is wrong with a setting; false if it is none.
+   * Shows an error of a setting; returns false if there is no such setting.
    * @param {string} message
    * @param {string | null} name
    */

@@ -6,7 +6,7 @@ import { SAMPLE_RATE } from "./wav.js";
 export const PEAK_SAMPLES = 240;
 
 /**
- * A line of it, in samples; `end` is null while it is spoken.
+ * A line of the speech, in samples; `end` is null while it is being generated.
  * @typedef {{index: number, start: number, end: number | null}} SpokenLine
  */
 
@@ -54,7 +54,7 @@ export class Speech {
   }
 
   /**
-   * A part of it, not copied.
+   * A part of the samples, not copied.
    * @param {number} [from]
    * @param {number} [to]
    */

@@ -58,8 +58,8 @@ export class Stage {
   }
 
   /**
-   * Makes room for new speech. To be called when a button was pressed: a browser lets pages make
-   * sound only then.
+   * Prepares for new speech. To be called when a button was pressed, because browsers allow sound
+   * only then.
    * @param {Turn[]} turns
    * @param {number} seed
    */
@@ -114,7 +114,7 @@ export class Stage {
   }
 
   /**
-   * No more comes. What has come is kept, and played to its end.
+   * Ends the speech. The samples that have arrived are kept, and played to their end.
    * @param {string} message what went wrong; "" if it is shown elsewhere
    */
   fail(message) {

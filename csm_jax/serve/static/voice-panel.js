@@ -46,7 +46,7 @@ export class VoicePanel extends EventTarget {
   }
 
   /**
-   * Shows the voices there are, and keeps the choice where it can.
+   * Shows the available voices, and keeps the choice if possible.
    * @param {import("./api.js").Voice[]} voices
    * @param {string} [choose] name of the voice to choose
    */
@@ -72,7 +72,7 @@ export class VoicePanel extends EventTarget {
   }
 
   /**
-   * Where the voice comes from. Throws an `Error` if something is missing.
+   * The source of the voice. Throws an `Error` if something is missing.
    * @returns {import("./reading.js").VoiceChoice}
    */
   get choice() {
@@ -114,7 +114,7 @@ export class VoicePanel extends EventTarget {
   }
 
   /**
-   * Does something, and shows what goes wrong.
+   * Runs an action, and shows its error.
    * @param {() => any} act
    */
   async #attempt(act) {
@@ -200,7 +200,7 @@ export class VoicePanel extends EventTarget {
   }
 
   /**
-   * Shows the level while it is recorded.
+   * Shows the level during a recording.
    * @param {Recorder} recorder
    */
   #follow(recorder) {
