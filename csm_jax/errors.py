@@ -50,6 +50,6 @@ class RequestCancelledError(CSMError):
 CancelledError = RequestCancelledError
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """The first line of another library's message, to be quoted in a message of this one."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -158,7 +158,7 @@ def _keys(values: flags.FlagValues) -> tuple[str, ...]:
 
     Otherwise a mistake in it would make a server that needs no key.
     """
-    from csm_jax.serve.middleware.authentication import parse_keys, read_keys
+    from csm_jax.serve.admission.api_keys import parse_keys, read_keys
 
     lines: list[str] = []
     # The empty string is what Docker Compose makes of a variable that is not set.

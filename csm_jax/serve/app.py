@@ -1,4 +1,4 @@
-"""The application: all routes around one service, and the layers around them."""
+"""The application: one service, the routes of all APIs, and the middleware around them."""
 
 import asyncio
 import contextlib
@@ -23,16 +23,18 @@ from csm_jax.serve.api import (
     page,
     parsing,
     realtime,
+    voices,
     voxserve,
 )
-from csm_jax.serve.api import voices as voice_routes
-from csm_jax.serve.middleware import authentication as keys
-from csm_jax.serve.middleware import body_limits as bodies
-from csm_jax.serve.middleware import head, redaction
-from csm_jax.serve.middleware import host_and_origin as hosts
-from csm_jax.serve.middleware import response_limits as responses
-from csm_jax.serve.middleware.request_log import RequestLog
-from csm_jax.serve.middleware.security_headers import SecurityHeaders
+from csm_jax.serve.api.batch_worker import BatchWorker
+from csm_jax.serve.middleware import redaction
+from csm_jax.serve.middleware.authentication import AuthenticationMiddleware
+from csm_jax.serve.middleware.body_limits import BodyLimitMiddleware
+from csm_jax.serve.middleware.head import HeadMiddleware
+from csm_jax.serve.middleware.host_and_origin import HostOriginMiddleware
+from csm_jax.serve.middleware.request_log import RequestLogMiddleware
+from csm_jax.serve.middleware.response_limits import ResponseLimitMiddleware
+from csm_jax.serve.middleware.security_headers import SecurityHeadersMiddleware
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
@@ -50,14 +52,14 @@ def load_app(
     quantize: str | None = None,
     adapters: str | None = None,
 ) -> FastAPI:
-    """The application of a checkpoint, with the voices in its directory `prompts`.
+    """Loads a checkpoint, and makes the application with the voices in its directory `prompts`.
 
-    Args and errors: those of `csm_jax.load`; besides, the data directory cannot be used, or there
-    is no directory of voices.
+    Arguments and errors are those of `csm_jax.load`. `InputError`, `OutputError` or `StorageError`
+    is also raised if a directory of the settings cannot be used.
     """
-    # What can be refused at once, before the model is loaded, which takes a while.
+    # Checked before the model is loaded, which takes a while.
     if settings.voices is not None and not settings.voices.is_dir():
-        raise InputError(f"--voices is {str(settings.voices)!r}, which is no directory")
+        raise InputError(f"--voices is {str(settings.voices)!r}, which is not a directory")
     store = Store(settings.data, settings.limits)
     try:
         model = load(checkpoint, dtype, quantize, adapters=adapters)
@@ -71,21 +73,22 @@ def load_app(
 def create_app(
     model: Generator, settings: Settings, presets: Sequence[Path] = (), store: Store | None = None
 ) -> FastAPI:
-    """An ASGI application, with its `Service` as `app.state.service`.
+    """Makes the ASGI application, with its `Service` as `app.state.service`.
 
     Args:
       presets: directories of voices that come with the model.
-      store: opened for these settings; default: opens it. It is closed with the application.
+      store: the opened store of these settings; by default it is opened here. It is closed with
+        the application.
     """
     redaction.install()
     service = Service(model, settings, presets, store)
-    worker = batches.Worker(service)
+    worker = BatchWorker(service)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         service.warmed = asyncio.create_task(service.warm_up())
         await service.jobs.start()
-        work = (service.warmed, worker.run(), service.store.tidy(), service.readers.run())
+        work = (service.warmed, worker.run(), service.store.tidy(), service.read_pace.run())
         tasks = [asyncio.ensure_future(each) for each in work]
         yield
         for task in tasks:
@@ -98,7 +101,7 @@ def create_app(
         version=version("csm-jax"),
         description=DESCRIPTION,
         lifespan=lifespan,
-        # Their pages are scripts from other hosts.
+        # FastAPI's pages load scripts from other hosts.
         docs_url=None,
         redoc_url=None,
     )
@@ -108,8 +111,8 @@ def create_app(
     return app
 
 
-def _add_routes(app: FastAPI, service: Service, worker: batches.Worker) -> None:
-    for module in (health, voxserve, openai, deepinfra, fal, realtime, voice_routes):
+def _add_routes(app: FastAPI, service: Service, worker: BatchWorker) -> None:
+    for module in (health, voxserve, openai, deepinfra, fal, realtime, voices):
         app.include_router(module.router(service))
     app.include_router(batches.router(service, worker))
     app.include_router(page.router())
@@ -118,19 +121,19 @@ def _add_routes(app: FastAPI, service: Service, worker: batches.Worker) -> None:
 
 
 def _add_middleware(app: FastAPI, service: Service) -> None:
-    """Adds the layers around the routes; the last is the outermost."""
+    """Adds the middleware; what is added last is the outermost."""
     settings = service.settings
     origins, hostnames = settings.cors_origins, settings.allowed_hosts
-    app.add_middleware(bodies.Bodies, limits=settings.limits)
-    app.add_middleware(responses.Responses, limits=settings.limits)
-    app.add_middleware(keys.Keys, keys=service.keys, quotas=service.quotas)
+    app.add_middleware(BodyLimitMiddleware, limits=settings.limits)
+    app.add_middleware(ResponseLimitMiddleware, limits=settings.limits)
+    app.add_middleware(AuthenticationMiddleware, keys=service.keys, rate_limits=service.rate_limits)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
         )
-    app.add_middleware(hosts.Hosts, allowed_hosts=hostnames, origins=origins)
+    app.add_middleware(HostOriginMiddleware, allowed_hosts=hostnames, origins=origins)
     if settings.trusted_proxies:
         app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(settings.trusted_proxies))
-    app.add_middleware(head.Head)
-    app.add_middleware(SecurityHeaders, cors_origins=settings.cors_origins)
-    app.add_middleware(RequestLog, metrics=service.metrics)
+    app.add_middleware(HeadMiddleware)
+    app.add_middleware(SecurityHeadersMiddleware, cors_origins=settings.cors_origins)
+    app.add_middleware(RequestLogMiddleware, metrics=service.metrics)

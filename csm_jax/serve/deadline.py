@@ -1,13 +1,13 @@
-"""The deadline for all work that is left when a server is stopped."""
+"""The deadline for the work that remains when a server is stopped."""
 
 import time
 
 
 class Deadline:
-    """A time limit that begins to run when the server is stopped."""
+    """A time limit that starts when the server is stopped."""
 
     def __init__(self, seconds: float):
-        """Does not run yet.
+        """Does not start yet.
 
         Args:
           seconds: from `start` until the deadline.
@@ -20,7 +20,7 @@ class Deadline:
         return self._at is not None
 
     def left_before(self, reserve: float) -> float:
-        """Seconds left for what has to be over before the last part, `reserve` of the whole."""
+        """Seconds left until the last part of the time, `reserve` as a fraction of the whole."""
         return max(0.0, self.left - reserve * self.seconds)
 
     @property
@@ -29,6 +29,6 @@ class Deadline:
         return self.seconds if self._at is None else max(0.0, self._at - time.monotonic())
 
     def start(self) -> None:
-        """Lets the time run; nothing happens the second time."""
+        """Starts the time; a second call changes nothing."""
         if self._at is None:
             self._at = time.monotonic() + self.seconds

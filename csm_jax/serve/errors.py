@@ -1,4 +1,4 @@
-"""Errors as answers: one body that the clients of all the APIs understand.
+"""Error responses: one body that the clients of all APIs understand.
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "detail": ...}
 
@@ -21,11 +21,11 @@ logger = logging.getLogger("csm_jax.serve")
 
 _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_found_error"}
 _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
-# Characters of what was sent that an error repeats.
-_TOLD = 200
-# Seconds after which a place in the queue is likely to be free.
+# Characters of a request that an error repeats.
+_MAX_QUOTED = 200
+# Seconds after which the queue is likely to have room.
 RETRY_AFTER = 1
-# Code of a WebSocket close, for a client that can come again.
+# Code of a WebSocket close, for a client that can try again later.
 TRY_AGAIN_LATER = 1013
 
 
@@ -33,10 +33,10 @@ class ApiError(Exception):
     """An error response.
 
     Attributes:
-      status: of HTTP.
-      param: the field that is wrong, if one is.
-      code: for programs.
-      retry_after: seconds after which it is worth trying again; None for never.
+      status: the HTTP status.
+      param: the field that is wrong, if there is one.
+      code: identifies the error for programs.
+      retry_after: seconds after which the client can try again; None if that is useless.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class ClientGoneError(Exception):
 
 
 def as_api_error(error: Exception) -> ApiError:
-    """The `ApiError` that a client gets for an exception."""
+    """The `ApiError` that the client receives for an exception."""
     match error:
         case ApiError():
             return error
@@ -101,27 +101,27 @@ def as_api_error(error: Exception) -> ApiError:
 
 
 def as_bad_field(error: RequestValidationError | ValidationError) -> ApiError:
-    """The first of what pydantic found."""
+    """The first of the errors that pydantic has found."""
     if isinstance(error, ValidationError):
-        # Neither what was sent, which can be large, nor a line for each of what is wrong with it.
+        # Without the input, which can be large, and without the other errors.
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     else:
         first = error.errors()[0]
-    # In FastAPI's own errors "body" is where it was, not what it is called.
+    # FastAPI puts "body" before the names of fields.
     outside = ("body",) if isinstance(error, RequestValidationError) else ()
-    where = ".".join(str(part) for part in first["loc"] if part not in outside)[:_TOLD]
-    what = first["msg"][:_TOLD]
+    where = ".".join(str(part) for part in first["loc"] if part not in outside)[:_MAX_QUOTED]
+    what = first["msg"][:_MAX_QUOTED]
     message = f"{where}: {what}" if where else what
     return ApiError(400, message, param=where or None, code=first["type"])
 
 
 def install(app: FastAPI) -> None:
-    """Lets an application answer all errors alike."""
+    """Adds handlers to an application, so that all errors have the same body."""
 
-    def answer(request: Request, error: Exception) -> JSONResponse:
+    def respond(request: Request, error: Exception) -> JSONResponse:
         return as_api_error(error).response
 
     kinds = (ApiError, CSMError, ClientGoneError, ClientDisconnect)
     for kind in (*kinds, RequestValidationError, HTTPException):
-        app.add_exception_handler(kind, answer)
-    app.add_exception_handler(Exception, answer)
+        app.add_exception_handler(kind, respond)
+    app.add_exception_handler(Exception, respond)

@@ -1,7 +1,7 @@
-"""Figures for Prometheus."""
+"""Metrics for Prometheus."""
 
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -9,7 +9,7 @@ from csm_jax.engine import Engine
 from csm_jax.serve.store.database import Database
 from csm_jax.ticket import Timing
 
-Figure = TypeVar("Figure", Counter, Gauge, Histogram)
+Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 3, 5, 10, 20, 60)
@@ -17,14 +17,14 @@ _FACTORS = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1, 1.5, 2, 4, 8)
 
 
 class Metrics:
-    """All figures of one server."""
+    """All metrics of one server."""
 
     def __init__(self):
         registry = self._registry = CollectorRegistry()
 
         def make(
-            kind: type[Figure], name: str, help: str, labels: Sequence[str] = (), **more: object
-        ) -> Figure:
+            kind: type[Metric], name: str, help: str, labels: Sequence[str] = (), **more: Any
+        ) -> Metric:
             return kind(f"csm_{name}", help, labels, registry=registry, **more)
 
         self.requests = make(
@@ -56,18 +56,18 @@ class Metrics:
         )
 
     def watch_database(self, database: Database) -> None:
-        """Reads the figures of what is stored off a database from now on."""
+        """Reads the metrics of storage from a database from now on."""
         self._storage_full.set_function(lambda: int(database.is_full))
         database.on_failure = self.storage_failures.inc
 
     def watch_engine(self, engine: Engine) -> None:
-        """Reads the gauges off an engine from now on."""
+        """Reads the gauges of the engine from now on."""
         self._queue.set_function(lambda: engine.num_waiting)
         self._speaking.set_function(lambda: engine.num_speaking)
         self._rows.set(engine.max_batch)
 
-    def spoke(self, timing: Timing, elapsed: float, audio_seconds: float) -> None:
-        """A request is over."""
+    def record_speech(self, timing: Timing, elapsed: float, audio_seconds: float) -> None:
+        """Records the stages and the speech of a request that has ended."""
         self.audio_seconds.inc(audio_seconds)
         if audio_seconds:
             self.real_time_factor.observe((elapsed - timing.queue) / audio_seconds)
@@ -75,5 +75,5 @@ class Metrics:
             self.stages.labels(stage).observe(seconds)
 
     def text(self) -> bytes:
-        """In Prometheus's format."""
+        """All metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The same application on Ray Serve: as many replicas as are needed, behind one address.
+"""The application on Ray Serve: replicas behind one address, scaled with the load.
 
 serve run csm_jax.serve.ray_app:build checkpoint=demo max_batch=8 min_replicas=1 max_replicas=4
 """
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI
-from ray import serve
-from ray.serve.config import AutoscalingConfig
+
+# Ray is not installed where the types are checked.
+from ray import serve  # pyright: ignore[reportMissingImports]
+from ray.serve.config import AutoscalingConfig  # pyright: ignore[reportMissingImports]
 
 from csm_jax.serve.app import load_app
 from csm_jax.serve.settings import Settings
 
-# Arguments that are no `Settings`, and what they are if they are not given.
+# Arguments that are not in `Settings`, and their defaults.
 DEFAULTS = {
     "checkpoint": "sesame/csm-1b",
     "dtype": "auto",
@@ -26,14 +28,14 @@ DEFAULTS = {
 
 
 def build(arguments: dict[str, Any]) -> serve.Application:
-    """A deployment that scales with how many requests wait.
+    """Makes a deployment that scales with the number of requests in progress.
 
     Args:
-      arguments: those of `DEFAULTS`, where `num_gpus` is of a replica, and numbers and names of
-        `Settings`. Ray's command line has strings for all of them.
+      arguments: those of `DEFAULTS`, where `num_gpus` is per replica, and the numbers, texts and
+        lists of `Settings`. Ray's command line passes strings for all of them.
 
     Raises:
-      ValueError: there is no such argument, or it is no such number.
+      ValueError: an argument is unknown, or is not a number.
     """
     values = DEFAULTS | {k: v for k, v in arguments.items() if k in DEFAULTS}
     settings = _settings({k: v for k, v in arguments.items() if k not in DEFAULTS})
@@ -52,23 +54,24 @@ def build(arguments: dict[str, Any]) -> serve.Application:
         name="csm_jax",
         ray_actor_options={"num_gpus": float(values["num_gpus"])},
         autoscaling_config=scaling,
-        # More than that wait before the replicas, where new ones can take them.
+        # Further requests wait before the replicas, so that new replicas can take them.
         max_ongoing_requests=settings.max_batch + settings.max_queue,
     )
     return deployment.bind()
 
 
-def _settings(given: dict[str, Any]) -> Settings:
+def _settings(arguments: dict[str, Any]) -> Settings:
     kinds = {field.name: field.type for field in dataclasses.fields(Settings)}
     simple = {name: kind for name, kind in kinds.items() if kind in (int, str)}
     simple |= {"voices": Path}
     simple |= {name: _split for name, kind in kinds.items() if kind == tuple[str, ...]}
-    if unknown := sorted(given.keys() - simple.keys()):
+    if unknown := sorted(arguments.keys() - simple.keys()):
         known = ", ".join([*DEFAULTS, *simple])
         raise ValueError(f"unknown argument {unknown[0]}; known are {known}")
-    return Settings(**{name: simple[name](value) for name, value in given.items()})
+    values: dict[str, Any] = {name: simple[name](value) for name, value in arguments.items()}
+    return Settings(**values)
 
 
 def _split(value: str) -> tuple[str, ...]:
-    """The values of a list, with commas between."""
+    """The values of a list that is separated by commas."""
     return tuple(value.split(","))

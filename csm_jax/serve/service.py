@@ -1,16 +1,14 @@
-"""Speech as coroutines see it: one engine, and what a request goes through on its way there."""
+"""What all APIs share: one engine, and everything that a request passes before and after it."""
 
 import asyncio
 import dataclasses
 import functools
 import logging
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
@@ -19,61 +17,56 @@ from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, Turn
 from csm_jax.request import Notice, Request
+from csm_jax.serve.admission.api_keys import ApiKey, parse_keys
 from csm_jax.serve.admission.caller import INTERNAL, Caller
-from csm_jax.serve.admission.concurrency import Place, Places, Sockets
-from csm_jax.serve.admission.rate_limits import Quotas
-from csm_jax.serve.admission.read_pace import Readers
-from csm_jax.serve.admission.thread_pools import FairPool
+from csm_jax.serve.admission.concurrency import Permit, RequestLimiter, StreamLimiter
+from csm_jax.serve.admission.rate_limits import RateLimits
+from csm_jax.serve.admission.read_pace import ReadPaceMonitor
+from csm_jax.serve.admission.thread_pools import ThreadPools
 from csm_jax.serve.deadline import Deadline
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.jobs.runner import Jobs
+from csm_jax.serve.jobs.runner import JobRunner
 from csm_jax.serve.jobs.webhooks import Webhooks
 from csm_jax.serve.metrics import Metrics
-from csm_jax.serve.middleware.authentication import Key, parse_keys
-from csm_jax.serve.network.outbound_http import Outgoing
+from csm_jax.serve.network.outbound_http import OutboundHTTP
 from csm_jax.serve.settings import Settings
-from csm_jax.serve.speech_stream import Live
+from csm_jax.serve.speech_stream import SpeechStream
 from csm_jax.serve.store import Store
 from csm_jax.serve.voices.files import MAX_SPEAKER
 from csm_jax.serve.voices.registry import Voice, Voices
 from csm_jax.text import needed_seconds
 from csm_jax.ticket import Ticket
 
-T = TypeVar("T")
-
 logger = logging.getLogger("csm_jax.serve")
 
-# Threads for what takes a moment, such as the disk.
-_THREADS = 4
-# Threads that decode and compress recordings: what they call leaves Python's lock.
-_WORK_THREADS = max(4, os.cpu_count() or 1)
-# Two frames of this are spoken before the server is ready.
+# Two frames of this are generated before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
-# A voice is spoken under any number; the longest has the most tokens.
+# A voice can have any speaker number; the longest number has the most tokens.
 _SPEAKERS = (0, MAX_SPEAKER)
-# Parts of the time to drain that are kept: for the engine and what comes after it, for webhooks
-# and what comes after them, for closing the store.
-_KEPT_FOR_ENGINE, _KEPT_FOR_WEBHOOKS, _KEPT_FOR_STORE = 0.1, 0.06, 0.03
+# Fractions of the drain time that are reserved: for the engine and everything after it, for
+# webhooks and everything after them, for closing the store.
+_RESERVED_FOR_ENGINE, _RESERVED_FOR_WEBHOOKS, _RESERVED_FOR_STORE = 0.1, 0.06, 0.03
 
 
 class Service:
-    """What all APIs speak through.
+    """The server behind its APIs: the model, the engine, and the state that requests share.
 
     Attributes:
       model, settings, metrics, voices: what it was made with.
       keys: the parsed API keys; none without authentication.
-      store: everything that is kept, with its owners.
-      jobs: requests that go on without their client.
-      quotas: how much work callers may ask for.
-      outgoing, webhooks: what requests ask the server to fetch and to post.
-      places: how many requests are worked on or wait at once, shared between callers.
-      sockets, followers: the open WebSockets, and streams of job states, of each caller.
-      readers: the responses whose speech waits to be read.
-      engine: speaks all requests.
+      store: everything that is stored, with its owners.
+      jobs: requests that run without their client.
+      rate_limits: requests, and seconds of speech, of each caller per minute.
+      outbound_http, webhooks: HTTP requests that the server makes for its callers.
+      request_limiter: how many requests run or wait at once, shared between callers.
+      socket_limiter, event_stream_limiter: open WebSockets, and streams of job states, per caller.
+      read_pace: drops streams whose clients read too slowly.
+      threads: for all work that would block the event loop.
+      engine: generates the speech of all requests.
       not_ready: why the server is not ready; None while it is.
       warmed: the task of `warm_up`, once the application has started it.
       is_closing: the engine takes no more requests.
-      deadline: by which everything is over after the server was stopped.
+      deadline: when everything must have ended after the server was stopped.
     """
 
     def __init__(
@@ -104,29 +97,30 @@ class Service:
             self.store.voices,
             settings.limits,
         )
-        self.quotas = Quotas(settings.requests_per_minute, settings.speech_seconds_per_minute)
-        self.outgoing = Outgoing(settings.allow_private)
-        self.webhooks = Webhooks(self.store.jobs, self.outgoing, settings.webhook_secret)
-        self.jobs = Jobs(self.store.jobs, self.webhooks, settings.max_batch, settings.max_queue)
-        self.places = Places(settings.max_batch + settings.max_queue)
-        self.sockets = Sockets(settings.limits.sockets_per_caller)
-        self.followers = Sockets(settings.limits.sockets_per_caller, "streams of job states")
-        self.readers = Readers(settings.limits)
-        self._threads = ThreadPoolExecutor(_THREADS, "csm_jax.serve")
-        self._workers = FairPool(_WORK_THREADS, "csm_jax.serve.work")
-        # Of its own, and one thread: encoding has the whole machine at work.
-        self._encoders = FairPool(1, "csm_jax.serve.encode")
-        # Compiling takes seconds: one after the other, and nothing else waits for its thread.
-        self._compiler = ThreadPoolExecutor(1, "csm_jax.serve.compile")
+        self.rate_limits = RateLimits(
+            settings.requests_per_minute, settings.speech_seconds_per_minute
+        )
+        self.outbound_http = OutboundHTTP(settings.allow_private)
+        self.webhooks = Webhooks(self.store.jobs, self.outbound_http, settings.webhook_secret)
+        self.jobs = JobRunner(
+            self.store.jobs, self.webhooks, settings.max_batch, settings.max_queue
+        )
+        self.request_limiter = RequestLimiter(settings.max_batch + settings.max_queue)
+        self.socket_limiter = StreamLimiter(settings.limits.sockets_per_caller)
+        self.event_stream_limiter = StreamLimiter(
+            settings.limits.sockets_per_caller, "streams of job states"
+        )
+        self.read_pace = ReadPaceMonitor(settings.limits)
+        self.threads = ThreadPools()
         self._compiling: set[asyncio.Task] = set()
         self.engine = Engine(
             model,
             settings.max_batch,
             settings.max_seq_len,
-            # What has a place is not refused any more.
-            max_queue=self.places.total,
+            # A request that has a permit is not refused any more.
+            max_queue=self.request_limiter.total,
             kept_rows=int(_has_tenants(self.keys)),
-            # Without tenants a lone address has all rows.
+            # Without tenants a single address may use all slots.
             kept_beside_others=1,
         )
         self.metrics.watch_engine(self.engine)
@@ -134,16 +128,16 @@ class Service:
 
     @property
     def is_ready(self) -> bool:
-        """Whether everything is compiled and a request has been spoken."""
+        """Whether everything is compiled and a first request has succeeded."""
         return self.not_ready is None
 
     async def warm_up(self) -> None:
-        """Compiles all that requests need, and speaks; then the server is ready."""
+        """Compiles all programs and runs a first request; then the server is ready."""
         started = time.perf_counter()
         try:
             await self._compile(self.voices.all_owners())
-            live = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
-            await live.audio()
+            speech = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
+            await speech.audio()
         except Exception as error:
             self.not_ready = f"the warm-up failed: {first_line(error)}"
             logger.error("%s; this server will not be ready", self.not_ready)
@@ -153,82 +147,71 @@ class Service:
             self.not_ready = None
 
     async def _compile(self, voices: Sequence[Voice]) -> None:
-        """Compiles what requests need that begin with these voices, outside the event loop."""
+        """Compiles the programs of requests in these voices, outside the event loop."""
         config, tokenizer = self.model.config, self.model.tokenizer
-        unwanted = threading.Event()
+        cancelled = threading.Event()
 
-        def compile_in_turn() -> None:
+        def compile_voices() -> None:
             turns = [voice.turn(speaker) for voice in voices for speaker in _SPEAKERS]
             lengths = [Turn(turn, config, tokenizer).length for turn in turns]
-            self.engine.warm_up(lengths, unwanted.is_set)
+            self.engine.warm_up(lengths, cancelled.is_set)
 
         try:
-            loop = asyncio.get_running_loop()
-            await loop.run_in_executor(self._compiler, compile_in_turn)
+            await self.threads.compile(compile_voices)
         finally:
-            unwanted.set()
+            cancelled.set()
 
     def drain(self) -> None:
-        """Lets the deadline run: from now on new requests are refused, and the others finish."""
+        """Starts the deadline: new requests are refused from now on, and the others finish."""
         self.deadline.start()
         self.not_ready = "closing"
 
     async def close(self) -> None:
-        """Finishes what is in progress, as far as the deadline allows."""
+        """Finishes the requests in progress, as far as the deadline allows."""
         self.drain()
-        await self.jobs.close(self.deadline.left_before(_KEPT_FOR_ENGINE))
+        await self.jobs.close(self.deadline.left_before(_RESERVED_FOR_ENGINE))
         self.is_closing = True
-        seconds = self.deadline.left_before(_KEPT_FOR_WEBHOOKS)
+        seconds = self.deadline.left_before(_RESERVED_FOR_WEBHOOKS)
         await asyncio.to_thread(self.engine.close, True, seconds)
-        await self.webhooks.close(self.deadline.left_before(_KEPT_FOR_STORE))
-        await self.outgoing.close()
+        await self.webhooks.close(self.deadline.left_before(_RESERVED_FOR_STORE))
+        await self.outbound_http.close()
         await asyncio.to_thread(self.store.close)
-        self._threads.shutdown(wait=False, cancel_futures=True)
-        self._workers.close()
-        self._encoders.close()
         for task in self._compiling:
             task.cancel()
-        self._compiler.shutdown(wait=False, cancel_futures=True)
-
-    async def in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls what takes a moment, such as the disk, outside the event loop."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._threads, functools.partial(function, *arguments))
-
-    async def work(self, caller: Caller, function: Callable[..., T], *arguments: Any) -> T:
-        """Calls what takes long, such as decoding a recording, when it is the caller's turn."""
-        return await self._workers.run(caller, function, *arguments)
+        self.threads.close()
 
     async def encode(self, audio: np.ndarray, caller: Caller) -> np.ndarray:
-        """Codes int32 [num_frames, Q] of a recording, float32 [num_samples] at 24 kHz."""
+        """The codes of a recording, float32 [num_samples] at 24 kHz, as int32 [num_frames, Q]."""
         codec, count = self.model.codec, self.model.config.num_codebooks
-        return await self._encoders.run(caller, codec.encode, audio, count)
+        return await self.threads.encode(caller, codec.encode, audio, count)
 
-    async def admit(self, caller: Caller, wait: bool = False) -> Place:
-        """Takes a place, before anything costly is done for a request.
+    async def admit(self, caller: Caller, wait: bool = False) -> Permit:
+        """Acquires a permit for a request, before any costly work is done for it.
 
         Args:
-          wait: until one is free, instead of being refused.
+          wait: waits until there is a permit, instead of raising an error.
 
         Raises:
-          ApiError: no place is free, or the server is closing.
+          ApiError: there is no permit for this caller (429), or the server is closing (503).
         """
         if not wait:
             self._check_open()
-        return await self.places.take(caller, wait)
+        return await self.request_limiter.acquire(caller, wait)
 
-    async def encoded(self, request: Request, caller: Caller) -> Request:
-        """The request with codes instead of recordings, in those turns that fit the window.
+    async def encode_context(self, request: Request, caller: Caller) -> Request:
+        """The request with codes instead of recordings, in the turns that fit the window.
 
-        One turn is encoded after the other, so that those of other callers come between, and
-        nothing is encoded any more for a request that was cancelled.
+        Turns are encoded one by one, so that turns of other callers can be encoded in between, and
+        encoding stops when the request is cancelled.
         """
         context = list(request.context)
         if not any(map(_is_unencoded, context)):
             return request
-        plan = await self.work(caller, self.model.speech, request, _ignore, self.engine.max_seq_len)
+        window = self.engine.max_seq_len
+        plan = await self.threads.work(caller, self.model.speech, request, _ignore, window)
         for index in range(len(context) - plan.num_turns, len(context)):
-            if _is_unencoded(turn := context[index]):
+            turn = context[index]
+            if turn.codes is None and turn.audio is not None:
                 codes = await self.encode(turn.audio, caller)
                 context[index] = dataclasses.replace(turn, audio=None, codes=codes)
         return dataclasses.replace(request, context=context)
@@ -236,11 +219,12 @@ class Service:
     async def add_voice(
         self, caller: Caller, owner: str, name: str, speaker: int, text: str, audio: np.ndarray
     ) -> Voice:
-        """`Voices.add`, when it is the caller's turn to encode; then it is as fast as others.
+        """`Voices.add`, when it is the caller's turn to encode, and then compiles for the voice.
 
-        While the server warms up, the voice is ready to be spoken before it is that fast.
+        While the server warms up, the voice is added before its programs are compiled.
         """
-        voice = await self._encoders.run(caller, self.voices.add, owner, name, speaker, text, audio)
+        arguments = (owner, name, speaker, text, audio)
+        voice = await self.threads.encode(caller, self.voices.add, *arguments)
         compiling = asyncio.create_task(self._compile([voice]))
         self._compiling.add(compiling)
         compiling.add_done_callback(self._compiled)
@@ -251,12 +235,11 @@ class Service:
     def _compiled(self, task: asyncio.Task) -> None:
         self._compiling.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            # It is compiled when it is needed.
+            # The first request in this voice compiles them.
             logger.warning("a voice's programs could not be compiled: %s", first_line(error))
 
     def _limited(self, request: Request) -> Request:
-        """The request, cut at the longest that is spoken here. Raises `InputError` if it asks for
-        more."""
+        """The request, limited to `Limits.speech_ms`. Raises `InputError` if it asks for more."""
         limit, wanted = self.settings.limits.speech_ms, request.max_audio_length_ms
         if wanted is not None and wanted > limit:
             raise InputError(f"max_audio_length_ms is {wanted:g}, but at most {limit:g} are spoken")
@@ -277,35 +260,44 @@ class Service:
         background: bool = False,
         wait: bool = False,
         notices: Sequence[Notice] = (),
-    ) -> Live:
-        """Hands a request to the engine, after its context was encoded.
+    ) -> SpeechStream:
+        """Encodes the context of a request, and submits it to the engine.
 
         Args:
-          caller: whose share of the engine it uses.
-          stream: whether chunks are wanted while it speaks; otherwise only the whole.
-          background: behind all others.
-          wait: for a place in the queue.
-          notices: what the listener should know of how the request was made.
+          caller: sends the request; its share of the engine is used.
+          stream: whether to deliver chunks during generation; otherwise only the whole.
+          background: runs the request only in slots that no other request needs.
+          wait: waits until the engine's queue has room.
+          notices: those that arose before the request reached the engine.
 
         Raises:
-          ApiError: the server is closing, or the caller has spoken more than its share.
+          ApiError: the server is closing, or the caller has used up its seconds of speech.
           CSMError: as `Engine.submit`.
         """
         if self.is_closing:
             raise _closing()
         if not background:
-            self.quotas.check_speech(caller)
+            self.rate_limits.check_speech(caller)
         started = time.perf_counter()
-        request = await self.encoded(self._limited(request), caller)
+        request = await self.encode_context(self._limited(request), caller)
         submission = _Submission(self.engine)
-        named = dict(stream=stream, wait=wait, background=background, keep=False)
-        named |= dict(share=caller.share, weight=caller.weight)
+        submit = functools.partial(
+            submission.run,
+            request,
+            stream=stream,
+            wait=wait,
+            background=background,
+            keep=False,
+            share=caller.share,
+            weight=caller.weight,
+        )
         try:
-            ticket = await self.work(caller, functools.partial(submission.run, request, **named))
+            ticket = await self.threads.work(caller, submit)
         except asyncio.CancelledError:
             submission.cancel()
             raise
-        return Live(self, caller, ticket, stream, started, notices, is_charged=not background)
+        is_charged = not background
+        return SpeechStream(self, caller, ticket, stream, started, notices, is_charged)
 
 
 def _closing() -> ApiError:
@@ -313,15 +305,15 @@ def _closing() -> ApiError:
 
 
 class _Submission:
-    """A request on its way to the engine, in a thread; it can be cancelled at any time."""
+    """The submission of a request in a thread, which can be cancelled at any time."""
 
     def __init__(self, engine: Engine):
         self._engine = engine
         self._ticket: Ticket | None = None
         self._is_cancelled = False
 
-    def run(self, request: Request, **named: Any) -> Ticket:
-        self._ticket = ticket = self._engine.submit(request, **named)
+    def run(self, request: Request, **options: Any) -> Ticket:
+        self._ticket = ticket = self._engine.submit(request, **options)
         # One of the two threads sees what the other has set.
         if self._is_cancelled:
             ticket.cancel()
@@ -333,8 +325,8 @@ class _Submission:
             self._ticket.cancel()
 
 
-def _has_tenants(keys: Sequence[Key]) -> bool:
-    """Whether keys name several tenants, so that one row is kept for a tenant without a row."""
+def _has_tenants(keys: Sequence[ApiKey]) -> bool:
+    """Whether keys name several tenants; then a slot is kept free for tenants that use none."""
     return len({key.caller.owner for key in keys}) > 1
 
 
@@ -343,4 +335,4 @@ def _is_unencoded(turn: Segment) -> bool:
 
 
 def _ignore(notice: Notice) -> None:
-    """Drops a notice: `Engine.submit` plans again and reports it."""
+    """Drops a notice, because `Engine.submit` plans the request again and reports it."""

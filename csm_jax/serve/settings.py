@@ -1,4 +1,4 @@
-"""Settings and limits of a server, fixed when it starts."""
+"""Settings and limits of a server, which are fixed when it starts."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,46 +9,45 @@ from csm_jax.sampling import Sampling
 
 @dataclass(frozen=True)
 class Limits:
-    """What one request or connection may cost, checked before the cost arises.
+    """Limits of requests, connections and storage, which are checked before the cost arises.
 
     Attributes:
-      json_bytes: of a request body where no recordings can be.
-      body_bytes: of a request body where recordings can be.
-      pending_body_bytes: of all request bodies that are held at once.
-      pending_response_bytes: of all responses that are held until their clients have taken them;
-        half of it for one caller.
-      json_values: commas and brackets of a JSON body: how many values it can have.
-      text_characters: of what is to be said, and of a transcript.
-      audio_bytes: of one recording, as it comes.
-      audio_seconds: of one recording, decoded. All recordings of a context together may last as
-        long as the model's window.
+      json_bytes: of a request body without recordings.
+      body_bytes: of a request body that can contain recordings.
+      pending_body_bytes: of all request bodies in memory; half of it for one caller.
+      pending_response_bytes: of all responses in memory that their clients have not read; half of
+        it for one caller.
+      json_values: commas, colons and brackets of a JSON body, as a bound for its values.
+      text_characters: of a text to speak, and of a transcript.
+      audio_bytes: of one encoded recording.
+      audio_seconds: of one decoded recording. All recordings of a context together are limited by
+        the model's window.
       turns: of a context or a scene. For fal's API it can be lower than the default, not higher.
       speech_ms: of one response.
       connections: open at once.
-      connections_per_address: open at once from one address (the /64 for IPv6). When there are
-        more, the one that has been idle longest is closed.
+      connections_per_address: open at once from one address (the /64 for IPv6). Beyond it the one
+        that has been idle longest is closed.
       head_seconds: until the head of a request is complete.
-      body_seconds, body_bytes_per_second: a body must be complete after so many seconds, and one
-        more for every so many bytes that have come.
+      body_seconds, body_bytes_per_second: time limit of a body, which grows by a second for every
+        so many bytes that have arrived.
       idle_seconds: between two requests of a connection.
-      write_seconds, response_bytes_per_second: while something waits for the client of a response,
-        it must take so many bytes a second, over so many seconds. The slowest streams of speech
-        that are played as they come have about 4 kB a second.
-      unread_seconds: of speech of all responses together that waits to be read; the slowest reader
-        is dropped when there is more.
-      read_pace, read_pace_seconds: a reader for whom something has waited all the time must take
-        so many seconds of speech a second, over so many seconds.
-      sockets_per_caller: WebSockets that one caller has open at once, and as many streams of the
-        states of its jobs.
-      socket_idle_seconds: without a message from the client of a WebSocket that is not speaking.
-      stored_bytes: of the whole database, with deleted lines until they are removed; in memory,
-        where there is no data directory, at most 1 GB. It is checked when something is added.
+      write_seconds, response_bytes_per_second: while unsent bytes wait, the client must read so
+        many bytes a second, over so many seconds. The slowest streams of speech that are played
+        live have about 4 kB a second.
+      unread_seconds: of unread speech in memory of all responses together; beyond it the slowest
+        client is dropped.
+      read_pace, read_pace_seconds: while unread speech waits, the client must read so many seconds
+        of speech a second, over so many seconds.
+      sockets_per_caller: open WebSockets of one caller, and as many streams of job states.
+      socket_idle_seconds: without a message from the client of a WebSocket, and without speech.
+      stored_bytes: of the whole database, with deleted lines until they are removed; at most 1 GB
+        without a data directory. It is checked when something is added.
       stored_bytes_per_owner: of the contents of an owner's files, batches with their results,
-        voices, jobs with their results, and webhooks that wait; at most a quarter of the total.
+        voices, jobs with their results, and pending webhooks; at most a quarter of the total.
         Without API keys there is one owner, which can fill the total.
-      files_per_owner, batches_per_owner: that are stored.
-      voices, voices_per_owner: that are added, by all owners and by one.
-      download_bytes, download_bytes_per_owner: of files that fal's responses point to.
+      files_per_owner, batches_per_owner: stored files and batches.
+      voices, voices_per_owner: added voices of all owners, and of one.
+      download_bytes, download_bytes_per_owner: of files to which fal's responses refer.
     """
 
     json_bytes: int = 256_000
@@ -86,26 +85,28 @@ class Limits:
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server runs.
+    """The configuration of a server.
 
     Attributes:
-      model_name: what the APIs call the model.
-      sampling: for requests that do not say.
-      max_batch, max_seq_len, max_queue: of the `Engine`.
-      voices: directory of shared voices, read-only.
-      data: directory of what outlives the process: batches, files, added voices, jobs.
+      model_name: the name of the model in the APIs.
+      sampling: the default for fields that a request leaves out.
+      max_batch: requests that are generated at once.
+      max_seq_len: positions of each of them, for context and speech.
+      max_queue: requests that may wait.
+      voices: directory of shared voices: NAME.flac and NAME.txt, its transcript.
+      data: directory of the database: batches, files, added voices, jobs. By default everything is
+        in memory.
       api_keys: lines `KEY [tenant=NAME] [weight=NUMBER]`; without any, requests need none.
-      requests_per_minute: requests and utterances of one caller; 0 is any number.
-      speech_seconds_per_minute: seconds of speech of one caller; 0 is any number.
-      fetch_urls: whether recordings are fetched from addresses in requests.
-      allow_private: whether such addresses, and those of webhooks, may be private ones.
-      allowed_hosts: names that this server may be called by in a Host header, besides its own
-        address, IP addresses and localhost; "*" is any.
-      cors_origins: whose pages may call, besides the server's own; "*" is any.
-      trusted_proxies: addresses or networks whose X-Forwarded-For is believed.
-      webhook_secret: what results are signed with that are posted to a webhook; without it none
-        are posted.
-      drain_seconds: from SIGTERM until the process is gone.
+      requests_per_minute: requests and utterances of one caller; 0 is no limit.
+      speech_seconds_per_minute: seconds of speech of one caller; 0 is no limit.
+      fetch_urls: whether recordings are fetched from URLs in requests.
+      allow_private: whether these URLs, and those of webhooks, may have private addresses.
+      allowed_hosts: names of this server that are accepted in a Host header, besides IP addresses
+        and localhost; "*" is any.
+      cors_origins: origins of pages that may send requests, besides the server's own; "*" is any.
+      trusted_proxies: addresses or networks whose X-Forwarded-For is trusted.
+      webhook_secret: the key that signs webhooks; without it they are refused.
+      drain_seconds: from SIGTERM until the end of the process.
     """
 
     model_name: str = "csm-1b"

@@ -1,4 +1,4 @@
-"""A request that is being spoken, as coroutines see it."""
+"""The speech of one request, streamed from the engine to its response."""
 
 import asyncio
 import contextlib
@@ -13,15 +13,15 @@ from csm_jax.errors import CSMError
 from csm_jax.request import Notice
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import ClientGoneError
-from csm_jax.serve.middleware.request_log import note, request_id
+from csm_jax.serve.middleware.request_log import add_log_fields, request_id
 from csm_jax.ticket import Ticket
 
 if TYPE_CHECKING:
     from csm_jax.serve.service import Service
 
 
-class Live:
-    """A request that is being spoken. It is cancelled when its block ends."""
+class SpeechStream:
+    """The speech of a request to the engine. It must be read to its end, or cancelled."""
 
     def __init__(
         self,
@@ -33,12 +33,13 @@ class Live:
         notices: Sequence[Notice],
         is_charged: bool,
     ):
-        """Begins to listen to a ticket.
+        """Begins to receive the chunks of a ticket.
 
         Args:
-          stream: whether chunks come while it is spoken.
-          notices: what the listener should know besides what the ticket says.
-          is_charged: whether the caller's quota counts the speech.
+          stream: whether chunks arrive during generation.
+          started: when the request was submitted, by `time.perf_counter`.
+          notices: those that arose before the request reached the engine.
+          is_charged: whether the speech counts for the caller's rate limit.
         """
         self.name = request_id()
         self.unread_seconds = self.taken_seconds = 0.0
@@ -50,29 +51,33 @@ class Live:
         self._started = started
         self._notices = notices
         self._chunks: deque[np.ndarray] = deque()
-        self._is_over = False
+        self._has_ended = False
         self._changed = asyncio.Event()
         self._is_dropped = False
         self._sender: asyncio.Task | None = None
-        service.readers.add(self)
+        service.read_pace.add(self)
         loop = asyncio.get_running_loop()
-        ticket.add_listener(lambda chunk: loop.call_soon_threadsafe(self._put, chunk))
+
+        def receive(chunk: np.ndarray | None) -> None:
+            loop.call_soon_threadsafe(self._put, chunk)
+
+        ticket.add_listener(receive)
 
     @property
     def notice_kinds(self) -> str:
-        """What a listener should know, such as "cut", with commas between; all of it in the end."""
+        """The kinds of all notices so far, such as "cut", separated by commas."""
         notices = *self._notices, *self._ticket.notices
         return ",".join(sorted({notice.kind for notice in notices}))
 
     def cancel(self) -> None:
-        """Ends it at the next frame, if it is not over, and forgets what was not read."""
+        """Ends generation at the next frame, and drops the chunks that were not read."""
         self._ticket.cancel()
-        self._service.readers.remove(self)
+        self._service.read_pace.remove(self)
         self._chunks.clear()
         self.unread_seconds = 0.0
 
     def drop(self) -> None:
-        """Ends it although its reader has not left: that is too slow."""
+        """Ends the stream and its response, because the client reads too slowly."""
         self.cancel()
         self._is_dropped = True
         self._changed.set()
@@ -81,23 +86,23 @@ class Live:
 
     @contextlib.contextmanager
     def sending(self) -> Iterator[None]:
-        """A block that sends the speech, and ends with `ClientGoneError` when it is dropped."""
-        self._sender = asyncio.current_task()
+        """Runs a block that sends the speech; `drop` ends the block with `ClientGoneError`."""
+        self._sender = sender = asyncio.current_task()
         try:
             yield
         except asyncio.CancelledError as error:
-            if not self._is_dropped or self._sender.uncancel():
+            if not self._is_dropped or (sender is not None and sender.uncancel()):
                 raise
             raise ClientGoneError from error
         finally:
             self._sender = None
 
     async def chunks(self) -> AsyncIterator[np.ndarray]:
-        """The speech as it is made, float32 [n]; nothing of a request that does not stream.
+        """The chunks during generation, float32 [n]; none if the request does not stream.
 
         Raises:
-          CSMError: it failed.
-          ClientGoneError: it was dropped.
+          CSMError: the request failed.
+          ClientGoneError: the stream was dropped.
         """
         num_samples = 0
         try:
@@ -106,7 +111,7 @@ class Live:
                     self._service.metrics.first_audio.observe(self._elapsed)
                 num_samples += len(chunk)
                 yield chunk
-            # It is over, so this does not wait; it raises what went wrong.
+            # The request has ended, so this does not wait; it raises the error if there was one.
             self._ticket.codes()
         except CSMError as error:
             self._service.metrics.errors.labels(type(error).__name__).inc()
@@ -118,38 +123,38 @@ class Live:
             self._report(num_samples)
 
     def _charge(self) -> None:
-        """Charges what has been spoken, whether or not the client listened."""
+        """Charges the generated speech, whether or not the client has read it."""
         if self._is_charged:
             self._is_charged = False
             model = self._service.model
             seconds = len(self.codes_so_far()) * model.codec.frame_size / model.sample_rate
-            self._service.quotas.charge_speech(self._caller, seconds)
+            self._service.rate_limits.charge_speech(self._caller, seconds)
 
     async def audio(self) -> np.ndarray:
-        """All of it, float32 [num_samples]. Raises as `chunks` does."""
+        """The whole speech, float32 [num_samples]. Raises the errors of `chunks`."""
         chunks = [chunk async for chunk in self.chunks()]
         if self._stream:
             return np.concatenate([np.zeros(0, np.float32), *chunks])
         started = time.perf_counter()
-        audio = await self._service.work(self._caller, self._ticket.result)
+        audio = await self._service.threads.work(self._caller, self._ticket.result)
         self._ticket.timing.codec = time.perf_counter() - started
         self._report(len(audio))
         return audio
 
     def _put(self, chunk: np.ndarray | None) -> None:
         if chunk is None:
-            self._is_over = True
+            self._has_ended = True
         elif not self._ticket.is_cancelled:
             self._chunks.append(chunk)
             self.unread_seconds += self._seconds(chunk)
         self._changed.set()
 
     async def _take(self) -> np.ndarray | None:
-        """The next chunk, None in the end."""
+        """The next chunk; None at the end."""
         while not self._chunks:
             if self._is_dropped:
                 raise ClientGoneError
-            if self._is_over:
+            if self._has_ended:
                 return None
             self._changed.clear()
             await self._changed.wait()
@@ -162,21 +167,21 @@ class Live:
         return len(chunk) / self._service.model.sample_rate
 
     def codes(self) -> np.ndarray:
-        """Of what has been spoken; int32 [num_frames, Q]. Only when it is over."""
+        """The codes of the whole speech, int32 [num_frames, Q], after its end."""
         return self._ticket.codes()
 
     def codes_so_far(self) -> np.ndarray:
-        """The same at any time."""
+        """The codes that have been generated, int32 [num_frames, Q]."""
         return self._ticket.codes_so_far()
 
     @property
     def num_tokens(self) -> int:
-        """Of the text."""
+        """The number of tokens of the text."""
         return len(self._service.model.tokenizer.encode(self._ticket.request.text))
 
     @property
     def num_frames(self) -> int:
-        """Of the speech. Only when it is over."""
+        """The number of frames of the speech, after its end."""
         return len(self.codes())
 
     @property
@@ -186,5 +191,6 @@ class Live:
     def _report(self, num_samples: int) -> None:
         timing = self._ticket.timing
         seconds = num_samples / self._service.model.sample_rate
-        self._service.metrics.spoke(timing, self._elapsed, seconds)
-        note(audio_s=round(seconds, 3), **{f"{k}_s": round(v, 4) for k, v in vars(timing).items()})
+        self._service.metrics.record_speech(timing, self._elapsed, seconds)
+        stages = {f"{name}_s": round(value, 4) for name, value in vars(timing).items()}
+        add_log_fields(audio_s=round(seconds, 3), **stages)

@@ -16,16 +16,16 @@ CHROMIUM = shutil.which("chromium")
 ARGUMENTS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"),
     *("--disable-component-update", "--disable-sync"),
-    # A microphone that beeps, and no question whether the page may use it.
+    # A fake microphone that beeps, which the page may use without a question.
     *("--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"),
 ]
-# The first request of a server that has not been warmed up waits for its programs to compile.
+# The first request of a server without warm-up waits for the compiler.
 SPEAK_MS = 180_000
 
 
 @dataclass
 class Visit:
-    """A visit to the page, and what the browser said and asked for meanwhile."""
+    """A visit to the page, with the browser's errors and requests."""
 
     page: object
     url: str
@@ -44,7 +44,7 @@ class Visit:
         page.locator("#speak").wait_for()
 
     def _note(self, message) -> None:
-        # A browser tells of every response that is an error; the page shows them.
+        # A browser logs every error response; the page shows these itself.
         if message.type == "error" and "Failed to load resource" not in message.text:
             self.complaints.append(message.text)
 
@@ -53,7 +53,7 @@ class Visit:
         socket.on("framesent", lambda data: self.sent.append(json.loads(data)))
 
     def write(self, text: str) -> None:
-        """Writes a dialogue as text."""
+        """Enters a dialogue as text."""
         self.page.get_by_role("button", name="Text", exact=True).click()
         self.page.locator("#text").fill(text)
 
@@ -72,7 +72,7 @@ class Visit:
         self.page.locator("#speak").click()
 
     def speak(self) -> np.ndarray:
-        """Speaks, and downloads what it comes to: float32 [num_samples]."""
+        """Speaks, and downloads the speech: float32 [num_samples]."""
         self.start()
         self.page.get_by_text("s of speech").wait_for(timeout=SPEAK_MS)
         return self.download("WAV")
@@ -81,7 +81,7 @@ class Visit:
         with self.page.expect_download() as download:
             self.page.get_by_role("button", name=name, exact=True).click()
         data = download.value.path().read_bytes()
-        # libsndfile does not read a FLAC file that was streamed: it does not say how long it is.
+        # libsndfile cannot read a streamed FLAC file, which has no length in its head.
         resampler = av.AudioResampler("flt", "mono", 24_000)
         with av.open(io.BytesIO(data)) as file:
             frames = [each for frame in file.decode(audio=0) for each in resampler.resample(frame)]
@@ -105,12 +105,12 @@ class Visit:
         self.page.route(pattern, pass_on)
 
     def status(self, text: str, seconds: float = 30) -> None:
-        """Waits until the page says it."""
+        """Waits until the page shows this status."""
         self.page.locator("#status").get_by_text(text).wait_for(timeout=1000 * seconds)
 
 
 class FakeServer:
-    """Stands for the WebSocket of a server: a function answers what the page sends."""
+    """A fake WebSocket of a server: a function responds to the messages of the page."""
 
     def __init__(self, page, answer: Callable[["FakeServer", dict], None]):
         self._answer = answer
@@ -137,7 +137,7 @@ class FakeServer:
 
 
 def answer_with(speak: Callable[[FakeServer], None]) -> Callable[[FakeServer, dict], None]:
-    """Answers of a server that says each turn by `speak`."""
+    """The responses of a server that generates each turn by `speak`."""
 
     def answer(server: FakeServer, message: dict) -> None:
         if message["type"] == "session":

@@ -26,7 +26,7 @@ def server(model):
 
 @pytest.fixture(autouse=True)
 def no_row_is_leaked(request):
-    """No row is taken when a test ends."""
+    """All slots are free when a test ends."""
     yield
     if "server" in request.fixturenames:
         request.getfixturevalue("server").wait_until_idle()
@@ -34,7 +34,7 @@ def no_row_is_leaked(request):
 
 @pytest.fixture(scope="session")
 def recording() -> bytes:
-    """Somebody's voice, as a flac file."""
+    """A recording of a voice as a FLAC file."""
     return (PRESETS[0] / "rms.flac").read_bytes()
 
 
@@ -45,10 +45,10 @@ def transcript() -> str:
 
 @pytest.fixture(scope="session")
 def run():
-    """Runs a line of a shell, and fails if it fails."""
+    """Runs a shell command, and raises an error if it fails."""
 
     def call(line: str) -> str:
-        # The lines are literals of tests, as the README has them.
+        # The commands are literals of tests, as in the README.
         return subprocess.run(  # noqa: S602
             line,
             shell=True,
@@ -63,7 +63,7 @@ def run():
 
 @pytest.fixture
 def open_store():
-    """Opens stores, and closes them at the end."""
+    """Opens stores, and closes them after the test."""
     stores = []
 
     def open_one(directory: Path | None = None, **limits: int) -> Store:
@@ -77,7 +77,7 @@ def open_store():
 
 @pytest.fixture(scope="module")
 def browser():
-    """Headless Chromium; where there is none, the tests of the page are skipped."""
+    """Headless Chromium; without it the tests of the page are skipped."""
     playwright = pytest.importorskip("playwright.sync_api")
     if CHROMIUM is None:
         pytest.skip("apt install chromium")
@@ -89,7 +89,7 @@ def browser():
 
 @pytest.fixture
 def visit(browser, server):
-    """A visit during which nothing is asked of others, and the browser has nothing against it."""
+    """A visit to the page, which fails on requests to other hosts and on errors in the browser."""
     page = browser.new_page(viewport={"width": 1100, "height": 1200})
     visit = Visit(page, server.url)
     yield visit

@@ -27,7 +27,7 @@ READY_SECONDS = 300
 
 @dataclass
 class Server:
-    """A server that answers, and what is behind it."""
+    """A running server and its service."""
 
     url: str
     service: Service
@@ -39,7 +39,7 @@ class Server:
         return httpx.post(self.url + path, timeout=60, **more)
 
     def wait_until_idle(self, seconds: float = 20) -> None:
-        """Fails if a request still has a row or waits for one."""
+        """Fails if a request still has a slot or waits for one."""
         engine = self.service.engine
         deadline = time.monotonic() + seconds
         while engine.num_speaking or engine.num_waiting:
@@ -71,7 +71,7 @@ def serve(model: Generator, settings: Settings, warm: bool | None = False, **mor
         if warm is False:
             warming = running.service.warmed
             warming.get_loop().call_soon_threadsafe(warming.cancel)
-            # What it was saying must not be taken for what a test says.
+            # The requests of a test must not be confused with the one of the warm-up.
             running.wait_until_idle(READY_SECONDS)
         yield running
     finally:

@@ -15,7 +15,7 @@ from csm_jax.serve.admission.caller import caller_of
 
 
 async def echo(scope: Scope, receive: Receive, send: Send) -> None:
-    """Answers with the caller that it sees."""
+    """Responds with the caller in its scope."""
     if scope["type"] == "websocket":
         socket = WebSocket(scope, receive, send)
         await socket.accept()
@@ -43,7 +43,7 @@ def ask(
 
 @dataclass
 class Opened:
-    """What a WebSocket was answered: 101, or the status of the response instead."""
+    """The result of opening a WebSocket: 101, or the status of the response instead."""
 
     status: int = 0
     subprotocol: str | None = None

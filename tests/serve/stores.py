@@ -1,4 +1,4 @@
-"""Stores of a test, filled and limited."""
+"""Helpers that fill and limit the stores of tests."""
 
 import sqlite3
 from collections.abc import AsyncIterable
@@ -16,7 +16,7 @@ def add_batch(store: Store, caller: Caller = ANNA, count: int = 3) -> BatchRow:
 
 
 def limit_pages(store: Store, more: int | None) -> None:
-    """Lets the database grow by so many pages of 4 kB; None is any number."""
+    """Limits the growth of the database to so many pages of 4 kB; None is no limit."""
 
     def limit(connection: sqlite3.Connection) -> None:
         pages = connection.execute("PRAGMA page_count").fetchone()[0]

@@ -16,7 +16,7 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize("url", FOREIGN)
-def test_only_a_server_of_this_machine_is_attacked(url):
+def test_the_attack_script_refuses_other_hosts(url):
     done = subprocess.run(
         [sys.executable, SCRIPT, f"--url={url}", "--only=deep_nesting"],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""`python -m csm_jax.serve`: what it says when it cannot serve."""
+"""The errors of `python -m csm_jax.serve`."""
 
 import socket
 import subprocess
@@ -14,7 +14,7 @@ from csm_jax.serve.store import Store
 
 @pytest.fixture
 def refuse(capsys):
-    """What it says to flags that it does not serve with: one line."""
+    """The error of the command with invalid flags, which is one line."""
 
     def run(*flags: str) -> str:
         code = cli.run(command.PROGRAM, command.__doc__, command.define_flags, command.main, flags)
@@ -46,23 +46,23 @@ def refuse(capsys):
         (["--checkpoint=demo", "--drain_seconds=0"], "drain_seconds"),
     ],
 )
-def test_what_is_wrong_is_one_line(refuse, flags, message):
+def test_errors_are_one_line(refuse, flags, message):
     assert message in refuse(*flags)
 
 
-def test_a_file_of_keys_without_a_key_opens_to_nobody(refuse, tmp_path):
-    """It is no server without keys."""
+def test_a_keys_file_without_keys_is_refused(refuse, tmp_path):
+    """It must not become a server without keys."""
     (tmp_path / "keys").write_text("\n  \n")
     assert "has no key" in refuse("--checkpoint=demo", f"--api_keys_file={tmp_path / 'keys'}")
 
 
 @pytest.mark.parametrize("given", [" , ", ",", " ", "sk-1 tenant=", "sk-1,sk-1", "sk-\u00e9"])
-def test_keys_that_are_none_do_not_open_the_server(refuse, monkeypatch, given):
+def test_a_keys_variable_without_keys_is_refused(refuse, monkeypatch, given):
     monkeypatch.setenv("CSM_JAX_API_KEYS", given)
     assert "key" in refuse("--checkpoint=demo")
 
 
-def test_a_port_that_is_taken(refuse):
+def test_a_port_in_use_is_refused(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         said = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")
     assert "cannot listen at 127.0.0.1" in said
@@ -82,7 +82,7 @@ def test_a_damaged_database_is_refused(refuse, tmp_path):
     assert "move it away" in said
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path):
+def test_the_error_without_the_extra_names_it(tmp_path):
     (tmp_path / "uvicorn.py").write_text("raise ImportError('gone', name='uvicorn')")
     done = subprocess.run(
         [sys.executable, "-m", "csm_jax.serve", "--checkpoint=demo"],

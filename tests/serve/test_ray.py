@@ -14,7 +14,7 @@ from serving import same
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 
-# In a process of its own: a cluster leaves threads and signal handlers behind.
+# Runs in a separate process, because a cluster leaves threads and signal handlers behind.
 SCENARIO = """
     import asyncio, base64, json, pathlib, sys, httpx, ray
     from ray import serve
@@ -45,7 +45,7 @@ SCENARIO = """
 """
 
 
-def test_two_replicas_say_the_same(tmp_path):
+def test_two_replicas_generate_the_same_speech(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     code = textwrap.dedent(SCENARIO).replace("%PORT%", port)
@@ -65,7 +65,7 @@ def test_two_replicas_say_the_same(tmp_path):
         assert all(same(first, other) for other in others)
 
 
-def test_an_argument_that_is_none_is_said():
+def test_an_unknown_argument_is_named_in_the_error():
     from csm_jax.serve.ray_app import build
 
     with pytest.raises(ValueError, match="unknown argument max_bath"):

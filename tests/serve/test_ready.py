@@ -1,4 +1,4 @@
-"""A server that is ready compiles nothing any more, whatever it is asked for."""
+"""A server that is ready compiles nothing any more, for any request."""
 
 import base64
 import json
@@ -33,7 +33,7 @@ BRIEF = {"max_audio_length_ms": 6000, "seed": 1}
 
 @pytest.fixture(scope="module")
 def ready():
-    """Of a model and sizes that no other test of this process has compiled for."""
+    """A server with sizes for which no other test of this process has compiled."""
     model = csm_jax.load("random:tiny")
     with serve(model, Settings(max_batch=3, max_seq_len=384), warm=True) as running:
         yield running
@@ -58,7 +58,7 @@ def test_a_long_text_compiles_nothing(ready, nothing_compiled, streaming, voice)
 
 
 @pytest.mark.parametrize("speaker", [0, 2**31 - 1])
-def test_a_voice_under_any_number_compiles_nothing(ready, nothing_compiled, speaker):
+def test_a_voice_with_any_speaker_number_compiles_nothing(ready, nothing_compiled, speaker):
     body = BRIEF | {"text": "one", "voice": "rms", "speaker": speaker}
     assert ready.post("/generate", json=body).status_code == 200
 
@@ -94,7 +94,7 @@ def test_a_line_of_a_batch_compiles_nothing(ready, nothing_compiled):
 
 
 def test_speech_in_an_added_voice_compiles_nothing(ready):
-    """What it needs is compiled before it is there."""
+    """Its programs are compiled before the voice is available."""
     body = {"name": "new", "text": "one two three", "audio": as_base64(9.0)}
     assert ready.post("/v1/audio/voices", json=body).status_code == 201
     assert COMPILED, "no longer than the others: this shows nothing"

@@ -1,4 +1,4 @@
-"""The caller of a request: the owner of what is stored for it, and its share of the engine."""
+"""The caller of a request: the owner of its stored data, and its share of the engine."""
 
 from dataclasses import dataclass
 
@@ -9,13 +9,13 @@ _SCOPE_KEY = "csm_jax.caller"
 
 @dataclass(frozen=True)
 class Caller:
-    """The sender of a request, as the authentication middleware found it.
+    """The sender of a request, as the authentication middleware has identified it.
 
     Attributes:
       owner: owns what is stored for this request. Without API keys it is "" for all callers
         (one tenant). With keys it is the tenant that the keys file names, or a digest of the key.
-      share: whose requests are counted together for rates, queue places and rows of the batch:
-        the owner where there are keys, else the client's address (its /64 for IPv6).
+      share: requests of one share are counted together for rates, permits and slots of the batch.
+        It is the owner where there are keys, else the client's address (its /64 for IPv6).
       weight: the size of that share, compared with others.
     """
 

@@ -1,4 +1,4 @@
-"""Places for requests in progress: taken before anything costly, bounded in all and per share."""
+"""How many requests and open streams the server works on at once, in total and for each share."""
 
 import asyncio
 import contextlib
@@ -10,16 +10,16 @@ from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import RETRY_AFTER, ApiError
 
 
-class Place:
-    """Leave to have one request worked on, given back when its block or its response ends."""
+class Permit:
+    """Permission to work on one request, released when its block or its response ends."""
 
-    def __init__(self, places: "Places", caller: Caller):
+    def __init__(self, limiter: "RequestLimiter", caller: Caller):
         self.caller = caller
-        self._places = places
+        self._limiter = limiter
         self._is_kept = False
         self._is_released = False
 
-    def __enter__(self) -> "Place":
+    def __enter__(self) -> "Permit":
         return self
 
     def __exit__(
@@ -33,66 +33,73 @@ class Place:
         self._is_kept = True
 
     def release(self) -> None:
-        """Gives the place back; nothing happens the second time."""
+        """Returns the permit to the limiter; a second call changes nothing."""
         if not self._is_released:
             self._is_released = True
-            self._places.release(self.caller.share)
+            self._limiter.release(self.caller.share)
 
 
-class Places:
-    """The places of all callers. To be used from one event loop.
+class RequestLimiter:
+    """Limits the requests in progress. To be used from one event loop.
 
-    One caller alone can have `most` places. Beside others it gets no more than its share of them
-    by weight once few are left. As many places again are for callers that have less than their
-    share: what others hold already cannot be taken from them.
+    One caller alone can have `most` permits. While other callers have some, it gets no more than
+    its share of them by weight once few are left. As many permits again are for callers that have
+    less than their share, because permits in use cannot be taken back.
     """
 
     def __init__(self, most: int):
         self._most = most
-        # Free places that a caller with more than its share leaves to others.
+        # Free permits that a caller with more than its share leaves to others.
         self._left_free = max(1, most // 8)
-        self._held: Counter[str] = Counter()
+        self._acquired: Counter[str] = Counter()
         self._weights: dict[str, float] = {}
         self._waiting: list[asyncio.Event] = []
 
     @property
     def total(self) -> int:
-        """Places there are."""
+        """The number of permits, acquired or not."""
         return 2 * self._most
 
     @property
-    def num_held(self) -> int:
-        return self._held.total()
+    def num_acquired(self) -> int:
+        return self._acquired.total()
 
-    async def take(self, caller: Caller, wait: bool = False) -> Place:
-        """Raises `ApiError` (429) if there is no place for this caller, unless it is to wait."""
+    async def acquire(self, caller: Caller, wait: bool = False) -> Permit:
+        """Acquires a permit.
+
+        Args:
+          wait: waits until there is a permit for this caller, instead of raising an error.
+
+        Raises:
+          ApiError: there is none (429).
+        """
         while not self._has_room(caller):
             if not wait:
                 message = (
-                    f"{self._held[caller.share]} of your requests are in progress, "
-                    f"{self.num_held} of all, and no place is free: try again later"
+                    f"{self._acquired[caller.share]} of your requests are in progress, "
+                    f"{self.num_acquired} of all, and no more are accepted: try again later"
                 )
                 raise ApiError(429, message, code="queue_full", retry_after=RETRY_AFTER)
             await self._wait()
-        self._held[caller.share] += 1
+        self._acquired[caller.share] += 1
         self._weights[caller.share] = caller.weight
-        return Place(self, caller)
+        return Permit(self, caller)
 
     def release(self, share: str) -> None:
-        """A request of the share is over."""
-        self._held[share] -= 1
-        if not self._held[share]:
-            del self._held[share], self._weights[share]
+        """Takes back a permit of the share."""
+        self._acquired[share] -= 1
+        if not self._acquired[share]:
+            del self._acquired[share], self._weights[share]
         for event in self._waiting:
             event.set()
 
     def _has_room(self, caller: Caller) -> bool:
         weights = self._weights | {caller.share: caller.weight}
         part = self._most * caller.weight / sum(weights.values())
-        if self._held[caller.share] < max(1.0, part):
-            return self.num_held < self.total
+        if self._acquired[caller.share] < max(1.0, part):
+            return self.num_acquired < self.total
         others = len(weights) > 1
-        return self.num_held < self._most - (self._left_free if others else 0)
+        return self.num_acquired < self._most - (self._left_free if others else 0)
 
     async def _wait(self) -> None:
         event = asyncio.Event()
@@ -103,25 +110,25 @@ class Places:
             self._waiting.remove(event)
 
 
-class Sockets:
-    """The WebSockets, or streams of events, that callers have open. For one event loop."""
+class StreamLimiter:
+    """Limits the open WebSockets, or event streams, of each caller. For one event loop."""
 
-    def __init__(self, most: int, what: str = "WebSockets"):
+    def __init__(self, most: int, kind: str = "WebSockets"):
         """Starts with none open.
 
         Args:
           most: of one caller.
-          what: the things that are counted, for messages.
+          kind: names the streams in messages.
         """
         self._most = most
-        self._what = what
+        self._kind = kind
         self._open: Counter[str] = Counter()
 
     @contextlib.contextmanager
     def opened(self, caller: Caller) -> Iterator[None]:
-        """A block in which one more is open. Raises `ApiError` if there are too many."""
+        """Counts one more open stream during a block. Raises `ApiError` if there are too many."""
         if self._open[caller.share] >= self._most:
-            message = f"{self._most} {self._what} of yours are open, and no more may be: close one"
+            message = f"{self._most} {self._kind} of yours are open, which is the limit: close one"
             raise ApiError(429, message, code="too_many_sockets", retry_after=RETRY_AFTER)
         self._open[caller.share] += 1
         try:

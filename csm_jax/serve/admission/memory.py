@@ -1,44 +1,44 @@
-"""How much of what callers send, and are sent, is held in memory."""
+"""Limits for the memory that requests, messages and responses take, in total and per share."""
 
 from collections import Counter
 
 from csm_jax.serve.errors import RETRY_AFTER, ApiError
 
-# What one caller may hold of all that is held.
-_SHARE = 0.5
+# The part of the total that one share may take.
+_SHARE_FRACTION = 0.5
 
 
-class Held:
-    """Counts bytes of request bodies, messages or responses in memory: of all callers and of each.
+class MemoryBudget:
+    """Counts bytes of request bodies, messages or responses in memory, in total and per share.
 
-    One caller may hold half of what all may.
+    One share may take half of the total.
     """
 
-    def __init__(self, limit: int, what: str, done: str = "read"):
-        """Starts with nothing held.
+    def __init__(self, limit: int, kind: str, action: str = "read"):
+        """Starts with nothing in memory.
 
         Args:
-          limit: bytes of all callers together.
-          what: the things that are counted, for messages.
-          done: what is being done with them, for messages.
+          limit: bytes of all shares together.
+          kind: names what is counted in messages.
+          action: says in messages what is being done with it.
         """
         self._limit = limit
-        self._what = what
-        self._done = done
+        self._kind = kind
+        self._action = action
         self._total = 0
         self._shares: Counter[str] = Counter()
 
     def check(self, share: str, num_bytes: int) -> None:
         """Raises `ApiError` if there is no room for so many more."""
         if self._total + num_bytes > self._limit:
-            message = f"too many {self._what} are being {self._done} at the moment"
+            message = f"too many {self._kind} are being {self._action} at the moment"
             raise ApiError(503, message, code="busy", retry_after=RETRY_AFTER)
-        if self._shares[share] + num_bytes > _SHARE * self._limit:
-            message = f"too many of your {self._what} are being {self._done}"
+        if self._shares[share] + num_bytes > _SHARE_FRACTION * self._limit:
+            message = f"too many of your {self._kind} are being {self._action}"
             raise ApiError(429, message, code="busy", retry_after=RETRY_AFTER)
 
     def add(self, share: str, num_bytes: int) -> None:
-        """Counts bytes that are held from now on; with a negative number, that no longer are."""
+        """Adds bytes to the count, or subtracts them if the number is negative."""
         self._total += num_bytes
         self._shares[share] += num_bytes
         if self._shares[share] <= 0:

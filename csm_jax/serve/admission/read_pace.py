@@ -1,4 +1,4 @@
-"""Responses and how fast they are read: what waits in memory is bounded, one by one and in all."""
+"""How fast clients read streamed speech, which bounds the unread speech in memory."""
 
 import asyncio
 import logging
@@ -14,12 +14,12 @@ logger = logging.getLogger("csm_jax.serve")
 _CHECK_SECONDS = 1.0
 
 
-class Reader(Protocol):
-    """A response on its way.
+class MonitoredStream(Protocol):
+    """Speech on its way to a client.
 
     Attributes:
       name: of the request, for the log.
-      unread_seconds, taken_seconds: of speech that waits to be read, and that has been.
+      unread_seconds, taken_seconds: of speech that the client has not read, and has read.
     """
 
     name: str
@@ -32,28 +32,28 @@ class Reader(Protocol):
 
 @dataclass
 class _Mark:
-    """What a reader had taken at a time since which something has always waited for it."""
+    """What a client had read at a time since which unread speech has always been waiting."""
 
     time: float
     taken: float
 
 
-class Readers:
-    """All responses that are being read. To be used from one event loop."""
+class ReadPaceMonitor:
+    """Drops streams whose clients read too slowly. To be used from one event loop."""
 
     def __init__(self, limits: Limits, clock: Callable[[], float] = time.monotonic):
         self._limits = limits
         self._clock = clock
-        self._marks: dict[Reader, _Mark] = {}
+        self._marks: dict[MonitoredStream, _Mark] = {}
 
-    def add(self, reader: Reader) -> None:
-        self._marks[reader] = _Mark(self._clock(), reader.taken_seconds)
+    def add(self, stream: MonitoredStream) -> None:
+        self._marks[stream] = _Mark(self._clock(), stream.taken_seconds)
 
-    def remove(self, reader: Reader) -> None:
-        self._marks.pop(reader, None)
+    def remove(self, stream: MonitoredStream) -> None:
+        self._marks.pop(stream, None)
 
     async def run(self) -> None:
-        """Checks now and then, until it is cancelled; a check that fails is logged once."""
+        """Checks all streams periodically, until it is cancelled; logs the first failed check."""
         is_failing = False
         while True:
             await asyncio.sleep(_CHECK_SECONDS)
@@ -66,35 +66,35 @@ class Readers:
                 is_failing = True
 
     def check(self) -> None:
-        """Drops readers that are too slow; of all together the slowest, until the rest fits."""
-        for reader in list(self._marks):
-            if self._is_too_slow(reader):
+        """Drops the streams that are too slow, and the slowest ones until the others fit."""
+        for stream in list(self._marks):
+            if self._is_too_slow(stream):
                 self._drop(
-                    reader, f"reads less than {self._limits.read_pace:g} s of speech a second"
+                    stream, f"reads less than {self._limits.read_pace:g} s of speech a second"
                 )
         limit = self._limits.unread_seconds
-        while self._marks and sum(reader.unread_seconds for reader in self._marks) > limit:
-            slowest = max(self._marks, key=lambda reader: reader.unread_seconds)
+        while self._marks and sum(stream.unread_seconds for stream in self._marks) > limit:
+            slowest = max(self._marks, key=lambda stream: stream.unread_seconds)
             self._drop(slowest, f"is the slowest while more than {limit:g} s of speech wait")
 
-    def _is_too_slow(self, reader: Reader) -> bool:
-        """Whether it has taken too little for long, though there was something to take."""
-        mark, now = self._marks[reader], self._clock()
-        if not reader.unread_seconds:
-            self._marks[reader] = _Mark(now, reader.taken_seconds)
+    def _is_too_slow(self, stream: MonitoredStream) -> bool:
+        """Whether the client has read too little for long, though speech was waiting."""
+        mark, now = self._marks[stream], self._clock()
+        if not stream.unread_seconds:
+            self._marks[stream] = _Mark(now, stream.taken_seconds)
             return False
-        elapsed, taken = now - mark.time, reader.taken_seconds - mark.taken
+        elapsed, taken = now - mark.time, stream.taken_seconds - mark.taken
         if elapsed < self._limits.read_pace_seconds:
             return False
-        self._marks[reader] = _Mark(now, reader.taken_seconds)
+        self._marks[stream] = _Mark(now, stream.taken_seconds)
         return taken < elapsed * self._limits.read_pace
 
-    def _drop(self, reader: Reader, why: str) -> None:
-        self.remove(reader)
+    def _drop(self, stream: MonitoredStream, reason: str) -> None:
+        self.remove(stream)
         logger.warning(
             "request %s is ended: its reader %s, and %.1f s wait",
-            reader.name,
-            why,
-            reader.unread_seconds,
+            stream.name,
+            reason,
+            stream.unread_seconds,
         )
-        reader.drop()
+        stream.drop()

@@ -1,23 +1,24 @@
-"""Recordings that come as context: read newest first, until the window is full."""
+"""The recordings of a context: decoded newest first, until the model's window is full."""
 
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from csm_jax.prompt import Segment
 from csm_jax.request import Notice
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.schemas import check_length, check_turns
-from csm_jax.serve.audio.decoding import check, decode
+from csm_jax.serve.audio.decoding import check_upload, decode_upload
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
 
 
 @dataclass(frozen=True)
-class GivenTurn:
-    """A turn as a request has it.
+class UploadedTurn:
+    """A turn of context as it arrives in a request.
 
     Attributes:
-      recording: a file, base64, or an address for `fetch`.
+      recording: a file, base64, or a URL for `fetch`.
     """
 
     speaker: int
@@ -27,7 +28,7 @@ class GivenTurn:
 
 @dataclass(frozen=True)
 class Context:
-    """The newest turns of a request's context, as many as can fit the window."""
+    """The newest turns of a request's context, as many as fit the window."""
 
     turns: Sequence[Segment] = ()
     notices: Sequence[Notice] = ()
@@ -39,47 +40,48 @@ Fetch = Callable[[str], Awaitable[bytes]]
 async def read_context(
     service: Service,
     caller: Caller,
-    given: Sequence[GivenTurn],
+    uploaded: Sequence[UploadedTurn],
     name: str,
     fetch: Fetch | None = None,
 ) -> Context:
-    """Decodes the recordings of a context, one after the other, newest first.
+    """Decodes the recordings of a context, one by one, newest first.
 
-    Those that come after the window is full are left out: of them only base64 and the head of the
-    file are looked at.
+    Turns that do not fit the window are left out; of their recordings only the base64 and the head
+    of the file are checked.
 
     Args:
-      name: what errors call the recordings.
-      fetch: gets the recordings whose text is no `data:` URI.
+      name: names the recordings in errors.
+      fetch: fetches recordings that are URLs, but no `data:` URIs.
 
     Raises:
       ApiError, InputError: there are too many turns, or a recording cannot be used.
     """
     limits = service.settings.limits
-    check_turns(service, len(given))
-    for turn in given:
+    check_turns(service, len(uploaded))
+    for turn in uploaded:
         check_length(service, turn.text)
     turns: list[Segment] = []
     room = service.engine.max_seq_len * service.model.codec.frame_size
-    for turn in reversed(given):
-        is_address = fetch is not None and not str(turn.recording).startswith("data:")
+    for turn in reversed(uploaded):
+        recording, is_url = turn.recording, fetch is not None and _is_url(turn.recording)
         if room > 0:
-            recording = await fetch(turn.recording) if is_address else turn.recording
-            audio = await service.work(caller, decode, recording, limits, name)
+            if fetch is not None and _is_url(recording):
+                recording = await fetch(recording)
+            audio = await service.threads.work(caller, decode_upload, recording, limits, name)
             turns.append(Segment(turn.speaker, turn.text, audio))
             room -= len(audio)
-        elif not is_address:
-            await service.work(caller, check, turn.recording, limits, name)
-    return Context(turns[::-1], _dropped(len(given) - len(turns), len(given)))
+        elif not is_url:
+            await service.threads.work(caller, check_upload, recording, limits, name)
+    return Context(turns[::-1], _dropped(len(uploaded) - len(turns), len(uploaded)))
 
 
 async def read_turn(
-    service: Service, caller: Caller, turn: GivenTurn, name: str, transcript_name: str
+    service: Service, caller: Caller, turn: UploadedTurn, name: str, transcript_name: str
 ) -> Context:
-    """`read_context` of one turn, whose transcript the request may have left out.
+    """Decodes a context of one turn, whose transcript may be missing in the request.
 
     Args:
-      name, transcript_name: what errors call the recording and its transcript.
+      name, transcript_name: name the recording and its transcript in errors.
 
     Raises:
       ApiError, InputError: there is no transcript, or the recording cannot be used.
@@ -88,6 +90,10 @@ async def read_turn(
         message = f"{name} needs {transcript_name}, what is said in it"
         raise ApiError(400, message, param=transcript_name)
     return await read_context(service, caller, [turn], name)
+
+
+def _is_url(recording: str | bytes) -> TypeGuard[str]:
+    return isinstance(recording, str) and not recording.startswith("data:")
 
 
 def _dropped(count: int, total: int) -> list[Notice]:

@@ -14,12 +14,12 @@ from pydantic import BaseModel, Field
 
 from csm_jax.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.api.context import GivenTurn, read_turn
+from csm_jax.serve.api.context import UploadedTurn, read_turn
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import PlacedResponse, speak_whole, unless_gone
+from csm_jax.serve.api.responses import PermitResponse, cancel_on_disconnect, speak_whole
 from csm_jax.serve.api.schemas import Options, Recording, Text, make_named_request, make_request
 from csm_jax.serve.audio.encoding import FORMATS
-from csm_jax.serve.jobs.runner import Job, Kind
+from csm_jax.serve.jobs.job import Job, JobHandler
 from csm_jax.serve.middleware.request_log import request_id
 from csm_jax.serve.service import Service
 
@@ -30,7 +30,7 @@ _KIND = "deepinfra"
 
 
 class Inference(Options):
-    """The fields of DeepInfra's API; any voice of the server is a preset too."""
+    """The fields of DeepInfra's API; any voice of the server can be `preset_voice`."""
 
     text: Text
     response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
@@ -41,29 +41,34 @@ class Inference(Options):
         None, description="a voice to speak in: a file, or base64 in JSON"
     )
     speaker_transcript: str | None = Field(None, description="what is said in it")
-    webhook: str | None = Field(None, max_length=2048, description="where the answer is posted")
+    webhook: str | None = Field(
+        None, max_length=2048, description="URL that the response is posted to"
+    )
 
 
 class QueuedInference(BaseModel):
-    """A request in the queue: `name` is its id."""
+    """The stored body of a job: `name` is the id of the request."""
 
     name: str
     fields: Inference
 
 
+Status = Literal["queued", "succeeded", "failed"]
+
+
 class InferenceStatus(BaseModel):
-    status: Literal["queued", "succeeded", "failed"]
+    status: Status
     runtime_ms: int = 0
     cost: float = 0.0
-    tokens_generated: int = Field(0, description="frames of 80 ms")
-    tokens_input: int = Field(0, description="of the text")
+    tokens_generated: int = Field(default=0, description="frames of 80 ms")
+    tokens_input: int = Field(default=0, description="of the text")
 
 
-class Answer(BaseModel):
-    audio: str | None = Field(None, description="a data: URI")
+class InferenceResponse(BaseModel):
+    audio: str | None = Field(default=None, description="a data: URI")
     input_character_length: int
     output_format: str
-    words: list[Any] = Field([], description="always empty: the model aligns no words")
+    words: list[Any] = Field(default=[], description="always empty: the model aligns no words")
     request_id: str
     inference_status: InferenceStatus
 
@@ -71,42 +76,47 @@ class Answer(BaseModel):
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["DeepInfra"])
 
-    async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = await service.work(job.caller, QueuedInference.model_validate_json, body)
+    async def run(job: Job, body: str) -> dict[str, Any]:
+        queued = await service.threads.work(job.caller, QueuedInference.model_validate_json, body)
         with await service.admit(job.caller, wait=True):
-            answer = await _speak(service, job.caller, queued.fields, queued.name)
-        return answer.model_dump()
+            response = await _speak(service, job.caller, queued.fields, queued.name)
+        return response.model_dump()
 
-    service.jobs.register(_KIND, Kind(work, _posted, keeps_result=False))
+    service.jobs.register(_KIND, JobHandler(run, _webhook_body, keeps_result=False))
 
     body = describe(Inference, forms=True)
 
     @routes.post(
-        PATH, openapi_extra=body, response_model=Answer, responses={202: {"model": Answer}}
+        PATH,
+        openapi_extra=body,
+        response_model=InferenceResponse,
+        responses={202: {"model": InferenceResponse}},
     )
     async def inference(http: HTTPRequest) -> Response:
         fields = await read_fields(http, Inference, recordings=True, forms=True)
         if fields.webhook:
-            return await _answer_later(service, caller_of(http), fields)
-        return await unless_gone(http, _respond(service, caller_of(http), fields))
+            return await _submit_job(service, caller_of(http), fields, fields.webhook)
+        return await cancel_on_disconnect(http, _respond(service, caller_of(http), fields))
 
     return routes
 
 
-async def _respond(service: Service, caller: Caller, fields: Inference) -> PlacedResponse:
-    with await service.admit(caller) as place:
-        answer = await _speak(service, caller, fields, request_id())
-        content = await service.work(caller, answer.model_dump_json)
-        return PlacedResponse(place, content, media_type="application/json")
+async def _respond(service: Service, caller: Caller, fields: Inference) -> PermitResponse:
+    with await service.admit(caller) as permit:
+        response = await _speak(service, caller, fields, request_id())
+        content = await service.threads.work(caller, response.model_dump_json)
+        return PermitResponse(permit, content, media_type="application/json")
 
 
-async def _speak(service: Service, caller: Caller, fields: Inference, name: str) -> Answer:
-    """The answer to a request that has a place."""
+async def _speak(
+    service: Service, caller: Caller, fields: Inference, name: str
+) -> InferenceResponse:
+    """Generates the speech of a request that has a permit."""
     request = await _request(service, caller, fields)
     started = time.perf_counter()
     spoken = await speak_whole(service, caller, request, fields.response_format)
-    audio = await service.work(caller, _data_uri, spoken.data, fields.response_format)
-    return Answer(
+    audio = await service.threads.work(caller, _data_uri, spoken.data, fields.response_format)
+    return InferenceResponse(
         audio=audio,
         input_character_length=len(fields.text),
         output_format=fields.response_format,
@@ -114,35 +124,37 @@ async def _speak(service: Service, caller: Caller, fields: Inference, name: str)
         inference_status=InferenceStatus(
             status="succeeded",
             runtime_ms=round(1000 * (time.perf_counter() - started)),
-            tokens_generated=spoken.live.num_frames,
-            tokens_input=spoken.live.num_tokens,
+            tokens_generated=spoken.speech.num_frames,
+            tokens_input=spoken.speech.num_tokens,
         ),
     )
 
 
-async def _answer_later(service: Service, caller: Caller, fields: Inference) -> JSONResponse:
-    """Says at once that it is queued; the answer goes to the webhook."""
-    service.webhooks.check(fields.webhook, caller)
+async def _submit_job(
+    service: Service, caller: Caller, fields: Inference, webhook: str
+) -> JSONResponse:
+    """Submits a job, whose result is posted to the webhook, and responds that it is queued."""
+    service.webhooks.check(webhook, caller)
     name = request_id()
-    body = await service.work(caller, _queued, name, fields)
-    await service.jobs.submit(caller, _KIND, body, fields.webhook)
+    body = await service.threads.work(caller, _queued, name, fields)
+    await service.jobs.submit(caller, _KIND, body, webhook)
     return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
 
 
-def _data_uri(data: bytes, form: str) -> str:
-    return f"data:{FORMATS[form].media_type};base64,{base64.b64encode(data).decode()}"
+def _data_uri(data: bytes, audio_format: str) -> str:
+    return f"data:{FORMATS[audio_format].media_type};base64,{base64.b64encode(data).decode()}"
 
 
 def _queued(name: str, fields: Inference) -> str:
-    """The body of a job, from which it is run."""
+    """The body of a job, from which it can be run again."""
     if isinstance(fields.speaker_audio, bytes):
         audio = base64.b64encode(fields.speaker_audio).decode()
         fields = fields.model_copy(update={"speaker_audio": audio})
     return QueuedInference(name=name, fields=fields).model_dump_json()
 
 
-def _posted(job: Job, body: str) -> dict[str, Any]:
-    """The body that a job's webhook gets."""
+def _webhook_body(job: Job, body: str) -> dict[str, Any]:
+    """The body that is posted to a job's webhook."""
     if job.result is not None:
         return job.result
     queued = QueuedInference.model_validate_json(body)
@@ -150,8 +162,8 @@ def _posted(job: Job, body: str) -> dict[str, Any]:
     return failed | (job.error.body if job.error else {})
 
 
-def _without_audio(fields: Inference, name: str, status: str) -> Answer:
-    return Answer(
+def _without_audio(fields: Inference, name: str, status: Status) -> InferenceResponse:
+    return InferenceResponse(
         input_character_length=len(fields.text),
         output_format=fields.response_format,
         request_id=name,
@@ -161,7 +173,7 @@ def _without_audio(fields: Inference, name: str, status: str) -> Answer:
 
 async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
     if fields.speaker_audio is not None:
-        turn = GivenTurn(0, fields.speaker_transcript or "", fields.speaker_audio)
+        turn = UploadedTurn(0, fields.speaker_transcript or "", fields.speaker_audio)
         names = "speaker_audio", "speaker_transcript"
         context = await read_turn(service, caller, turn, *names)
         return make_request(service, fields.text, 0, fields, context.turns)

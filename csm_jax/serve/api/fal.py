@@ -1,8 +1,8 @@
-"""fal's API: `POST /fal-ai/csm-1b`, and the same behind a queue as `fal-client` speaks it.
+"""fal's API: `POST /fal-ai/csm-1b`, and the same behind a queue, as `fal-client` uses it.
 
     FAL_RUN_HOST=localhost:8000 FAL_QUEUE_RUN_HOST=localhost:8000/queue FAL_KEY=... python ...
 
-The client speaks https only: give the server a certificate.
+The client uses https only, so the server needs a certificate.
 """
 
 import asyncio
@@ -18,27 +18,28 @@ from pydantic import BaseModel, FailFast, Field
 from starlette.types import Receive, Scope, Send
 
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.admission.concurrency import Sockets
-from csm_jax.serve.api.context import GivenTurn, read_context
+from csm_jax.serve.admission.concurrency import StreamLimiter
+from csm_jax.serve.api.context import UploadedTurn, read_context
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import unless_gone
+from csm_jax.serve.api.responses import cancel_on_disconnect
 from csm_jax.serve.api.scene import SceneLine, speak_scene
 from csm_jax.serve.api.schemas import Options, Speaker, Text
 from csm_jax.serve.audio.encoding import FORMATS, encode
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.jobs.runner import Job, Jobs, Kind, Status
+from csm_jax.serve.jobs.job import Job, JobHandler, Status
+from csm_jax.serve.jobs.runner import JobRunner
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Limits
 
 APP = "fal-ai/csm-1b"
 _KIND = "fal"
-# Lines and turns of context that are parsed. `Limits.turns` of a server can be lower, not higher.
+# Lines, and turns of context, that are parsed. `Limits.turns` of a server can only be lower.
 MAX_TURNS = Limits.turns
-# For all of a recording that is fetched.
+# Time limit for fetching a recording.
 FETCH_SECONDS = 20.0
-# A stream of a job's states looks at the queue so often, and ends after so long.
+# How often a stream of a job's states looks at the queue, and how long the stream may last.
 _QUEUE_SECONDS = 2.0
-_FOLLOW_SECONDS = 600.0
+_STREAM_SECONDS = 600.0
 
 
 class SceneTurn(BaseModel):
@@ -58,7 +59,7 @@ class Scene(Options):
 
 
 class QueuedScene(BaseModel):
-    """A request in the queue: `base` is the address that it was sent to."""
+    """The stored body of a job: `base` is the URL that the request was sent to."""
 
     base: str
     fields: Scene
@@ -71,7 +72,7 @@ class AudioFile(BaseModel):
     file_size: int
 
 
-class Spoken(BaseModel):
+class SceneResponse(BaseModel):
     audio: AudioFile
 
 
@@ -79,9 +80,11 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["fal"])
 
     @routes.post(f"/{APP}", openapi_extra=describe(Scene))
-    async def run(http: HTTPRequest) -> Spoken:
+    async def run(http: HTTPRequest) -> SceneResponse:
         fields = await read_fields(http, Scene, recordings=True)
-        return await unless_gone(http, _speak(service, caller_of(http), fields, str(http.base_url)))
+        return await cancel_on_disconnect(
+            http, _speak(service, caller_of(http), fields, str(http.base_url))
+        )
 
     @routes.get("/files/{name}", response_class=Response)
     async def download(name: str) -> Response:
@@ -97,15 +100,15 @@ def router(service: Service) -> APIRouter:
 
 
 def _add_queue(routes: APIRouter, service: Service) -> None:
-    """Adds the same behind a queue."""
+    """Adds the routes that submit, follow, fetch and cancel scenes as jobs."""
     queue = f"/queue/{APP}"
 
-    async def work(job: Job, body: str) -> dict[str, Any]:
-        queued = await service.work(job.caller, QueuedScene.model_validate_json, body)
-        spoken = await _speak(service, job.caller, queued.fields, queued.base, job.log, wait=True)
-        return spoken.model_dump()
+    async def run_job(job: Job, body: str) -> dict[str, Any]:
+        queued = await service.threads.work(job.caller, QueuedScene.model_validate_json, body)
+        response = await _speak(service, job.caller, queued.fields, queued.base, job.log, wait=True)
+        return response.model_dump()
 
-    service.jobs.register(_KIND, Kind(work, lambda job, _: _outcome(job)))
+    service.jobs.register(_KIND, JobHandler(run_job, lambda job, _: _webhook_body(job)))
 
     @routes.post(queue, openapi_extra=describe(Scene))
     async def submit(
@@ -115,30 +118,32 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
         if fal_webhook:
             service.webhooks.check(fal_webhook, caller)
         queued = QueuedScene(base=str(http.base_url), fields=fields)
-        body = await service.work(caller, queued.model_dump_json)
+        body = await service.threads.work(caller, queued.model_dump_json)
         job = await service.jobs.submit(caller, _KIND, body, fal_webhook)
-        return _state(service, job, _where(http, job))
+        return _state(service, job, _job_url(http, job))
 
     @routes.get(queue + "/requests/{job_id}/status")
     async def status(http: HTTPRequest, job_id: str, logs: bool = False) -> JSONResponse:
         job = await service.jobs.find(job_id, caller_of(http).owner)
-        code = 200 if job.status is Status.OVER else 202
-        return JSONResponse(_state(service, job, _where(http, job), logs), code)
+        code = 200 if job.status is Status.COMPLETED else 202
+        return JSONResponse(_state(service, job, _job_url(http, job), logs), code)
 
     @routes.get(queue + "/requests/{job_id}/status/stream", response_class=Response)
     async def follow(http: HTTPRequest, job_id: str, logs: bool = False) -> StreamingResponse:
         job = await service.jobs.find(job_id, caller_of(http).owner)
-        states = _follow(service.jobs, job, lambda: _state(service, job, _where(http, job), logs))
-        return FollowResponse(service.followers, caller_of(http), states)
+        states = _job_states(
+            service.jobs, job, lambda: _state(service, job, _job_url(http, job), logs)
+        )
+        return JobStatesResponse(service.event_stream_limiter, caller_of(http), states)
 
     @routes.get(queue + "/requests/{job_id}")
-    async def result(http: HTTPRequest, job_id: str) -> Spoken:
+    async def result(http: HTTPRequest, job_id: str) -> SceneResponse:
         job = await service.jobs.find(job_id, caller_of(http).owner)
-        if job.status is not Status.OVER:
+        if job.status is not Status.COMPLETED:
             raise ApiError(400, "Request is still in progress", code="in_progress")
         if job.error:
             raise job.error
-        return Spoken(**job.result)
+        return SceneResponse.model_validate(job.result)
 
     @routes.put(queue + "/requests/{job_id}/cancel", status_code=202)
     async def cancel(http: HTTPRequest, job_id: str) -> JSONResponse:
@@ -155,25 +160,27 @@ async def _speak(
     base: str,
     progress: Callable[[str], None] = lambda _: None,
     wait: bool = False,
-) -> Spoken:
-    """Speaks a scene into a file that can be fetched below the address `base`.
+) -> SceneResponse:
+    """Generates a scene, and stores it as a file that can be fetched below the URL `base`.
 
     Args:
       progress: called with a message after each step.
-      wait: for a place, as jobs do.
+      wait: waits for a permit, as jobs do.
     """
     with await service.admit(caller, wait):
-        given = [GivenTurn(turn.speaker_id, turn.prompt, turn.audio_url) for turn in fields.context]
+        uploaded = [
+            UploadedTurn(turn.speaker_id, turn.prompt, turn.audio_url) for turn in fields.context
+        ]
         fetch = functools.partial(_fetch, service, caller)
-        context = await read_context(service, caller, given, "audio_url", fetch)
+        context = await read_context(service, caller, uploaded, "audio_url", fetch)
         for notice in context.notices:
             progress(notice.message)
         lines = [SceneLine(turn.text, turn.speaker_id) for turn in fields.scene]
         audio = await speak_scene(service, caller, lines, context.turns, fields, progress)
-        data = await service.work(caller, encode, audio, service.model.sample_rate, "wav")
+        data = await service.threads.work(caller, encode, audio, service.model.sample_rate, "wav")
     media_type = FORMATS["wav"].media_type
     file = await service.store.downloads.add(caller.owner, data, media_type, "wav")
-    return Spoken(
+    return SceneResponse(
         audio=AudioFile(
             url=f"{base}files/{file.name}",
             content_type=file.media_type,
@@ -188,49 +195,52 @@ async def _fetch(service: Service, caller: Caller, url: str) -> bytes:
         message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
         raise ApiError(400, message, param="audio_url", code="fetching_off")
     most = service.settings.limits.audio_bytes
-    return await service.outgoing.fetch(url, most, FETCH_SECONDS, caller.share)
+    return await service.outbound_http.fetch(url, most, FETCH_SECONDS, caller.share)
 
 
-def _where(http: HTTPRequest, job: Job) -> str:
+def _job_url(http: HTTPRequest, job: Job) -> str:
     return f"{http.base_url}queue/{APP}/requests/{job.id}"
 
 
-def _state(service: Service, job: Job, where: str, logs: bool = False) -> dict[str, Any]:
-    """A job as fal's clients get it."""
+def _state(service: Service, job: Job, url: str, logs: bool = False) -> dict[str, Any]:
+    """The state of a job in the form that fal's clients expect."""
     state = {
         "status": job.status.value,
         "request_id": job.id,
-        "response_url": where,
-        "status_url": f"{where}/status",
-        "cancel_url": f"{where}/cancel",
+        "response_url": url,
+        "status_url": f"{url}/status",
+        "cancel_url": f"{url}/cancel",
         "logs": job.logs if logs else None,
     }
     if job.status is Status.QUEUED:
         state["queue_position"] = service.jobs.position(job)
-    if job.status is Status.OVER:
+    if job.status is Status.COMPLETED:
         state["metrics"] = {"inference_time": round(job.seconds, 3)}
         if job.error:
             state |= {"error": str(job.error), "error_type": job.error.code}
     return state
 
 
-class FollowResponse(StreamingResponse):
-    """A stream of events, counted while it is open. Raises `ApiError` if there are too many."""
+class JobStatesResponse(StreamingResponse):
+    """A stream of events, counted while it is open. Raises `ApiError` beyond the limit."""
 
-    def __init__(self, followers: Sockets, caller: Caller, content: AsyncIterator[str]):
+    def __init__(self, limiter: StreamLimiter, caller: Caller, content: AsyncIterator[str]):
         super().__init__(content, media_type="text/event-stream")
-        self._followers = followers
+        self._limiter = limiter
         self._caller = caller
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        with self._followers.opened(self._caller):
+        with self._limiter.opened(self._caller):
             await super().__call__(scope, receive, send)
 
 
-async def _follow(
-    jobs: Jobs, job: Job, state_of: Callable[[], dict[str, Any]], seconds: float = _FOLLOW_SECONDS
+async def _job_states(
+    jobs: JobRunner,
+    job: Job,
+    state_of: Callable[[], dict[str, Any]],
+    seconds: float = _STREAM_SECONDS,
 ) -> AsyncIterator[str]:
-    """The states of a job as events, until it is over, is left to the next process, or for long."""
+    """The states of a job as events, until it cannot change any more or the time is up."""
     loop = asyncio.get_running_loop()
     deadline, last = loop.time() + seconds, None
     while True:
@@ -238,15 +248,15 @@ async def _follow(
         if state != last:
             last = state
             yield f"data: {json.dumps(state)}\n\n"
-        if job.status is Status.OVER or not jobs.is_held(job) or loop.time() >= deadline:
+        if job.status is Status.COMPLETED or not jobs.is_active(job) or loop.time() >= deadline:
             return
-        # The client may have taken long to read the last event.
+        # The state may have changed while the client was reading the last event.
         if state == state_of():
-            await job.changed(min(_QUEUE_SECONDS, max(0.0, deadline - loop.time())))
+            await job.wait_for_change(min(_QUEUE_SECONDS, max(0.0, deadline - loop.time())))
 
 
-def _outcome(job: Job) -> dict[str, Any]:
-    """What is posted to a webhook."""
+def _webhook_body(job: Job) -> dict[str, Any]:
+    """The body that is posted to a job's webhook."""
     if job.error:
         outcome = {"status": "ERROR", "error": str(job.error), "payload": None}
     else:

@@ -12,21 +12,21 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/healthz")
     async def healthz() -> dict[str, str]:
-        """The process answers, and can speak."""
+        """The process runs, and its engine too."""
         if _has_stopped(service):
             raise ApiError(503, "the engine has stopped: restart the server", code="stopped")
         return {"status": "ok"}
 
     @routes.get("/readyz")
     async def readyz() -> dict[str, str]:
-        """Everything is compiled, a request has been spoken, and the server is not closing."""
+        """Everything is compiled, a first request has succeeded, and the server is not closing."""
         why = "the engine has stopped" if _has_stopped(service) else service.not_ready
         if why is not None:
             raise ApiError(503, f"not ready: {why}", code="not_ready", retry_after=2)
         if service.store.problem is not None:
             message = f"not ready: {service.store.problem}"
             raise ApiError(503, message, code="storage_failed", retry_after=10)
-        # On a full disk speech goes on, and only what is to be stored waits.
+        # A full disk stops only requests that store something.
         return {"status": "ready"} | ({"storage": "full"} if service.store.database.is_full else {})
 
     @routes.get("/metrics", response_class=Response)
@@ -37,5 +37,5 @@ def router(service: Service) -> APIRouter:
 
 
 def _has_stopped(service: Service) -> bool:
-    """Whether an error has ended the engine's thread, and not the end of the server."""
+    """Whether the engine's thread has ended by an error, and not because the server closes."""
     return not service.engine.is_alive and not service.deadline.is_started

@@ -16,15 +16,15 @@ from pydantic import BaseModel, Field
 from csm_jax.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import speak_streamed, unless_gone
+from csm_jax.serve.api.responses import cancel_on_disconnect, speak_streamed
 from csm_jax.serve.api.schemas import Options, Text, make_named_request, make_request
-from csm_jax.serve.audio.encoding import FORMATS
+from csm_jax.serve.audio.encoding import FormatName
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
-from csm_jax.serve.speech_stream import Live
+from csm_jax.serve.speech_stream import SpeechStream
 
-# What OpenAI's clients call voices and models. A voice stands for one of the presets, in their
-# order, or where there are none for the speaker of that number.
+# Names that OpenAI's clients use. A voice stands for the preset at its position in the sorted list,
+# or, on a server without voices, for the speaker of that number.
 VOICES = ["alloy", "ash", "ballad", "coral", "echo", "fable", "nova", "onyx", "sage", "shimmer"]
 EVENTS = "text/event-stream"
 MODELS = ("tts-1", "tts-1-hd", "gpt-4o-mini-tts")
@@ -42,7 +42,7 @@ class Speech(Options):
     model: str = Field(max_length=256)
     input: Text
     voice: str | VoiceId = Field(description="a name of /v1/audio/voices, OpenAI's, or a number")
-    response_format: Literal[tuple(FORMATS)] = "mp3"
+    response_format: FormatName = "mp3"
     speed: float = Field(1.0, ge=0.25, le=4.0)
     stream_format: Literal["audio", "sse"] = "audio"
     instructions: str | None = Field(None, description="not followed: the model has none")
@@ -71,7 +71,7 @@ def router(service: Service) -> APIRouter:
         fields = await read_fields(http, Speech)
         if fields.model not in names:
             raise _no_model(fields.model)
-        return await unless_gone(http, _speak(service, caller_of(http), fields))
+        return await cancel_on_disconnect(http, _speak(service, caller_of(http), fields))
 
     @routes.get("/models", response_model_exclude_none=True)
     def models() -> Models:
@@ -87,15 +87,17 @@ def router(service: Service) -> APIRouter:
 
 
 async def _speak(service: Service, caller: Caller, fields: Speech) -> Response:
-    form = fields.response_format, fields.speed
-    with await service.admit(caller) as place:
+    audio_format, speed = fields.response_format, fields.speed
+    with await service.admit(caller) as permit:
         request = as_request(service, caller, fields)
         if fields.stream_format == "sse":
-            return await speak_streamed(service, place, request, *form, _events, EVENTS)
-        answer = await speak_streamed(service, place, request, *form)
+            return await speak_streamed(
+                service, permit, request, audio_format, speed, _events, EVENTS
+            )
+        response = await speak_streamed(service, permit, request, audio_format, speed)
     if fields.instructions:
-        answer.headers["X-Notices"] = "instructions_ignored"
-    return answer
+        response.headers["X-Notices"] = "instructions_ignored"
+    return response
 
 
 def _no_model(name: str) -> ApiError:
@@ -103,7 +105,7 @@ def _no_model(name: str) -> ApiError:
 
 
 def as_request(service: Service, caller: Caller, fields: Speech) -> Request:
-    """The request to the engine for a `Speech`. Raises `InputError` and `ApiError`."""
+    """Makes the request to the engine. Raises `InputError` and `ApiError`."""
     name = fields.voice if isinstance(fields.voice, str) else fields.voice.id
     is_known = service.voices.has(name, caller.owner)
     if not is_known and name.isdecimal() and len(name) < 10:
@@ -111,13 +113,14 @@ def as_request(service: Service, caller: Caller, fields: Speech) -> Request:
     return make_named_request(service, caller, fields.input, name, VOICES, fields)
 
 
-async def _events(live: Live, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The same bytes as server-sent events."""
+async def _events(speech: SpeechStream, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """The pieces of the file as server-sent events."""
     async for piece in pieces:
         audio = base64.b64encode(piece).decode()
         yield _event({"type": "speech.audio.delta", "audio": audio})
-    read, made = live.num_tokens, live.num_frames
-    usage = {"input_tokens": read, "output_tokens": made, "total_tokens": read + made}
+    num_read, num_made = speech.num_tokens, speech.num_frames
+    total = num_read + num_made
+    usage = {"input_tokens": num_read, "output_tokens": num_made, "total_tokens": total}
     yield _event({"type": "speech.audio.done", "usage": usage})
 
 

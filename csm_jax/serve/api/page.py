@@ -1,4 +1,4 @@
-"""The page to try the server on: fixed files, whose scripts are a client of the APIs.
+"""The page on which users try the server: static files, whose scripts are a client of the APIs.
 
 The files are read when the server starts, and only they are served: no path of a request reaches
 the file system.
@@ -23,8 +23,8 @@ _MEDIA_TYPES = {
     ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
 }
-# Nothing inline, nothing from elsewhere. A WebSocket of the same host is 'self' too. blob: is for
-# recordings that are played before they are sent.
+# Forbids everything inline and from other hosts. A WebSocket of the same host is 'self' too.
+# blob: is for recordings that are played before they are sent.
 _POLICY = "; ".join(
     [
         "default-src 'none'",
@@ -52,7 +52,7 @@ _HEADERS = {
 
 @dataclass(frozen=True)
 class StaticFile:
-    """A file of the page, as it is sent."""
+    """A file of the page in memory."""
 
     data: bytes
     media_type: str
@@ -65,7 +65,7 @@ class StaticFile:
         return cls(data, _MEDIA_TYPES[path.suffix], etag)
 
     def response(self, request: Request) -> Response:
-        """The file, or 304 to a browser that has it already."""
+        """The file, or 304 if the browser has it already."""
         headers = _HEADERS | {"ETag": self.etag}
         if self.etag in request.headers.get("if-none-match", ""):
             return Response(status_code=304, headers=headers)
@@ -73,9 +73,9 @@ class StaticFile:
 
 
 def router() -> APIRouter:
-    """Routes of the page, of its files, and of the readable form of the OpenAPI document.
+    """The routes of the page, of its files, and of the API's documentation.
 
-    Redirects are relative, so that the server can stand behind a prefix.
+    Redirects are relative, so that a proxy can serve the page below a prefix.
     """
     paths = [path for path in DIRECTORY.iterdir() if path.suffix in _MEDIA_TYPES]
     files = {path.name: StaticFile.read(path) for path in paths}

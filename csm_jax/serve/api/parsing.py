@@ -1,13 +1,13 @@
-"""From the bytes of a request or message to a pydantic model: strict, bounded, off the event loop.
+"""Parses bodies and messages to pydantic models: strictly, within limits, off the event loop.
 
-JSON is counted before it is parsed: the parser holds Python's lock, so that what it may be given is
-what the event loop can wait for. Only what a model names becomes Python objects.
+The values of JSON are counted before it is parsed: the parser holds the interpreter's lock, so the
+event loop waits for it even if it runs in a thread.
 """
 
 import asyncio
 import json
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 from urllib.parse import parse_qsl
 
 from fastapi import FastAPI
@@ -20,14 +20,17 @@ from csm_jax.serve.errors import ApiError, as_bad_field
 from csm_jax.serve.middleware.body_limits import body_of
 from csm_jax.serve.settings import Limits
 
+if TYPE_CHECKING:
+    from python_multipart.multipart import MultipartCallbacks
+
 JSON = "application/json"
 MULTIPART = "multipart/form-data"
 URLENCODED = "application/x-www-form-urlencoded"
-# Bytes that are parsed on the event loop; more go to a thread.
-_AT_ONCE = 16_384
-# Of a number: reading one takes the longer, the more there are.
+# Bytes that are parsed on the event loop; larger bodies are parsed in a thread.
+_INLINE_BYTES = 16_384
+# Of a number: the time to parse one grows faster than its length.
 _MAX_DIGITS = 400
-# Fields of a form, files among them.
+# Fields of a form, including files.
 _MAX_PARTS = 64
 T = TypeVar("T")
 
@@ -35,18 +38,18 @@ T = TypeVar("T")
 async def read_fields(
     http: HTTPRequest, model: type[T], *, recordings: bool = False, forms: bool = False
 ) -> T:
-    """The body of a request as a pydantic model.
+    """Reads the body of a request as a pydantic model.
 
     Args:
-      recordings: whether there can be recordings in it, or files of lines: it may be larger then.
-      forms: whether it may also be a form, whose files become bytes.
+      recordings: allows a larger body, with recordings or files of lines.
+      forms: also allows a form, whose files become bytes.
 
     Raises:
       ApiError: a field is missing or wrong, or the body is of another type or beyond a limit.
     """
     kind, options = _content_type(http)
     body = body_of(http)
-    # Escaping makes recordings larger in a form of this type, and decoding them slow.
+    # Recordings in a form of this type are larger by escaping, and slow to decode.
     if recordings and kind != URLENCODED:
         body.allow_recordings()
     if kind == JSON:
@@ -66,7 +69,7 @@ async def read_fields(
 
 
 async def _read(http: HTTPRequest) -> bytes:
-    """The body, which is not kept: `Request.body` would, until the response has ended."""
+    """The body. `Request.body` would keep it in memory until the response has ended."""
     return b"".join([piece async for piece in http.stream()])
 
 
@@ -83,21 +86,21 @@ def _content_type(http: HTTPRequest) -> tuple[str, dict[bytes, bytes]]:
 
 
 async def parse_json(kind: TypeAdapter[T], data: bytes, limits: Limits) -> T:
-    """A value of this type. Raises `ApiError` for what is no JSON, or JSON of something else."""
+    """Parses a value of this type. Raises `ApiError` for invalid JSON, and for other types."""
     _check_structure(data, limits)
     return await _in_thread(len(data), _parse_json, kind, data)
 
 
-def parse_json_here(kind: TypeAdapter[T], data: bytes, limits: Limits) -> T:
-    """`parse_json` for threads that may take long."""
+def parse_json_sync(kind: TypeAdapter[T], data: bytes, limits: Limits) -> T:
+    """`parse_json` for functions that run in a thread."""
     _check_structure(data, limits)
     return _parse_json(kind, data)
 
 
 def _check_structure(data: bytes, limits: Limits) -> None:
-    """Raises `ApiError` if there are more values than may be parsed.
+    """Raises `ApiError` if there are too many values.
 
-    In strings these characters count too: no string that is needed has so many.
+    These characters are counted in strings too; no valid string has so many.
     """
     if sum(map(data.count, (b",", b"[", b"{", b":"))) > limits.json_values:
         message = f"the JSON has more than {limits.json_values} values"
@@ -113,9 +116,9 @@ def _parse_json(kind: TypeAdapter[T], data: bytes) -> T:
 
 
 def _check_json(data: bytes) -> None:
-    """Raises `ApiError` for what is not JSON in UTF-8, and for what two readers read differently.
+    """Raises `ApiError` for what is not JSON in UTF-8, and for what parsers interpret differently.
 
-    pydantic takes NaN, and of two values of one name the last.
+    pydantic accepts NaN, and two values of one name.
     """
     try:
         json.loads(
@@ -169,7 +172,7 @@ def _parse_urlencoded(data: bytes) -> dict[str, Any]:
 
 
 def _parse_multipart(data: bytes, boundary: bytes) -> dict[str, Any]:
-    """The fields of a form. Raises `ApiError`, also if it has no end."""
+    """Parses a form. Raises `ApiError` if it is malformed or incomplete."""
     if not boundary:
         raise ApiError(400, "the Content-Type of the form names no boundary", code="bad_form")
     form = _Multipart()
@@ -185,14 +188,14 @@ def _parse_multipart(data: bytes, boundary: bytes) -> dict[str, Any]:
 
 
 class _Fields:
-    """The fields of a form so far."""
+    """The fields of a form that have been parsed."""
 
     def __init__(self):
         self.values: dict[str, str | bytes] = {}
         self._names: set[str] = set()
 
     def add(self, name: str, value: str | bytes, is_filled: bool) -> None:
-        """Adds a field, unless it was not filled in. Raises `ApiError` if it is there already."""
+        """Adds a field if it was filled in. Raises `ApiError` for a second one of that name."""
         if name in self._names:
             raise ApiError(400, f"the field {name[:80]!r} is there twice", code="bad_form")
         self._names.add(name)
@@ -201,7 +204,7 @@ class _Fields:
 
 
 class _Multipart:
-    """What `MultipartParser` calls: collects the parts of a form."""
+    """Collects the parts of a form, by the callbacks of `MultipartParser`."""
 
     def __init__(self):
         self.fields = _Fields()
@@ -212,10 +215,16 @@ class _Multipart:
         self._data = bytearray()
 
     @property
-    def callbacks(self) -> dict[str, Any]:
-        names = ("part_begin", "part_data", "part_end", "header_field", "header_value")
-        names += ("header_end", "end")
-        return {f"on_{name}": getattr(self, f"_{name}") for name in names}
+    def callbacks(self) -> "MultipartCallbacks":
+        return {
+            "on_part_begin": self._part_begin,
+            "on_part_data": self._part_data,
+            "on_part_end": self._part_end,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_end": self._end,
+        }
 
     def _part_begin(self) -> None:
         self._num_parts += 1
@@ -246,7 +255,7 @@ class _Multipart:
             raise ApiError(400, "a part of the form has no name", code="bad_form")
         name, value = _text(options[b"name"], "a name"), bytes(self._data)
         self._data = bytearray()
-        # A browser sends a file that was not chosen as an empty one without a name.
+        # Without a chosen file, a browser sends an empty one without a name.
         is_filled = bool(value or options.get(b"filename"))
         is_file = b"filename" in options
         self.fields.add(name, value if is_file else _text(value, name[:80]), is_filled)
@@ -263,18 +272,18 @@ def _text(data: bytes, what: str) -> str:
 
 
 async def _in_thread(num_bytes: int, function: Callable[..., T], *arguments: Any) -> T:
-    """Calls what takes long for many bytes without holding up the others."""
-    if num_bytes <= _AT_ONCE:
+    """Calls a function, in a thread if its input is large."""
+    if num_bytes <= _INLINE_BYTES:
         return function(*arguments)
     return await asyncio.to_thread(function, *arguments)
 
 
-# The models of bodies, for the OpenAPI document.
+# Models that bodies refer to, for the OpenAPI document.
 _documented: dict[str, Any] = {}
 
 
 def describe(model: type[BaseModel], *, forms: bool = False) -> dict[str, Any]:
-    """What the OpenAPI document says of an endpoint that reads its fields by `read_fields`."""
+    """The entry in the OpenAPI document for an endpoint that reads its body by `read_fields`."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     _documented.update(schema.pop("$defs", {}))
     kinds = (JSON, MULTIPART) if forms else (JSON,)
@@ -283,7 +292,7 @@ def describe(model: type[BaseModel], *, forms: bool = False) -> dict[str, Any]:
 
 
 def document(app: FastAPI) -> None:
-    """Lets the OpenAPI document have the models that bodies refer to."""
+    """Adds the models that bodies refer to, to the OpenAPI document of an application."""
     generate = app.openapi
 
     def openapi() -> dict[str, Any]:

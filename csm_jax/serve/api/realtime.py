@@ -1,26 +1,26 @@
-"""A conversation over a WebSocket, `/v1/realtime`: text goes in, PCM comes out.
+"""A conversation over a WebSocket, `/v1/realtime`: text in, PCM out.
 
 The client sends JSON, one object a message:
 
-    {"type": "session", "voice": "slt", "speaker": 0, "temperature": 0.7, ...}   for what follows
-    {"type": "text", "text": "Hello, my na"}       what is to be said, also word by word
-    {"type": "flush"}                               say what has come, though no sentence ended
+    {"type": "session", "voice": "slt", "speaker": 0, "temperature": 0.7, ...}   settings
+    {"type": "text", "text": "Hello, my na"}       text to speak, which may be cut anywhere
+    {"type": "flush"}                               speaks the text of an unfinished sentence
     {"type": "say", "text": "Hello. It's me.", "speaker": 1, "seed": 5, ...}     a whole turn
-    {"type": "turn", "speaker": 1, "text": "...", "audio": "<base64>"}    what the user said
-    {"type": "cancel"}                              stop speaking now, and forget what waits
+    {"type": "turn", "speaker": 1, "text": "...", "audio": "<base64>"}    a turn of the user
+    {"type": "cancel"}                              stops the speech, and drops waiting text
 
 The server sends the speech as binary messages, 16-bit little-endian mono at 24 kHz, between
 
     {"type": "started", "id": 1, "text": "Hello, my name is Anna."}
     {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": ""}
 
-and {"type": "session", ...} for what was set, {"type": "turn", "turns": 3} for an added turn,
-{"type": "cancelled"} when it is silent, {"type": "error", "message": ...} for what was wrong, with
-the `id` of what was not spoken; after that the conversation goes on. Every turn is
-context for those after it; of a cancelled one, the part that had been sent.
+Other messages are {"type": "session", ...} with the changed settings, {"type": "turn", "turns": 3}
+after a turn was added, {"type": "cancelled"} after the speech has stopped, and {"type": "error",
+"message": ...}, with the `id` of the utterance that failed; the conversation continues after it.
+Every turn is context for those after it; of a cancelled one, the part that was sent.
 
-`text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order in which
-they came. The fields of a session are optional; `"voice": null` is no voice. A `say` has the same
+`text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order of arrival.
+The fields of a session are optional; `"voice": null` removes the voice. A `say` has the same
 fields, which hold for that turn only.
 """
 
@@ -47,14 +47,14 @@ from csm_jax.serve.api.schemas import (
     make_request,
     read_recording,
 )
-from csm_jax.serve.api.websocket import converse, held_messages
+from csm_jax.serve.api.websocket import message_budget, serve_messages
 from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.service import Service
-from csm_jax.serve.speech_stream import Live
+from csm_jax.serve.speech_stream import SpeechStream
 from csm_jax.serve.voices.registry import Voice, Voices
 from csm_jax.text import Sentences
 
-# Sentences that may wait to be spoken, and their characters together.
+# Utterances that may wait, and their characters in total.
 MAX_WAITING = 256
 MAX_WAITING_CHARACTERS = 100_000
 # Bytes of the reason of a WebSocket close.
@@ -62,7 +62,7 @@ MAX_REASON = 120
 
 
 class Change(Options):
-    """What is left out stays as it is."""
+    """A change of settings; fields that are left out stay as they are."""
 
     voice: str | None = Field(None, max_length=64)
     speaker: Speaker | None = None
@@ -103,15 +103,15 @@ _MESSAGE = TypeAdapter(
 
 
 @dataclass(frozen=True)
-class Manner:
+class UtteranceSettings:
     """The voice and the sampling of utterances."""
 
     options: Options = field(default_factory=Options)
     voice: Voice | None = None
     speaker: int = 0
 
-    def changed(self, change: Change, voices: Voices, owner: str) -> "Manner":
-        """This manner with the fields of `change` that are set. Raises `InputError`."""
+    def changed(self, change: Change, voices: Voices, owner: str) -> "UtteranceSettings":
+        """These settings with the fields that are set in `change`. Raises `InputError`."""
         voice, speaker = self.voice, self.speaker
         if change.voice is not None:
             voice = voices.find(change.voice, owner)
@@ -120,31 +120,33 @@ class Manner:
             voice = None
         given = change.model_dump(include=set(Options.model_fields), exclude_none=True)
         options = self.options.model_copy(update=given)
-        return Manner(options, voice, speaker if change.speaker is None else change.speaker)
+        return UtteranceSettings(
+            options, voice, speaker if change.speaker is None else change.speaker
+        )
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """What waits to be spoken."""
+    """A text that waits to be spoken, with its settings."""
 
     id: int
     text: str
-    manner: Manner
+    settings: UtteranceSettings
 
 
 def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["Conversation"])
     limits = service.settings.limits
-    held = held_messages(limits)
+    budget = message_budget(limits)
 
     @routes.websocket("/v1/realtime")
     async def realtime(socket: WebSocket) -> None:
         await socket.accept()
         caller = caller_of(socket)
         try:
-            with service.sockets.opened(caller):
-                async with Conversation(service, socket) as conversation:
-                    await converse(socket, conversation, limits, held, caller.share)
+            with service.socket_limiter.opened(caller):
+                async with RealtimeSession(service, socket) as session:
+                    await serve_messages(socket, session, limits, budget, caller.share)
         except ApiError as error:
             with contextlib.suppress(WebSocketDisconnect):
                 await socket.send_json(_as_message(error))
@@ -153,29 +155,30 @@ def router(service: Service) -> APIRouter:
     return routes
 
 
-class Conversation:
-    """The turns so far, what is being said, and what waits to be."""
+class RealtimeSession:
+    """The state of one WebSocket: earlier turns, the current utterance, and waiting ones."""
 
     def __init__(self, service: Service, socket: WebSocket):
         self._service = service
         self._socket = socket
         self._caller = caller_of(socket)
-        self._manner = Manner()
+        self._settings = UtteranceSettings()
         self._turns: list[Segment] = []
-        # Positions of the window that each of them takes.
+        # Positions of the window that each turn takes.
         self._lengths: list[int] = []
         self._unfinished = Sentences()
         self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
         self._num_waiting_characters = 0
-        self._live: Live | None = None
+        self._speech: SpeechStream | None = None
         self._is_speaking = False
-        self._num_given = 0
-        # What was asked for before the last one is not sent.
+        # The number of the last utterance.
+        self._last_id = 0
+        # Utterances that began before the last cancel are not sent.
         self._num_cancels = 0
-        self._is_silent = asyncio.Event()
-        self._is_silent.set()
+        self._idle = asyncio.Event()
+        self._idle.set()
 
-    async def __aenter__(self) -> "Conversation":
+    async def __aenter__(self) -> "RealtimeSession":
         self._speaking = asyncio.create_task(self._speak_all())
         return self
 
@@ -184,22 +187,22 @@ class Conversation:
         await asyncio.gather(self._speaking, return_exceptions=True)
 
     @property
-    def is_silent(self) -> bool:
-        """Whether nothing is spoken or waits to be."""
-        return self._is_silent.is_set()
+    def is_idle(self) -> bool:
+        """Whether nothing is being spoken or waits for that."""
+        return self._idle.is_set()
 
-    async def ended(self) -> None:
-        """Returns when nothing can be spoken any more, because the client does not read."""
+    async def wait_until_ended(self) -> None:
+        """Returns when nothing can be sent any more, because the client does not read."""
         await asyncio.wait({self._speaking})
 
-    async def take(self, message: bytes | None) -> None:
-        """Does what a message of the client asks for; None is a binary one, which asks nothing."""
+    async def handle(self, message: bytes | None) -> None:
+        """Handles a message of the client; None is a binary one, which is an error."""
         try:
             match await self._parse(message):
-                case SetSession() as settings:
-                    await self._set(settings)
+                case SetSession() as change:
+                    await self._set(change)
                 case AddText(text=text):
-                    self._add(text)
+                    self._add_text(text)
                 case Flush():
                     self._flush()
                 case Say() as turn:
@@ -216,16 +219,16 @@ class Conversation:
             raise ApiError(400, "a message is JSON, sent as text", code="bad_message")
         return await parse_json(_MESSAGE, message, self._service.settings.limits)
 
-    async def _set(self, settings: SetSession) -> None:
-        self._manner = manner = self._changed(settings)
-        voice = manner.voice.name if manner.voice else None
-        options = manner.options.model_dump(exclude_none=True)
-        await self._send_event("session", voice=voice, speaker=manner.speaker, **options)
+    async def _set(self, change: SetSession) -> None:
+        self._settings = settings = self._changed(change)
+        voice = settings.voice.name if settings.voice else None
+        options = settings.options.model_dump(exclude_none=True)
+        await self._send_event("session", voice=voice, speaker=settings.speaker, **options)
 
-    def _changed(self, change: Change) -> Manner:
-        return self._manner.changed(change, self._service.voices, self._caller.owner)
+    def _changed(self, change: Change) -> UtteranceSettings:
+        return self._settings.changed(change, self._service.voices, self._caller.owner)
 
-    def _add(self, text: str) -> None:
+    def _add_text(self, text: str) -> None:
         check_length(self._service, text)
         sentences = self._unfinished.add(text)
         limit = self._service.settings.limits.text_characters
@@ -241,14 +244,15 @@ class Conversation:
 
     async def _say_turn(self, turn: Say) -> None:
         self._flush()
-        number = self._num_given + 1
+        number = self._last_id + 1
         try:
             self._say(turn.text, self._changed(turn))
         except (CSMError, ApiError) as error:
-            self._num_given = number
+            self._last_id = number
             await self._send_error(error, id=number)
 
-    def _say(self, text: str, manner: Manner | None = None) -> None:
+    def _say(self, text: str, settings: UtteranceSettings | None = None) -> None:
+        """Queues an utterance. Raises `ApiError` or `InputError` if it cannot be spoken."""
         check_length(self._service, text)
         check_text(text)
         num_characters = self._num_waiting_characters + len(text)
@@ -258,11 +262,11 @@ class Conversation:
                 f"wait already, and at most {MAX_WAITING} of {MAX_WAITING_CHARACTERS} may"
             )
             raise ApiError(429, message, code="queue_full")
-        self._service.quotas.count(self._caller)
-        self._is_silent.clear()
-        self._num_given += 1
+        self._service.rate_limits.count(self._caller)
+        self._idle.clear()
+        self._last_id += 1
         self._num_waiting_characters = num_characters
-        self._waiting.put_nowait(Utterance(self._num_given, text, manner or self._manner))
+        self._waiting.put_nowait(Utterance(self._last_id, text, settings or self._settings))
 
     async def _add_turn(self, turn: AddTurn) -> None:
         check_text(turn.text)
@@ -276,9 +280,9 @@ class Conversation:
         await self._send_event("turn", turns=len(self._turns))
 
     async def _remember(self, turn: Segment) -> None:
-        """Adds a turn, and forgets the oldest ones that cannot fit the window any more."""
-        # In a thread: tokenising a long text takes a moment.
-        length = await self._service.work(self._caller, self._length, turn)
+        """Adds a turn, and drops the oldest ones that do not fit the window any more."""
+        # In a thread, because tokenizing a long text would block the event loop.
+        length = await self._service.threads.work(self._caller, self._length, turn)
         turns, lengths = [*self._turns, turn], [*self._lengths, length]
         most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
         while len(turns) > 1 and (len(turns) > most or sum(lengths) > window):
@@ -295,21 +299,21 @@ class Conversation:
         while not self._waiting.empty():
             self._waiting.get_nowait()
         self._num_waiting_characters = 0
-        if self._live is not None:
-            self._live.cancel()
+        if self._speech is not None:
+            self._speech.cancel()
         if not self._is_speaking:
-            self._is_silent.set()
-        await self._is_silent.wait()
+            self._idle.set()
+        await self._idle.wait()
         if not self._speaking.done():
             await self._send_event("cancelled")
 
     async def _speak_all(self) -> None:
-        """Speaks one utterance after the other, until the socket is gone."""
+        """Speaks the waiting utterances one by one, until the socket is closed."""
         try:
             while True:
                 self._is_speaking = False
                 if self._waiting.empty():
-                    self._is_silent.set()
+                    self._idle.set()
                 utterance = await self._waiting.get()
                 self._num_waiting_characters -= len(utterance.text)
                 self._is_speaking = True
@@ -322,46 +326,48 @@ class Conversation:
         finally:
             # `_cancel` may be waiting for it.
             self._is_speaking = False
-            self._is_silent.set()
+            self._idle.set()
 
     async def _speak(self, utterance: Utterance, num_cancels: int) -> None:
         """Speaks an utterance.
 
         Args:
-          num_cancels: `_num_cancels` when its turn came; after one more it is not sent.
+          num_cancels: `_num_cancels` when the utterance began; after one more it is not sent.
         """
-        text, manner = utterance.text, utterance.manner
+        text, settings = utterance.text, utterance.settings
         request = make_request(
-            self._service, text, manner.speaker, manner.options, self._turns, manner.voice
+            self._service, text, settings.speaker, settings.options, self._turns, settings.voice
         )
         with await self._service.admit(self._caller):
-            self._live = await self._service.speak(request, self._caller, stream=True)
+            self._speech = await self._service.speak(request, self._caller, stream=True)
             try:
                 if num_cancels != self._num_cancels:
                     return
-                with self._live.sending():
-                    await self._send_speech(utterance, self._live, num_cancels)
+                with self._speech.sending():
+                    await self._send_speech(utterance, self._speech, num_cancels)
             finally:
-                self._live.cancel()
-                self._live = None
+                self._speech.cancel()
+                self._speech = None
 
-    async def _send_speech(self, utterance: Utterance, live: Live, num_cancels: int) -> None:
+    async def _send_speech(
+        self, utterance: Utterance, speech: SpeechStream, num_cancels: int
+    ) -> None:
         num_samples = 0
         with contextlib.suppress(RequestCancelledError):
             await self._send_event("started", id=utterance.id, text=utterance.text)
-            async for chunk in live.chunks():
+            async for chunk in speech.chunks():
                 if num_cancels != self._num_cancels:
                     break
                 await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
-        sent_codes = live.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        await self._remember(Segment(utterance.manner.speaker, utterance.text, codes=sent_codes))
+        sent_codes = speech.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
+        await self._remember(Segment(utterance.settings.speaker, utterance.text, codes=sent_codes))
         await self._send_event(
             "done",
             id=utterance.id,
             seconds=round(num_samples / self._service.model.sample_rate, 3),
             cancelled=num_cancels != self._num_cancels,
-            notices=live.notice_kinds,
+            notices=speech.notice_kinds,
         )
 
     async def _send_error(self, error: Exception, **fields: object) -> None:
@@ -371,7 +377,7 @@ class Conversation:
         await self._send(self._socket.send_json({"type": kind, **fields}))
 
     async def _send(self, sending: Coroutine[Any, Any, None]) -> None:
-        """Raises `WebSocketDisconnect` also for a client that does not read."""
+        """Sends a message. Raises `WebSocketDisconnect`, also for a client that does not read."""
         try:
             async with asyncio.timeout(self._service.settings.limits.write_seconds):
                 await sending

@@ -1,4 +1,4 @@
-"""From a request of any API to its answer: as a whole, or while it is spoken."""
+"""Responses of all APIs: speech as a whole, or streamed during generation."""
 
 import asyncio
 import time
@@ -13,103 +13,104 @@ from starlette.types import Receive, Scope, Send
 
 from csm_jax.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.admission.concurrency import Place
+from csm_jax.serve.admission.concurrency import Permit
 from csm_jax.serve.audio.encoding import FORMATS, Encoder, encode
 from csm_jax.serve.errors import ClientGoneError
-from csm_jax.serve.middleware.request_log import note
+from csm_jax.serve.middleware.request_log import add_log_fields
 from csm_jax.serve.service import Service
-from csm_jax.serve.speech_stream import Live
+from csm_jax.serve.speech_stream import SpeechStream
 
 T = TypeVar("T")
-Wrap = Callable[[Live, AsyncIterator[bytes]], AsyncIterator[bytes]]
+Wrap = Callable[[SpeechStream, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
 
-async def unless_gone(http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
-    """What `work` comes to. It is given up if the client leaves.
+async def cancel_on_disconnect(http: HTTPRequest, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits `work`, and cancels it if the client disconnects.
 
-    The body has been read before.
+    The body of the request must have been read before.
 
     Raises:
-      ClientGoneError: it left.
+      ClientGoneError: the client has disconnected.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_wait_until_gone(http))
+    disconnected = asyncio.ensure_future(_wait_for_disconnect(http))
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait((task, disconnected), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             raise ClientGoneError
         return task.result()
     finally:
-        for each in (task, gone):
+        for each in (task, disconnected):
             each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+        await asyncio.gather(task, disconnected, return_exceptions=True)
 
 
-async def _wait_until_gone(http: HTTPRequest) -> None:
+async def _wait_for_disconnect(http: HTTPRequest) -> None:
     while (await http.receive())["type"] != "http.disconnect":
         pass
 
 
 class SpokenFile(NamedTuple):
-    """Speech that is over, as a file."""
+    """Finished speech as a file."""
 
     data: bytes
-    live: Live
+    speech: SpeechStream
 
 
 async def speak_whole(
     service: Service,
     caller: Caller,
     request: Request,
-    form: str,
+    audio_format: str,
     speed: float = 1.0,
     background: bool = False,
     notices: Sequence[Notice] = (),
 ) -> SpokenFile:
-    """All the speech of a request, in a format of `FORMATS`."""
-    live = await service.speak(
+    """Generates the speech of a request as one file, in a format of `FORMATS`."""
+    speech = await service.speak(
         request, caller, stream=False, background=background, notices=notices
     )
     try:
-        audio = await live.audio()
+        audio = await speech.audio()
     finally:
-        live.cancel()
+        speech.cancel()
     rate = service.model.sample_rate
     started = time.perf_counter()
-    data = await service.work(caller, encode, audio, rate, form, speed)
-    note(encode_s=round(time.perf_counter() - started, 4), notices=live.notice_kinds)
-    return SpokenFile(data, live)
+    data = await service.threads.work(caller, encode, audio, rate, audio_format, speed)
+    add_log_fields(encode_s=round(time.perf_counter() - started, 4), notices=speech.notice_kinds)
+    return SpokenFile(data, speech)
 
 
 async def speak_streamed(
     service: Service,
-    place: Place,
+    permit: Permit,
     request: Request,
-    form: str,
+    audio_format: str,
     speed: float = 1.0,
     wrap: Wrap | None = None,
     media_type: str | None = None,
     notices: Sequence[Notice] = (),
 ) -> "SpokenResponse":
-    """A response that is sent while it is spoken. What fails before the first chunk is raised.
+    """A response that is sent during generation. Errors before the first chunk are raised.
 
     Args:
-      place: which the response keeps until it ends.
-      wrap: makes of the pieces of the file what is sent, as `media_type`.
+      permit: of the request; the response releases it.
+      wrap: turns the pieces of the file into those of another `media_type`.
     """
-    encoder = Encoder(form, service.model.sample_rate, speed)
-    live = await service.speak(request, place.caller, stream=True, notices=notices)
+    encoder = Encoder(audio_format, service.model.sample_rate, speed)
+    speech = await service.speak(request, permit.caller, stream=True, notices=notices)
     try:
-        chunks = live.chunks()
+        chunks = speech.chunks()
         first = await anext(chunks, np.zeros(0, np.float32))
     except BaseException:
-        live.cancel()
+        speech.cancel()
         raise
     pieces = _encoded(encoder, first, chunks)
     if wrap:
-        pieces = wrap(live, pieces)
-    place.keep()
-    return SpokenResponse(live, place, pieces, media_type=media_type or FORMATS[form].media_type)
+        pieces = wrap(speech, pieces)
+    permit.keep()
+    media_type = media_type or FORMATS[audio_format].media_type
+    return SpokenResponse(speech, permit, pieces, media_type=media_type)
 
 
 async def _encoded(
@@ -124,37 +125,39 @@ async def _encoded(
         yield data
 
 
-class PlacedResponse(Response):
-    """Gives back the place of its request when it has been sent, or cannot be."""
+class PermitResponse(Response):
+    """A response that releases the permit of its request when it has been sent, or has failed."""
 
-    def __init__(self, place: Place, content: bytes, **more: Any):
-        """Keeps the place. Args: content, more: as for `Response`."""
-        super().__init__(content, **more)
-        self._place = place
-        place.keep()
+    def __init__(self, permit: Permit, content: bytes | str, **options: Any):
+        """Keeps the permit. The other arguments are those of `Response`."""
+        super().__init__(content, **options)
+        self._permit = permit
+        permit.keep()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            self._place.release()
+            self._permit.release()
 
 
 class SpokenResponse(StreamingResponse):
-    """Ends the speech and gives back its place when the response ends, however it does."""
+    """Streamed speech, which ends its request and releases the permit when the response ends."""
 
-    def __init__(self, live: Live, place: Place, content: AsyncIterator[bytes], **more: Any):
-        super().__init__(content, **more)
-        self._live = live
-        self._place = place
+    def __init__(
+        self, speech: SpeechStream, permit: Permit, content: AsyncIterator[bytes], **options: Any
+    ):
+        super().__init__(content, **options)
+        self._speech = speech
+        self._permit = permit
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self._live.sending():
+            with self._speech.sending():
                 await super().__call__(scope, receive, send)
         except ClientGoneError:
-            pass  # the server closes the connection of a response that is not complete
+            pass  # uvicorn closes the connection, because the response is not complete
         finally:
-            self._live.cancel()
-            self._place.release()
-            note(notices=self._live.notice_kinds)
+            self._speech.cancel()
+            self._permit.release()
+            add_log_fields(notices=self._speech.notice_kinds)

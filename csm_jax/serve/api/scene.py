@@ -40,7 +40,7 @@ async def speak_scene(
         most = service.settings.limits.turns
         raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
     # The first is the request, which has been counted when it came.
-    service.quotas.count_more(caller, len(lines) - 1)
+    service.rate_limits.count_more(caller, len(lines) - 1)
     earlier, audio = list(context), []
     for number, line in enumerate(lines, 1):
         seed = None if options.seed is None else (options.seed + number - 1) % 2**32
@@ -48,14 +48,14 @@ async def speak_scene(
         turns = earlier[-service.settings.limits.turns :]
         request = make_request(service, line.text, line.speaker, asked, turns)
         # Recordings are encoded once, for the first line that has them as context.
-        request = await service.encoded(request, caller)
-        live = await service.speak(request, caller, stream=False)
+        request = await service.encode_context(request, caller)
+        speech = await service.speak(request, caller, stream=False)
         try:
-            audio.append(await live.audio())
+            audio.append(await speech.audio())
         finally:
-            live.cancel()
+            speech.cancel()
         _check_length(service, audio)
-        earlier = [*request.context, Segment(line.speaker, line.text, codes=live.codes())]
+        earlier = [*request.context, Segment(line.speaker, line.text, codes=speech.codes())]
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
 

@@ -1,4 +1,4 @@
-"""Fields that requests of several APIs have."""
+"""Fields that requests of several APIs share, and the engine's request that they become."""
 
 import random
 from collections.abc import Sequence
@@ -11,41 +11,43 @@ from csm_jax.prompt import Segment
 from csm_jax.request import Request
 from csm_jax.sampling import Sampling
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.audio.decoding import decode
+from csm_jax.serve.audio.decoding import decode_upload
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
 from csm_jax.serve.voices.files import MAX_SPEAKER
 from csm_jax.serve.voices.registry import Voice
 
-# Numbers that int32 and JSON's readers agree on.
+# Ranges that int32 and parsers of JSON agree on.
 Speaker = Annotated[int, Field(ge=0, le=MAX_SPEAKER)]
 Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 Text = Annotated[str, Field(min_length=1)]
-# A file of a form, or base64 in JSON.
+# A file in a form, or base64 in JSON.
 Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})]
 
 
 class Options(BaseModel):
-    """How speech is drawn. What is left out is as in `Settings.sampling`."""
+    """Sampling, seed and length. Fields that are left out are as in `Settings.sampling`."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
-    temperature: float | None = Field(None, ge=0, le=5, description="0 takes the likeliest")
-    top_k: int | None = Field(None, ge=1, le=100_000)
-    top_p: float | None = Field(None, gt=0, le=1)
-    min_p: float | None = Field(None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(None, gt=0.01, le=100)
-    seed: Seed | None = Field(None, description="the same seed says the same; default: random")
-    max_audio_length_ms: float | None = Field(None, ge=80, le=86_400_000)
+    temperature: float | None = Field(default=None, ge=0, le=5, description="0 takes the likeliest")
+    top_k: int | None = Field(default=None, ge=1, le=100_000)
+    top_p: float | None = Field(default=None, gt=0, le=1)
+    min_p: float | None = Field(default=None, ge=0, lt=1)
+    repetition_penalty: float | None = Field(default=None, gt=0.01, le=100)
+    seed: Seed | None = Field(
+        default=None, description="the same seed says the same; default: random"
+    )
+    max_audio_length_ms: float | None = Field(default=None, ge=80, le=86_400_000)
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Options":
-        """The options that say the same as `sampling`."""
+        """The options that equal `sampling`."""
         options = cls(**{name: getattr(sampling, name) for name in _SAMPLING})
         return options.model_copy(update={"temperature": 0.0}) if sampling.greedy else options
 
     def sampling(self, default: Sampling) -> Sampling:
-        """These values, and `default` for those that are left out."""
+        """The sampling of these options, with values of `default` for those that are left out."""
         given = self.model_dump(include=_SAMPLING, exclude_none=True)
         if self.temperature == 0:
             given = {"greedy": True}
@@ -65,13 +67,13 @@ def make_request(
     context: Sequence[Segment] = (),
     voice: Voice | None = None,
 ) -> Request:
-    """The request to the engine that a request of any API becomes.
+    """Makes the request to the engine from the fields of any API.
 
     Args:
-      voice: whose recording `speaker` begins with.
+      voice: its recording is the first turn of `speaker`.
 
     Raises:
-      ApiError, InputError: something is beyond a limit.
+      ApiError, InputError: a value is beyond a limit.
     """
     for each in (text, *(turn.text for turn in context)):
         check_length(service, each)
@@ -96,11 +98,11 @@ def make_named_request(
     known_names: Sequence[str],
     options: Options,
 ) -> Request:
-    """`make_request` in the voice of a name, as `Voices.find_as` finds it.
+    """Makes a request in the voice that `Voices.find_api_voice` finds.
 
-    Without any voice, the place of the name in `known_names` is the number of the speaker.
+    On a server without voices, the speaker number is the position of the name in `known_names`.
     """
-    voice = service.voices.find_as(name, caller.owner, known_names)
+    voice = service.voices.find_api_voice(name, caller.owner, known_names)
     speaker = voice.speaker if voice else known_names.index(name)
     return make_request(service, text, speaker, options, voice=voice)
 
@@ -122,7 +124,9 @@ def check_length(service: Service, text: str) -> None:
 
 
 async def read_recording(
-    service: Service, given: str | bytes, name: str, caller: Caller
+    service: Service, recording: str | bytes, name: str, caller: Caller
 ) -> np.ndarray:
-    """A `Recording` as float32 [num_samples] at 24 kHz. Raises `InputError`."""
-    return await service.work(caller, decode, given, service.settings.limits, name)
+    """Decodes a `Recording` to float32 [num_samples] at 24 kHz. Raises `InputError`."""
+    return await service.threads.work(
+        caller, decode_upload, recording, service.settings.limits, name
+    )

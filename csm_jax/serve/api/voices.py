@@ -1,4 +1,4 @@
-"""Voices over HTTP: list, hear, add, delete."""
+"""The API of voices: lists, adds, downloads and deletes them."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from csm_jax.audio import SAMPLE_RATE, decode_audio, encode_audio
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import unless_gone
+from csm_jax.serve.api.responses import cancel_on_disconnect
 from csm_jax.serve.api.schemas import (
     Recording,
     Speaker,
@@ -46,7 +46,7 @@ def router(service: Service) -> APIRouter:
     voices = service.voices
 
     @routes.get("")
-    def listed(http: HTTPRequest) -> VoiceList:
+    def list_voices(http: HTTPRequest) -> VoiceList:
         owner = caller_of(http).owner
         return VoiceList(voices=[_entry(voice) for voice in voices.all(owner)])
 
@@ -55,20 +55,20 @@ def router(service: Service) -> APIRouter:
         fields = await read_fields(http, NewVoice, recordings=True, forms=True)
         check_name(fields.name)
         check_length(service, fields.text)
-        return _entry(await unless_gone(http, _add(service, caller_of(http), fields)))
+        return _entry(await cancel_on_disconnect(http, _add(service, caller_of(http), fields)))
 
     @routes.get("/{name}", response_class=Response)
-    async def hear(http: HTTPRequest, name: str) -> Response:
+    async def download(http: HTTPRequest, name: str) -> Response:
         caller = caller_of(http)
         voice = _find(service, name, caller.owner)
-        data = await service.work(caller, _as_wav, voices, voice)
+        data = await service.threads.work(caller, _as_wav, voices, voice)
         return Response(data, media_type="audio/wav")
 
     @routes.delete("/{name}", status_code=204)
     async def delete(http: HTTPRequest, name: str) -> None:
         owner = caller_of(http).owner
         _find(service, name, owner)
-        await service.in_thread(voices.delete, owner, name)
+        await service.threads.wait(voices.delete, owner, name)
 
     return routes
 

@@ -8,15 +8,20 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.api.context import Context, GivenTurn, read_turn
+from csm_jax.serve.api.context import Context, UploadedTurn, read_turn
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import PlacedResponse, speak_streamed, speak_whole, unless_gone
+from csm_jax.serve.api.responses import (
+    PermitResponse,
+    cancel_on_disconnect,
+    speak_streamed,
+    speak_whole,
+)
 from csm_jax.serve.api.schemas import Options, Recording, Speaker, Text, make_request
 from csm_jax.serve.service import Service
 
 
 class Generate(Options):
-    """Beyond VoxServe's own fields: sampling, seed and length of each request, and a voice."""
+    """The fields of VoxServe's API, and besides a voice and `Options`."""
 
     text: Text
     speaker: Speaker = 0
@@ -34,25 +39,25 @@ def router(service: Service) -> APIRouter:
     @routes.post("/generate", openapi_extra=describe(Generate, forms=True), response_class=Response)
     async def generate(http: HTTPRequest) -> Response:
         fields = await read_fields(http, Generate, recordings=True, forms=True)
-        return await unless_gone(http, _speak(service, caller_of(http), fields))
+        return await cancel_on_disconnect(http, _speak(service, caller_of(http), fields))
 
     return routes
 
 
 async def _speak(service: Service, caller: Caller, fields: Generate) -> Response:
-    with await service.admit(caller) as place:
+    with await service.admit(caller) as permit:
         context = await _context(service, caller, fields)
         voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
         request = make_request(service, fields.text, fields.speaker, fields, context.turns, voice)
         if fields.streaming:
-            return await speak_streamed(service, place, request, "wav", notices=context.notices)
+            return await speak_streamed(service, permit, request, "wav", notices=context.notices)
         spoken = await speak_whole(service, caller, request, "wav", notices=context.notices)
-        headers = {"X-Notices": spoken.live.notice_kinds}
-        return PlacedResponse(place, spoken.data, media_type="audio/wav", headers=headers)
+        headers = {"X-Notices": spoken.speech.notice_kinds}
+        return PermitResponse(permit, spoken.data, media_type="audio/wav", headers=headers)
 
 
 async def _context(service: Service, caller: Caller, fields: Generate) -> Context:
     if fields.audio is None:
         return Context()
-    turn = GivenTurn(fields.speaker, fields.audio_text or "", fields.audio)
+    turn = UploadedTurn(fields.speaker, fields.audio_text or "", fields.audio)
     return await read_turn(service, caller, turn, "audio", "audio_text")

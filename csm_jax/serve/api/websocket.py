@@ -1,4 +1,4 @@
-"""The messages of a WebSocket: received while earlier ones are worked on, and bounded."""
+"""The messages of a WebSocket: received while earlier ones are handled, and limited."""
 
 import asyncio
 import contextlib
@@ -6,105 +6,107 @@ from typing import Protocol
 
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from csm_jax.serve.admission.memory import Held
+from csm_jax.serve.admission.memory import MemoryBudget
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.settings import Limits
 
-# What an empty message counts for, in bytes.
+# Bytes for which an empty message counts.
 MESSAGE_COST = 1000
 
 
-class Talker(Protocol):
-    """What works on the messages.
+class MessageHandler(Protocol):
+    """Handles the messages of one WebSocket."""
 
-    Attributes:
-      is_silent: whether nothing is spoken or waits to be.
-    """
+    @property
+    def is_idle(self) -> bool:
+        """Whether nothing is being generated or waits for that."""
+        ...
 
-    is_silent: bool
+    async def handle(self, message: bytes | None) -> None:
+        """Handles a message in UTF-8; None is a binary one."""
 
-    async def take(self, message: bytes | None) -> None:
-        """Does what a message, in UTF-8, asks for; None is a binary one."""
-
-    async def ended(self) -> None:
+    async def wait_until_ended(self) -> None:
         """Returns when nothing can be sent any more."""
 
 
-class Inbox:
-    """Messages that have come and are not done, bounded by their bytes together."""
+class MessageQueue:
+    """Messages that were received and are not handled yet, limited by their total size."""
 
-    def __init__(self, max_bytes: int, held: Held, share: str):
+    def __init__(self, max_bytes: int, budget: MemoryBudget, share: str):
         """Starts empty.
 
         Args:
-          held: counts the messages of all sockets, by share.
+          budget: counts the messages of all sockets, by share.
         """
         self._max_bytes = max_bytes
-        self._held = held
+        self._budget = budget
         self._share = share
-        self._num_held = 0
+        self._num_bytes = 0
         self._messages: asyncio.Queue[bytes | None] = asyncio.Queue()
 
     def __bool__(self) -> bool:
         return not self._messages.empty()
 
     def put(self, text: str | None) -> None:
-        """Raises `ApiError` if too much waits already."""
-        # Of a string, one rare character makes all others take four bytes.
+        """Appends a message; None is a binary one. Raises `ApiError` if there is no room for it."""
+        # In a `str` one rare character makes all others take four bytes.
         message = None if text is None else text.encode()
         cost = _cost(message)
-        if self._num_held + cost > self._max_bytes:
-            raise ApiError(429, "too many messages wait to be worked on", code="queue_full")
-        self._held.check(self._share, cost)
-        self._hold(cost)
+        if self._num_bytes + cost > self._max_bytes:
+            raise ApiError(429, "too many messages wait to be handled", code="queue_full")
+        self._budget.check(self._share, cost)
+        self._count(cost)
         self._messages.put_nowait(message)
 
     async def get(self) -> bytes | None:
-        """The next message, which is held until it is `done`."""
+        """Waits for the next message, which is counted until it is `done`."""
         return await self._messages.get()
 
     def done(self, message: bytes | None) -> None:
-        """Says that a message is not needed any more."""
-        self._hold(-_cost(message))
+        """Takes a message out of the count, because it is not needed any more."""
+        self._count(-_cost(message))
 
     def close(self) -> None:
-        """Forgets all messages."""
-        self._hold(-self._num_held)
+        """Drops all messages."""
+        self._count(-self._num_bytes)
 
-    def _hold(self, cost: int) -> None:
-        self._num_held += cost
-        self._held.add(self._share, cost)
+    def _count(self, cost: int) -> None:
+        self._num_bytes += cost
+        self._budget.add(self._share, cost)
 
 
 def _cost(message: bytes | None) -> int:
     return len(message or b"") + MESSAGE_COST
 
 
-def held_messages(limits: Limits) -> Held:
-    """The counter of the messages of several sockets."""
-    return Held(limits.pending_body_bytes, "messages")
+def message_budget(limits: Limits) -> MemoryBudget:
+    """The memory budget for the messages of several sockets."""
+    return MemoryBudget(limits.pending_body_bytes, "messages")
 
 
-async def converse(
+async def serve_messages(
     socket: WebSocket,
-    talker: Talker,
+    handler: MessageHandler,
     limits: Limits,
-    held: Held | None = None,
+    budget: MemoryBudget | None = None,
     share: str = "",
 ) -> None:
-    """Takes the messages of a client until it leaves, says nothing for too long, or reads nothing.
+    """Handles the messages of a client until it disconnects, is idle too long, or reads nothing.
 
-    Messages are received while earlier ones are worked on, so that this ends with the client.
+    Messages are received while earlier ones are handled, so that this ends with the client.
 
     Args:
-      held: counts the messages of all sockets; by default of this one.
-      share: whose messages they are.
+      budget: counts the messages of all sockets; by default of this one.
+      share: of the caller.
+
+    Raises:
+      ApiError: the client was idle for too long, or has sent too much.
     """
-    inbox = Inbox(limits.body_bytes, held or held_messages(limits), share)
+    queue = MessageQueue(limits.body_bytes, budget or message_budget(limits), share)
     tasks = [
-        asyncio.create_task(_receive(socket, talker, inbox, limits.socket_idle_seconds)),
-        asyncio.create_task(_take_all(talker, inbox)),
-        asyncio.create_task(talker.ended()),
+        asyncio.create_task(_receive(socket, handler, queue, limits.socket_idle_seconds)),
+        asyncio.create_task(_handle_all(handler, queue)),
+        asyncio.create_task(handler.wait_until_ended()),
     ]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -112,14 +114,16 @@ async def converse(
         for task in tasks:
             task.cancel()
         results = await asyncio.gather(*tasks, return_exceptions=True)
-        inbox.close()
+        queue.close()
     for result in results:
         if isinstance(result, ApiError):
             raise result
 
 
-async def _receive(socket: WebSocket, talker: Talker, inbox: Inbox, idle_seconds: float) -> None:
-    """Raises `ApiError` for a client that has nothing to say, or too much."""
+async def _receive(
+    socket: WebSocket, handler: MessageHandler, queue: MessageQueue, idle_seconds: float
+) -> None:
+    """Receives messages. Raises `ApiError` for a client that is idle, or sends too much."""
     receiving = asyncio.ensure_future(socket.receive())
     try:
         while True:
@@ -128,17 +132,17 @@ async def _receive(socket: WebSocket, talker: Talker, inbox: Inbox, idle_seconds
                 message = receiving.result()
                 if message["type"] == "websocket.disconnect":
                     return
-                inbox.put(message.get("text"))
+                queue.put(message.get("text"))
                 receiving = asyncio.ensure_future(socket.receive())
-            elif talker.is_silent and not inbox:
+            elif handler.is_idle and not queue:
                 raise ApiError(408, f"no message for {idle_seconds:g} s", code="idle")
     finally:
         receiving.cancel()
 
 
-async def _take_all(talker: Talker, inbox: Inbox) -> None:
+async def _handle_all(handler: MessageHandler, queue: MessageQueue) -> None:
     with contextlib.suppress(WebSocketDisconnect):
         while True:
-            message = await inbox.get()
-            await talker.take(message)
-            inbox.done(message)
+            message = await queue.get()
+            await handler.handle(message)
+            queue.done(message)

@@ -1,7 +1,7 @@
-"""Recordings out of requests: bounded while they are read, not after.
+"""Decodes recordings of requests within limits.
 
-A compressed file of a few megabytes can unpack to gigabytes, so decoding stops where the limits
-end. libsndfile does it: it opens nothing but what it is given.
+A compressed file of a few megabytes can unpack to gigabytes, so the limits apply during decoding.
+libsndfile decodes, because it never opens other files or URLs.
 """
 
 import base64
@@ -24,41 +24,41 @@ from csm_jax.serve.settings import Limits
 MAX_CHANNELS = 8
 MAX_RATE = 192_000
 MIN_RATE = 4_000
-# What is decoded at once.
+# Length of the blocks that are decoded one by one.
 _BLOCK_SECONDS = 1
-# How the formats begin that are read here. libsndfile knows two dozen rare ones, whose readers are
-# used and tested less; behind a tag it would look for any of them.
-_BEGINNINGS = re.compile(rb"RIFF....WAVE|fLaC|OggS|\xff[\xe2-\xff]", re.DOTALL)
-_TAGGED = re.compile(rb"fLaC|\xff[\xe2-\xff]", re.DOTALL)
+# The first bytes of the accepted formats. libsndfile also reads two dozen rare ones, whose decoders
+# are tested less, and it would look for any of them behind a tag.
+_SIGNATURES = re.compile(rb"RIFF....WAVE|fLaC|OggS|\xff[\xe2-\xff]", re.DOTALL)
+_SIGNATURES_AFTER_TAG = re.compile(rb"fLaC|\xff[\xe2-\xff]", re.DOTALL)
 # An ID3 tag: its size in 4 times 7 bits.
 _TAG = re.compile(rb"ID3[\x02-\x04]..([\x00-\x7f]{4})", re.DOTALL)
-# The same as libsndfile calls them.
+# The names of these formats in libsndfile.
 _CONTAINERS = ("WAV", "WAVEX", "FLAC", "OGG", "MP3")
-# Lengths from here on stand in heads of files that were written as streams.
+# Files that were written as streams have a length of at least this in their heads.
 _UNKNOWN_FRAMES = 2**31
 
 
-def decode(given: str | bytes, limits: Limits, name: str) -> np.ndarray:
-    """`decode_recording` of a file, or of one in base64."""
-    return decode_recording(_as_bytes(given, limits, name), limits, name)
+def decode_upload(upload: str | bytes, limits: Limits, name: str) -> np.ndarray:
+    """Decodes a recording, a file or base64, as `decode_recording` does."""
+    return decode_recording(_as_bytes(upload, limits, name), limits, name)
 
 
-def check(given: str | bytes, limits: Limits, name: str) -> None:
-    """`check_head` of a file, or of one in base64."""
-    check_head(_as_bytes(given, limits, name), limits, name)
+def check_upload(upload: str | bytes, limits: Limits, name: str) -> None:
+    """Checks a recording, a file or base64, as `check_head` does."""
+    check_head(_as_bytes(upload, limits, name), limits, name)
 
 
-def _as_bytes(given: str | bytes, limits: Limits, name: str) -> bytes:
-    return decode_base64(given, limits, name) if isinstance(given, str) else given
+def _as_bytes(upload: str | bytes, limits: Limits, name: str) -> bytes:
+    return decode_base64(upload, limits, name) if isinstance(upload, str) else upload
 
 
 def decode_base64(text: str, limits: Limits, name: str = "audio") -> bytes:
-    """The bytes of base64, with or without `data:...;base64,` before it."""
+    """Decodes base64, with or without `data:...;base64,` before it."""
     if text.startswith("data:"):
         head, comma, text = text.partition(",")
         if not comma or not head.endswith(";base64"):
             raise InputError(f"{name}: a data URI must be data:audio/...;base64,...")
-    # Four characters are three bytes; before decoding, which would take memory for all of it.
+    # Checked before decoding, which takes memory: four characters are three bytes.
     if len(text) // 4 * 3 > limits.audio_bytes:
         raise InputError(_too_large(name, limits))
     try:
@@ -68,12 +68,12 @@ def decode_base64(text: str, limits: Limits, name: str = "audio") -> bytes:
 
 
 def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.ndarray:
-    """A recording in WAV, FLAC, Ogg (Opus, Vorbis) or MP3 as mono float32 [num_samples] at 24 kHz.
+    """Decodes WAV, FLAC, Ogg (Opus, Vorbis) or MP3 to mono float32 [num_samples] at 24 kHz.
 
     Raises:
-      InputError: it is no audio, no speech (`check_speech`), or beyond a limit.
+      InputError: it is not audio, not speech (`check_speech`), or beyond a limit.
     """
-    with _opened(data, limits, name) as file:
+    with _open_audio(data, limits, name) as file:
         samples = _read(file, limits, name)
         rate = file.samplerate
     if not len(samples) or not np.isfinite(samples).all():
@@ -84,15 +84,15 @@ def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.nda
 
 
 def check_head(data: bytes, limits: Limits, name: str = "audio") -> None:
-    """What can be said of a recording without decoding it. Raises `InputError`."""
-    with _opened(data, limits, name) as file:
+    """Checks a recording as far as possible without decoding it. Raises `InputError`."""
+    with _open_audio(data, limits, name) as file:
         if limits.audio_seconds * file.samplerate < file.frames < _UNKNOWN_FRAMES:
             raise InputError(_too_long(name, limits))
 
 
 @contextlib.contextmanager
-def _opened(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundFile]:
-    """Raises `InputError` for bytes that are no audio, or of a kind that is not read here."""
+def _open_audio(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundFile]:
+    """Opens a file. Raises `InputError` for bytes that are not audio in an accepted format."""
     if len(data) > limits.audio_bytes:
         raise InputError(_too_large(name, limits))
     if not _is_known(data):
@@ -116,18 +116,18 @@ def _opened(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundF
 
 
 def _is_known(data: bytes) -> bool:
-    """Whether a file begins as those that are read here, if need be after an ID3 tag."""
+    """Whether a file has the signature of an accepted format, possibly after an ID3 tag."""
     if not (tag := _TAG.match(data)):
-        return _BEGINNINGS.match(data) is not None
+        return _SIGNATURES.match(data) is not None
     size = functools.reduce(lambda size, byte: size << 7 | byte, tag[1])
-    return _TAGGED.match(data, tag.end() + size) is not None
+    return _SIGNATURES_AFTER_TAG.match(data, tag.end() + size) is not None
 
 
 def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
-    """Mono float32 at the file's own rate."""
+    """Decodes to mono float32 at the file's own rate."""
     most = int(limits.audio_seconds * file.samplerate)
     blocks, total = [], 0
-    # What the head says of the length may be a lie: what comes is counted.
+    # The samples are counted, because the length in the head can be wrong.
     while len(block := file.read(_BLOCK_SECONDS * file.samplerate, "float32", always_2d=True)):
         total += len(block)
         if total > most:

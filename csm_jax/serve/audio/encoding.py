@@ -1,94 +1,103 @@
-"""Speech as bytes of a format, piece by piece; faster or slower if wanted.
+"""Encodes speech in an audio format, in pieces or as a whole, and changes its speed.
 
-ffmpeg's libraries (PyAV) do the coding. What is streamed and what is sent as a whole is the
-same; only the heads of the latter also say how long it is.
+ffmpeg's libraries (PyAV) encode. Both ways make the same audio, but only the head of a whole file
+contains its length.
 """
 
 import io
 import itertools
 from collections.abc import Iterator
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import av
+import av.error
+import av.filter
 import numpy as np
 
 from csm_jax.audio import encode_audio, to_pcm, wav_header
 from csm_jax.errors import InputError
 
 
+class Coding(NamedTuple):
+    """How ffmpeg encodes a format, in its own names."""
+
+    container: str
+    codec: str
+    sample_format: str
+
+
 class Format(NamedTuple):
-    """How audio is coded; `container` and `codec` are ffmpeg's names, None for plain samples."""
+    """An audio format; `coding` is None for plain samples."""
 
     media_type: str
-    container: str | None = None
-    codec: str | None = None
-    sample_format: str | None = None
+    coding: Coding | None = None
 
 
-FORMATS = {
+FormatName = Literal["wav", "pcm", "mp3", "opus", "flac", "aac"]
+FORMATS: dict[str, Format] = {
     "wav": Format("audio/wav"),
     "pcm": Format("audio/pcm"),
-    "mp3": Format("audio/mpeg", "mp3", "libmp3lame", "fltp"),
-    "opus": Format("audio/ogg", "ogg", "libopus", "flt"),
-    "flac": Format("audio/flac", "flac", "flac", "s16"),
-    "aac": Format("audio/aac", "adts", "aac", "fltp"),
+    "mp3": Format("audio/mpeg", Coding("mp3", "libmp3lame", "fltp")),
+    "opus": Format("audio/ogg", Coding("ogg", "libopus", "flt")),
+    "flac": Format("audio/flac", Coding("flac", "flac", "s16")),
+    "aac": Format("audio/aac", Coding("adts", "aac", "fltp")),
 }
-# atempo changes the speed by at most this at a time.
+# The range of one atempo filter.
 _SLOWEST, _FASTEST = 0.5, 2.0
 
 
 def encode(audio: np.ndarray, sample_rate: int, name: str, speed: float = 1.0) -> bytes:
-    """A whole recording, float32 [num_samples], as a file of one of `FORMATS`."""
-    form = _format(name)
+    """Encodes a recording, float32 [num_samples], as a file in one of `FORMATS`."""
+    coding = _find_format(name).coding
     if speed != 1:
         tempo = _Tempo(sample_rate, speed)
         audio = np.concatenate([tempo.add(audio), tempo.finish()])
-    if form.container is None:
+    if coding is None:
         return encode_audio(audio, sample_rate, f".{name}")
-    # Where the encoder can go back, the head says how long it is.
+    # The encoder can seek in a whole file, and then writes the length into its head.
     file = io.BytesIO()
-    coder = _Coded(form, sample_rate, file)
-    coder.add(audio)
-    coder.finish()
+    encoder = _ContainerEncoder(coding, sample_rate, file)
+    encoder.add(audio)
+    encoder.finish()
     return file.getvalue()
 
 
 class Encoder:
-    """Turns chunks of speech into bytes of a format. The bytes of all calls make one file."""
+    """Encodes chunks of speech. The bytes of all calls together are one file."""
 
     def __init__(self, name: str, sample_rate: int, speed: float = 1.0):
-        """Raises `InputError` for a format that is not one of `FORMATS`."""
-        form = _format(name)
+        """Starts a file. Raises `InputError` for a format that is not one of `FORMATS`."""
+        coding = _find_format(name).coding
         self._tempo = _Tempo(sample_rate, speed) if speed != 1 else None
         self._sink = _Sink()
-        if form.container:
-            self._coder = _Coded(form, sample_rate, self._sink)
+        if coding:
+            self._encoder = _ContainerEncoder(coding, sample_rate, self._sink)
         else:
-            self._coder = _Plain(self._sink)
+            self._encoder = _PcmEncoder(self._sink)
             self._sink.write(wav_header(sample_rate) if name == "wav" else b"")
 
     def add(self, samples: np.ndarray) -> bytes:
-        """The bytes that are ready after float32 [n] more samples."""
-        self._coder.add(self._tempo.add(samples) if self._tempo else samples)
+        """Adds samples, float32 [n], and returns the bytes that are ready."""
+        self._encoder.add(self._tempo.add(samples) if self._tempo else samples)
         return self._sink.drain()
 
     def finish(self) -> bytes:
-        """What is left."""
+        """Ends the file, and returns the remaining bytes."""
         if self._tempo:
-            self._coder.add(self._tempo.finish())
-        self._coder.finish()
+            self._encoder.add(self._tempo.finish())
+        self._encoder.finish()
         return self._sink.drain()
 
 
-def _format(name: str) -> Format:
+def _find_format(name: str) -> Format:
     if name not in FORMATS:
         raise InputError(f"the format is {name}, but must be one of {', '.join(FORMATS)}")
     return FORMATS[name]
 
 
 class _Sink:
-    """A file that can only be written on, whose bytes go away as they come."""
+    """A file that can only be written to, and whose bytes are taken as they arrive."""
 
     def __init__(self):
         self._data = bytearray()
@@ -103,8 +112,8 @@ class _Sink:
         return data
 
 
-class _Plain:
-    """16-bit samples as they are."""
+class _PcmEncoder:
+    """Writes plain samples of 16 bits."""
 
     def __init__(self, sink: _Sink):
         self._sink = sink
@@ -116,20 +125,22 @@ class _Plain:
         pass
 
 
-class _Coded:
-    """A container that ffmpeg writes."""
+class _ContainerEncoder:
+    """Writes a container by ffmpeg."""
 
-    def __init__(self, form: Format, sample_rate: int, sink: "_Sink | io.BytesIO"):
-        # Otherwise a stream has a random number of its own.
+    def __init__(self, coding: Coding, sample_rate: int, sink: "_Sink | io.BytesIO"):
+        # By default ffmpeg writes a random stream number.
         options = {"fflags": "+bitexact", "flush_packets": "1"}
-        self._container = av.open(sink, "w", form.container, options=options)
-        self._stream = self._container.add_stream(form.codec, rate=sample_rate, layout="mono")
+        self._container = av.open(sink, "w", coding.container, options=options)
+        stream = self._container.add_stream(coding.codec, rate=sample_rate, layout="mono")
+        # PyAV's annotations allow any kind of stream here.
+        self._stream = cast(av.AudioStream, stream)
         context = self._stream.codec_context
-        context.format = form.sample_format
+        context.format = coding.sample_format
         context.open()
-        # The codec wants frames of its own size.
+        # The codec needs frames of a fixed size.
         self._cutter = av.AudioResampler(
-            form.sample_format, "mono", sample_rate, context.frame_size or None
+            coding.sample_format, "mono", sample_rate, context.frame_size or None
         )
         self._sample_rate = sample_rate
         self._num_samples = 0
@@ -142,7 +153,7 @@ class _Coded:
 
     def finish(self) -> None:
         if not self._num_samples:
-            self.add(np.zeros(self._sample_rate // 100, np.float32))  # an empty file plays nowhere
+            self.add(np.zeros(self._sample_rate // 100, np.float32))  # players refuse an empty file
         self._encode(self._cutter.resample(None))
         self._container.mux(self._stream.encode(None))
         self._container.close()
@@ -153,7 +164,7 @@ class _Coded:
 
 
 class _Tempo:
-    """Faster or slower speech at the same pitch (ffmpeg's atempo)."""
+    """Changes the speed of speech at the same pitch (ffmpeg's atempo)."""
 
     def __init__(self, sample_rate: int, speed: float):
         self._sample_rate = sample_rate
@@ -163,8 +174,13 @@ class _Tempo:
             format="flt", sample_rate=sample_rate, layout="mono", time_base=Fraction(1, sample_rate)
         )
         filters = [self._graph.add("atempo", f"{factor:.6f}") for factor in _factors(speed)]
-        form = f"sample_fmts=flt:sample_rates={sample_rate}:channel_layouts=mono"
-        chain = [source, *filters, self._graph.add("aformat", form), self._graph.add("abuffersink")]
+        sample_format = f"sample_fmts=flt:sample_rates={sample_rate}:channel_layouts=mono"
+        chain = [
+            source,
+            *filters,
+            self._graph.add("aformat", sample_format),
+            self._graph.add("abuffersink"),
+        ]
         for one, next_one in itertools.pairwise(chain):
             one.link_to(next_one)
         self._graph.configure()
@@ -186,13 +202,13 @@ class _Tempo:
     def _pulled(self) -> Iterator[np.ndarray]:
         while True:
             try:
-                yield self._graph.pull().to_ndarray()[0]
-            except (av.BlockingIOError, av.EOFError):
+                yield cast(av.AudioFrame, self._graph.pull()).to_ndarray()[0]
+            except (av.error.BlockingIOError, av.error.EOFError):
                 return
 
 
 def _factors(speed: float) -> list[float]:
-    """Factors that atempo can do, whose product is `speed`."""
+    """Factors in the range of atempo, whose product is `speed`."""
     factors = []
     while not _SLOWEST <= speed <= _FASTEST:
         factors.append(_SLOWEST if speed < _SLOWEST else _FASTEST)

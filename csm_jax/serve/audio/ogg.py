@@ -1,11 +1,11 @@
-"""The structure of an Ogg file, checked before libogg and libvorbis read it.
+"""Checks the structure of an Ogg file before libogg and libvorbis read it.
 
-A Vorbis file begins with the codebooks of its decoder, and libvorbis makes the tables of all of
-them when the file is opened. A codebook of some bytes can stand for four million entries: 3 kB ask
-for 13 GB of memory and minutes of work. So the entries are counted here first.
+A Vorbis file begins with the codebooks of its decoder, and libvorbis builds the tables of all of
+them when the file is opened. A codebook of a few bytes can have four million entries: 3 kB take
+13 GB of memory and minutes of work. So the entries are counted here first.
 
-Where libogg finds no page it looks for one from byte to byte, and adds up 64 kB at each that seems
-to begin one: minutes for 10 MB. So only a file of whole pages, one behind the other, gets there.
+Between pages libogg searches for the next one byte by byte, and computes a checksum of 64 kB at
+each possible beginning, which takes minutes for 10 MB. So only consecutive pages are handed on.
 """
 
 import struct
@@ -13,28 +13,28 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-# Entries of all codebooks, times the dimensions of each. Encoders write at most 90 000.
+# Entries of all codebooks times their dimensions. Encoders write at most 90 000.
 MAX_VALUES = 1 << 18
-# A minute of pages that hold 20 ms each has 3000.
+# A minute has 3000 pages of 20 ms.
 MAX_PAGES = 20_000
-# Of the packet with the codebooks. Encoders write some kB.
+# Limit for the packet with the codebooks. Encoders write a few kB.
 _SETUP_BYTES = 65_536
 _HEAD = struct.Struct("<4sBBqIIIB")
 _CRC_AT, _NO_CRC = 22, bytes(4)
 _CONTINUED = 1
 _IDENTIFICATION, _SETUP = b"\x01vorbis", b"\x05vorbis"
 _CODEBOOK = 0x564342
-# Code words have at most so many bits, and an ordered codebook as many runs.
+# The maximum length of code words in bits, which is also that of runs of an ordered codebook.
 _LONGEST_CODE = 32
 _REVERSED = bytes(int(f"{byte:08b}"[::-1], 2) for byte in range(256))
 
 
 class OggError(Exception):
-    """An Ogg file is not given to a decoder; the message says why."""
+    """An Ogg file that must not be decoded, with the reason."""
 
 
 class _Page(NamedTuple):
-    """A page whose checksum is right. Attributes: end: where it ends in the file."""
+    """A page with a valid checksum, which ends at the byte `end` of the file."""
 
     flags: int
     serial: int
@@ -45,10 +45,10 @@ class _Page(NamedTuple):
 
 
 def checked_ogg(data: bytes) -> bytes:
-    """The file up to its last whole page.
+    """The file up to its last complete page.
 
-    Raises `OggError` if a page is damaged, or the codebooks of a Vorbis file are malformed or
-    unpack to too much.
+    Raises:
+      OggError: a page is damaged, or the codebooks of a Vorbis file are malformed or too large.
     """
     pages = list(_pages(data))
     packets = _packets(pages)
@@ -77,9 +77,9 @@ def _pages(data: bytes) -> Iterator[_Page]:
 
 
 def _packets(pages: Iterable[_Page]) -> Iterator[bytes]:
-    """The packets of the first stream. Raises `OggError` where its pages are not in order.
+    """The packets of the first stream. Raises `OggError` if its pages are not in order.
 
-    What libogg would skip or drop there is refused: so it reads the same packets.
+    Everything that libogg would skip is refused, so that libogg reads the same packets.
     """
     packet, serial = b"", None
     for number, page in enumerate(pages):
@@ -98,7 +98,7 @@ def _packets(pages: Iterable[_Page]) -> Iterator[bytes]:
 
 
 def _crc(data: bytes) -> int:
-    """Ogg's checksum: that of zlib with all bits the other way round, from 0 on."""
+    """Ogg's checksum: that of zlib with reversed bits and the initial value 0."""
     crc = zlib.crc32(data.translate(_REVERSED), 0xFFFFFFFF) ^ 0xFFFFFFFF
     return int(f"{crc:032b}"[::-1], 2)
 
@@ -113,7 +113,7 @@ def _check_codebooks(setup: bytes) -> None:
 
 
 class _Bits:
-    """Bits of a packet, the lowest of each byte first. Raises `OggError` at its end."""
+    """Reads the bits of a packet, the lowest of each byte first. Raises `OggError` at its end."""
 
     def __init__(self, data: bytes):
         self._data = data
@@ -132,7 +132,7 @@ class _Bits:
 
 
 def _read_codebook(bits: _Bits, most: int) -> int:
-    """Goes past a codebook (Vorbis I, 3.2.1); returns its entries times its dimensions.
+    """Skips a codebook (Vorbis I, 3.2.1), and returns its entries times its dimensions.
 
     Raises `OggError` if they are more than `most`.
     """
@@ -170,7 +170,7 @@ def _skip_lengths(bits: _Bits, entries: int) -> None:
 
 
 def _root(number: int, degree: int) -> int:
-    """The largest whole number whose power is not larger than `number`."""
+    """The largest integer whose power is not larger than `number`."""
     root = 1
     while (root + 1) ** degree <= number:
         root += 1

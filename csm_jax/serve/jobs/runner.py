@@ -1,7 +1,7 @@
-"""Requests that go on without their client: submitted, polled, fetched or cancelled later.
+"""Runs jobs: they are submitted, and polled, fetched or cancelled later.
 
-A job is stored before it is acknowledged. With a data directory, a job that is not over when the
-process ends is run again by the next one, from its stored request.
+A job is stored before it is acknowledged. With a data directory, a job that is not completed when
+the process ends is run again by the next one, from its stored request.
 """
 
 import asyncio
@@ -11,145 +11,76 @@ import json
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from enum import Enum
 from typing import Any, NamedTuple
 
 from csm_jax.errors import QueueFullError
 from csm_jax.scheduler import FairQueue
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import ApiError, as_api_error
+from csm_jax.serve.jobs.job import (
+    Job,
+    JobHandler,
+    Status,
+    cancelled_error,
+    job_from_row,
+    outcome_of,
+)
 from csm_jax.serve.jobs.webhooks import Webhooks
 from csm_jax.serve.middleware.request_log import request_id
 from csm_jax.serve.store.errors import QuotaError, StorageError
-from csm_jax.serve.store.jobs import Delivery, JobRow, JobStore, Outcome
+from csm_jax.serve.store.jobs import Delivery, JobStore
 
 logger = logging.getLogger("csm_jax.serve")
 
-# A request that ends the process each time is not begun once more after so many.
+# Attempts at a job, if the process is killed during each of them.
 MAX_ATTEMPTS = 3
-# How often a job is put back whose caller asks for more than the engine or the quotas allow.
+# How often a job is delayed because the engine is full, or its caller over a limit.
 _MAX_DELAYS = 100
-# All shares together can have so many times as many jobs waiting as one.
-_SHARES = 8
-# What a cancelled job gets to end in before its client is answered.
+# Waiting jobs of all shares together, in multiples of those of one.
+_TOTAL_FACTOR = 8
+# How long the response to a cancellation waits for the end of the job.
 _CANCEL_SECONDS = 5.0
 
 
-class Status(Enum):
-    QUEUED = "IN_QUEUE"
-    RUNNING = "IN_PROGRESS"
-    OVER = "COMPLETED"
-
-
-@dataclass(eq=False)
-class Job:
-    """A request that goes on without its client.
-
-    Attributes:
-      caller: whose it is; other owners do not find it.
-      kind: which API runs it.
-      result, error: one of them, when it is over.
-      logs: messages of its progress so far, with times.
-      task: runs it, while it is running.
-      is_stored: it is in the store, so it can be run.
-      is_ending: it was cancelled, or its outcome is known and is being stored.
-      num_delays: how often it was put back.
-      timer: ends its delay, while it is put back.
-    """
-
-    id: str
-    caller: Caller
-    kind: str
-    webhook: str | None = None
-    attempts: int = 0
-    status: Status = Status.QUEUED
-    result: dict | None = None
-    error: ApiError | None = None
-    logs: list[dict[str, str]] = field(default_factory=list)
-    task: asyncio.Task | None = None
-    is_stored: bool = True
-    is_ending: bool = False
-    num_delays: int = 0
-    timer: asyncio.TimerHandle | None = None
-    seconds: float = 0.0
-    _changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def log(self, message: str) -> None:
-        now = datetime.now(UTC).isoformat()
-        self.logs.append({"timestamp": now, "level": "INFO", "source": "USER", "message": message})
-        self.notify()
-
-    def become(self, status: Status) -> None:
-        self.status = status
-        self.notify()
-
-    def notify(self) -> None:
-        """Wakes all that wait for the next change."""
-        self._changed.set()
-        self._changed = asyncio.Event()
-
-    async def changed(self, seconds: float) -> None:
-        """Returns at the next change, or after so many seconds."""
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
-
-
-class Kind(NamedTuple):
-    """How an API runs its jobs.
-
-    Attributes:
-      work: makes the result from a job and the request's body.
-      post: what the job's webhook is sent when it is over, from the job and the body.
-      keeps_result: whether the result can be fetched later.
-    """
-
-    work: Callable[[Job, str], Awaitable[dict[str, Any]]]
-    post: Callable[[Job, str], dict[str, Any]]
-    keeps_result: bool = True
-
-
 class _Delay(NamedTuple):
-    """A job is to be run later, because its caller has asked for too much."""
+    """A job is run later, because the engine is full or its caller over a limit."""
 
     seconds: float
 
 
-class Jobs:
-    """Runs some jobs at a time: shares take turns, each with its jobs in their order.
+class JobRunner:
+    """Runs jobs concurrently: shares take turns, and jobs of one share run in order.
 
-    Of several slots one is kept for shares that have none.
+    Of several slots one is for shares that use none.
     """
 
-    def __init__(self, store: JobStore, webhooks: Webhooks, at_once: int, max_waiting: int):
+    def __init__(self, store: JobStore, webhooks: Webhooks, max_running: int, max_waiting: int):
         """Starts without jobs.
 
         Args:
-          at_once: jobs that run at the same time.
-          max_waiting: jobs of one share that can wait.
+          max_running: jobs that run at the same time.
+          max_waiting: jobs of one share that may wait.
         """
         self._store = store
         self._webhooks = webhooks
-        self._at_once = at_once
+        self._max_running = max_running
         self._max_waiting = max_waiting
-        self._kinds: dict[str, Kind] = {}
-        # The jobs that are not over, in their order.
+        self._handlers: dict[str, JobHandler] = {}
+        # Jobs that are not completed, in the order of submission.
         self._jobs: dict[str, Job] = {}
-        # Those of them that can run now.
+        # Those of them that wait for a slot.
         self._queue: FairQueue[Job] = FairQueue()
         self._is_closing = False
         self._is_closed = False
 
-    def register(self, name: str, kind: Kind) -> None:
-        """Lets jobs be submitted as `name`."""
-        self._kinds[name] = kind
+    def register(self, kind: str, handler: JobHandler) -> None:
+        """Sets the handler for jobs of a kind."""
+        self._handlers[kind] = handler
 
     async def start(self) -> None:
-        """Takes up what the last process left, jobs and webhooks."""
+        """Continues the jobs and webhooks that the last process left."""
         for row in await self._store.unfinished():
-            job = _as_job(row)
+            job = job_from_row(row)
             job.log("taken up again after a restart of the server")
             self._jobs[job.id] = job
             self._queue.push(job, job.caller.share, job.caller.weight)
@@ -157,7 +88,7 @@ class Jobs:
         self._advance()
 
     async def submit(self, caller: Caller, kind: str, body: str, webhook: str | None = None) -> Job:
-        """Stores a job and puts it at the end of its share's queue.
+        """Stores a job, and appends it to the queue of its share.
 
         Args:
           body: the request, from which it can be run again.
@@ -169,7 +100,7 @@ class Jobs:
         self._check_room(caller)
         job = Job(str(uuid.uuid4()), caller, kind, webhook, is_stored=False)
         job.log(f"submitted by request {request_id()}")
-        # It has its place while it is being stored.
+        # It counts as waiting while it is being stored.
         self._jobs[job.id] = job
         try:
             await self._store.add(job.id, caller, kind, body, webhook, json.dumps(job.logs))
@@ -182,40 +113,41 @@ class Jobs:
         return job
 
     async def find(self, job_id: str, owner: str) -> Job:
-        """Raises `ApiError` if this owner has none of that id."""
+        """Finds a job by its id. Raises `ApiError` if this owner has none of that id."""
         job = self._jobs.get(job_id)
         if job is not None and job.caller.owner == owner:
             return job
         if job is None and (row := await self._store.find(job_id, owner)):
-            return _as_job(row, Status.OVER)
+            return job_from_row(row, Status.COMPLETED)
         raise ApiError(404, f"there is no request {job_id[:80]!r}", code="not_found")
 
-    def is_held(self, job: Job) -> bool:
+    def is_active(self, job: Job) -> bool:
         """Whether the job can still change."""
         return job.id in self._jobs
 
     def position(self, job: Job) -> int:
-        """How many jobs of its share are before it in the queue."""
+        """The number of jobs before it in the queue of its share."""
         queued = [each.id for each in self._queued if each.caller.share == job.caller.share]
         return queued.index(job.id) if job.id in queued else 0
 
     async def cancel(self, job: Job) -> bool:
-        """Ends a job, whether it has begun or not; False if it is over or cancelled already."""
-        if job.is_ending or job.status is Status.OVER or self._is_closed:
+        """Cancels a job; returns False if it is completed or cancelled already."""
+        if job.is_ending or job.status is Status.COMPLETED or self._is_closed:
             return False
         if job.task is None:
-            self._take_out(job)
-            self._start_ending(job, _cancelled())
+            self._dequeue(job)
+            task = self._start_ending(job, cancelled_error())
         else:
+            task = job.task
             job.is_ending = True
-            job.task.cancel()
-        await asyncio.wait({job.task}, timeout=_CANCEL_SECONDS)
+            task.cancel()
+        await asyncio.wait({task}, timeout=_CANCEL_SECONDS)
         return True
 
     async def close(self, seconds: float) -> None:
-        """Waits so long for jobs, and leaves the others to the next process, if there can be one.
+        """Waits for jobs for so many seconds, and leaves the others to the next process.
 
-        With a data directory only those that are running are waited for.
+        With a data directory it waits for running jobs only.
         """
         self._is_closing = True
         deadline = time.monotonic() + seconds
@@ -241,39 +173,39 @@ class Jobs:
 
     @property
     def _leaves_jobs(self) -> bool:
-        """Whether what is not over is left to the next process."""
+        """Whether jobs that are not completed are left to the next process."""
         return self._is_closing and self._store.is_durable
 
     @property
-    def _begins_no_more(self) -> bool:
+    def _has_stopped(self) -> bool:
         return self._is_closed or self._leaves_jobs
 
     def _check_room(self, caller: Caller) -> None:
         waiting = [job.caller.share for job in self._jobs.values() if job.task is None]
         own = waiting.count(caller.share)
-        if own >= self._max_waiting or len(waiting) >= _SHARES * self._max_waiting:
+        if own >= self._max_waiting or len(waiting) >= _TOTAL_FACTOR * self._max_waiting:
             message = f"{own} of your jobs are waiting, and {len(waiting)} of all"
             raise ApiError(429, message, code="queue_full", retry_after=10)
 
     def _advance(self) -> None:
-        """Begins as many jobs as there are slots for."""
-        while not self._begins_no_more and (free := self._at_once - self._queue.num_running) > 0:
-            job = self._queue.pop(idle_only=free == 1 and self._at_once > 1)
+        """Starts waiting jobs while there are free slots."""
+        while not self._has_stopped and (free := self._max_running - self._queue.num_running) > 0:
+            job = self._queue.pop(idle_only=free == 1 and self._max_running > 1)
             if job is None:
                 return
             job.task = asyncio.create_task(self._run(job))
             job.task.add_done_callback(functools.partial(self._free_slot, job))
 
     def _free_slot(self, job: Job, task: asyncio.Task) -> None:
-        """Goes on when a job has left its slot, whether it is over or not."""
+        """Decides what becomes of a job that has left its slot, and starts others."""
         self._queue.finish(job.caller.share)
         is_over = not task.cancelled()
         delay = task.result() if is_over and task.exception() is None else None
         if job.is_ending and delay is not None:
             is_over = False
         if not is_over and not self._is_closed and (job.is_ending or not self._leaves_jobs):
-            # Cancelled before its first step, or while it was put back.
-            self._start_ending(job, _cancelled())
+            # It was cancelled before its first step, or while it was delayed.
+            self._start_ending(job, cancelled_error())
         elif delay is not None:
             self._delay(job, delay)
         else:
@@ -281,30 +213,31 @@ class Jobs:
         self._advance()
 
     def _delay(self, job: Job, delay: _Delay) -> None:
-        """Lets a job wait without a slot, and be the next of its share after that."""
+        """Lets a job wait without a slot; after that it is the next of its share."""
         job.task = None
-        job.become(Status.QUEUED)
+        job.set_status(Status.QUEUED)
         if not self._is_closed:
             loop = asyncio.get_running_loop()
-            job.timer = loop.call_later(delay.seconds, self._put_back, job)
+            job.timer = loop.call_later(delay.seconds, self._requeue, job)
 
-    def _put_back(self, job: Job) -> None:
+    def _requeue(self, job: Job) -> None:
         job.timer = None
         self._queue.push_front(job, job.caller.share, job.caller.weight)
         self._advance()
 
-    def _take_out(self, job: Job) -> None:
-        """Lets a job that has no slot wait no longer."""
+    def _dequeue(self, job: Job) -> None:
+        """Removes a job without a slot from the queue, or ends its delay."""
         if job.timer is not None:
             _stop_timer(job)
         elif job.is_stored:
             self._queue.remove(job)
 
-    def _start_ending(self, job: Job, error: ApiError) -> None:
-        """Ends a job that has no slot."""
+    def _start_ending(self, job: Job, error: ApiError) -> asyncio.Task:
+        """Begins to store the end of a job that has no slot."""
         job.error, job.is_ending = error, True
-        job.task = asyncio.create_task(self._end(job))
-        job.task.add_done_callback(functools.partial(self._forget, job))
+        job.task = task = asyncio.create_task(self._end(job))
+        task.add_done_callback(functools.partial(self._forget, job))
+        return task
 
     def _forget(self, job: Job, task: asyncio.Task) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -313,21 +246,21 @@ class Jobs:
         job.notify()
 
     async def _run(self, job: Job) -> _Delay | None:
-        """Runs a job to its end, unless it is to be run later."""
+        """Runs a job, and stores its end, unless it has to be run later."""
         started = time.perf_counter()
         try:
             await self._store.begin(job.id)
-            job.become(Status.RUNNING)
-            job.result = await self._work(job)
+            job.set_status(Status.RUNNING)
+            job.result = await self._call_handler(job)
             job.log("done")
         except asyncio.CancelledError:
             if self._leaves_jobs and not job.is_ending:
-                await self._leave(job)
+                await self._return_to_store(job)
                 return None
-            job.error = _cancelled()
+            job.error = cancelled_error()
         except Exception as error:
             if (delay := _delay_after(job, error)) is not None:
-                await self._leave(job)
+                await self._return_to_store(job)
                 return delay
             job.error = as_api_error(error)
             job.log(str(job.error))
@@ -335,46 +268,46 @@ class Jobs:
         await self._end(job)
         return None
 
-    async def _work(self, job: Job) -> dict[str, Any]:
-        if job.kind not in self._kinds:
+    async def _call_handler(self, job: Job) -> dict[str, Any]:
+        if job.kind not in self._handlers:
             raise ApiError(500, f"jobs of kind {job.kind} are not run by this version")
         if job.attempts >= MAX_ATTEMPTS:
             raise ApiError(500, f"the server ended {job.attempts} times while it ran this job")
-        return await self._kinds[job.kind].work(job, await self._store.body(job.id))
+        return await self._handlers[job.kind].run(job, await self._store.body(job.id))
 
-    async def _leave(self, job: Job) -> None:
-        """Leaves a job as it was before this attempt, for later or for the next process."""
-        with contextlib.suppress(StorageError):  # it is run again all the same
+    async def _return_to_store(self, job: Job) -> None:
+        """Takes back the attempt, because the job is run later, or by the next process."""
+        with contextlib.suppress(StorageError):  # it is run again in any case
             await self._store.give_back(job.id)
 
     async def _end(self, job: Job) -> None:
-        """Stores how a job ended, and what its webhook is sent, in one step."""
+        """Stores the outcome of a job together with the body for its webhook."""
         job.is_ending = True
         try:
             delivery = await self._store_end(job)
         except QuotaError as error:
             job.result, job.error = None, as_api_error(error)
             delivery = await self._store_end(job)
-        job.become(Status.OVER)
+        job.set_status(Status.COMPLETED)
         if delivery is not None:
             self._webhooks.post(delivery)
 
     async def _store_end(self, job: Job) -> Delivery | None:
-        """Raises `QuotaError` if what is to be posted is too much."""
-        post = None if job.webhook is None else await self._post(job)
-        if (kind := self._kinds.get(job.kind)) and not kind.keeps_result:
+        """Raises `QuotaError` if the body for the webhook is too large."""
+        post = None if job.webhook is None else await self._webhook_body(job)
+        if (handler := self._handlers.get(job.kind)) and not handler.keeps_result:
             job.result = None
-        return await self._store.end(job.id, _outcome(job), post)
+        return await self._store.end(job.id, outcome_of(job), post)
 
-    async def _post(self, job: Job) -> bytes | None:
-        if (kind := self._kinds.get(job.kind)) is None:
+    async def _webhook_body(self, job: Job) -> bytes | None:
+        if (handler := self._handlers.get(job.kind)) is None:
             return None
         body = await self._store.body(job.id)
-        return await asyncio.to_thread(lambda: json.dumps(kind.post(job, body)).encode())
+        return await asyncio.to_thread(lambda: json.dumps(handler.webhook_body(job, body)).encode())
 
 
 def _delay_after(job: Job, error: Exception) -> _Delay | None:
-    """How long a job waits after an error that passes; None after another one."""
+    """The delay of a job after an error that passes; None after any other error."""
     if not isinstance(error, ApiError | QueueFullError):
         return None
     busy = as_api_error(error)
@@ -388,33 +321,3 @@ def _stop_timer(job: Job) -> None:
     if job.timer is not None:
         job.timer.cancel()
         job.timer = None
-
-
-def _outcome(job: Job) -> Outcome:
-    error = job.error and {
-        "status": job.error.status,
-        "message": str(job.error),
-        "param": job.error.param,
-        "code": job.error.code,
-    }
-    result = None if job.result is None else json.dumps(job.result)
-    return Outcome(json.dumps(job.logs), job.seconds, result, error and json.dumps(error))
-
-
-def _as_job(row: JobRow, status: Status = Status.QUEUED) -> Job:
-    return Job(
-        row.id,
-        row.caller,
-        row.kind,
-        row.webhook,
-        row.attempts,
-        status,
-        None if row.result is None else json.loads(row.result),
-        None if row.error is None else ApiError(**json.loads(row.error)),
-        json.loads(row.logs),
-        seconds=row.seconds,
-    )
-
-
-def _cancelled() -> ApiError:
-    return ApiError(400, "the request was cancelled", code="cancelled")

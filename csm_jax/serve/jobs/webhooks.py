@@ -1,7 +1,7 @@
-"""Results that are posted to an address that the request named, signed, and tried several times.
+"""Webhooks: results of jobs are posted to URLs of the requests, signed, in several attempts.
 
-A post is stored with the end of its job, so it arrives at least once, also after a restart. The
-header `X-Webhook-Id` is the same in all attempts, so that a receiver can tell them from new ones.
+A post is stored with the outcome of its job, so it arrives at least once, even after a restart. The
+header `X-Webhook-Id` is the same in all attempts, so that a receiver can recognize repetitions.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from csm_jax.errors import InputError
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.network.outbound_http import Outgoing, check_url
+from csm_jax.serve.network.outbound_http import OutboundHTTP, check_url
 from csm_jax.serve.store.errors import StorageError
 from csm_jax.serve.store.jobs import Delivery, JobStore
 
@@ -23,28 +23,30 @@ logger = logging.getLogger("csm_jax.serve")
 
 # Seconds between attempts.
 PAUSES = (1.0, 5.0, 30.0, 120.0)
-# Posts that can wait, of one owner and of all.
+# Posts that may wait, of one owner and in total.
 _MAX_PENDING_OF_OWNER = 100
 _MAX_PENDING = 1000
-# Posts of one owner that are under way at once: a slow receiver must not hold up the others.
-_AT_ONCE = 4
+# Concurrent posts of one owner: a slow receiver must not delay those of other owners.
+_MAX_CONCURRENT = 4
 
 
 class Webhooks:
     """Posts results in the background."""
 
-    def __init__(self, store: JobStore, outgoing: Outgoing, secret: str):
-        """Starts without anything to post.
+    def __init__(self, store: JobStore, outbound_http: OutboundHTTP, secret: str):
+        """Starts without posts.
 
         Args:
-          secret: signs the bodies; without one nothing is posted.
+          secret: signs the bodies; without it webhooks are refused.
         """
         self._store = store
-        self._outgoing = outgoing
+        self._outbound_http = outbound_http
         self._secret = secret
         self._tasks: set[asyncio.Task] = set()
         self._pending: Counter[str] = Counter()
-        self._turns: dict[str, asyncio.Semaphore] = defaultdict(lambda: asyncio.Semaphore(_AT_ONCE))
+        self._slots: dict[str, asyncio.Semaphore] = defaultdict(
+            lambda: asyncio.Semaphore(_MAX_CONCURRENT)
+        )
 
     def check(self, url: str, caller: Caller) -> None:
         """Raises `ApiError` or `InputError` if a result could not be posted to `url`."""
@@ -57,7 +59,7 @@ class Webhooks:
             raise ApiError(429, "too many webhooks wait", code="queue_full", retry_after=10)
 
     async def start(self) -> None:
-        """Goes on with what the last process had not posted."""
+        """Continues with the posts that the last process left."""
         waiting = await self._store.deliveries()
         if waiting and not self._secret:
             logger.warning("%d webhooks wait for a start with CSM_JAX_WEBHOOK_SECRET", len(waiting))
@@ -66,14 +68,14 @@ class Webhooks:
             self.post(delivery)
 
     def post(self, delivery: Delivery) -> None:
-        """Begins to post a result that is stored."""
+        """Starts to post a stored result."""
         task = asyncio.create_task(self._post(delivery))
         self._tasks.add(task)
         self._pending[delivery.owner] += 1
         task.add_done_callback(lambda task: self._done(task, delivery.owner))
 
     async def close(self, seconds: float) -> None:
-        """Waits a little for those under way, and leaves the others to the next process."""
+        """Waits for the current posts for so many seconds; the next process sends the others."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         tasks = list(self._tasks)
@@ -92,23 +94,22 @@ class Webhooks:
         reason = "no attempt is left"
         for pause in pauses[delivery.attempts :]:
             await asyncio.sleep(pause)
-            async with self._turns[delivery.owner]:
+            async with self._slots[delivery.owner]:
                 reason = await self._try(delivery)
             if reason is None:
                 break
-            # Counted behind the attempt: one that is cut off by the end of the process is made
-            # again.
+            # Counted after the attempt, so that an interrupted one is repeated after a restart.
             await self._store.count_attempt(delivery)
         if reason is not None:
             logger.warning("a webhook was given up after %d attempts: %s", len(pauses), reason)
         await self._store.forget(delivery)
 
     async def _try(self, delivery: Delivery) -> str | None:
-        """Posts once; returns why it failed, without the address, which may hold a secret."""
+        """Posts once; returns why it failed, without the URL, which may contain a secret."""
         try:
             body = await self._store.read_post(delivery)
             headers = {"X-Webhook-Id": delivery.id, **signature(self._secret, body)}
-            status = await self._outgoing.post(delivery.url, body, headers, delivery.owner)
+            status = await self._outbound_http.post(delivery.url, body, headers, delivery.owner)
         except StorageError as error:
             return str(error)
         except InputError as error:
@@ -117,7 +118,7 @@ class Webhooks:
 
 
 def signature(secret: str, body: bytes) -> dict[str, str]:
-    """Headers that show who sent a body, and when: an old one cannot be sent again unnoticed."""
+    """Headers that prove the sender and the time of a body, so that replays can be detected."""
     timestamp = str(int(time.time()))
     signed = hmac.new(secret.encode(), timestamp.encode() + b"." + body, hashlib.sha256)
     return {

@@ -1,1 +1,1 @@
-"""ASGI middleware around the application, a file for each concern."""
+"""ASGI middleware around the application, a module for each concern."""

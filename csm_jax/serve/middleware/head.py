@@ -1,16 +1,16 @@
-"""HEAD: what GET would answer, without its body."""
+"""Requests with the method HEAD."""
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 
-class Head:
-    """Lets routes for GET answer HEAD. The server sends no body of a response to HEAD."""
+class HeadMiddleware:
+    """Hands HEAD requests to the routes for GET; uvicorn leaves out the body of the response."""
 
     def __init__(self, app: ASGIApp):
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
-            # A copy: the server's own scope goes on saying HEAD.
+            # A copy, because uvicorn needs the method in its own scope.
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)

@@ -14,7 +14,7 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.network.addresses import parse_address
 
 ANY = "*"
-# What a Host header is: a name or an address, and perhaps a port.
+# A Host header: a name or an address, and optionally a port.
 _HOST = re.compile(
     r"(?:\[([0-9A-Fa-f:.]{2,45})\]|([A-Za-z0-9._-]{1,253}))(?::([0-9]{1,5}))?", re.ASCII
 )
@@ -23,8 +23,8 @@ _SOCKET_SCHEMES = {"ws": "http", "wss": "https"}
 _SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
 
 
-class Hosts:
-    """Refuses requests for another host, and those that pages of other sites make."""
+class HostOriginMiddleware:
+    """Refuses requests for other hosts, and requests from pages of other sites."""
 
     def __init__(self, app: ASGIApp, allowed_hosts: Sequence[str], origins: Sequence[str]):
         """Wraps an application.
@@ -49,7 +49,7 @@ class Hosts:
         await self._app(scope, receive, send)
 
     def _check(self, scope: Scope) -> None:
-        """Raises `ApiError` for a request that is not to be served."""
+        """Raises `ApiError` for a request that must be refused."""
         if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
             raise ApiError(505, "this server speaks HTTP/1.1", code="bad_version")
         if not scope["path"].startswith("/"):
@@ -58,7 +58,8 @@ class Hosts:
         headers = Headers(scope=scope)
         name, port = self._host(headers.getlist("host"))
         if scope["type"] == "websocket" or scope["method"] not in _SAFE_METHODS:
-            scheme = _SOCKET_SCHEMES.get(scope["scheme"], scope["scheme"])
+            sent: str = scope["scheme"]
+            scheme = _SOCKET_SCHEMES.get(sent, sent)
             own = (scheme, name, port or _DEFAULT_PORTS.get(scheme))
             self._check_origin(headers, own)
 
@@ -79,7 +80,7 @@ class Hosts:
         if ANY in self._origins:
             return
         if not origins:
-            # Old browsers and programs send neither; they have no page that could be foreign.
+            # Programs and old browsers send neither header.
             if headers.get("sec-fetch-site", "none") not in ("none", "same-origin"):
                 raise _foreign("another site")
         elif len(origins) > 1 or not self._is_own(origins[0], own):
@@ -102,7 +103,7 @@ def _foreign(origin: str) -> ApiError:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises `ValueError` for what can be no name in a Host header."""
+    """Raises `ValueError` for a name that cannot be in a Host header."""
     for name in names:
         found = _HOST.fullmatch(name)
         if name != ANY and (not found or found[3] or found[1]):
@@ -110,7 +111,7 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def check_origins(origins: Sequence[str]) -> None:
-    """Raises `ValueError` for what can be no value of an Origin header."""
+    """Raises `ValueError` for an origin that cannot be in an Origin header."""
     for origin in origins:
         scheme, _, host = origin.partition("://")
         if origin != ANY and (scheme not in _DEFAULT_PORTS or not _HOST.fullmatch(host)):

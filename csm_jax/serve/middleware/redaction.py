@@ -1,11 +1,11 @@
-"""No credentials in logs: one filter on every logger that may write about a request."""
+"""Removes credentials from logs, by a filter on every logger that may write about a request."""
 
 import logging
 import re
 import traceback
 from urllib.parse import unquote_plus
 
-# uvicorn writes the path of every WebSocket, and at its debug level all headers.
+# uvicorn logs the path of every WebSocket, and at its debug level all headers.
 LOGGERS = ("csm_jax.serve", "uvicorn", "uvicorn.error", "uvicorn.access", "uvicorn.asgi")
 REDACTED = "[redacted]"
 _PARAMETER = re.compile(r"([?&;])([^\s?&;=#\"']{1,200})=([^\s&;#\"'\])]*)")
@@ -17,7 +17,7 @@ _HEADER = re.compile(
     r"((?:authorization|x-api-key|cookie|sec-websocket-protocol)[\"']?\s*[:,]\s*b?[\"']?)[^\r\n\"']+",
     re.IGNORECASE,
 )
-# In a list of subprotocols, wherever it is printed.
+# In a list of subprotocols, wherever that is printed.
 _PROTOCOL = re.compile(r"(csm-key\.|openai-insecure-api-key\.)[^\s,\"'\])]+")
 
 

@@ -1,33 +1,33 @@
-"""Responses in memory: sent in pieces that wait for the client, and counted until they are sent."""
+"""Limits for responses in memory: they are sent in pieces, and counted until they are sent."""
 
 from starlette.requests import HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from csm_jax.serve.admission.caller import caller_of
-from csm_jax.serve.admission.memory import Held
+from csm_jax.serve.admission.memory import MemoryBudget
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.settings import Limits
 
-# Bytes that the transport is given at once. What is smaller is in no count.
+# Bytes that are written at once. Smaller responses are not counted.
 PIECE_BYTES = 32_768
 
 
-class Responses:
-    """Bounds what is held of responses that their clients have not taken.
+class ResponseLimitMiddleware:
+    """Limits the memory of responses that their clients have not read.
 
-    uvicorn buffers a body of any size that comes in one message, so it gets small ones. When too
-    much is held, a response that has not begun becomes an error.
+    uvicorn buffers a body of any size that comes in one message, so large ones are sent in several.
+    When there is no room, a response that has not begun is replaced by an error.
     """
 
     def __init__(self, app: ASGIApp, limits: Limits):
         self._app = app
-        self._held = Held(limits.pending_response_bytes, "responses", "sent")
+        self._budget = MemoryBudget(limits.pending_response_bytes, "responses", "sent")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        response = _Response(send, self._held, caller_of(HTTPConnection(scope)).share)
+        response = _Response(send, self._budget, caller_of(HTTPConnection(scope)).share)
         try:
             await self._app(scope, receive, response.send)
         except _RefusedError as refused:
@@ -35,7 +35,7 @@ class Responses:
 
 
 class _RefusedError(Exception):
-    """There is no room for a response."""
+    """A response must not be sent, because there is no room for it."""
 
     def __init__(self, error: ApiError):
         super().__init__(str(error))
@@ -43,11 +43,11 @@ class _RefusedError(Exception):
 
 
 class _Response:
-    """One response while it is sent. Its head waits for the first bytes of its body."""
+    """A response that is being sent. Its head is delayed until the first bytes of its body."""
 
-    def __init__(self, send: Send, held: Held, share: str):
+    def __init__(self, send: Send, budget: MemoryBudget, share: str):
         self._send_on = send
-        self._held = held
+        self._budget = budget
         self._share = share
         self._head: Message | None = None
 
@@ -63,16 +63,16 @@ class _Response:
             return
         if self._head is not None:
             self._check(len(body))
-        self._held.add(self._share, len(body))
+        self._budget.add(self._share, len(body))
         try:
             await self._begin()
             await self._send_pieces(message, memoryview(body))
         finally:
-            self._held.add(self._share, -len(body))
+            self._budget.add(self._share, -len(body))
 
     def _check(self, num_bytes: int) -> None:
         try:
-            self._held.check(self._share, num_bytes)
+            self._budget.check(self._share, num_bytes)
         except ApiError as error:
             raise _RefusedError(error) from error
 

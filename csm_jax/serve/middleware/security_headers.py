@@ -1,24 +1,28 @@
-"""Security headers that hold for all responses."""
+"""Security headers of all responses."""
 
 from collections.abc import Sequence
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# A browser must not take speech, or an error that quotes a request, for a script or a page.
+# A browser must not treat speech, or an error that quotes a request, as a script or a page.
 _HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
 }
-# A page of another site must not embed what this server answers.
-_EMBEDDED = "Cross-Origin-Resource-Policy"
+# A page of another site must not embed responses of this server.
+_RESOURCE_POLICY = "Cross-Origin-Resource-Policy"
 
 
-class SecurityHeaders:
+class SecurityHeadersMiddleware:
     """Adds the headers to every HTTP response that does not have its own."""
 
     def __init__(self, app: ASGIApp, cors_origins: Sequence[str] = ()):
-        """Args: cors_origins: whose pages may embed the responses; "*" is any."""
+        """Wraps an application.
+
+        Args:
+          cors_origins: origins of pages that may embed the responses; "*" is any.
+        """
         self._app = app
         self._is_open = "*" in cors_origins
 
@@ -29,7 +33,7 @@ class SecurityHeaders:
                 for name, value in _HEADERS.items():
                     headers.setdefault(name, value)
                 if not self._is_open and "Access-Control-Allow-Origin" not in headers:
-                    headers.setdefault(_EMBEDDED, "same-origin")
+                    headers.setdefault(_RESOURCE_POLICY, "same-origin")
             await send(message)
 
         await self._app(scope, receive, send_with_headers)

@@ -1,4 +1,4 @@
-"""Addresses of clients: which one a client is known by, and which are those of trusted proxies."""
+"""IP addresses of clients and proxies."""
 
 import ipaddress
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 
 def parse_address(text: str) -> Address | None:
-    """The IP address of a text, without the zone that IPv6 can have; None if it is none."""
+    """Parses an IP address, ignoring the zone of IPv6; None if it is not one."""
     try:
         return ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
@@ -15,7 +15,7 @@ def parse_address(text: str) -> Address | None:
 
 
 def network_of(host: str) -> str:
-    """The addresses that one client has: an IPv4 address, or the /64 of an IPv6 address."""
+    """The addresses of one client as a text: an IPv4 address, or the /64 of an IPv6 address."""
     address = parse_address(host)
     if address is None:
         return host[:64]
@@ -27,18 +27,18 @@ def network_of(host: str) -> str:
 
 
 def check_proxies(proxies: Sequence[str]) -> None:
-    """Raises `ValueError` for what is neither an address nor a network.
+    """Raises `ValueError` for a text that is neither an address nor a network.
 
-    uvicorn would take it for a name that no connection ever has.
+    uvicorn would accept it as a name, which no connection ever has.
     """
     for proxy in proxies:
         try:
             ipaddress.ip_network(proxy)
         except ValueError as error:
-            raise ValueError(f"{proxy[:100]!r} is no address and no network") from error
+            raise ValueError(f"{proxy[:100]!r} is neither an address nor a network") from error
 
 
 def is_proxy(host: str, proxies: Sequence[str]) -> bool:
-    """Whether connections from this address are those of a trusted proxy."""
+    """Whether an address is that of a trusted proxy."""
     address = parse_address(host)
     return address is not None and any(address in ipaddress.ip_network(each) for each in proxies)

@@ -1,9 +1,9 @@
-"""Networks that are not the public internet: IANA's special-purpose registries, written down.
+"""Networks that are not part of the public internet, from IANA's special-purpose registries.
 
-Python's `ipaddress` knows them too, but another list in each version, and says of some that they
-are global. Here everything is refused that a registry names, and of IPv6 everything outside of
-2000::/3, with one exception: an IPv4 address behind the well-known prefix of NAT64 is what names
-resolve to in networks without IPv4. It is public if the IPv4 address is.
+Python's `ipaddress` has such a list too, but a different one in each version, and it calls some of
+these networks global. Here all networks of the registries are refused, and all of IPv6 outside of
+2000::/3. The one exception is the well-known prefix of NAT64, to which names resolve in networks
+without IPv4: such an address is public if the IPv4 address inside it is.
 
 https://www.iana.org/assignments/iana-ipv4-special-registry
 https://www.iana.org/assignments/iana-ipv6-special-registry
@@ -35,7 +35,7 @@ _NETWORKS = {
 
 
 def is_public(address: Address) -> bool:
-    """Whether an address is one of the public internet."""
+    """Whether an address belongs to the public internet."""
     if address.version == 6 and address in _NAT64:
         return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
     if address.version == 6 and address not in _GLOBAL_UNICAST:

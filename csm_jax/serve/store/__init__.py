@@ -1,4 +1,4 @@
-"""Everything that the server stores: one SQLite database, in which each row has an owner."""
+"""The store of a server: one SQLite database, in which each row has an owner."""
 
 from csm_jax.serve.store.store import Store
 

@@ -1,7 +1,7 @@
-"""Files of lines, batches and their results.
+"""Uploaded files, batches, and their results.
 
-A line is pending until its result is written, in one transaction; so after a restart none is lost
-and none is there twice.
+A line is pending until its result is written in one transaction, so that a restart neither loses
+nor repeats lines.
 """
 
 import json
@@ -17,19 +17,18 @@ from csm_jax.serve.store.blobs import Blob
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota, check_count
 
-# Lines of a deleted batch that one transaction removes, and their bytes, if a single one is not
-# longer.
+# Lines of a deleted batch that one transaction removes, and about how many bytes.
 _PURGED_LINES = 1000
 _PURGED_BYTES = 4_000_000
-# Bytes of an upload, or of results if a single one is not longer, that are read at once.
-_BYTES_AT_ONCE = 1_000_000
+# Bytes of results that are read at once, if a single one is not longer.
+_RESULT_BYTES = 1_000_000
 
 
 class FileRow(NamedTuple):
     """A file.
 
     Attributes:
-      batch: the batch whose results it is, which are read line by line; None for an upload.
+      batch: the batch whose results the file contains; None for an upload.
     """
 
     id: str
@@ -41,7 +40,7 @@ class FileRow(NamedTuple):
 
 
 class BatchRow(NamedTuple):
-    """Times are seconds since 1970; `ended` is None until all lines are done or given up."""
+    """A batch. Times are seconds since 1970; `ended` is None until it is completed or cancelled."""
 
     id: str
     input_file: str
@@ -56,14 +55,14 @@ class BatchRow(NamedTuple):
 
 
 class NewLine(NamedTuple):
-    """A line of a batch that begins. Attributes: body: JSON, checked."""
+    """A line of a new batch, with its checked body as JSON."""
 
     custom_id: str
     body: str
 
 
 class Line(NamedTuple):
-    """A line to speak, and its caller."""
+    """A pending line and the caller of its batch."""
 
     batch: str
     number: int
@@ -77,7 +76,7 @@ class Line(NamedTuple):
 
 
 class Page(NamedTuple):
-    """Rows of a list, and whether there are more behind them."""
+    """A page of a list, and whether there are further rows."""
 
     rows: list
     has_more: bool
@@ -93,9 +92,9 @@ _PAGE = "WHERE owner = :owner AND rowid < :last ORDER BY rowid DESC LIMIT :limit
 
 
 class _List(NamedTuple):
-    """Queries: for the place of a row, and for the rows behind a place."""
+    """Queries for the position of a row, and for the rows after a position."""
 
-    place: str
+    position: str
     rows: str
 
 
@@ -111,17 +110,14 @@ class Batches:
         self._quota = quota
 
     async def add_file(self, owner: str, name: str, data: bytes) -> FileRow:
-        """Keeps an upload. Raises `QuotaError`."""
+        """Stores an upload. Raises `QuotaError`."""
         return await self._database.run(self._add_file, owner, name, data)
 
     async def find_file(self, file_id: str, owner: str) -> FileRow | None:
         return await self._database.run(_find_file, file_id, owner)
 
     def read_file(self, file_id: str, owner: str) -> bytes | None:
-        """The bytes of an upload; None if this owner has none of that id.
-
-        For threads that may wait.
-        """
+        """The bytes of an upload; None if this owner has none of that id. It blocks."""
 
         def read(connection: sqlite3.Connection) -> bytes | None:
             query = "SELECT data FROM uploads JOIN files ON id = file WHERE id = ? AND owner = ?"
@@ -131,15 +127,15 @@ class Batches:
         return self._database.call(read)
 
     def read_upload(self, file: FileRow) -> AsyncIterator[bytes]:
-        """The bytes of an upload. Raises `StorageError` if it is deleted meanwhile."""
+        """The bytes of an upload. Raises `StorageError` if it is deleted during that."""
         return Blob("uploads", ("file", file.id), file.num_bytes).pieces(self._database)
 
     async def list_files(self, owner: str, after: str | None, limit: int) -> Page | None:
-        """An owner's files, the youngest first, behind `after`; None if there is no such file."""
+        """An owner's files, newest first, after `after`; None if that does not exist."""
         return await self._database.run(_list, _FILES, FileRow, owner, after, limit)
 
     async def delete_file(self, file_id: str, owner: str) -> FileRow | None:
-        """Removes a file, and with a batch's results the batch; None if there is no such file."""
+        """Removes a file, and the batch whose results it contains; None if it does not exist."""
         return await self._database.free(_delete_file, file_id, owner)
 
     def add_batch(
@@ -150,13 +146,13 @@ class Batches:
         input_file: str | None,
         data: bytes = b"",
     ) -> BatchRow:
-        """Begins a batch of these lines. For threads that may wait.
+        """Stores a new batch of these lines. It blocks.
 
         Args:
-          input_file: id of the upload that they come from; None keeps `data` as a new one.
+          input_file: id of the upload with these lines; None stores `data` as a new upload.
 
         Raises:
-          QuotaError: it is more than the owner may store.
+          QuotaError: the owner is over its limit.
         """
         about = None if metadata is None else json.dumps(metadata)
         return self._database.call(self._add_batch, caller, lines, about, input_file, data)
@@ -165,11 +161,11 @@ class Batches:
         return await self._database.run(_find, batch_id, owner)
 
     async def list(self, owner: str, after: str | None, limit: int) -> Page | None:
-        """The same of an owner's batches."""
+        """An owner's batches, newest first, after `after`; None if that does not exist."""
         return await self._database.run(_list, _BATCHES, BatchRow, owner, after, limit)
 
     async def cancel(self, batch_id: str, owner: str) -> BatchRow | None:
-        """Ends a batch that has not ended; None if there is no such batch."""
+        """Cancels a batch that has not ended; None if it does not exist."""
 
         def cancel(connection: sqlite3.Connection) -> BatchRow | None:
             connection.execute(
@@ -182,15 +178,15 @@ class Batches:
         return await self._database.free(cancel)
 
     async def next_line(self, running: Collection[Line]) -> Line | None:
-        """The next line to speak: of the share that has the fewest for its weight, oldest first."""
+        """The next line to run, of the share with the fewest running lines for its weight."""
         return await self._database.run(self._next_line, running)
 
     async def write_result(self, line: Line, result: str, is_good: bool) -> None:
-        """Stores the result of a line, unless it has one; ends the batch with its last line."""
+        """Stores the result of a line, if it has none yet; the last one ends the batch."""
         await self._database.persist(_write_result, line, result, is_good)
 
     async def results(self, batch_id: str) -> AsyncIterator[str]:
-        """The results so far, in the order of the lines; read from the store piece by piece."""
+        """The results so far, in the order of the lines, read in pieces."""
         last = -1
         while rows := await self._database.run(_read_results, batch_id, last):
             for _, result in rows:
@@ -198,7 +194,7 @@ class Batches:
             last = rows[-1][0]
 
     async def purge(self) -> bool:
-        """Removes some lines of deleted batches; returns whether there are more."""
+        """Removes some lines of deleted batches; returns whether there may be more."""
         return await self._database.free(_purge)
 
     def _add_file(
@@ -230,19 +226,19 @@ class Batches:
         if input_file is None:
             input_file = self._add_file(connection, owner, "input.jsonl", data).id
         batch_id, output_id, now = _new_id("batch_"), _new_id("file-"), int(time.time())
-        name, who = f"{batch_id}_output.jsonl", (owner, caller.share, caller.weight)
+        name, identity = f"{batch_id}_output.jsonl", (owner, caller.share, caller.weight)
         output = FileRow(output_id, name, "batch_output", now, 0, batch_id)
         _insert_file(connection, output, owner, None)
         connection.execute(
             "INSERT INTO batches (owner, share, weight, id, input_file, output_file, created, "
             "metadata, total, num_bytes) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*who, batch_id, input_file, output_id, now, metadata, len(lines), size),
+            (*identity, batch_id, input_file, output_id, now, metadata, len(lines), size),
         )
         connection.executemany(
             "INSERT INTO lines (batch, number, custom_id, body) VALUES (?, ?, ?, ?)",
             ((batch_id, number, *line) for number, line in enumerate(lines)),
         )
-        return _find(connection, batch_id, owner)
+        return BatchRow(batch_id, input_file, output_id, now, None, 0, metadata, len(lines), 0, 0)
 
     def _next_line(self, connection: sqlite3.Connection, running: Collection[Line]) -> Line | None:
         counts = Counter(line.caller.share for line in running)
@@ -250,9 +246,9 @@ class Batches:
             "SELECT id, owner, share, weight FROM batches WHERE ended IS NULL ORDER BY rowid"
         ).fetchall()
         is_full: dict[str, bool] = {}
-        # Sorting keeps the order of equal ones.
-        for batch, *who in sorted(rows, key=lambda row: counts[row[2]] / row[3]):
-            caller = Caller(*who)
+        # Sorting is stable, so equal batches stay in their order.
+        for batch, *identity in sorted(rows, key=lambda row: counts[row[2]] / row[3]):
+            caller = Caller(*identity)
             if caller.owner not in is_full:
                 is_full[caller.owner] = self._quota.is_exceeded(connection, caller.owner)
             if is_full[caller.owner]:
@@ -264,7 +260,8 @@ class Batches:
                 (batch, taken),
             ).fetchone()
             if found:
-                return Line(batch, *found, caller)
+                number, custom_id, body = found
+                return Line(batch, number, custom_id, body, caller)
         return None
 
 
@@ -300,7 +297,7 @@ def _list(
 ) -> Page | None:
     last = 2**63 - 1
     if after is not None:
-        found = connection.execute(queries.place, (after, owner)).fetchone()
+        found = connection.execute(queries.position, (after, owner)).fetchone()
         if found is None:
             return None
         last = found[0]
@@ -353,7 +350,7 @@ def _read_results(
     ):
         rows.append(row)
         size += len(row[1])
-        if size >= _BYTES_AT_ONCE:
+        if size >= _RESULT_BYTES:
             break
     return rows
 

@@ -1,4 +1,4 @@
-"""Stored bytes that are read in pieces, so that a large file is never in memory as a whole."""
+"""Reads stored bytes in pieces, so that a large file is never in memory as a whole."""
 
 import sqlite3
 from collections.abc import AsyncIterator
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.errors import StorageError
 
-# Bytes that are read at once. SQLite walks through the pages before them each time.
+# Bytes that are read at once. SQLite skips the pages before them one by one each time.
 PIECE_BYTES = 262_144
 
 
@@ -17,9 +17,9 @@ class Blob:
 
     Attributes:
       table: its name.
-      key: of its primary key, the name of the column and the value. Numbers of rows are used again
-        after a deletion, so that they could lead to the bytes of another owner.
-      num_bytes: how many there are.
+      key: the column and the value of the primary key. Row numbers are reused after a deletion, so
+        that they could lead to the bytes of another owner.
+      num_bytes: the length.
     """
 
     table: str
@@ -27,7 +27,7 @@ class Blob:
     num_bytes: int
 
     async def pieces(self, database: Database) -> AsyncIterator[bytes]:
-        """The bytes in order. Raises `StorageError` if they are deleted meanwhile."""
+        """The bytes in order. Raises `StorageError` if they are deleted during that."""
         for start in range(0, self.num_bytes, PIECE_BYTES):
             yield await database.run(self._read, start)
 
@@ -35,7 +35,7 @@ class Blob:
         column, value = self.key
         query = f"SELECT rowid FROM {self.table} WHERE {column} = ?"  # noqa: S608, our own names
         if (row := connection.execute(query, (value,)).fetchone()) is None:
-            raise StorageError("what is being sent was deleted")
+            raise StorageError("the file was deleted while it was being sent")
         with connection.blobopen(self.table, "data", row[0], readonly=True) as opened:
             opened.seek(start)
             return opened.read(PIECE_BYTES)

@@ -1,4 +1,4 @@
-"""One SQLite connection, used in a thread of its own, and what happens when it fails."""
+"""The SQLite database, used in a thread of its own, and the handling of its failures."""
 
 import asyncio
 import contextlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 from csm_jax.serve.store import schema
-from csm_jax.serve.store.directory import Directory, shown
+from csm_jax.serve.store.directory import Directory, printable
 from csm_jax.serve.store.errors import StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
@@ -22,9 +22,9 @@ Arguments = TypeVarTuple("Arguments")
 T = TypeVar("T")
 Query = Callable[[sqlite3.Connection, *Arguments], T]
 
-# Seconds between attempts at what has to succeed, such as writing a result: doubled up to the last.
+# Seconds between attempts at a transaction that must succeed, which double up to the last.
 FIRST_PAUSE, LAST_PAUSE = 1.0, 60.0
-# Seconds for looking for damage at the start; the rest of a large database is not looked at.
+# Time limit of the check for damage at the start; the rest of a large database is not checked.
 CHECK_SECONDS = 5.0
 # A failure that lasts is logged again after so many seconds.
 _LOG_SECONDS = 600.0
@@ -46,20 +46,20 @@ _FAILURES = (
 
 
 class Database:
-    """Runs functions of a connection, each in a transaction, one after another.
+    """Runs functions of a connection one after another, each in a transaction.
 
     Attributes:
-      problems: why the server is not ready, by what has failed.
-      is_full: the last write found no room on the disk.
+      problems: why the server is not ready, by the kind of failure.
+      is_full: whether the last write failed because the disk was full.
       num_failures: transactions that failed since the start.
       on_failure: called after each of them, in the database's thread.
     """
 
     def __init__(self, directory: Path | None):
-        """Opens or makes the database.
+        """Opens or creates the database.
 
         Args:
-          directory: where the database lies; None keeps it in memory.
+          directory: of the database; None keeps it in memory.
 
         Raises:
           OutputError: the directory cannot be used, or another server uses it.
@@ -87,11 +87,11 @@ class Database:
         return self._directory is not None
 
     def now(self) -> float:
-        """Seconds since 1970 by a clock that is not set while the process lives."""
+        """Seconds since 1970, by a clock that is not adjusted while the process runs."""
         return self._clock + time.monotonic()
 
     async def run(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
-        """The result of `query(connection, *arguments)`, as one transaction.
+        """Calls `query(connection, *arguments)` in one transaction, and returns its result.
 
         Raises:
           StorageFullError, StorageError: the disk is full, or the database cannot be used.
@@ -99,11 +99,11 @@ class Database:
         return await asyncio.wrap_future(self._submit(self._transact, query, *arguments))
 
     def call(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
-        """`run` for threads that may wait."""
+        """The blocking form of `run`, for threads."""
         return self._submit(self._transact, query, *arguments).result()
 
     async def persist(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
-        """`run` for what must not be lost: tried again, ever more seldom, until it succeeds."""
+        """`run` for data that must not be lost: repeated with growing pauses until it succeeds."""
         pause = FIRST_PAUSE
         while True:
             try:
@@ -115,20 +115,20 @@ class Database:
                 pause = min(2 * pause, LAST_PAUSE)
 
     async def free(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
-        """`run` for deletions, which work on a full disk too."""
+        """`run` for deletions, which also work on a full disk."""
         return await asyncio.wrap_future(self._submit(self._free, query, *arguments))
 
     def call_free(self, query: Query[*Arguments, T], *arguments: *Arguments) -> T:
-        """`free` for threads that may wait."""
+        """The blocking form of `free`, for threads."""
         return self._submit(self._free, query, *arguments).result()
 
-    def report(self, name: str, message: str, error: Exception | None = None) -> None:
-        """Notes why the server is not ready; logs it, with `error`, if that was not done lately."""
+    def report(self, name: str, message: str, error: BaseException | None = None) -> None:
+        """Records why the server is not ready, and logs it, unless that was done recently."""
         self.problems[name] = message
         self._log_once(name, message, error)
 
     def check_directory(self) -> None:
-        """Notes whether the directory is still there; reserves room again after a full disk."""
+        """Records whether the directory still exists, and reserves space after a full disk."""
         if self._directory is None:
             return
         if self._directory.is_intact():
@@ -139,7 +139,7 @@ class Database:
             self._directory.keep_reserve()
 
     def close(self) -> None:
-        """Waits for what has been begun, and releases the directory. May be called again."""
+        """Waits for the queued transactions, and releases the directory. May be called again."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -196,10 +196,10 @@ class Database:
         if self.is_full:
             logger.info("the disk of --data has room again")
         self.is_full = False
-        # What is damaged stays damaged, though other pages can be written.
+        # A damaged database stays damaged, even if other pages can be written.
         self.problems.pop("database", None)
 
-    def _log_once(self, name: str, message: str, error: Exception | None = None) -> None:
+    def _log_once(self, name: str, message: str, error: BaseException | None = None) -> None:
         now = time.monotonic()
         if now - self._logged.get(name, -math.inf) >= _LOG_SECONDS:
             self._logged[name] = now
@@ -207,13 +207,13 @@ class Database:
 
 
 def _open(directory: Directory | None) -> sqlite3.Connection:
-    """A connection to checked tables; raises `StorageError` with what to do."""
+    """Opens and checks the database. Raises `StorageError` with the way out."""
     if directory is None:
         return _connect(":memory:")
     try:
         return _connect(directory.database)
     except (sqlite3.Error, schema.SchemaError) as error:
-        message = f"{shown(directory.database)} cannot be used: {_explain(error)}"
+        message = f"{printable(directory.database)} cannot be used: {_explain(error)}"
         raise StorageError(message) from error
 
 
@@ -234,7 +234,7 @@ def _connect(path: Path | str) -> sqlite3.Connection:
     connection = sqlite3.connect(path, timeout=1.0, isolation_level=None, check_same_thread=False)
     try:
         for pragma in (
-            # Also lets the log do without a file of shared memory, which a full disk would break.
+            # Also avoids the file of shared memory beside the log, which fails on a full disk.
             "locking_mode = EXCLUSIVE",
             "journal_mode = WAL",
             "synchronous = FULL",
@@ -255,7 +255,7 @@ def _connect(path: Path | str) -> sqlite3.Connection:
 
 
 def _check(connection: sqlite3.Connection) -> None:
-    """Looks for damage, for a bounded time; raises `sqlite3.DatabaseError` if there is some."""
+    """Checks for damage, for a limited time. Raises `sqlite3.DatabaseError` if there is some."""
     timer = threading.Timer(CHECK_SECONDS, connection.interrupt)
     timer.daemon = True
     timer.start()
@@ -264,7 +264,7 @@ def _check(connection: sqlite3.Connection) -> None:
     except sqlite3.OperationalError as error:
         if _code(error) != sqlite3.SQLITE_INTERRUPT:
             raise
-        logger.info("the database is large: it was looked through for %g s only", CHECK_SECONDS)
+        logger.info("the database is large: it was checked for %g s only", CHECK_SECONDS)
         return
     finally:
         timer.cancel()
@@ -275,6 +275,6 @@ def _check(connection: sqlite3.Connection) -> None:
 
 
 def _code(error: Exception) -> int | None:
-    """SQLite's primary result code."""
+    """The primary result code of SQLite; None for other errors."""
     code = getattr(error, "sqlite_errorcode", None)
     return None if code is None else code & 0xFF

@@ -1,4 +1,4 @@
-"""The directory of a server's database: private to its user, and held by one server at a time."""
+"""The directory of a server's database: private to its user, and locked by one server."""
 
 import contextlib
 import fcntl
@@ -15,7 +15,7 @@ DATABASE = "store.sqlite"
 _LOCK = "lock"
 _RESERVE = "reserve"
 _OURS = (_LOCK, _RESERVE, *(DATABASE + suffix for suffix in ("", "-wal", "-shm", "-journal")))
-# Room that is given back on a full disk, so that rows can be deleted: deleting writes a log first.
+# Reserved space, which is released on a full disk, because deleting rows writes a log first.
 RESERVE_BYTES = 1_000_000
 
 
@@ -23,7 +23,7 @@ class Directory:
     """A locked directory. The lock ends with `close` or with the process, however it ends."""
 
     def __init__(self, path: Path):
-        """Makes the directory if it is missing, locks it, and takes others' permissions away.
+        """Creates the directory if it is missing, locks it, and makes it private.
 
         Raises:
           OutputError: it cannot be used, or another server uses it.
@@ -40,8 +40,8 @@ class Directory:
         except OSError as error:
             reason = error.strerror or error
             raise OutputError(
-                f"--data {shown(path)} cannot be used ({reason}): name a directory that this user "
-                "owns and can write to"
+                f"--data {printable(path)} cannot be used ({reason}): name a directory that this "
+                "user owns and can write to"
             ) from error
         self.keep_reserve()
 
@@ -61,7 +61,7 @@ class Directory:
             return False
 
     def keep_reserve(self) -> None:
-        """Reserves room on the disk, if there is some."""
+        """Reserves space on the disk, if there is some."""
         with contextlib.suppress(OSError):
             reserve = _create(self._path / _RESERVE)
             try:
@@ -70,7 +70,7 @@ class Directory:
                 os.close(reserve)
 
     def release_reserve(self) -> None:
-        """Gives the reserved room back to the disk."""
+        """Releases the reserved space."""
         with contextlib.suppress(OSError):
             (self._path / _RESERVE).unlink()
 
@@ -81,28 +81,28 @@ class Directory:
         except BlockingIOError as error:
             os.close(lock)
             raise OutputError(
-                f"--data {shown(self._path)} is in use by another server: "
+                f"--data {printable(self._path)} is in use by another server: "
                 "stop it, or name another directory"
             ) from error
         return lock
 
     def _make_private(self) -> None:
         names = set(os.listdir(self._path))
-        # A directory that holds other things too, such as a home directory, keeps its mode.
+        # A directory with other files, such as a home directory, keeps its mode.
         if names - {_LOCK} and not names & set(_OURS) - {_LOCK}:
             logger.warning(
                 "--data %s holds other files, so its permissions stay as they are; a directory of "
                 "its own would be private",
-                shown(self._path),
+                printable(self._path),
             )
         else:
             _chmod(self._path, 0o700)
         for name in names.intersection(_OURS):
             path = self._path / name
             if not stat.S_ISREG(path.lstat().st_mode):
-                raise OutputError(f"{shown(path)} is no regular file: move it away")
+                raise OutputError(f"{printable(path)} is not a regular file: move it away")
             _chmod(path, 0o600)
-        # Made here, as the database's log gets the mode of the database.
+        # Created here, because the database's log gets the mode of the database.
         os.close(_create(self.database))
 
 
@@ -110,7 +110,7 @@ _FLAGS = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
 
 
 def _create(path: Path) -> int:
-    """Opens a file, or makes it, private whatever the umask is."""
+    """Opens a file, or creates it, with a private mode regardless of the umask."""
     descriptor = os.open(path, _FLAGS, 0o600)
     with contextlib.suppress(PermissionError):  # another user's, which `_chmod` reports
         os.fchmod(descriptor, 0o600)
@@ -124,9 +124,9 @@ def _chmod(path: Path, mode: int) -> None:
     try:
         path.chmod(mode)
     except PermissionError:
-        logger.warning("%s belongs to another user and keeps its permissions", shown(path))
+        logger.warning("%s belongs to another user and keeps its permissions", printable(path))
 
 
-def shown(path: Path) -> str:
-    """A path on one line."""
+def printable(path: Path) -> str:
+    """The path as text on one line."""
     return str(path) if str(path).isprintable() else repr(str(path))

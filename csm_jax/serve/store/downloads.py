@@ -1,4 +1,4 @@
-"""Files that responses point to: kept for a while, under names that cannot be guessed.
+"""Files to which responses refer: kept for a limited time, under names that cannot be guessed.
 
 A name is a capability: fal's clients fetch the file without a key. It has 144 random bits.
 """
@@ -22,20 +22,20 @@ class Download(NamedTuple):
 
 
 class Downloads:
-    """The youngest files of each owner, up to a number of bytes and an age."""
+    """The newest files of each owner, up to a number of bytes and an age."""
 
     def __init__(self, database: Database, max_bytes: int, owner_bytes: int):
         """Uses the table of a database.
 
         Args:
-          max_bytes, owner_bytes: of all owners, and of one.
+          max_bytes, owner_bytes: limits of all owners together, and of one.
         """
         self._database = database
         self._max_bytes = max_bytes
         self._owner_bytes = owner_bytes
 
     async def add(self, owner: str, data: bytes, media_type: str, suffix: str) -> Download:
-        """Keeps a file under a new name; older ones make room for it."""
+        """Stores a file under a new name; older ones are removed to make room."""
         name = f"{secrets.token_urlsafe(_NAME_BYTES)}.{suffix}"
         file = Download(name, media_type, len(data))
         until = self._database.now() + KEPT_SECONDS
@@ -43,7 +43,7 @@ class Downloads:
         return file
 
     async def find(self, name: str) -> Download | None:
-        """The file, if it is still there."""
+        """The file of a name, if it still exists."""
 
         def find(connection: sqlite3.Connection, now: float) -> Download | None:
             query = "SELECT name, media_type, num_bytes FROM downloads WHERE name = ? AND until > ?"
@@ -53,12 +53,12 @@ class Downloads:
         return await self._database.run(find, self._database.now())
 
     def read(self, file: Download) -> AsyncIterator[bytes]:
-        """The bytes of a file. Raises `StorageError` if it makes room for another meanwhile."""
+        """The bytes of a file. Raises `StorageError` if it is removed during that."""
         blob = Blob("downloads", ("name", file.name), file.num_bytes)
         return blob.pieces(self._database)
 
     async def expire(self) -> None:
-        """Removes files that are too old."""
+        """Removes expired files."""
 
         def expire(connection: sqlite3.Connection, now: float) -> None:
             connection.execute("DELETE FROM downloads WHERE until <= ?", (now,))
@@ -88,7 +88,7 @@ class Downloads:
 
 
 def _make_room(connection: sqlite3.Connection, files: list[tuple[str, int]], most: int) -> None:
-    """Removes the first of these files until the others take `most` bytes."""
+    """Removes the first of these files until the others take at most `most` bytes."""
     total = sum(size for _, size in files)
     for name, size in files:
         if total <= most:

@@ -1,4 +1,4 @@
-"""Why something cannot be stored, or read again."""
+"""Errors of the store."""
 
 from csm_jax.errors import CSMError
 

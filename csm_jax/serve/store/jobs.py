@@ -1,4 +1,4 @@
-"""Queued jobs, their results, and what is to be posted to webhooks."""
+"""Jobs, their results, and pending posts to webhooks."""
 
 import sqlite3
 from typing import Any, NamedTuple
@@ -7,7 +7,7 @@ from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.quota import Quota
 
-# Bytes that are posted whatever else their owner has stored, such as those that tell of a failure.
+# Posts up to this size, such as reports of failures, are stored even beyond an owner's limit.
 _SMALL_POST = 10_000
 # How long results are kept, and how many of one owner.
 KEPT_SECONDS = 3600.0
@@ -18,10 +18,10 @@ class JobRow(NamedTuple):
     """A job as it is stored.
 
     Attributes:
-      attempts: how often it was begun by a process that was killed.
+      attempts: how often a process has begun to run it, and was killed.
       logs: JSON.
       error: JSON: status, message, param and code; None if there is none.
-      result: JSON; None if it is not over, or failed.
+      result: JSON; None if it is not completed, or failed.
     """
 
     id: str
@@ -36,7 +36,7 @@ class JobRow(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """How a job ended; as in `JobRow`."""
+    """The outcome of a job; the fields are those of `JobRow`."""
 
     logs: str
     seconds: float
@@ -45,7 +45,7 @@ class Outcome(NamedTuple):
 
 
 class Delivery(NamedTuple):
-    """What is to be posted: `id` is the job's."""
+    """A pending post to a webhook; `id` is that of the job."""
 
     id: str
     owner: str
@@ -68,11 +68,11 @@ class JobStore:
     async def add(
         self, job_id: str, caller: Caller, kind: str, body: str, webhook: str | None, logs: str
     ) -> None:
-        """Keeps a job. Raises `QuotaError`."""
+        """Stores a job. Raises `QuotaError`."""
         await self._database.run(self._add, job_id, caller, kind, body, webhook, logs)
 
     async def unfinished(self) -> list[JobRow]:
-        """All unfinished jobs, the oldest first."""
+        """All unfinished jobs, oldest first."""
 
         def read(connection: sqlite3.Connection) -> list[JobRow]:
             rows = connection.execute(_JOB + "WHERE until IS NULL ORDER BY rowid")
@@ -89,7 +89,7 @@ class JobStore:
         await self._database.persist(begin)
 
     async def body(self, job_id: str) -> str:
-        """The request of a job that is not over; tried again until it can be read."""
+        """The request of an unfinished job; tried again until it can be read."""
 
         def read(connection: sqlite3.Connection) -> str:
             return connection.execute("SELECT body FROM jobs WHERE id = ?", (job_id,)).fetchone()[0]
@@ -97,7 +97,7 @@ class JobStore:
         return await self._database.persist(read)
 
     async def give_back(self, job_id: str) -> None:
-        """Takes back an attempt that the server's end has interrupted."""
+        """Takes back an attempt that was interrupted by the end of the server, or delayed."""
 
         def give_back(connection: sqlite3.Connection) -> None:
             connection.execute("UPDATE jobs SET attempts = attempts - 1 WHERE id = ?", (job_id,))
@@ -105,16 +105,16 @@ class JobStore:
         await self._database.run(give_back)
 
     async def end(self, job_id: str, outcome: Outcome, post: bytes | None) -> Delivery | None:
-        """Keeps how a job ended, together with what is to be posted to its webhook.
+        """Stores the outcome of a job together with the post to its webhook.
 
         Raises:
-          QuotaError: the post is large, and its owner has stored too much; the job has not ended.
+          QuotaError: the post is too large for its owner's limit; then nothing is stored.
         """
         until = self._database.now() + KEPT_SECONDS
         return await self._database.persist(self._end, job_id, outcome, post, until)
 
     async def find(self, job_id: str, owner: str) -> JobRow | None:
-        """A job that is over, while its result is kept."""
+        """A finished job, as long as its result is kept."""
 
         def find(connection: sqlite3.Connection, now: float) -> JobRow | None:
             found = connection.execute(
@@ -125,7 +125,7 @@ class JobStore:
         return await self._database.run(find, self._database.now())
 
     async def expire(self) -> None:
-        """Removes results that are too old, or too many."""
+        """Removes results that are expired, or beyond the number for an owner."""
 
         def expire(connection: sqlite3.Connection, now: float) -> None:
             connection.execute("DELETE FROM jobs WHERE until <= ?", (now,))
@@ -139,7 +139,7 @@ class JobStore:
         await self._database.free(expire, self._database.now())
 
     async def deliveries(self) -> list[Delivery]:
-        """All that is to be posted, the oldest first."""
+        """All pending posts, oldest first."""
 
         def read(connection: sqlite3.Connection) -> list[Delivery]:
             query = "SELECT id, owner, url, attempts FROM deliveries ORDER BY rowid"
@@ -148,7 +148,7 @@ class JobStore:
         return await self._database.run(read)
 
     async def read_post(self, delivery: Delivery) -> bytes:
-        """What is to be posted."""
+        """The body of a post."""
 
         def read(connection: sqlite3.Connection) -> bytes:
             query = "SELECT body FROM deliveries WHERE id = ?"
@@ -157,7 +157,7 @@ class JobStore:
         return await self._database.run(read)
 
     async def count_attempt(self, delivery: Delivery) -> None:
-        """Notes that a post is about to be tried once more."""
+        """Counts an attempt at a post."""
 
         def count(connection: sqlite3.Connection) -> None:
             query = "UPDATE deliveries SET attempts = attempts + 1 WHERE id = ?"
@@ -166,7 +166,7 @@ class JobStore:
         await self._database.persist(count)
 
     async def forget(self, delivery: Delivery) -> None:
-        """Removes what has arrived, or was given up."""
+        """Removes a post that has arrived, or was given up."""
 
         def forget(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM deliveries WHERE id = ?", (delivery.id,))

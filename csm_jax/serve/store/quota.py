@@ -1,4 +1,4 @@
-"""How much may be stored: by one owner, and by all together."""
+"""Limits of storage, per owner and in total."""
 
 import sqlite3
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ SELECT COALESCE(SUM(num_bytes), 0) FROM (
     UNION ALL SELECT num_bytes FROM deliveries WHERE owner = :owner
     UNION ALL SELECT num_bytes FROM trash WHERE owner = :owner)
 """
-# What one of several owners may store of the total.
-_PART = 0.25
+# The fraction of the total that one of several owners may store.
+_OWNER_FRACTION = 0.25
 
 
 @dataclass(frozen=True)
 class Quota:
-    """The limits of what is stored.
+    """The limits of storage.
 
     Attributes:
       total_bytes: of all owners.
@@ -37,7 +37,7 @@ class Quota:
     voices: int
 
     def check_bytes(self, connection: sqlite3.Connection, owner: str, more: int) -> None:
-        """Raises `QuotaError` if `more` bytes of an owner are too many."""
+        """Raises `QuotaError` if there is no room for `more` bytes of an owner."""
         limit = self._bytes_of(owner)
         if used_by(connection, owner) + more > limit:
             raise QuotaError(f"files, batches, voices and jobs take {limit} bytes: delete some")
@@ -45,7 +45,7 @@ class Quota:
             raise QuotaError(f"all that is stored here takes {self.total_bytes} bytes already")
 
     def is_exceeded(self, connection: sqlite3.Connection, owner: str) -> bool:
-        """Whether an owner's batches have to wait until something is deleted."""
+        """Whether an owner is over its limit; then its batches wait for deletions."""
         return (
             used_by(connection, owner) > self._bytes_of(owner)
             or used(connection) > self.total_bytes
@@ -54,22 +54,22 @@ class Quota:
     def _bytes_of(self, owner: str) -> int:
         if not owner:
             return self.total_bytes
-        return min(self.owner_bytes, int(_PART * self.total_bytes))
+        return min(self.owner_bytes, int(_OWNER_FRACTION * self.total_bytes))
 
 
-def check_count(count: int, limit: int, what: str) -> None:
-    """Raises `QuotaError` if there are `limit` of something already."""
+def check_count(count: int, limit: int, kind: str) -> None:
+    """Raises `QuotaError` if there are `limit` things of a kind already."""
     if count >= limit:
-        raise QuotaError(f"there are {limit} {what} already: delete one first")
+        raise QuotaError(f"there are {limit} {kind} already: delete one first")
 
 
 def used_by(connection: sqlite3.Connection, owner: str) -> int:
-    """Bytes that an owner's rows take, with those that are deleted and not yet removed."""
+    """Bytes of an owner's rows, including deleted rows that are not removed yet."""
     return connection.execute(_USED_BY, {"owner": owner}).fetchone()[0]
 
 
 def used(connection: sqlite3.Connection) -> int:
-    """Bytes that everything takes, apart from pages that can be written again."""
+    """Bytes of the whole database, without its free pages."""
     pages, free, size = (
         connection.execute(f"PRAGMA {name}").fetchone()[0]
         for name in ("page_count", "freelist_count", "page_size")

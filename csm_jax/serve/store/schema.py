@@ -1,11 +1,11 @@
-"""The tables and their version."""
+"""The tables of the database, and their version."""
 
 import sqlite3
 
 VERSION = 1
 
-# Large values stand last in their rows, or in tables of their own: what is behind one is slow to
-# read.
+# Large values are the last in their rows, or in tables of their own, because a value behind a large
+# one is slow to read.
 SCHEMA = """
 CREATE TABLE files (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, name TEXT NOT NULL, purpose TEXT NOT NULL,
@@ -49,14 +49,14 @@ CREATE INDEX downloads_by_age ON downloads (until);
 
 
 class SchemaError(Exception):
-    """The tables are not those of this server."""
+    """The database has other tables than those of this server."""
 
 
 def prepare(connection: sqlite3.Connection) -> None:
-    """Makes the tables of an empty database, or checks those that are there; in a transaction.
+    """Creates the tables of an empty database, or checks the existing ones, in a transaction.
 
     Raises:
-      SchemaError: it is another program's database, or another version's.
+      SchemaError: it is the database of another program, or of another version.
     """
     version = connection.execute("PRAGMA user_version").fetchone()[0]
     if version not in (0, VERSION):
@@ -88,7 +88,7 @@ def _layout(connection: sqlite3.Connection) -> dict[str, list[tuple]]:
     names = connection.execute(
         "SELECT name, type FROM sqlite_master WHERE name NOT LIKE 'sqlite\\_%' ESCAPE '\\'"
     ).fetchall()
-    # Nothing for views and triggers, which this server does not have.
+    # Views and triggers, which this server does not have, count as empty.
     return {
         name: connection.execute(_COLUMNS[kind], (name,)).fetchall() if kind in _COLUMNS else []
         for name, kind in names

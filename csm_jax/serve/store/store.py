@@ -1,4 +1,4 @@
-"""All that a server stores, opened together."""
+"""The store of a server: all tables of its database."""
 
 import asyncio
 import logging
@@ -17,7 +17,7 @@ from csm_jax.serve.store.voices import VoiceStore
 logger = logging.getLogger("csm_jax.serve")
 
 _TIDY_SECONDS = 5.0
-# Without a directory everything is in memory.
+# Limit without a directory, when everything is in memory.
 _MEMORY_BYTES = 1_000_000_000
 
 
@@ -57,7 +57,7 @@ class Store:
         return next(iter(list(self.database.problems.values())), None)
 
     async def tidy(self) -> None:
-        """Removes what is deleted or too old, until it is cancelled."""
+        """Removes deleted and expired rows periodically, until it is cancelled."""
         while True:
             try:
                 await asyncio.to_thread(self.database.check_directory)
@@ -67,12 +67,12 @@ class Store:
                 await self.jobs.expire()
                 self.database.problems.pop("tidy", None)
             except StorageError:
-                pass  # logged where it arose
+                pass  # the database has logged it
             except Exception as error:
-                message = f"what is deleted or too old is not removed: {first_line(error)}"
+                message = f"deleted and expired rows are not removed: {first_line(error)}"
                 self.database.report("tidy", message, error)
             await asyncio.sleep(_TIDY_SECONDS)
 
     def close(self) -> None:
-        """Finishes what has been begun, and lets another server use the directory."""
+        """Finishes the queued transactions, and releases the directory."""
         self.database.close()

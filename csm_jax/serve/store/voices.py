@@ -1,4 +1,4 @@
-"""Added voices as rows: replacing one is one transaction."""
+"""The added voices as rows; one is replaced in one transaction."""
 
 import sqlite3
 from typing import NamedTuple
@@ -22,14 +22,14 @@ class VoiceRow(NamedTuple):
 
 
 class VoiceStore:
-    """The voices that were added. For threads that may wait."""
+    """The added voices. All methods block, so they are to be called in threads."""
 
     def __init__(self, database: Database, quota: Quota):
         self._database = database
         self._quota = quota
 
     def names(self) -> list[tuple[str, str]]:
-        """Owner and name of each."""
+        """The owner and the name of each voice."""
         return self._database.call(_keys)
 
     def find(self, owner: str, name: str) -> VoiceRow | None:

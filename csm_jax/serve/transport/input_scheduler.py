@@ -1,20 +1,20 @@
-"""Whose input is read next: the event loop is shared fairly between clients."""
+"""Schedules the input of connections, so that clients share the event loop fairly."""
 
 import asyncio
 import time
 from collections import deque
 from typing import Protocol
 
-# Seconds of one round of the event loop in which input is handed on, and connections whose turn
-# comes in it: what they begin, such as answering a request, is work of the next round.
+# Seconds of each round of the event loop for input, and the connections that have a turn in it. The
+# work that they cause, such as responding to a request, is done in the next round.
 _ROUND_SECONDS, _ROUND_TURNS = 0.005, 16
 
 
 class Receiver(Protocol):
-    """A connection that has input to hand on.
+    """A connection with input for its protocol.
 
     Attributes:
-      share: whose connection it is; None if it is a proxy's, which has those of many clients.
+      share: of the client; None for a proxy, which has connections of many clients.
     """
 
     share: str | None
@@ -24,15 +24,15 @@ class Receiver(Protocol):
 
 
 class InputScheduler:
-    """Lets connections hand on their input, for a part of each round of the event loop.
+    """Lets connections hand on their input during a part of each round of the event loop.
 
-    Clients take turns, and so do the connections of each. A piece of tiny chunks or frames is some
-    milliseconds of work: without turns, those of many connections would hold up all others. To be
-    used from one event loop.
+    Clients take turns, and so do the connections of each client. A piece of tiny chunks or frames
+    takes some milliseconds, so without turns many connections of one client would block all
+    others. To be used from one event loop.
     """
 
     def __init__(self):
-        # In the order of their turns; a connection of a proxy stands for itself.
+        # In the order of their turns. Each connection of a proxy has its own turns.
         self._waiting: dict[str | Receiver, deque[Receiver]] = {}
         self._is_scheduled = False
 
@@ -64,6 +64,6 @@ class InputScheduler:
         del self._waiting[client]
         receiver = receivers.popleft()
         if receivers:
-            # Behind the other clients.
+            # Moved behind the other clients.
             self._waiting[client] = receivers
         receiver.feed()

@@ -1,7 +1,7 @@
-"""Accepted connections: each is counted before the server spends anything else on it.
+"""Accepts connections, and counts each before the server does anything else for it.
 
-The event loops' own servers show a TLS connection to its protocol after the handshake only, so a
-client that never begins one would be in no count.
+The servers of the event loops call the protocol of a TLS connection only after the handshake, so a
+client that never begins one would not be counted.
 """
 
 import asyncio
@@ -11,21 +11,22 @@ import socket
 import ssl
 from collections.abc import Callable
 
-from csm_jax.serve.transport.connections import Connection, Connections
+from csm_jax.serve.transport.connection import Connection
+from csm_jax.serve.transport.connections import Connections
 
 logger = logging.getLogger("csm_jax.serve")
 
-# Connections accepted in one round of the event loop: a flood must not hold up the others.
-_AT_ONCE = 32
-# Seconds without accepting after the process had no file descriptor left.
+# Connections that are accepted in one round of the event loop, so that a flood does not block it.
+_MAX_ACCEPTED = 32
+# Seconds without accepting after the process ran out of file descriptors.
 _PAUSE = 0.5
-# How long a refused connection stays open for its request to come, and how many do.
+# How long a refused connection stays open for its request to arrive, and how many may do so.
 _REFUSED_SECONDS, _MOST_REFUSED = 0.2, 64
 _READ_BYTES = 65_536
 
 
 class Listener:
-    """A listening socket. It has the methods that uvicorn calls of `asyncio.Server`."""
+    """A listening socket, with the methods of `asyncio.Server` that uvicorn calls."""
 
     def __init__(
         self,
@@ -34,7 +35,11 @@ class Listener:
         make_connection: Callable[[], Connection],
         context: ssl.SSLContext | None = None,
     ):
-        """Begins to accept. Args: context: for TLS; None for plain connections."""
+        """Begins to accept connections.
+
+        Args:
+          context: for TLS; None for plain connections.
+        """
         self._listening = listening
         self._connections = connections
         self._make_connection = make_connection
@@ -47,19 +52,19 @@ class Listener:
         self._resume()
 
     def close(self) -> None:
-        """Accepts no more; connections that were accepted go on."""
+        """Accepts no more connections; those that were accepted continue."""
         self._is_closed = True
         self._loop.remove_reader(self._listening.fileno())
 
     async def wait_closed(self) -> None:
-        """Returns at once: nothing of the listener remains after `close`."""
+        """Returns at once, because nothing remains after `close`."""
 
     def _resume(self) -> None:
         if not self._is_closed:
             self._loop.add_reader(self._listening.fileno(), self._accept)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(_MAX_ACCEPTED):
             try:
                 accepted, address = self._listening.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -82,14 +87,14 @@ class Listener:
         task.add_done_callback(self._tasks.discard)
 
     def _refuse(self, accepted: socket.socket, response: bytes) -> None:
-        # A client that has not shaken hands could not read why.
+        # A client could not read the response before the TLS handshake.
         if self._context is not None or len(self._refused) >= _MOST_REFUSED:
             accepted.close()
             return
         with contextlib.suppress(OSError):
             accepted.send(response)
             accepted.shutdown(socket.SHUT_WR)
-        # Bytes that come to a closed socket make the client's kernel forget the response.
+        # Bytes that arrive at a closed socket would make the client's kernel drop the response.
         self._refused.add(accepted)
         self._loop.call_later(_REFUSED_SECONDS, self._drop, accepted)
 
@@ -100,16 +105,18 @@ class Listener:
         refused.close()
 
     async def _connect(self, accepted: socket.socket, connection: Connection) -> None:
-        limits = self._connections.limits
-        tls = {}
-        if self._context is not None:
-            tls = {"ssl": self._context, "ssl_handshake_timeout": limits.head_seconds}
-            # What is written when a connection is closed must still be sent.
-            tls["ssl_shutdown_timeout"] = limits.write_seconds * 10
+        limits, is_tls = self._connections.limits, self._context is not None
         try:
-            await self._loop.connect_accepted_socket(lambda: connection, accepted, **tls)
+            await self._loop.connect_accepted_socket(
+                lambda: connection,
+                accepted,
+                ssl=self._context,
+                ssl_handshake_timeout=limits.head_seconds if is_tls else None,
+                # Bytes that are unsent when a connection is closed must still be sent.
+                ssl_shutdown_timeout=limits.write_seconds * 10 if is_tls else None,
+            )
         except (OSError, asyncio.CancelledError):
-            # The handshake failed, or the connection had to make room for another.
+            # The handshake failed, or the connection made room for another.
             accepted.close()
             self._connections.remove(connection)
         except Exception:

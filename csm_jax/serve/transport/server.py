@@ -1,4 +1,4 @@
-"""The HTTP server: uvicorn, with the limits of `Connections`."""
+"""The HTTP server: uvicorn with the limits of `Connections`."""
 
 import asyncio
 import contextlib
@@ -9,7 +9,7 @@ import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import h11
 import uvicorn
@@ -22,44 +22,50 @@ from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIO
 from csm_jax.serve.admission.caller import caller_of
 from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError
 from csm_jax.serve.settings import Limits, Settings
-from csm_jax.serve.transport.connections import Connection, Connections, Phase
+from csm_jax.serve.transport.connection import Connection, Protocol
+from csm_jax.serve.transport.connections import Connections, Phase
 from csm_jax.serve.transport.listener import Listener
 
 logger = logging.getLogger("csm_jax.serve")
 
-# Connections that may wait to be accepted; more than these try again by themselves.
+# Connections that may wait to be accepted; the kernels of further clients try again.
 BACKLOG = 256
-# Files that are open besides connections: libraries, the store, requests of the server's own.
+# Open files besides connections: libraries, the store, outbound requests.
 _SPARE_FILES = 512
-# What a message of a WebSocket has besides a recording and a text.
+# Bytes of a WebSocket message besides a recording and a text.
 _MESSAGE_BYTES = 4096
 # Frames of one message.
 _MAX_FRAGMENTS = 1024
 _PING_SECONDS = 20.0
-# Of the time to drain, for responses; jobs that are not over get some of the rest.
-_RESPONSES_PART = 0.7
+# Fraction of the drain time for responses; unfinished jobs get some of the rest.
+_RESPONSES_FRACTION = 0.7
 # Code of a WebSocket close.
 _TOO_BIG = 1009
-# Of the head of a WebSocket: websockets reads 128 lines of at most 8 kB.
+# The response to a WebSocket's head that is too large: websockets reads 128 lines of 8 kB.
 _REFUSAL = (
     b"HTTP/1.1 431 Request Header Fields Too Large\r\n"
     b"connection: close\r\ncontent-length: 0\r\n\r\n"
 )
 
 
-class HTTP(H11Protocol):
-    """uvicorn's protocol for HTTP, which says what it waits for.
+class HttpProtocol(H11Protocol):
+    """uvicorn's protocol for HTTP, which knows the phase of the connection.
 
     Attributes:
-      has_input: a request has come behind one that has been answered. It is read when it is the
-        turn of this connection, as if it came only then.
+      has_input: whether another request has arrived behind one that has its response. It is read
+        when it is the turn of this connection.
     """
 
     has_input = _is_ending = False
 
     @property
+    def _connection(self) -> Connection:
+        # `Connection` passes itself as the transport.
+        return cast(Connection, self.transport)
+
+    @property
     def phase(self) -> Phase:
-        if self.is_answered and self.transport.num_unsent:
+        if self.is_answered and self._connection.num_unsent:
             return Phase.WRITING
         if self.conn.their_state is h11.SEND_BODY:
             return Phase.BODY
@@ -71,14 +77,14 @@ class HTTP(H11Protocol):
 
     def on_response_complete(self) -> None:
         if {name for name, _ in self.headers} >= {b"content-length", b"transfer-encoding"}:
-            # What follows may be part of a body to a proxy on the way (RFC 9112, 6.3).
+            # A proxy may treat what follows as a part of the body (RFC 9112, 6.3).
             self.transport.close()
         self._is_ending = True
         super().on_response_complete()
         self._is_ending = False
-        # uvicorn's timer runs while the response is still being sent. `Connection.check` does not.
+        # uvicorn's timer would run while the response is being sent; that of `Connection` does not.
         self._unset_keepalive_if_required()
-        self.transport.settle(is_answered=True)
+        self._connection.settle(is_answered=True)
         if self.has_input:
             self.transport.resume_reading()
 
@@ -88,23 +94,28 @@ class HTTP(H11Protocol):
             super().handle_events()
 
     def _should_upgrade(self) -> bool:
-        # A WebSocket begins with GET and has no body: the rest is a request like any other.
+        # A WebSocket begins with a GET without a body; anything else is an ordinary request.
         names = {name for name, _ in self.headers}
         has_body = names & {b"content-length", b"transfer-encoding"}
         is_get = self.scope["method"] == "GET" and self.scope["http_version"] == "1.1"
         return is_get and not has_body and super()._should_upgrade()
 
 
-class Socket(WebSocketsSansIOProtocol):
-    """uvicorn's protocol for WebSockets, with limits of what is not a message yet."""
+class WebSocketProtocol(WebSocketsSansIOProtocol):
+    """uvicorn's protocol for WebSockets, with limits for incomplete messages."""
 
     has_input = False
-    _num_held, _share = 0, ""
+    _num_buffered, _share = 0, ""
+
+    @property
+    def _connection(self) -> Connection:
+        # `Connection` passes itself as the transport.
+        return cast(Connection, self.transport)
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if not self.handshake_initiated:
-            # The first data are a whole head, which `HTTP` has accepted and websockets has not.
+            # The data are a whole head, which `HttpProtocol` has accepted and websockets has not.
             self.transport.write(_REFUSAL)
             self.transport.close()
             return
@@ -119,22 +130,22 @@ class Socket(WebSocketsSansIOProtocol):
             return
         super().handle_cont(event)
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         self._hold(0)
-        super().connection_lost(error)
+        super().connection_lost(exc)
 
     def _hold(self, num_bytes: int) -> None:
-        """Counts what its caller holds of a message. Raises `ApiError` if there is no room."""
-        messages, is_more = self.transport.connections.messages, num_bytes > self._num_held
-        messages.add(self._share, -self._num_held)
-        self._num_held = 0
+        """Counts the bytes of an incomplete message. Raises `ApiError` if there is no room."""
+        messages, is_more = self._connection.connections.messages, num_bytes > self._num_buffered
+        messages.add(self._share, -self._num_buffered)
+        self._num_buffered = 0
         if num_bytes:
-            # Known as soon as the application has looked at the key.
-            self._share = caller_of(HTTPConnection(self.scope)).share
+            # Known after the application has checked the key.
+            self._share = caller_of(HTTPConnection(dict(self.scope))).share
             if is_more:
                 messages.check(self._share, num_bytes)
             messages.add(self._share, num_bytes)
-            self._num_held = num_bytes
+            self._num_buffered = num_bytes
 
     def _end(self, code: int) -> None:
         if not self.handshake_complete:
@@ -145,7 +156,7 @@ class Socket(WebSocketsSansIOProtocol):
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server. Once a second it looks at all connections."""
+    """uvicorn's server, which checks all connections once a second."""
 
     def __init__(
         self, config: uvicorn.Config, connections: Connections, on_exit: Callable[[], None]
@@ -169,17 +180,21 @@ class Server(uvicorn.Server):
         await self.lifespan.startup()
         if self.lifespan.should_exit:
             sys.exit(STARTUP_FAILURE)
-        self.servers = [
+        listeners = [
             Listener(each, self._connections, self._make_connection, self.config.ssl)
             for each in sockets or ()
         ]
+        # They have the methods of `asyncio.Server` that uvicorn calls.
+        self.servers = cast(list[asyncio.Server], listeners)
         self.started = True
 
     def _make_connection(self) -> Connection:
         return Connection(self._connections, self._make_protocol)
 
-    def _make_protocol(self) -> HTTP:
-        return HTTP(self.config, self.server_state, self.lifespan.state)
+    def _make_protocol(self) -> Protocol:
+        protocol = HttpProtocol(self.config, self.server_state, self.lifespan.state)
+        # Its transport is a `Connection`.
+        return cast(Protocol, protocol)
 
     async def on_tick(self, counter: int) -> bool:
         if counter % 10 == 0:
@@ -209,7 +224,7 @@ def make_server(
     ssl_keyfile: str | None = None,
     on_exit: Callable[[], None] = lambda: None,
 ) -> Server:
-    """A server of an application. `run` it with sockets that listen.
+    """Makes the server of an application; its `run` takes listening sockets.
 
     Args:
       on_exit: called when a signal stops it.
@@ -219,34 +234,35 @@ def make_server(
 
     config = uvicorn.Config(
         app,
-        http=HTTP,
-        ws=Socket,
+        http=HttpProtocol,
+        ws=WebSocketProtocol,
         ws_max_size=_largest_message(limits),
         ws_ping_interval=_PING_SECONDS,
         ws_ping_timeout=_PING_SECONDS,
-        # What is compressed can unpack to any size, and speech does not get smaller.
+        # A compressed message could unpack to any size, and speech does not get smaller.
         ws_per_message_deflate=False,
         ssl_certfile=ssl_certfile,
         ssl_keyfile=ssl_keyfile,
         lifespan="on",
         log_config=None,
-        # `RequestLog` writes a line for each.
+        # `RequestLogMiddleware` logs the requests.
         access_log=False,
         server_header=False,
-        # `app.py` does it, for `Settings.trusted_proxies`.
+        # `app.py` adds that middleware, for `Settings.trusted_proxies`.
         proxy_headers=False,
-        timeout_graceful_shutdown=_RESPONSES_PART * settings.drain_seconds,
+        # asyncio takes fractions of a second, too.
+        timeout_graceful_shutdown=cast(int, _RESPONSES_FRACTION * settings.drain_seconds),
     )
     return Server(config, connections, on_exit)
 
 
 def _largest_message(limits: Limits) -> int:
-    """Bytes of a recording in base64 and a text whose characters are all escaped."""
+    """Bytes of a message with a recording in base64, and a text of escaped characters only."""
     return limits.audio_bytes * 4 // 3 + 6 * limits.text_characters + _MESSAGE_BYTES
 
 
 def raise_file_limit(limits: Limits) -> Limits:
-    """Lets the process open as many files as it has connections; else fewer connections."""
+    """Raises the limit of open files to that of connections, or else lowers the latter."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     needed = limits.connections + _SPARE_FILES
     if soft == resource.RLIM_INFINITY or soft >= needed:

@@ -1,7 +1,8 @@
 """Voices as files: `NAME.flac` (or .wav, .mp3, .ogg, .opus) with `NAME.txt`, its transcript.
 
-A first line `speaker: 1` in the transcript says the speaker number; without it, it is 0. A file
-that cannot be used is left out and logged: one bad voice must not keep a server from starting.
+A first line `speaker: 1` in the transcript sets the speaker number, which is 0 by default. A file
+that cannot be used is skipped and logged, because one bad voice must not prevent the server from
+starting.
 """
 
 import logging
@@ -23,11 +24,11 @@ logger = logging.getLogger("csm_jax.serve")
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 MAX_SPEAKER = 2**31 - 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
-# More digits are no int32, and Python converts long ones slowly or not at all.
+# Longer numbers are not int32, and Python converts very long ones slowly or not at all.
 _SPEAKER = re.compile(r"speaker:[ \t]*(-?\d+)[ \t]*\r?\n", re.IGNORECASE)
 _MAX_DIGITS = 10
 _BYTES_PER_CHARACTER = 4
-# Of a directory; more are left out.
+# Of one directory; further ones are skipped.
 _MAX_VOICES = 1000
 
 
@@ -46,13 +47,13 @@ class VoiceFile:
     audio: np.ndarray
 
 
-def is_name(name: str) -> bool:
-    """Whether a voice can be called so."""
+def is_voice_name(name: str) -> bool:
+    """Whether a name is valid for a voice."""
     return _NAME.fullmatch(name) is not None
 
 
 def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
-    """The voices in a directory that can be used, sorted by file name.
+    """Reads the valid voices of a directory, sorted by file name.
 
     Raises:
       InputError: the directory cannot be read.
@@ -75,7 +76,7 @@ def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
 
 
 def check_transcript(text: str, limits: Limits) -> str:
-    """The transcript without space around it; raises `InputError` if it cannot be used."""
+    """The transcript without surrounding space. Raises `InputError` if it cannot be used."""
     text = text.strip()
     if not text:
         raise InputError("the transcript is empty")
@@ -88,7 +89,7 @@ def check_transcript(text: str, limits: Limits) -> str:
 
 
 def _is_recording(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and is_name(path.stem)
+    return path.suffix.lower() in SUFFIXES and is_voice_name(path.stem)
 
 
 def _read_voice(path: Path, limits: Limits) -> VoiceFile:
@@ -101,23 +102,23 @@ def _read_voice(path: Path, limits: Limits) -> VoiceFile:
 def _read_text(path: Path, limits: Limits) -> str:
     data = _read_file(path, _BYTES_PER_CHARACTER * limits.text_characters + 100)
     try:
-        # With or without the mark that some editors put before UTF-8.
+        # With or without the byte order mark that some editors write.
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path.name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a regular file that lies in its directory, links followed."""
+    """Reads a regular file. A link is followed if it stays inside the directory."""
     try:
         target = path.resolve(strict=True)
         if not target.is_relative_to(path.parent.resolve()):
             raise InputError(
                 f"{path.name} is a link that leads out of the directory: copy the file"
             )
-        # A pipe would be waited for, and a device may do anything when it is opened.
+        # Reading a pipe would block, and opening a device can have side effects.
         if not stat.S_ISREG(target.stat().st_mode):
-            raise InputError(f"{path.name} is no regular file")
+            raise InputError(f"{path.name} is not a regular file")
         with open(os.open(target, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
             data = file.read(max_bytes + 1)
     except FileNotFoundError as error:

@@ -8,7 +8,7 @@ from csm_jax import hub
 from csm_jax.errors import CheckpointError, OutputError
 from csm_jax.files import make_once, new_directory
 
-# What is said in the recordings that Sesame published, whose repository does not tell.
+# Transcripts of the recordings that Sesame has published, which are not in their repository.
 # Source: `SPEAKER_PROMPTS` of the model's space on the Hugging Face hub.
 TRANSCRIPTS = Path(__file__).with_name("transcripts")
 
@@ -18,12 +18,12 @@ logger = logging.getLogger("csm_jax.serve")
 def find_presets(checkpoint: str, directory: Path | None) -> list[Path]:
     """Directories of voices that come with a checkpoint.
 
-    Those of a hub repository are downloaded once, into its native copy; a server without a
-    network starts without them.
+    Those of a hub repository are downloaded once, into its native copy. Without a network the
+    server starts without them.
 
     Args:
-      checkpoint: what `csm_jax.load` took as its name.
-      directory: where it lies; None for random weights.
+      checkpoint: the name that was passed to `csm_jax.load`.
+      directory: of the checkpoint; None for random weights.
     """
     if directory is None:
         return []
@@ -34,7 +34,7 @@ def find_presets(checkpoint: str, directory: Path | None) -> list[Path]:
 
 
 def _download(repository: str, target: Path) -> None:
-    """Makes `target`, whole or not at all: recordings, and a transcript beside each."""
+    """Makes the directory `target` atomically: recordings, and a transcript beside each."""
 
     def make() -> None:
         recordings = hub.download_prompts(repository)

@@ -1,7 +1,7 @@
-"""Voices by name: shared voices from files, and voices that an owner has added.
+"""Voices by name: shared voices from files, and voices that owners have added.
 
-Shared voices are read-only, and none can be added under their names. If one of them later gets the
-name of an added voice, the owner of that goes on with the added one.
+Shared voices are read-only, and owners cannot add voices with their names. If a shared voice later
+gets the name of an added one, the owner of the added voice keeps using that.
 """
 
 import io
@@ -20,20 +20,20 @@ from csm_jax.generator import Generator
 from csm_jax.prompt import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
-from csm_jax.serve.voices.files import check_transcript, is_name, read_voices
+from csm_jax.serve.voices.files import check_transcript, is_voice_name, read_voices
 
 logger = logging.getLogger("csm_jax.serve")
 
 
 @dataclass(frozen=True)
 class Voice:
-    """A voice to speak in.
+    """A voice: a recording with its transcript, which becomes the first turn of a prompt.
 
     Attributes:
       text: transcript of the recording.
-      seconds: how long the recording is.
+      seconds: length of the recording.
       codes: int32 [num_frames, Q], the recording encoded.
-      owner: None if it is shared.
+      owner: None for a shared voice.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Voice:
         return self.owner is not None
 
     def turn(self, speaker: int | None = None) -> Segment:
-        """What a conversation begins with for `speaker` to have this voice."""
+        """The turn of context that gives this voice to `speaker`, by default its own number."""
         number = self.speaker if speaker is None else speaker
         return Segment(number, self.text, codes=self.codes)
 
 
 class Voices:
-    """All voices of a server. Safe for many threads; only those that change something wait."""
+    """All voices of a server. Thread-safe: only changes wait for one another."""
 
     def __init__(
         self,
@@ -64,19 +64,19 @@ class Voices:
         store: VoiceStore,
         limits: Limits,
     ):
-        """Reads all voices; those that cannot be used are left out and logged.
+        """Reads all voices; those that cannot be used are skipped and logged.
 
         Args:
-          presets: directories of shared voices; later ones win.
+          presets: directories of shared voices; later ones take precedence.
 
         Raises:
           InputError: a directory cannot be read.
-          StorageError: the store cannot.
+          StorageError: the store cannot be read.
         """
         self._model = model
         self._store = store
         self._limits = limits
-        # For changes, which are made to copies: readers never wait for the store.
+        # For changes, which replace the dictionary: readers never wait for the store.
         self._changing = threading.Lock()
         self._shared: dict[str, Voice] = {}
         self._recordings: dict[str, bytes] = {}
@@ -90,7 +90,7 @@ class Voices:
 
     def all(self, owner: str) -> list[Voice]:
         """The shared voices and those of `owner`, sorted by name."""
-        own = {name: voice for (whose, name), voice in self._own.items() if whose == owner}
+        own = {name: voice for (owned_by, name), voice in self._own.items() if owned_by == owner}
         known = self._shared | own
         return [known[name] for name in sorted(known)]
 
@@ -99,22 +99,22 @@ class Voices:
         return [*self._shared.values(), *self._own.values()]
 
     def find(self, name: str, owner: str) -> Voice:
-        """A voice of `owner` or a shared one; raises `InputError` if there is none."""
+        """A voice of `owner`, or a shared one. Raises `InputError` if there is none."""
         found = self._own.get((owner, name)) or self._shared.get(name)
         if found is None:
             known = ", ".join(voice.name for voice in self.all(owner)) or "none"
             raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
         return found
 
-    def find_as(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
-        """The voice of a name, or what stands for one that an API's clients know.
+    def find_api_voice(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
+        """The voice of a name, or the substitute for a name that an API's clients use.
 
-        Of `known_names` the first is the first of the shared voices, and so on, so that adding a
-        voice changes no other; without such voices it is the owner's first; None where there is
-        none.
+        The first of `known_names` stands for the first shared voice, and so on, so that adding a
+        voice changes no other. Without shared voices they stand for those of the owner, and
+        without any voices the result is None.
 
         Raises:
-          InputError: it is neither.
+          InputError: there is no voice of that name, and it is not one of `known_names`.
         """
         if self.has(name, owner) or name not in known_names:
             return self.find(name, owner)
@@ -146,7 +146,7 @@ class Voices:
         text = check_transcript(text, self._limits)
         data = encode_audio(audio, SAMPLE_RATE, ".flac")
         voice = self._make(owner, name, speaker, text, data)
-        # The lock keeps memory and store in step when one name is added twice at once.
+        # The lock keeps memory and store consistent when a name is added twice at once.
         with self._changing:
             self._store.put(VoiceRow(owner, name, speaker, text, data))
             self._own = {**self._own, (owner, name): voice}
@@ -162,7 +162,8 @@ class Voices:
 
     def _load(self) -> None:
         for owner, name in self._store.names():
-            row = self._store.find(owner, name)
+            if (row := self._store.find(owner, name)) is None:
+                continue
             try:
                 self._own[owner, name] = self._make(*row)
             except InputError as error:
@@ -171,7 +172,7 @@ class Voices:
                 logger.warning("added voice %s hides the shared one from its owner", name)
 
     def _make(self, owner: str | None, name: str, speaker: int, text: str, data: bytes) -> Voice:
-        """A voice of a FLAC file; the codes are of what is stored, now and after a restart."""
+        """Encodes a FLAC file, as it is stored, so that a restart gives the same codes."""
         try:
             audio, _ = soundfile.read(io.BytesIO(data), dtype="float32")
         except (soundfile.LibsndfileError, OSError) as error:
@@ -181,8 +182,8 @@ class Voices:
 
 
 def check_name(name: str) -> None:
-    """Raises `InputError` for what cannot be a voice's name."""
-    if not is_name(name):
+    """Raises `InputError` for an invalid name of a voice."""
+    if not is_voice_name(name):
         raise InputError(
             f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, - and _ make a name"
         )

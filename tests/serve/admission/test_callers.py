@@ -1,4 +1,4 @@
-"""Whom a request is from: keys, tenants, refusals, and what logs do not say."""
+"""Callers of requests: keys, tenants, refusals, and redaction of logs."""
 
 import base64
 import hashlib
@@ -8,11 +8,15 @@ import pytest
 from small import ask, echo, open_socket
 
 from csm_jax.errors import InputError
-from csm_jax.serve.admission import rate_limits as quotas
+from csm_jax.serve.admission import rate_limits
+from csm_jax.serve.admission.api_keys import parse_keys, read_keys
 from csm_jax.serve.admission.caller import INTERNAL, Caller
-from csm_jax.serve.admission.rate_limits import Quotas
+from csm_jax.serve.admission.rate_limits import RateLimits
 from csm_jax.serve.middleware import redaction
-from csm_jax.serve.middleware.authentication import Keys, is_open, parse_keys, read_keys
+from csm_jax.serve.middleware.authentication import (
+    AuthenticationMiddleware,
+    is_open,
+)
 
 LINES = ("sk-first", "sk-second tenant=acme weight=2.5", "sk-third tenant=acme weight=2.5")
 
@@ -20,12 +24,12 @@ LINES = ("sk-first", "sk-second tenant=acme weight=2.5", "sk-third tenant=acme w
 @pytest.fixture
 def clock(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(quotas, "monotonic", lambda: now[0])
+    monkeypatch.setattr(rate_limits, "monotonic", lambda: now[0])
     return now
 
 
-def guarded(lines=LINES, per_minute: int = 0) -> Keys:
-    return Keys(echo, parse_keys(lines), Quotas(per_minute, 0))
+def guarded(lines=LINES, per_minute: int = 0) -> AuthenticationMiddleware:
+    return AuthenticationMiddleware(echo, parse_keys(lines), RateLimits(per_minute, 0))
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -79,31 +83,31 @@ def test_without_keys_a_share_is_an_address_or_its_network():
         (["a tenant=x weight=1", "b tenant=x weight=2"], "two weights"),
     ],
 )
-def test_a_line_that_is_not_understood_is_refused(lines, message):
+def test_an_invalid_line_of_a_keys_file_is_refused(lines, message):
     with pytest.raises(InputError, match=message) as raised:
         parse_keys(lines)
     assert "\n" not in str(raised.value)
 
 
-def test_a_refusal_does_not_say_the_key():
+def test_errors_do_not_contain_the_key():
     for line in ("sk-hidden colour=red", "sk-hidden sk-hidden", "sk-hidden\u00e9"):
         with pytest.raises(InputError) as raised:
             parse_keys([line])
         assert "hidden" not in str(raised.value)
 
 
-def test_a_file_of_keys_may_have_comments_and_a_byte_order_mark():
+def test_a_keys_file_may_have_comments_and_a_byte_order_mark():
     text = "\ufeffsk-first tenant=a\r\n\n  # sk-old\n  sk-second  \n"
     assert read_keys(text) == ["sk-first tenant=a", "sk-second"]
 
 
-def test_many_wrong_keys_from_one_address_are_too_many(clock):
+def test_wrong_keys_from_one_address_are_limited(clock):
     app = guarded()
     statuses = [ask(app, headers=bearer(f"guess-{i}")).status_code for i in range(1500)]
     assert statuses[0] == 401
     assert statuses.count(401) <= 10
     assert set(statuses[10:]) == {429}
-    # Neither another address is affected, nor the right key at the same one.
+    # It affects neither other addresses nor valid keys from the same one.
     assert ask(app, headers=bearer("guess"), client="10.0.0.2").status_code == 401
     assert ask(app, headers=bearer("sk-first")).status_code == 200
     assert ask(app, headers=bearer("guess")).headers["retry-after"] == "6"
@@ -117,7 +121,7 @@ def test_two_credentials_get_401():
     assert ask(app, headers=both).status_code == 401
     twice = [("X-API-Key", "sk-first"), ("X-API-Key", "sk-first")]
     assert ask(app, headers=twice).status_code == 401
-    # A proxy's own password beside the key is something else.
+    # A proxy's own password beside the key is not an API key.
     basic = {"Authorization": "Basic eDp5", "X-API-Key": "sk-first"}
     assert ask(app, headers=basic).status_code == 200
 
@@ -144,7 +148,7 @@ def test_a_browser_sends_its_key_as_a_subprotocol(subprotocols, status, chosen):
     assert (opened.status, opened.subprotocol) == (status, chosen)
 
 
-def test_a_key_in_the_query_is_only_for_sockets():
+def test_a_key_in_the_query_is_accepted_for_websockets_only():
     assert open_socket(guarded(), query="api_key=sk-first").status == 101
     assert ask(guarded(), "/v1/models?api_key=sk-first").status_code == 401
 
@@ -196,7 +200,7 @@ def test_other_query_parameters_are_not_redacted():
     assert redaction.redact(text) == text
 
 
-def test_the_filter_sees_arguments_and_tracebacks(caplog):
+def test_the_filter_redacts_arguments_and_tracebacks(caplog):
     redaction.install()
     logger = logging.getLogger("uvicorn.error")
     with caplog.at_level(logging.INFO, "uvicorn.error"):
@@ -210,10 +214,10 @@ def test_the_filter_sees_arguments_and_tracebacks(caplog):
     assert "ValueError: bad address" in caplog.text
 
 
-def test_utterances_and_lines_are_counted_as_requests_are(clock):
-    limits = Quotas(requests_per_minute=10, speech_seconds_per_minute=0)
+def test_utterances_and_lines_count_as_requests(clock):
+    limits = RateLimits(requests_per_minute=10, speech_seconds_per_minute=0)
     limits.count(Caller(share="a"))
-    limits.count_more(Caller(share="a"), 29)  # a scene of 30 lines, let in as one request
+    limits.count_more(Caller(share="a"), 29)  # a scene of 30 lines, admitted as one request
     with pytest.raises(Exception, match="requests and utterances a minute; wait 126 s"):
         limits.count(Caller(share="a"))
     limits.count(Caller(share="b"))
@@ -221,8 +225,8 @@ def test_utterances_and_lines_are_counted_as_requests_are(clock):
     limits.count(Caller(share="a"))
 
 
-def test_a_caller_in_debt_of_speech_waits(clock):
-    limits = Quotas(0, speech_seconds_per_minute=60)
+def test_a_caller_over_its_speech_limit_is_refused(clock):
+    limits = RateLimits(0, speech_seconds_per_minute=60)
     caller = Caller("a", "a")
     limits.check_speech(caller)
     limits.charge_speech(caller, 90.0)
@@ -236,10 +240,10 @@ def test_a_caller_in_debt_of_speech_waits(clock):
     limits.check_speech(INTERNAL)
 
 
-def test_a_debt_is_not_forgotten_for_newcomers(clock, monkeypatch):
-    """Even if many addresses come afterwards; and the memory stays bounded."""
-    monkeypatch.setattr(quotas, "MAX_CALLERS", 20)
-    limits = Quotas(0, speech_seconds_per_minute=60)
+def test_many_new_callers_do_not_erase_a_debt(clock, monkeypatch):
+    """Even if many addresses follow; and the memory stays limited."""
+    monkeypatch.setattr(rate_limits, "MAX_CALLERS", 20)
+    limits = RateLimits(0, speech_seconds_per_minute=60)
     limits.charge_speech(Caller("a", "a"), 6000.0)
     for number in range(1000):
         limits.charge_speech(Caller("", f"10.0.{number}"), 1.0)

@@ -1,4 +1,4 @@
-"""Threads are shared: callers take turns, and what is cancelled in time never runs."""
+"""Fair thread pools: callers take turns, and calls that are cancelled in time never run."""
 
 import asyncio
 import threading
@@ -6,16 +6,16 @@ import threading
 import pytest
 
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.admission.thread_pools import FairPool
+from csm_jax.serve.admission.thread_pools import FairThreadPool
 
 A, B = (Caller(share=name) for name in "ab")
 
 
 def test_callers_take_turns():
-    """A newcomer waits for one call of another at most."""
+    """A new caller waits for at most one call of another."""
 
     async def scenario() -> list[str]:
-        order, gate, pool = [], threading.Event(), FairPool(1, "test")
+        order, gate, pool = [], threading.Event(), FairThreadPool(1, "test")
 
         def work(name: str) -> None:
             gate.wait(10)
@@ -33,9 +33,9 @@ def test_callers_take_turns():
     assert asyncio.run(scenario()) == ["a0", "b0", "a1", "b1", "a2", "a3", "a4"]
 
 
-def test_one_caller_does_not_have_all_threads():
+def test_one_caller_cannot_use_all_threads():
     async def scenario() -> None:
-        gate, pool = threading.Event(), FairPool(2, "test")
+        gate, pool = threading.Event(), FairThreadPool(2, "test")
         blocked = [asyncio.create_task(pool.run(A, gate.wait, 10)) for _ in range(5)]
         await asyncio.sleep(0.05)
         assert await asyncio.wait_for(pool.run(B, lambda: "heard"), 5) == "heard"
@@ -46,9 +46,9 @@ def test_one_caller_does_not_have_all_threads():
     asyncio.run(scenario())
 
 
-def test_what_is_cancelled_before_its_turn_never_runs():
+def test_a_call_that_is_cancelled_before_its_turn_never_runs():
     async def scenario() -> None:
-        ran, gate, pool = [], threading.Event(), FairPool(1, "test")
+        ran, gate, pool = [], threading.Event(), FairThreadPool(1, "test")
         first = asyncio.create_task(pool.run(A, gate.wait, 10))
         waiting = [asyncio.create_task(pool.run(A, ran.append, i)) for i in range(5)]
         await asyncio.sleep(0.05)
@@ -63,13 +63,13 @@ def test_what_is_cancelled_before_its_turn_never_runs():
     asyncio.run(scenario())
 
 
-def test_exceptions_of_a_function_are_raised_to_its_caller():
+def test_exceptions_of_a_function_are_raised_in_its_caller():
     async def scenario() -> None:
-        pool = FairPool(1, "test")
+        pool = FairThreadPool(1, "test")
         with pytest.raises(ZeroDivisionError):
             await pool.run(A, lambda: 1 / 0)
         assert await pool.run(A, lambda: 5) == 5
-        # One that was given up while it ran leaves the thread to others.
+        # A call that was cancelled while it ran leaves the thread to others.
         gate = threading.Event()
         task = asyncio.create_task(pool.run(A, gate.wait, 10))
         await asyncio.sleep(0.05)

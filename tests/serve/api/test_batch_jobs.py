@@ -1,4 +1,4 @@
-"""Batches: behind live requests, to the last line, whatever happens in between."""
+"""Batches: in the background, complete, and unaffected by restarts and full disks."""
 
 import base64
 import json
@@ -18,7 +18,7 @@ import pytest
 from serving import SMALL, as_samples, serve
 from stores import limit_pages
 
-from csm_jax.serve.api import batches
+from csm_jax.serve.api import batch_worker
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.store import database
 
@@ -66,7 +66,7 @@ def test_the_openai_client_runs_a_batch(server):
         assert len(as_samples(audio)) > 5_000
 
 
-def test_a_line_says_what_it_says_alone(server):
+def test_a_line_has_the_same_speech_as_a_single_request(server):
     batch = server.post("/v1/batches", files={"file": lines(1)}).json()
     [result] = results(server.url, wait(server.url, batch["id"]))
     body = {"text": "0", "voice": "slt", "seed": 1}
@@ -74,7 +74,7 @@ def test_a_line_says_what_it_says_alone(server):
     assert base64.b64decode(result["response"]["body"]["audio"]) == alone
 
 
-def test_a_line_that_fails_says_why(server):
+def test_the_result_of_a_failed_line_has_an_error(server):
     data = lines(1) + lines(1, voice="nobody").replace(b"line-0", b"bad")
     batch = server.post("/v1/batches", files={"file": data}).json()
     batch = wait(server.url, batch["id"])
@@ -102,14 +102,14 @@ def test_a_line_that_fails_says_why(server):
         (b"\n" * 200_000 + lines(1), "too many lines"),
     ],
 )
-def test_a_file_that_is_wrong_is_refused_as_a_whole(server, data, message):
+def test_a_file_with_an_invalid_line_is_refused(server, data, message):
     answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
 
 
-def test_a_line_is_stored_without_what_is_not_spoken(server):
-    """Or it would be read again each time."""
+def test_a_line_is_stored_without_unknown_fields(server):
+    """Unknown fields would otherwise be read again each time."""
     data = lines(1, junk="x" * 200_000, instructions=None)
     batch = server.post("/v1/batches", files={"file": data}).json()
 
@@ -125,8 +125,8 @@ def test_a_line_is_stored_without_what_is_not_spoken(server):
     wait(server.url, batch["id"])
 
 
-def test_files_are_read_when_it_is_their_callers_turn(server, monkeypatch):
-    """However many small requests ask for it."""
+def test_files_of_a_caller_are_read_a_few_at_a_time(server, monkeypatch):
+    """Even if many small requests name the same file."""
     store, goes_on = server.service.store.batches, threading.Event()
     before, reading, most = store.read_file, [], []
 
@@ -143,7 +143,7 @@ def test_files_are_read_when_it_is_their_callers_turn(server, monkeypatch):
         body = {"input_file_id": file}
         asked = [pool.submit(server.post, "/v1/batches", json=body) for _ in range(20)]
         deadline = time.monotonic() + 60
-        while server.service.places.num_held < 20:
+        while server.service.request_limiter.num_acquired < 20:
             assert time.monotonic() < deadline
             time.sleep(0.02)
         assert server.get("/healthz").status_code == 200
@@ -153,10 +153,10 @@ def test_files_are_read_when_it_is_their_callers_turn(server, monkeypatch):
     assert max(most) < len(os.sched_getaffinity(0)) + 4
     for answer in answers:
         wait(server.url, answer.json()["id"])
-    assert server.service.places.num_held == 0
+    assert server.service.request_limiter.num_acquired == 0
 
 
-def test_what_is_not_there(server):
+def test_unknown_ids_get_404(server):
     for path in ("/v1/batches/x", "/v1/files/x", "/v1/files/x/content"):
         assert server.get(path).status_code == 404
     assert server.post("/v1/batches/x/cancel").status_code == 404
@@ -164,7 +164,7 @@ def test_what_is_not_there(server):
     assert server.post("/v1/batches", json=body).status_code == 404
 
 
-def test_cancel(server):
+def test_a_cancelled_batch_stops_and_keeps_its_results(server):
     batch = server.post("/v1/batches", files={"file": lines(200)}).json()
     wait(server.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 2)
     cancelled = server.post(f"/v1/batches/{batch['id']}/cancel").json()
@@ -175,8 +175,8 @@ def test_cancel(server):
     assert len(results(server.url, cancelled)) == done
 
 
-def test_live_requests_go_first(server):
-    """A row is free for them, however much the batch has to say."""
+def test_interactive_requests_go_first(server):
+    """A slot is free for them during a long batch."""
     batch = server.post("/v1/batches", files={"file": lines(100)}).json()
     wait(server.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 2)
     engine = server.service.engine
@@ -188,8 +188,8 @@ def test_live_requests_go_first(server):
     server.post(f"/v1/batches/{batch['id']}/cancel")
 
 
-def test_a_restart_goes_on(model, tmp_path):
-    """After the server has begun to end."""
+def test_a_batch_continues_after_a_restart(model, tmp_path):
+    """The restart happens during the drain."""
     settings = Settings(**SMALL, data=tmp_path)
     with serve(model, settings) as first:
         batch = first.post("/v1/batches", files={"file": lines(30)}).json()
@@ -203,8 +203,8 @@ def test_a_restart_goes_on(model, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
-def test_kill_9(tmp_path, seed):
-    """No line is lost, none is there twice."""
+def test_kill_9_neither_loses_nor_repeats_lines(tmp_path, seed):
+    """Each line has exactly one result."""
     count = 40
     process, url = start(tmp_path)
     batch = httpx.post(f"{url}/v1/batches", files={"file": lines(count)}).json()
@@ -217,15 +217,15 @@ def test_kill_9(tmp_path, seed):
         found = results(url, done)
     finally:
         process.terminate()
-        # uvicorn drains, and then ends by the signal.
+        # uvicorn drains, and then raises the signal again.
         assert process.wait(timeout=60) in (0, -signal.SIGTERM)
     assert [each["custom_id"] for each in found] == [f"line-{i}" for i in range(count)]
     assert all(each["error"] is None for each in found)
 
 
 @pytest.mark.long
-def test_kill_9_loses_no_job_of_the_queue(tmp_path):
-    """Neither one that is over, nor one that runs, nor one that waits."""
+def test_kill_9_loses_no_queued_job(tmp_path):
+    """Whether it was completed, running or waiting."""
     path = "/queue/fal-ai/csm-1b"
     process, url = start(tmp_path)
     scene = {"scene": [{"text": "one two three", "speaker_id": 0}] * 3, "seed": 1}
@@ -251,13 +251,13 @@ def test_kill_9_loses_no_job_of_the_queue(tmp_path):
     finally:
         process.terminate()
         process.wait(timeout=60)
-    # One seed, one recording, whichever process spoke it.
+    # One seed gives one recording in both processes.
     assert len(heard) == 1
     assert len(as_samples(*heard)) > 10_000
 
 
 def start(data) -> tuple[subprocess.Popen, str]:
-    """The command, until it answers."""
+    """Starts the command, and waits until it responds."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "csm_jax.serve", "--checkpoint=demo", f"--port={port}"]
@@ -277,7 +277,7 @@ def start(data) -> tuple[subprocess.Popen, str]:
             time.sleep(0.1)
 
 
-def test_files_have_room_up_to_a_limit(model):
+def test_stored_files_are_limited(model):
     limits = Limits(stored_bytes=350_000)
     with serve(model, Settings(**SMALL, limits=limits)) as running:
         files = {"file": ("a.jsonl", lines(1000))}
@@ -289,15 +289,15 @@ def test_files_have_room_up_to_a_limit(model):
         assert running.post("/v1/files", files=files).status_code == 200
 
 
-def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
+def test_results_wait_for_room_on_the_disk_and_no_line_runs_twice(
     model, tmp_path, monkeypatch, caplog
 ):
     monkeypatch.setattr(database, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(database, "LAST_PAUSE", 0.2)
     spoken = []
-    before = batches.as_request
+    before = batch_worker.as_request
     monkeypatch.setattr(
-        batches,
+        batch_worker,
         "as_request",
         lambda service, caller, fields: (
             spoken.append(fields.input) or before(service, caller, fields)
@@ -319,7 +319,7 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
         running.wait_until_idle()
         at_full, failures = len(spoken), running.service.store.database.num_failures
         time.sleep(1)
-        # It tries to write, and says nothing more.
+        # It repeats the write without further log lines.
         assert running.service.store.database.num_failures > failures
         assert len(spoken) == at_full
         assert running.post("/v1/files", files={"file": lines(500)}).status_code == 507
@@ -339,9 +339,9 @@ def test_a_full_disk_is_waited_for_and_no_line_is_spoken_twice(
     assert not any(record.exc_info for record in caplog.records)
 
 
-def test_a_worker_that_fails_is_reported_once_and_goes_on(model, monkeypatch, caplog):
-    monkeypatch.setattr(batches, "FIRST_PAUSE", 0.05)
-    monkeypatch.setattr(batches, "LAST_PAUSE", 0.1)
+def test_a_failing_worker_is_reported_once_and_continues(model, monkeypatch, caplog):
+    monkeypatch.setattr(batch_worker, "FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(batch_worker, "LAST_PAUSE", 0.1)
     with (
         caplog.at_level(logging.ERROR, "csm_jax.serve"),
         serve(model, Settings(**SMALL), warm=False) as running,
@@ -364,14 +364,14 @@ def test_a_worker_that_fails_is_reported_once_and_goes_on(model, monkeypatch, ca
     assert len([record for record in caplog.records if "a bug" in record.message]) == 1
 
 
-def test_one_bad_line_of_50_000_is_named(server):
+def test_the_error_names_one_invalid_line_of_50_000(server):
     data = lines(49_999) + b'{"custom_id": "b", "body": {"model": "csm-1b"}}'
     answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
     assert answer.status_code == 400
     assert answer.json()["detail"].startswith("line 50000: body.")
 
 
-def test_metadata_comes_back(server):
+def test_metadata_is_returned(server):
     data = {"metadata": {"who": "me"}}
     file = server.post("/v1/files", files={"file": lines(1)}).json()["id"]
     batch = server.post("/v1/batches", json=data | {"input_file_id": file}).json()

@@ -1,4 +1,4 @@
-"""Recordings of a context: newest first, within the window, and only while a request waits."""
+"""Recordings of a context: decoded newest first, within the window, until the client leaves."""
 
 import asyncio
 import base64
@@ -14,7 +14,7 @@ from csm_jax import Request, Segment
 from csm_jax.mimi.codec import Codec
 from csm_jax.serve.admission.caller import INTERNAL, Caller
 from csm_jax.serve.api import context as context_module
-from csm_jax.serve.api.context import GivenTurn, read_context
+from csm_jax.serve.api.context import UploadedTurn, read_context
 from csm_jax.serve.errors import ApiError
 
 RATE = 24_000
@@ -22,10 +22,10 @@ PATH = "/fal-ai/csm-1b"
 
 
 def flac(seconds: float, seed: int = 0) -> bytes:
-    """Clicks: a small file of a long recording."""
+    """A long recording of clicks, which is a small file."""
     samples = np.zeros(int(seconds * RATE), np.float32)
     samples[:: RATE // 2] = 0.5
-    samples[seed] = 0.25  # each is another
+    samples[seed] = 0.25  # each recording is different
     file = io.BytesIO()
     soundfile.write(file, samples, RATE, format="FLAC")
     return file.getvalue()
@@ -42,9 +42,9 @@ def scene(*recordings: str, **more) -> dict:
 
 @pytest.fixture
 def work(monkeypatch):
-    """How many recordings were decoded and how many turns encoded; encoding takes a moment."""
+    """Counts the decoded recordings and the encoded turns; encoding is slowed down."""
     counts = {"decoded": [], "encoded": [], "pause": 0.0}
-    decode, encode = context_module.decode, Codec.encode
+    decode, encode = context_module.decode_upload, Codec.encode
 
     def note_decode(*arguments):
         audio = decode(*arguments)
@@ -56,22 +56,22 @@ def work(monkeypatch):
         time.sleep(counts["pause"])
         return encode(codec, audio, *more)
 
-    monkeypatch.setattr(context_module, "decode", note_decode)
+    monkeypatch.setattr(context_module, "decode_upload", note_decode)
     monkeypatch.setattr(Codec, "encode", note_encode)
     return counts
 
 
-def read(server, given: list[GivenTurn]):
-    """`read_context` in the event loop of the server."""
+def read(server, given: list[UploadedTurn]):
+    """Calls `read_context` in the event loop of the server."""
     service = server.service
     loop = service.warmed.get_loop()
     reading = read_context(service, INTERNAL, given, "audio")
     return asyncio.run_coroutine_threadsafe(reading, loop).result(60)
 
 
-def test_the_newest_are_read_until_the_window_is_full(server, work):
-    """20.48 s are 256 positions: of turns of 6 s the newest four, and the rest is not decoded."""
-    given = [GivenTurn(i % 2, f"turn {i}", flac(6.0, i + 1)) for i in range(9)]
+def test_the_newest_recordings_are_decoded_until_the_window_is_full(server, work):
+    """The window of 256 positions is 20.48 s: the newest four turns of 6 s."""
+    given = [UploadedTurn(i % 2, f"turn {i}", flac(6.0, i + 1)) for i in range(9)]
     found = read(server, given)
     assert [turn.text for turn in found.turns] == [f"turn {i}" for i in (5, 6, 7, 8)]
     assert [int(np.argmax(turn.audio == 0.25)) for turn in found.turns] == [6, 7, 8, 9]
@@ -81,14 +81,17 @@ def test_the_newest_are_read_until_the_window_is_full(server, work):
     assert "the oldest 5 of 9 turns" in notice.message
 
 
-def test_what_fits_is_read_as_it_was(server, work):
-    given = [GivenTurn(0, "a", flac(2.0)), GivenTurn(1, "b", base64.b64encode(flac(3.0)).decode())]
+def test_recordings_that_fit_are_decoded_in_full(server, work):
+    given = [
+        UploadedTurn(0, "a", flac(2.0)),
+        UploadedTurn(1, "b", base64.b64encode(flac(3.0)).decode()),
+    ]
     found = read(server, given)
     assert [len(turn.audio) for turn in found.turns] == [2 * RATE, 3 * RATE]
     assert found.notices == []
 
 
-def test_sixty_four_long_recordings_cost_what_fits(server, work):
+def test_only_the_recordings_that_fit_are_encoded(server, work):
     """64 times 59 s in half a megabyte: one is decoded, and none fits beside the speech."""
     recording = uri(flac(59.0))
     answer = server.post(PATH, json=scene(*[recording] * 64, max_audio_length_ms=400))
@@ -97,7 +100,7 @@ def test_sixty_four_long_recordings_cost_what_fits(server, work):
     assert len(work["encoded"]) <= 1
 
 
-def test_a_recording_that_is_left_out_is_checked_all_the_same(server, work):
+def test_recordings_beyond_the_window_are_checked_too(server, work):
     for bad, said in (("data:audio/flac;base64,?", "base64"), (uri(b"RIFF"), "not readable")):
         answer = server.post(PATH, json=scene(bad, *[uri(flac(25.0))] * 2))
         assert answer.status_code == 400
@@ -107,8 +110,8 @@ def test_a_recording_that_is_left_out_is_checked_all_the_same(server, work):
     assert len(work["encoded"]) == 0
 
 
-def test_the_lines_of_a_scene_share_what_is_encoded(server, work):
-    """And say what the library says to the same turns."""
+def test_the_lines_of_a_scene_share_encoded_recordings(server, work):
+    """Their speech equals that of the library with the same turns."""
     recordings = [flac(2.0, 3), flac(3.0, 4)]
     body = scene(*map(uri, recordings), max_audio_length_ms=400)
     body["scene"] = [{"text": "two"}, {"text": "three"}, {"text": "four"}]
@@ -116,7 +119,7 @@ def test_the_lines_of_a_scene_share_what_is_encoded(server, work):
     assert len(work["encoded"]) == 2
 
 
-def test_nothing_is_encoded_for_a_client_that_has_left(server, work):
+def test_nothing_is_encoded_after_the_client_has_disconnected(server, work):
     work["pause"] = 0.3
     recordings = [uri(flac(1.5, seed)) for seed in range(1, 11)]
 
@@ -131,7 +134,7 @@ def test_nothing_is_encoded_for_a_client_that_has_left(server, work):
 
     asyncio.run(ask_and_leave())
     deadline = time.monotonic() + 20
-    while server.service.places.num_held:
+    while server.service.request_limiter.num_acquired:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     begun = len(work["encoded"])
@@ -139,13 +142,13 @@ def test_nothing_is_encoded_for_a_client_that_has_left(server, work):
     assert len(work["encoded"]) == begun < 10
 
 
-def test_a_newcomer_waits_for_one_turn_of_another(server, work):
+def test_encoding_alternates_between_callers(server, work):
     """Its ten turns take four seconds to encode."""
     service = server.service
     work["pause"] = 0.4
     loop = service.warmed.get_loop()
     turns = [Segment(0, "one", np.full(RATE, 0.1 + i / 100, np.float32)) for i in range(10)]
-    many = service.encoded(Request("two", context=turns), Caller(share="many"))
+    many = service.encode_context(Request("two", context=turns), Caller(share="many"))
     flood = asyncio.run_coroutine_threadsafe(many, loop)
     deadline = time.monotonic() + 20
     while not work["encoded"]:
@@ -159,7 +162,7 @@ def test_a_newcomer_waits_for_one_turn_of_another(server, work):
     assert len(flood.result(60).context) == 10
 
 
-def test_without_a_place_nothing_is_decoded(server, work):
+def test_nothing_is_decoded_without_a_permit(server, work):
     service = server.service
     loop = service.warmed.get_loop()
 
@@ -177,7 +180,7 @@ def test_without_a_place_nothing_is_decoded(server, work):
 
     recording = uri(flac(1.5))
     places = asyncio.run_coroutine_threadsafe(take_all(), loop).result(10)
-    # Callers with a share of their own could have one of the spare places.
+    # Callers with another share could still get one of the spare permits.
     more = asyncio.run_coroutine_threadsafe(_fill(service), loop).result(10)
     try:
         asked = {
@@ -205,7 +208,7 @@ def test_without_a_place_nothing_is_decoded(server, work):
 
 async def _fill(service) -> list:
     places = []
-    for number in range(service.places.total):
+    for number in range(service.request_limiter.total):
         try:
             places.append(await service.admit(Caller(share=f"other {number}")))
         except ApiError:

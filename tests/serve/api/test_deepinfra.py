@@ -31,7 +31,7 @@ def audio_of(answer: dict) -> bytes:
     return base64.b64decode(data)
 
 
-def test_the_answer_is_deepinfra_s(server):
+def test_the_response_has_the_fields_of_deepinfra(server):
     answer = infer(server).json()
     audio = as_samples(audio_of(answer))
     assert answer["input_character_length"] == len(FIELDS["text"])
@@ -54,7 +54,7 @@ def test_formats(server, form):
 
 
 def test_presets(server):
-    """Those of the released model stand for what there is; the server's own have their names."""
+    """Names of the released model stand for presets; the server's presets have their own names."""
     pitches = {
         name: median_pitch(as_samples(audio_of(infer(server, preset_voice=name).json())), 24_000)
         for name in ("rms", "conversational_a", "slt", "conversational_b")
@@ -66,7 +66,7 @@ def test_presets(server):
 
 
 @pytest.mark.parametrize("kind", ["multipart", "json", "data uri"])
-def test_a_voice_of_one_s_own(server, recording, transcript, kind):
+def test_a_recording_gives_the_voice(server, recording, transcript, kind):
     fields = FIELDS | {"speaker_transcript": transcript}
     if kind == "multipart":
         answer = server.post(PATH, data=fields, files={"speaker_audio": recording})
@@ -77,7 +77,7 @@ def test_a_voice_of_one_s_own(server, recording, transcript, kind):
     assert median_pitch(as_samples(audio_of(answer.json())), 24_000) < 130
 
 
-def test_the_length_is_kept(server):
+def test_max_audio_length_ms_limits_the_speech(server):
     answer = infer(server, max_audio_length_ms=400).json()
     assert len(as_samples(audio_of(answer))) == 5 * 1920
 
@@ -94,14 +94,14 @@ def test_the_length_is_kept(server):
         ({"max_audio_length_ms": 1}, "max_audio_length_ms"),
     ],
 )
-def test_what_is_wrong_is_said(server, fields, message):
+def test_errors_name_the_invalid_field(server, fields, message):
     answer = infer(server, **fields)
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
 
 
 class Listener(BaseHTTPRequestHandler):
-    """Keeps what is posted; answers 500 as often as `failures` says."""
+    """Records posts, and responds with 500 to the first `failures` of them."""
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -127,7 +127,7 @@ def listener():
 
 @pytest.fixture(scope="module")
 def calling(model):
-    """A server that posts to this machine, without long pauses."""
+    """A server that can post to this machine, with short pauses."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(webhook, "PAUSES", (0.05, 0.05))
         settings = Settings(**SMALL, webhook_secret=SECRET, allow_private=True)
@@ -143,7 +143,7 @@ def wait_for_posts(listener, count: int) -> list:
 
 
 @pytest.mark.parametrize("failures", [0, 2])
-def test_a_webhook_gets_the_answer_signed(calling, listener, failures):
+def test_the_response_is_posted_to_the_webhook_with_a_signature(calling, listener, failures):
     listener.failures = failures
     url = f"http://localhost:{listener.server_port}/done"
     queued = infer(calling, webhook=url)
@@ -158,14 +158,14 @@ def test_a_webhook_gets_the_answer_signed(calling, listener, failures):
     assert headers["X-Webhook-Signature"] == f"sha256={expected}"
 
 
-def test_a_webhook_is_given_up_at_last(calling, listener):
+def test_posts_to_a_failing_webhook_end(calling, listener):
     listener.failures = 9
     infer(calling, webhook=f"http://localhost:{listener.server_port}/")
     wait_for_posts(listener, 3)
     assert not listener.heard.wait(0.5) or len(listener.posts) == 3
 
 
-def test_a_webhook_is_told_of_failure(calling, listener):
+def test_a_failure_is_posted_to_the_webhook(calling, listener):
     url = f"http://localhost:{listener.server_port}/"
     assert infer(calling, webhook=url, preset_voice="nobody").status_code == 202
     answer = json.loads(wait_for_posts(listener, 1)[0][1])
@@ -189,7 +189,7 @@ def test_large_bodies_are_read_and_written_outside_the_event_loop(
         (base64, "b64encode"),
         (deepinfra.QueuedInference, "model_validate_json"),
         (deepinfra.QueuedInference, "model_dump_json"),
-        (deepinfra.Answer, "model_dump_json"),
+        (deepinfra.InferenceResponse, "model_dump_json"),
     ):
         monkeypatch.setattr(kind, name, noting(getattr(kind, name)))
     data = {"text": "one", "speaker_transcript": transcript, "response_format": "mp3"}

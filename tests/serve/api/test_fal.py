@@ -1,4 +1,4 @@
-"""The real `fal-client` against a server with a certificate: it speaks https only."""
+"""The real `fal-client` against a server with a certificate, because it uses https only."""
 
 import asyncio
 import base64
@@ -12,12 +12,12 @@ import textwrap
 import httpx
 import numpy as np
 import pytest
-from hearing import median_pitch, recognise_digits
+from hearing import median_pitch, recognize_digits
 from serving import SMALL, as_samples, serve
 from word_errors import count_errors
 
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.admission.concurrency import Sockets
+from csm_jax.serve.admission.concurrency import StreamLimiter
 from csm_jax.serve.api import fal
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs.runner import Job, Status
@@ -36,7 +36,7 @@ def secure(model, certificates):
 
 @pytest.fixture(scope="module")
 def call(secure, certificates):
-    """Runs lines of Python with `fal_client` in a process of its own, which prints JSON."""
+    """Runs Python code with `fal_client` in a separate process, which prints JSON."""
     host = secure.url.removeprefix("https://")
     environment = os.environ | {
         "FAL_RUN_HOST": host,
@@ -63,14 +63,14 @@ def call(secure, certificates):
 
 
 def download(url: str, certificates) -> bytes:
-    """Without a key: the address is the key."""
+    """A download needs no key."""
     trust = ssl.create_default_context(cafile=certificates / "ca.pem")
     answer = httpx.get(url, verify=trust)
     assert answer.status_code == 200
     return answer.content
 
 
-def test_run(call, certificates):
+def test_a_scene_becomes_a_file(call, certificates):
     answer = call(
         "print(json.dumps(fal_client.run(APP, arguments=ARGS)))", ARGS={"scene": SCENE, "seed": 3}
     )
@@ -80,11 +80,11 @@ def test_run(call, certificates):
     assert audio["content_type"] == "audio/wav"
     assert audio["file_name"].endswith(".wav")
     said = " ".join(turn["text"] for turn in SCENE).split()
-    assert count_errors(said, recognise_digits(as_samples(data), 24_000)) <= 2
+    assert count_errors(said, recognize_digits(as_samples(data), 24_000)) <= 2
 
 
-def test_the_queue(call, certificates):
-    """Submit, follow with logs, fetch: as the client does it."""
+def test_a_scene_can_be_queued_and_fetched(call, certificates):
+    """Submits, follows with logs, and fetches by the client."""
     answer = call(
         """
         handle = fal_client.submit(APP, arguments=ARGS)
@@ -104,7 +104,7 @@ def test_the_queue(call, certificates):
 
 
 def test_subscribe_with_a_context(call, certificates, recording, transcript):
-    """The voice of the context is the voice of the answer."""
+    """The speech has the voice of the context."""
     url = "data:audio/flac;base64," + base64.b64encode(recording).decode()
     context = [{"prompt": transcript, "audio_url": url, "speaker_id": 0}]
     answer = call(
@@ -115,7 +115,7 @@ def test_subscribe_with_a_context(call, certificates, recording, transcript):
     assert median_pitch(audio, 24_000) < 130
 
 
-def test_cancel(call, secure):
+def test_a_queued_scene_can_be_cancelled(call, secure):
     answer = call(
         """
         handle = fal_client.submit(APP, arguments=ARGS)
@@ -142,7 +142,7 @@ def test_cancel(call, secure):
         ({"scene": SCENE * 40}, "at most 64"),
     ],
 )
-def test_errors_are_fal_s(call, arguments, message):
+def test_errors_are_those_that_fal_clients_expect(call, arguments, message):
     lines = """
     try:
         fal_client.run(APP, arguments=ARGS)
@@ -154,7 +154,7 @@ def test_errors_are_fal_s(call, arguments, message):
     assert message in said
 
 
-def test_without_the_key_nothing_is_said(secure, certificates):
+def test_a_request_without_a_key_gets_401(secure, certificates):
     for headers in ({}, {"Authorization": "Key id:wrong"}, {"Authorization": "id:secret"}):
         answer = httpx.post(
             f"{secure.url}/{APP}",
@@ -165,8 +165,8 @@ def test_without_the_key_nothing_is_said(secure, certificates):
         assert answer.status_code == 401
 
 
-def test_a_scene_is_heard_by_its_next_line(server):
-    """With the first line before it, the second is another than alone, whatever the seed."""
+def test_earlier_lines_are_context_of_the_next(server):
+    """The second line differs from the same line alone, with any seed."""
     fields = {"scene": SCENE, "seed": 5}
     url = server.post(f"/{APP}", json=fields).json()["audio"]["url"]
     whole = as_samples(httpx.get(url).content)
@@ -178,7 +178,7 @@ def test_a_scene_is_heard_by_its_next_line(server):
     assert len(rest) != len(alone) or np.abs(rest - alone).max() > 0.01
 
 
-def test_states_can_be_followed(server):
+def test_job_states_can_be_streamed(server):
     answer = server.post(f"/queue/{APP}", json={"scene": SCENE}).json()
     with httpx.stream("GET", f"{answer['status_url']}/stream?logs=1", timeout=60) as events:
         states = [json.loads(line[6:]) for line in events.iter_lines() if line]
@@ -187,7 +187,7 @@ def test_states_can_be_followed(server):
     assert httpx.put(answer["cancel_url"]).status_code == 400
 
 
-def test_what_is_not_there(server):
+def test_unknown_ids_get_404(server):
     for path in (f"/queue/{APP}/requests/x", f"/queue/{APP}/requests/x/status", "/files/x.wav"):
         assert server.get(path).status_code == 404
 
@@ -196,17 +196,17 @@ def a_job(status: Status = Status.RUNNING) -> Job:
     return Job("id", Caller(share="a"), "fal", status=status)
 
 
-class Holding:
-    """Jobs that hold this one."""
+class FakeRunner:
+    """A fake runner in which this job is active."""
 
-    def __init__(self, holds: bool = True):
-        self.holds = holds
+    def __init__(self, is_job_active: bool = True):
+        self.is_job_active = is_job_active
 
-    def is_held(self, job: Job) -> bool:
-        return self.holds
+    def is_active(self, job: Job) -> bool:
+        return self.is_job_active
 
 
-def test_followers_hear_of_a_change_at_once_and_do_not_ask_meanwhile(monkeypatch):
+def test_a_stream_of_states_waits_for_changes_without_polling(monkeypatch):
     async def scenario() -> None:
         job, asked = a_job(), []
         monkeypatch.setattr(fal, "_QUEUE_SECONDS", 60)
@@ -215,12 +215,12 @@ def test_followers_hear_of_a_change_at_once_and_do_not_ask_meanwhile(monkeypatch
             asked.append(1)
             return {"status": job.status.value}
 
-        states = fal._follow(Holding(), job, state)
+        states = fal._job_states(FakeRunner(), job, state)
         assert "IN_PROGRESS" in await anext(states)
         following = asyncio.ensure_future(anext(states))
         await asyncio.sleep(0.5)
         assert len(asked) <= 3
-        job.become(Status.OVER)
+        job.set_status(Status.COMPLETED)
         assert "COMPLETED" in await asyncio.wait_for(following, 5)
         assert [event async for event in states] == []
 
@@ -228,20 +228,22 @@ def test_followers_hear_of_a_change_at_once_and_do_not_ask_meanwhile(monkeypatch
 
 
 @pytest.mark.parametrize(("holds", "seconds"), [(False, 600), (True, 0.1)])
-def test_a_stream_of_states_ends_by_itself(holds, seconds):
-    """When the job is left to the next process, and after a time."""
+def test_a_stream_of_states_has_a_time_limit(holds, seconds):
+    """When the job is left to the next process, and after the time limit."""
 
     async def scenario() -> None:
-        states = fal._follow(Holding(holds), a_job(), lambda: {"status": "IN_PROGRESS"}, seconds)
+        states = fal._job_states(
+            FakeRunner(holds), a_job(), lambda: {"status": "IN_PROGRESS"}, seconds
+        )
         async with asyncio.timeout(5):
             assert len([event async for event in states]) == 1
 
     asyncio.run(scenario())
 
 
-def test_streams_of_states_are_counted():
+def test_streams_of_states_are_limited_per_caller():
     async def scenario() -> None:
-        followers, caller, sent = Sockets(1, "streams"), Caller(share="a"), []
+        followers, caller, sent = StreamLimiter(1, "streams"), Caller(share="a"), []
 
         async def endless():
             yield "data: {}\n\n"
@@ -254,7 +256,9 @@ def test_streams_of_states_are_counted():
             sent.append(message)
 
         def follow():
-            return fal.FollowResponse(followers, caller, endless())({"type": "http"}, receive, send)
+            return fal.JobStatesResponse(followers, caller, endless())(
+                {"type": "http"}, receive, send
+            )
 
         first = asyncio.create_task(follow())
         await asyncio.sleep(0.05)

@@ -1,4 +1,4 @@
-"""Requests that nobody meant: whatever comes, the server answers, and goes on."""
+"""Generated and mutated requests: the server responds to all, and continues."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from serving import PRESETS, SMALL, serve
 
 from csm_jax.serve.settings import Limits, Settings
 
-# Whatever is asked for, it is not spoken for long.
+# Speech is short for any request.
 SHORT = Limits(text_characters=200, speech_ms=1000.0, turns=4)
 
 
@@ -27,7 +27,7 @@ def target(model):
 
 
 def check_operations(target, mode: schemathesis.GenerationMode, max_examples: int) -> None:
-    """Calls every operation of the OpenAPI document so often; none may answer with 5xx."""
+    """Calls every operation of the OpenAPI document so often; none may respond with 5xx."""
     document = schemathesis.openapi.from_url(f"{target.url}/openapi.json")
     seen = []
     for result in document.get_all_operations():
@@ -43,7 +43,7 @@ def check_operations(target, mode: schemathesis.GenerationMode, max_examples: in
         def call(case: schemathesis.Case) -> None:
             case.call_and_validate(checks=[not_a_server_error], timeout=60)
 
-        # Of an operation without fields nothing can be wrong.
+        # An operation without fields has no invalid requests.
         with contextlib.suppress(Unsatisfiable):
             call()
             seen.append(f"{operation.method.upper()} {operation.path}")
@@ -51,13 +51,13 @@ def check_operations(target, mode: schemathesis.GenerationMode, max_examples: in
 
 
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_what_the_document_says_and_does_not_say_is_no_failure(target, mode):
+def test_requests_generated_from_the_openapi_document_cause_no_server_error(target, mode):
     check_operations(target, mode, max_examples=4)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("mode", list(schemathesis.GenerationMode))
-def test_the_same_for_longer(target, mode):
+def test_many_generated_requests_cause_no_server_error(target, mode):
     check_operations(target, mode, max_examples=40)
 
 
@@ -65,7 +65,7 @@ RECORDING = (PRESETS[0] / "rms.flac").read_bytes()[:4000]
 SPEECH = {"model": "csm-1b", "input": "one", "voice": "slt", "max_audio_length_ms": 240}
 SCENE = {"scene": [{"text": "one", "speaker_id": 0}], "context": [], "max_audio_length_ms": 240}
 SHORTLY = {"text": "one", "max_audio_length_ms": 240}
-# What is mutated: path, JSON, and whether it is also sent as a form.
+# The originals: path, JSON, and whether they are also sent as forms.
 REQUESTS = [
     ("/generate", SHORTLY | {"speaker": 0, "streaming": True, "temperature": 0.9}, True),
     ("/v1/audio/speech", SPEECH | {"response_format": "mp3", "speed": 1.5}, False),
@@ -82,7 +82,7 @@ ODD += [{"$ref": "#"}, "1e9999", "\u202e\U0001f600", "<script>", "'; DROP TABLE 
 
 
 def mutate(value, source: random.Random):
-    """The same with something in it that is odd."""
+    """The JSON with one odd value."""
     if isinstance(value, dict) and value and source.random() < 0.8:
         name = source.choice(sorted(value))
         changed = dict(value)
@@ -100,7 +100,7 @@ def mutate(value, source: random.Random):
 
 
 def damage(data: bytes, source: random.Random) -> bytes:
-    """The same with some bytes changed, cut out or put in."""
+    """The bytes with some changed, removed or inserted."""
     data = bytearray(data)
     for _ in range(source.randint(1, 4)):
         at = source.randrange(len(data) + 1)
@@ -109,7 +109,7 @@ def damage(data: bytes, source: random.Random) -> bytes:
 
 
 def make(source: random.Random) -> dict:
-    """Arguments of a request that nobody meant."""
+    """Arguments of a mutated request."""
     path, fields, has_form = source.choice(REQUESTS)
     for _ in range(source.randint(0, 2)):
         if isinstance(fields, dict):
@@ -134,7 +134,7 @@ def make(source: random.Random) -> dict:
 
 
 async def throw(url: str, count: int, seed: int) -> list[tuple[int, dict]]:
-    """Sends so many, some at a time; their statuses."""
+    """Sends so many requests, some at a time, and returns their statuses."""
     source = random.Random(seed)
     limit = asyncio.Semaphore(16)
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
@@ -144,28 +144,28 @@ async def throw(url: str, count: int, seed: int) -> list[tuple[int, dict]]:
                 try:
                     return (await client.post(**arguments)).status_code, arguments
                 except (httpx.LocalProtocolError, UnicodeEncodeError):
-                    return 0, arguments  # nothing that the client would send
+                    return 0, arguments  # httpx refuses to send it
 
         return await asyncio.gather(*(one(make(source)) for _ in range(count)))
 
 
 def check_mutated(target, count: int) -> None:
     answers = asyncio.run(throw(target.url, count, seed=count))
-    # A full queue is no failure of the server.
+    # 429 and 503 are responses of a full queue.
     failures = [answer for answer in answers if answer[0] >= 500]
     assert not failures, failures[:3]
     statuses = [status for status, _ in answers]
-    assert statuses.count(200) > count / 20  # some are good, so that it speaks in between
+    assert statuses.count(200) > count / 20  # some are valid, so that speech is generated too
     assert statuses.count(400) > count / 4
     target.wait_until_idle(seconds=60)
     answer = target.post("/generate", json=SHORTLY)
     assert answer.status_code == 200
 
 
-def test_mutated_requests(target):
+def test_mutated_requests_cause_no_server_error(target):
     check_mutated(target, 600)
 
 
 @pytest.mark.long
-def test_ten_thousand_mutated_requests(target):
+def test_ten_thousand_mutated_requests_cause_no_server_error(target):
     check_mutated(target, 10_000)

@@ -1,4 +1,4 @@
-"""Probes, figures, and what happens when there is too much to do or the server is told to end."""
+"""Health probes, metrics, overload, and the end of the server."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from csm_jax import Engine, Request
 from csm_jax.request_state import RequestState
 from csm_jax.serve.settings import Settings
 
-# Speaks until somebody ends it, or 20 s are over.
+# Generates until it is cancelled, at most 20 s.
 LONG = {"text": "one two three four five six " * 4, "temperature": 5, "seed": 1}
 LONG |= {"max_audio_length_ms": 20_000}
 
@@ -26,7 +26,7 @@ def figures(server) -> dict[str, float]:
     }
 
 
-def test_it_is_alive_before_it_is_ready(model):
+def test_healthz_succeeds_before_readyz(model):
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").json() == {"status": "ok"}
         while (answer := running.get("/readyz")).status_code == 503:
@@ -65,7 +65,7 @@ def test_an_engine_that_has_stopped_is_reported(model):
             assert "the engine has stopped" in answer.json()["detail"]
 
 
-def test_figures(server):
+def test_metrics_count_requests_and_speech(server):
     before = figures(server)
     answer = server.post("/generate", json={"text": "one two", "streaming": True})
     seconds = len(as_samples(answer.content)) / 24_000
@@ -87,7 +87,7 @@ def test_figures(server):
     assert after["csm_batch_occupancy"] == after["csm_queue_length"] == 0
 
 
-def test_paths_of_strangers_are_no_labels(server):
+def test_unknown_paths_share_one_metrics_label(server):
     for i in range(5):
         server.get(f"/nowhere-{i}")
     assert not [name for name in figures(server) if "nowhere" in name]
@@ -95,7 +95,7 @@ def test_paths_of_strangers_are_no_labels(server):
 
 
 async def hold(url: str, until: asyncio.Event, started: list) -> int:
-    """Asks for something long, and leaves when it is told to."""
+    """Sends a long request, and disconnects when the event is set."""
     async with httpx.AsyncClient(timeout=60) as client:
         body = LONG | {"streaming": True}
         async with client.stream("POST", f"{url}/generate", json=body) as answer:
@@ -105,14 +105,14 @@ async def hold(url: str, until: asyncio.Event, started: list) -> int:
             return answer.status_code
 
 
-def test_a_full_queue_is_reported(model):
-    """A request gets 429 and Retry-After when all rows and places are taken."""
+def test_a_full_queue_gets_429(model):
+    """A request gets 429 and Retry-After when all slots and permits are in use."""
     settings = Settings(**SMALL, max_queue=2)
 
     async def scenario(running) -> list[int]:
         until, started, waiting = asyncio.Event(), [], []
         engine = running.service.engine
-        # One after the other: six at once could fill the queue before the rows.
+        # One by one, because six at once could fill the queue before the slots.
         for count in range(1, 7):
             waiting.append(asyncio.create_task(hold(running.url, until, started)))
             async with asyncio.timeout(30):
@@ -135,7 +135,7 @@ def test_a_full_queue_is_reported(model):
 
 
 def test_a_slow_reader_does_not_delay_other_requests(server):
-    """A client that does not read its response keeps no row."""
+    """A client that does not read its response does not keep its slot."""
     with httpx.stream("POST", f"{server.url}/generate", json=LONG | {"streaming": True}) as slow:
         assert slow.status_code == 200
         started = time.monotonic()
@@ -147,7 +147,7 @@ def test_a_slow_reader_does_not_delay_other_requests(server):
 
 
 def test_a_running_response_is_finished_when_the_server_ends(model):
-    """No response is cut when the server ends before its drain time is over."""
+    """No response is cut off if it ends within the drain time."""
     answers = []
     with serve(model, Settings(**SMALL)) as running:
 
@@ -163,8 +163,8 @@ def test_a_running_response_is_finished_when_the_server_ends(model):
     assert len(as_samples(answers[0].content)) / 24_000 > 1
 
 
-def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
-    """Its error is its own, and the server goes on."""
+def test_a_failed_request_does_not_affect_others(server, monkeypatch):
+    """Only that request gets the error."""
     accept = RequestState.accept
 
     def accept_or_fail(self, codes):
@@ -189,8 +189,8 @@ def test_a_request_that_fails_leaves_the_others_unharmed(server, monkeypatch):
     assert len(as_samples(answers["one two"].content)) == len(expected)
 
 
-def test_requests_during_the_warm_up_do_not_end_it(model):
-    """The queue is full of them, and the warm-up waits for its turn."""
+def test_requests_during_the_warm_up_do_not_make_the_server_ready(model):
+    """The queue is full of them, and the warm-up waits."""
     settings = Settings(max_batch=1, max_queue=1, max_seq_len=128)
     with serve(model, settings, warm=None) as running:
         statuses = []

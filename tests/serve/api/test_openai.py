@@ -9,14 +9,14 @@ import av
 import numpy as np
 import openai
 import pytest
-from hearing import recognise_digits
+from hearing import recognize_digits
 from serving import as_samples, same
 from word_errors import count_errors
 
 from csm_jax import Request
 
 TEXT = "one two three four"
-# What the model says is the same for the same seed.
+# The same seed gives the same speech.
 SEED = {"seed": 4}
 
 
@@ -33,23 +33,23 @@ def create(client, **fields):
 
 @pytest.fixture(scope="module")
 def expected(server):
-    """What the library says to the same request."""
+    """The speech of the library for the same request."""
     voice = server.service.voices.find("slt", "")
     return server.service.model.generate(
         Request(TEXT, voice.speaker, [voice.turn()], seed=4, max_audio_length_ms=10_000)
     )
 
 
-def test_it_says_what_the_library_says(client, expected):
+def test_the_speech_equals_that_of_the_library(client, expected):
     audio = np.frombuffer(create(client, response_format="pcm").content, "<i2") / 32768
     assert len(audio) == len(expected)
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
-    heard = recognise_digits(audio.astype(np.float32), 24_000)
+    heard = recognize_digits(audio.astype(np.float32), 24_000)
     assert count_errors(TEXT.split(), heard) <= 1
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
-    """By ffmpeg, which reads all of them; float32 [num_samples] at 24 kHz."""
+    """Decodes by ffmpeg, which knows all formats, to float32 [num_samples] at 24 kHz."""
     if form == "pcm":
         return np.frombuffer(data, "<i2") / 32768
     resampler = av.AudioResampler("flt", "mono", 24_000)
@@ -64,14 +64,14 @@ def decode(data: bytes, form: str) -> np.ndarray:
 def test_formats(client, expected, form):
     answer = create(client, response_format=form)
     audio = decode(answer.content, form)
-    # Coders add a little before and after, and change the waveform, but not its loudness.
+    # Codecs add a little silence, and change the waveform, but not its loudness.
     assert 0 <= len(audio) - len(expected) < 0.15 * 24_000
     loudness = [np.sqrt(np.mean(np.square(each))) for each in (audio, expected)]
     assert loudness[0] == pytest.approx(loudness[1], rel=0.15)
 
 
 def test_the_client_can_stream(client, expected):
-    """Pieces come while it is spoken, and together are the whole."""
+    """Pieces arrive during generation, and together equal the whole."""
     with client.audio.speech.with_streaming_response.create(
         model="csm-1b", input=TEXT, voice="slt", response_format="pcm", extra_body=SEED
     ) as answer:
@@ -109,7 +109,7 @@ def test_voices(server, client):
         return create(client, voice=voice, response_format="pcm").content
 
     slt, rms, one, other = (speech(voice) for voice in ("slt", "rms", "0", "1"))
-    assert same(slt, speech("ash"))  # the second of rms and slt
+    assert same(slt, speech("ash"))  # the second preset of rms and slt
     assert same(slt, speech({"id": "slt"}))
     assert same(rms, speech("alloy"))
     assert not any(same(*pair) for pair in itertools.combinations([slt, rms, one, other], 2))
@@ -140,7 +140,7 @@ def test_models(client):
         ({"extra_body": {"max_audio_length_ms": 7e5}}, openai.BadRequestError, None),
     ],
 )
-def test_errors_are_openai_s(client, fields, kind, param):
+def test_errors_are_those_that_openai_clients_expect(client, fields, kind, param):
     with pytest.raises(kind) as raised:
         create(client, **fields)
     assert raised.value.param == param
@@ -149,8 +149,8 @@ def test_errors_are_openai_s(client, fields, kind, param):
     assert raised.value.request_id
 
 
-def test_a_client_that_leaves_frees_its_row(server, client):
-    """Within a frame or so, although there was much left to say."""
+def test_a_disconnect_frees_the_slot(server, client):
+    """Within about a frame, although most of the speech is missing."""
     body = {"max_audio_length_ms": 60_000, "temperature": 5}
     with client.audio.speech.with_streaming_response.create(
         model="csm-1b", input=TEXT * 20, voice="slt", response_format="pcm", extra_body=body
@@ -160,7 +160,7 @@ def test_a_client_that_leaves_frees_its_row(server, client):
     server.wait_until_idle(seconds=2)
 
 
-def test_curl_as_in_the_documentation(server, tmp_path, run):
+def test_the_documented_curl_command_works(server, tmp_path, run):
     out = tmp_path / "speech.mp3"
     run(
         f"curl -s {server.url}/v1/audio/speech -H 'Authorization: Bearer none' "

@@ -1,4 +1,4 @@
-"""What belongs to one tenant is not there for another, in any route."""
+"""Tenants cannot reach each other's data, in any route."""
 
 import json
 import time
@@ -54,7 +54,7 @@ def wait(client, path: str, until) -> dict:
 
 @pytest.fixture
 def things(ask, recording):
-    """Ids of what a tenant has, by the name of the parameter in the routes."""
+    """Ids of the rows of a tenant, by the name of the parameter in the routes."""
     anna = ask["anna"]
     batch = anna.post("/v1/batches", files={"file": lines(1)}).json()
     wait(anna, f"/v1/batches/{batch['id']}", lambda batch: batch["status"] == "completed")
@@ -67,14 +67,14 @@ def things(ask, recording):
         "file_id": [batch["input_file_id"], batch["output_file_id"]],
         "batch_id": [batch["id"]],
         "job_id": [job],
-        # A voice's route.
+        # The route of a voice.
         "name": ["mine"],
     }
     anna.delete(f"{VOICES}/mine")
 
 
-def test_every_route_says_404_to_another_tenant(ask, things):
-    """All routes that there are, so that a new one is tried too."""
+def test_every_route_gives_404_to_another_tenant(ask, things):
+    """Covers all routes, so that a new one is covered too."""
     open_names = {"/files/{name}", "/v1/models/{name}"}
     tried = 0
     routes = ask["ben"].get("/openapi.json").json()["paths"]
@@ -90,7 +90,7 @@ def test_every_route_says_404_to_another_tenant(ask, things):
                 assert "key-of" not in answer.text
                 tried += 1
     assert tried >= 12
-    # Nothing happened to them.
+    # The rows are unchanged.
     for path in owned_paths(things):
         assert ask["anna too"].get(path).status_code == 200, path
 
@@ -105,7 +105,7 @@ def owned_paths(things) -> list[str]:
     ]
 
 
-def test_lists_hold_only_rows_of_the_owner(ask, things):
+def test_lists_contain_only_rows_of_the_owner(ask, things):
     for name, own in (("anna", True), ("anna too", True), ("ben", False)):
         files = [each["id"] for each in ask[name].get("/v1/files?limit=100").json()["data"]]
         batches = [each["id"] for each in ask[name].get("/v1/batches").json()["data"]]
@@ -139,7 +139,7 @@ def test_two_tenants_have_a_voice_of_one_name(ask, things, recording):
     assert ask["anna"].get(f"{VOICES}/mine").status_code == 200
 
 
-def test_speech_in_anothers_voice_is_refused(ask, things):
+def test_voices_of_other_owners_are_refused(ask, things):
     asked = [
         ("/generate", {"text": "one", "voice": "mine"}),
         ("/v1/audio/speech", {"model": "csm-1b", "input": "one", "voice": "mine"}),
@@ -152,7 +152,7 @@ def test_speech_in_anothers_voice_is_refused(ask, things):
         assert "there is no voice 'mine'" in refused.text
 
 
-def test_lines_of_a_batch_are_spoken_in_their_owners_voices(ask, things):
+def test_lines_of_a_batch_use_the_voices_of_their_owner(ask, things):
     spoken = {}
     for name in ("anna", "ben"):
         data = lines(1, voice="mine")
@@ -165,7 +165,7 @@ def test_lines_of_a_batch_are_spoken_in_their_owners_voices(ask, things):
     assert "there is no voice" in spoken["ben"]["error"]["message"]
 
 
-def test_everybodys_voices_are_read_only(ask, recording):
+def test_shared_voices_are_read_only(ask, recording):
     for name in ("anna", "ben"):
         assert add_voice(ask[name], recording, name="slt").status_code == 400
         assert ask[name].delete(f"{VOICES}/slt").status_code == 400
@@ -181,8 +181,8 @@ def test_a_tenant_can_add_a_limited_number_of_voices(ask, recording):
     ask["anna"].delete(f"{VOICES}/one")
 
 
-def test_what_a_response_points_to_needs_no_key(tenants, ask, things):
-    """fal's clients fetch it without one; its name has 144 random bits."""
+def test_downloads_need_no_key(tenants, ask, things):
+    """fal's clients send none; the name has 144 random bits."""
     job = things["job_id"][0]
     url = ask["anna"].get(f"{QUEUE}/requests/{job}").json()["audio"]["url"]
     assert len(as_samples(httpx.get(url).content)) > 1000

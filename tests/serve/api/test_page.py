@@ -13,7 +13,7 @@ from csm_jax.serve.settings import Settings
 
 
 def scene(server, lines: list[tuple[str, int]], seed: int, context: list[dict] = ()) -> bytes:
-    """The same by another API, fal's: a WAV file."""
+    """The speech of the same dialogue by fal's API, as a WAV file."""
     turns = [{"text": text, "speaker_id": speaker} for text, speaker in lines]
     fields = {"scene": turns, "context": list(context), "seed": seed}
     url = server.post("/fal-ai/csm-1b", json=fields).raise_for_status().json()["audio"]["url"]
@@ -23,7 +23,7 @@ def scene(server, lines: list[tuple[str, int]], seed: int, context: list[dict] =
 # Speech
 
 
-def test_a_dialogue_is_what_other_apis_say_to_the_same_seed(visit, server):
+def test_a_dialogue_equals_that_of_other_apis_with_the_same_seed(visit, server):
     for speaker in "AB":
         visit.panel(speaker).get_by_label("Voice", exact=True).select_option("none")
     visit.write("A: one two three\nB: four five six")
@@ -54,8 +54,8 @@ def test_a_seed_can_be_kept(visit):
     assert same(as_wav(visit.speak()), as_wav(first))
 
 
-def test_it_plays_from_the_first_frame_on(visit):
-    """While all the rest is still to come."""
+def test_playback_starts_with_the_first_frame(visit):
+    """While the rest is still being generated."""
 
     def answer(server: FakeServer, message: dict) -> None:
         if message["type"] == "session":
@@ -68,7 +68,7 @@ def test_it_plays_from_the_first_frame_on(visit):
     visit.start()
     visit.wait_until("Number(document.querySelector('#position').value) >= 0.08")
     visit.status("Buffering")
-    # A reserve is built up before it goes on.
+    # Playback continues after a reserve has been buffered.
     server.play(0.16)
     visit.page.wait_for_timeout(200)
     assert visit.page.locator("#position").input_value() == "0.08"
@@ -109,8 +109,8 @@ def test_chunks_are_played_without_gaps(visit):
     assert differs[1] == -1
 
 
-def test_a_first_chunk_is_played_however_slowly_the_page_runs(visit):
-    """It cannot be late: nothing is heard yet. The clock goes on by 50 ms between any two steps."""
+def test_the_first_chunk_is_played_even_on_a_slow_page(visit):
+    """It cannot be late: nothing was played before. The clock advances by 50 ms each step."""
     state = visit.page.evaluate("""async () => {
         const { Player } = await import("./player.js");
         const { Speech } = await import("./speech.js");
@@ -126,7 +126,7 @@ def test_a_first_chunk_is_played_however_slowly_the_page_runs(visit):
     assert state == "playing"
 
 
-def test_it_can_be_heard_again_from_any_place(visit):
+def test_speech_can_be_replayed_from_any_position(visit):
     page = visit.page
     FakeServer(page, answer_with(lambda server: server.play(0.4)))
     visit.start()
@@ -142,7 +142,7 @@ def test_it_can_be_heard_again_from_any_place(visit):
     visit.wait_until("document.querySelector('#speech').dataset.state === 'ended'")
 
 
-def test_stop_frees_the_row(visit, server):
+def test_stop_frees_the_slot(visit, server):
     visit.write("A: one two three four five six seven eight\n" * 10)
     visit.start()
     visit.status("Line 1 of 10", seconds=SPEAK_MS / 1000)
@@ -152,7 +152,7 @@ def test_stop_frees_the_row(visit, server):
     assert visit.sent[-1] == {"type": "cancel"}
 
 
-def test_stop_silences_what_has_come_already(visit):
+def test_stop_silences_chunks_that_have_arrived(visit):
     FakeServer(visit.page, answer_with(lambda server: server.play(2)))
     visit.start()
     visit.status("6.0 s of speech")
@@ -161,7 +161,7 @@ def test_stop_silences_what_has_come_already(visit):
     assert visit.page.locator("#stop").is_disabled()
 
 
-def test_a_turn_that_was_cut_says_so(visit):
+def test_a_cut_turn_shows_a_notice(visit):
     visit.write("A: one two three four five six seven eight nine")
     visit.set("Longest turn, in seconds", "0.4")
     assert len(visit.speak()) <= 0.4 * 24_000
@@ -171,7 +171,7 @@ def test_a_turn_that_was_cut_says_so(visit):
 # Voices
 
 
-def test_a_recording_from_a_file(visit, server, recording, transcript):
+def test_a_recording_from_a_file_gives_the_voice(visit, server, recording, transcript):
     upload(visit, recording, transcript)
     visit.write("A: one two three")
     visit.set("Seed", "3")
@@ -183,7 +183,7 @@ def test_a_recording_from_a_file(visit, server, recording, transcript):
     np.testing.assert_allclose(pcm(sent["audio"]), as_samples(recording), atol=1 / 32768)
 
 
-def test_a_recording_from_the_microphone(visit):
+def test_a_recording_from_the_microphone_gives_the_voice(visit):
     panel = visit.panel("B")
     visit.choose("B", "My own recording")
     panel.get_by_role("button", name="Record", exact=True).click()
@@ -201,7 +201,7 @@ def test_a_recording_from_the_microphone(visit):
     assert np.abs(audio).max() > 0.05
 
 
-def test_a_voice_is_kept_and_deleted(visit, server, recording, transcript):
+def test_a_voice_can_be_saved_and_deleted(visit, server, recording, transcript):
     panel = upload(visit, recording, transcript)
     panel.get_by_label("Keep it as a voice").fill("no/name")
     panel.get_by_role("button", name="Save").click()
@@ -219,8 +219,8 @@ def test_a_voice_is_kept_and_deleted(visit, server, recording, transcript):
     assert panel.get_by_label("Voice", exact=True).input_value() != "preset:kept"
 
 
-def test_a_voice_that_was_added_elsewhere_appears(visit, server, recording):
-    """Its transcript is text, whatever is in it."""
+def test_a_voice_that_another_client_added_appears(visit, server, recording):
+    """Its transcript is shown as text, with any characters."""
     attack = "<img src=x onerror=alert(1)><script>alert(2)</script>"
     fields, files = {"name": "late", "text": attack}, {"audio": ("a.flac", recording)}
     server.post("/v1/audio/voices", data=fields, files=files).raise_for_status()
@@ -232,7 +232,7 @@ def test_a_voice_that_was_added_elsewhere_appears(visit, server, recording):
 
 
 def test_a_speaker_keeps_the_number_of_its_voice(visit):
-    """Which the model may have been trained with; two speakers never have the same."""
+    """The model may have been trained with it; two speakers never have the same number."""
     numbers = visit.page.evaluate("""async () => {
         const { speakerNumbers } = await import("./reading.js");
         const preset = (speaker) => ({ kind: "preset", name: "a", speaker });
@@ -252,7 +252,7 @@ def test_a_speaker_keeps_the_number_of_its_voice(visit):
 
 
 def upload(visit, recording: bytes, transcript: str):
-    """Takes a recording for speaker A."""
+    """Uploads a recording for speaker A."""
     visit.choose("A", "My own recording")
     panel = visit.panel("A")
     file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": recording}
@@ -265,7 +265,7 @@ def upload(visit, recording: bytes, transcript: str):
 # Errors
 
 
-def test_each_error_stands_beside_what_it_is_about(visit):
+def test_each_error_is_shown_beside_its_control(visit):
     page = visit.page
     visit.write("   ")
     visit.start()
@@ -286,14 +286,14 @@ def test_each_error_stands_beside_what_it_is_about(visit):
     visit.panel("A").get_by_text("There is no recording yet").wait_for()
 
 
-def test_a_file_that_is_no_recording_shows_an_error(visit):
+def test_a_file_that_is_not_audio_shows_an_error(visit):
     visit.choose("A", "My own recording")
     file = {"name": "a.flac", "mimeType": "audio/flac", "buffer": b"no sound"}
     visit.panel("A").get_by_label("Recording, a file").set_input_files(file)
     visit.panel("A").get_by_text("cannot read this as a recording").wait_for()
 
 
-def test_errors_and_texts_are_shown_as_text(visit):
+def test_errors_and_texts_are_not_interpreted_as_html(visit):
     attack = "<img src=x onerror=alert(1)>"
 
     def answer(server: FakeServer, message: dict) -> None:
@@ -312,7 +312,7 @@ def test_errors_and_texts_are_shown_as_text(visit):
     assert visit.page.locator("img").count() == 1
 
 
-def test_a_broken_connection_keeps_what_was_heard(visit):
+def test_a_broken_connection_keeps_the_speech_that_arrived(visit):
     page = visit.page
 
     def break_off(server: FakeServer) -> None:
@@ -354,7 +354,7 @@ def certificate(tmp_path):
 
 
 def test_the_page_asks_for_a_key(model, browser, certificate):
-    """Over https, as a server with keys should be."""
+    """Over https, as a server with keys should run."""
     with serve(model, Settings(**SMALL, api_keys=("secret+/~key",)), **certificate) as guarded:
         page = browser.new_page(ignore_https_errors=True)
         visit = Visit(page, guarded.url)
@@ -369,7 +369,7 @@ def test_the_page_asks_for_a_key(model, browser, certificate):
         page.locator("option[value='preset:slt']").first.wait_for(state="attached")
         visit.write("A: one")
         assert len(visit.speak()) > 0
-        # Nowhere but in this tab.
+        # The key is stored in this tab only.
         assert page.evaluate("[localStorage.length, document.cookie]") == [0, ""]
         assert not [url for url in visit.requests if "secret" in url or "key=" in url]
         assert any(url.startswith("wss:") for url in visit.requests)
@@ -413,10 +413,10 @@ def test_turns_are_edited_with_the_keyboard(visit):
     assert page.locator("#text").input_value() == "B: ten\nB: four five six\nB: seven eight nine"
 
 
-# What the browser guarantees
+# The Content-Security-Policy
 
 
-def test_scripts_from_elsewhere_do_not_run(visit):
+def test_scripts_of_other_hosts_do_not_run(visit):
     ran = visit.page.evaluate("""() => {
         window.ran = [];
         const attempts = [
@@ -443,7 +443,7 @@ def test_scripts_from_elsewhere_do_not_run(visit):
     visit.complaints.clear()
 
 
-def test_the_apis_are_described_without_scripts_from_elsewhere(visit):
+def test_the_documentation_loads_no_scripts_of_other_hosts(visit):
     visit.page.goto(f"{visit.url}/docs")
     visit.page.get_by_text("/v1/audio/speech", exact=True).click()
     visit.page.get_by_role("cell", name="response_format").wait_for()

@@ -5,7 +5,7 @@ from browser import FakeServer, answer_with
 
 
 def test_every_control_has_a_name_and_can_be_reached(visit):
-    """By what the browser tells screen readers, and by the Tab key in the order of the page."""
+    """By the accessibility tree, and by the Tab key in the order of the page."""
     page = visit.page
     visit.choose("A", "My own recording")
     page.evaluate("document.querySelector('#settings').open = true")
@@ -64,8 +64,8 @@ CONTRASTS = """() => {
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_text_can_be_read(visit, scheme):
-    """4.5 is what WCAG asks for."""
+def test_text_has_enough_contrast(visit, scheme):
+    """WCAG requires a contrast of 4.5."""
     visit.page.emulate_media(color_scheme=scheme)
     FakeServer(visit.page, answer_with(lambda server: server.play(0.1)))
     visit.page.evaluate("document.querySelector('#settings').open = true")
@@ -78,7 +78,7 @@ def test_text_can_be_read(visit, scheme):
     assert (background == "rgb(19, 20, 23)") == (scheme == "dark")
 
 
-def test_it_fits_a_phone(visit):
+def test_the_page_fits_a_phone(visit):
     page = visit.page
     page.set_viewport_size({"width": 360, "height": 740})
     FakeServer(page, answer_with(lambda server: server.play(0.1)))

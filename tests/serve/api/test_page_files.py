@@ -1,4 +1,4 @@
-"""The files of the page over HTTP: what is served, with which headers, and what is not."""
+"""The files of the page over HTTP, and their headers."""
 
 import re
 from urllib.parse import urljoin
@@ -10,16 +10,16 @@ from small import ask
 
 from csm_jax.serve import errors
 from csm_jax.serve.api import page
-from csm_jax.serve.middleware.head import Head
-from csm_jax.serve.middleware.security_headers import SecurityHeaders
+from csm_jax.serve.middleware.head import HeadMiddleware
+from csm_jax.serve.middleware.security_headers import SecurityHeadersMiddleware
 
 app = FastAPI(docs_url=None, redoc_url=None)
 app.include_router(page.router())
 errors.install(app)
-app.add_middleware(Head)
-app.add_middleware(SecurityHeaders)
+app.add_middleware(HeadMiddleware)
+app.add_middleware(SecurityHeadersMiddleware)
 FILES = sorted(path for path in page.DIRECTORY.iterdir() if path.is_file())
-# What would be an address of another host; the namespace of SVG is a name.
+# URLs of other hosts; the namespace of SVG is only a name.
 ADDRESS = re.compile(r"(?:https?:|wss?:)?//[\w.-]+\.\w+")
 NAMESPACE = "http://www.w3.org/2000/svg"
 
@@ -48,7 +48,7 @@ def test_every_file_has_its_headers(file):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.name)
-def test_files_keep_to_the_policy_and_to_this_host(file):
+def test_files_contain_nothing_inline_and_no_other_hosts(file):
     text = file.read_text(encoding="utf-8")
     assert not ADDRESS.search(text.replace(NAMESPACE, ""))
     if file.suffix == ".html":
@@ -58,7 +58,7 @@ def test_files_keep_to_the_policy_and_to_this_host(file):
         assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(", text)
 
 
-def test_what_files_refer_to_is_there():
+def test_files_refer_to_existing_files():
     names = {file.name for file in FILES}
     for file in FILES:
         text = file.read_text(encoding="utf-8")
@@ -66,7 +66,7 @@ def test_what_files_refer_to_is_there():
         assert {first or second for first, second in found} <= names
 
 
-def test_every_style_sheet_is_linked_as_one():
+def test_every_style_sheet_is_linked():
     linked = {}
     for file in FILES:
         if file.suffix == ".html":
@@ -78,8 +78,8 @@ def test_every_style_sheet_is_linked_as_one():
 
 
 @pytest.mark.parametrize("path", ["/", "/page", "/docs"])
-def test_redirects_stay_below_a_prefix(path):
-    """The server may stand behind a proxy that adds one."""
+def test_redirects_are_relative(path):
+    """A proxy may serve the page below a prefix."""
     response = ask(app, path)
     assert response.status_code == 307
     target = urljoin(f"https://proxy.example/speech{path}", response.headers["location"])
@@ -87,7 +87,7 @@ def test_redirects_stay_below_a_prefix(path):
     assert ask(app, target.removeprefix("https://proxy.example/speech")).status_code == 200
 
 
-def test_a_browser_asks_whether_a_file_has_changed():
+def test_unchanged_files_get_304():
     first = ask(app, "/page/main.js")
     assert first.headers["cache-control"] == "no-cache"
     headers = {"If-None-Match": first.headers["etag"]}
@@ -120,8 +120,8 @@ def test_other_paths_get_404(path):
     assert b"root:" not in response.content
 
 
-def test_the_page_takes_no_posts(server):
-    """The page has GET and HEAD only."""
+def test_posts_to_the_page_are_refused(server):
+    """The page allows GET and HEAD only."""
     file = {"path": "/etc/passwd", "meta": {"_type": "gradio.FileData"}}
     body = {"data": [file], "fn_index": 0, "session_hash": "a"}
     for path in ("queue/join", "upload", "run/predict", "call/speak"):
@@ -132,5 +132,5 @@ def test_the_page_takes_no_posts(server):
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/v1/models", "/nowhere", "/v1/audio/voices/slt"])
-def test_no_response_is_taken_for_another_type(server, path):
+def test_responses_forbid_sniffing_of_their_type(server, path):
     assert server.get(path).headers["x-content-type-options"] == "nosniff"

@@ -17,9 +17,9 @@ from websockets.sync.client import connect
 
 from csm_jax.prompt import Segment
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.admission.rate_limits import Quotas
-from csm_jax.serve.api.realtime import MAX_WAITING_CHARACTERS, Conversation
-from csm_jax.serve.api.websocket import converse, held_messages
+from csm_jax.serve.admission.rate_limits import RateLimits
+from csm_jax.serve.api.realtime import MAX_WAITING_CHARACTERS, RealtimeSession
+from csm_jax.serve.api.websocket import message_budget, serve_messages
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.settings import Limits, Settings
 
@@ -30,9 +30,9 @@ def talk(server):
         yield Talk(socket)
 
 
-# Of 300 seeds three say it in another voice than that of the context: tests of voices have seeds.
+# Three of 300 seeds give another voice than that of the context, so tests of voices have seeds.
 class Talk:
-    """One conversation; keeps what was heard."""
+    """The client of one conversation, which records the speech."""
 
     def __init__(self, socket):
         self.socket = socket
@@ -49,7 +49,7 @@ class Talk:
         return self.receive()
 
     def listen(self) -> tuple[dict, np.ndarray, dict]:
-        """One sentence: what was said when it began, its samples, what was said when it ended."""
+        """Receives one utterance: its first message, its samples, its last message."""
         started, pieces = self.receive(), []
         assert started["type"] == "started", started
         while isinstance(message := self.receive(), bytes):
@@ -61,7 +61,7 @@ class Talk:
 
 
 def test_text_in_speech_out(talk, server):
-    """What the library says to the same request."""
+    """The speech of the library for the same request."""
     talk.ask("session", voice="slt", seed=3)
     talk.send("text", text="one two three")
     talk.send("flush")
@@ -73,8 +73,8 @@ def test_text_in_speech_out(talk, server):
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
 
 
-def test_words_as_a_language_model_writes_them(talk):
-    """A sentence is said as soon as the next one begins."""
+def test_text_is_spoken_sentence_by_sentence(talk):
+    """A sentence is spoken as soon as the next one begins."""
     for word in ["one", " two", " thr", "ee", ". ", "fo", "ur", " five.", " six"]:
         talk.send("text", text=word)
     assert talk.listen()[0]["text"] == "one two three."
@@ -83,8 +83,8 @@ def test_words_as_a_language_model_writes_them(talk):
     assert talk.listen()[0]["text"] == "six"
 
 
-def test_the_turns_are_kept(talk, recording, transcript):
-    """What the user said in another's voice under the same number is gone on with."""
+def test_earlier_turns_are_context(talk, recording, transcript):
+    """A turn in another voice with the same speaker number sets the voice."""
     audio = base64.b64encode(recording).decode()
     talk.ask("session", seed=1)
     heard = talk.ask("turn", speaker=0, text=transcript, audio=audio)
@@ -113,8 +113,8 @@ def test_whole_turns_of_two_speakers(talk, server):
         heard.append(Segment(speaker, text, codes=codes))
 
 
-def test_a_turn_is_spoken_as_it_was_asked_for(talk):
-    """Settings that come while it waits are for what comes after it."""
+def test_a_say_has_its_own_settings(talk):
+    """Settings that arrive while it waits apply to later utterances."""
     talk.ask("session", voice="slt", seed=1)
     talk.send("say", text="one two three four", temperature=0.5)
     talk.send("session", voice="rms", speaker=0)
@@ -126,12 +126,12 @@ def test_a_turn_is_spoken_as_it_was_asked_for(talk):
     assert [message["id"] for message in messages if message["type"] == "done"] == [1, 2]
     session = next(message for message in messages if message["type"] == "session")
     assert session["voice"] == "rms"
-    # Of that turn alone.
+    # The settings held for that turn only.
     assert "temperature" not in session
     assert talk.ask("session", voice=None)["voice"] is None
 
 
-def test_errors_name_the_turn(talk):
+def test_errors_have_the_id_of_the_utterance(talk):
     talk.send("say", text="one", voice="nobody")
     talk.send("say", text="a" * 10_001)
     talk.send("say", text="two")
@@ -143,8 +143,8 @@ def test_errors_name_the_turn(talk):
     assert talk.listen()[0]["id"] == 3
 
 
-def test_barge_in(talk, server):
-    """Speech stops within a frame; what was not said is forgotten; what was is remembered."""
+def test_cancel_stops_the_speech_and_keeps_the_part_that_was_sent(talk, server):
+    """Speech stops within a frame, waiting text is dropped, and the sent part stays context."""
     talk.ask("session", temperature=5)
     for _ in range(3):
         talk.send("text", text="one two three four five six seven eight nine. ")
@@ -160,16 +160,16 @@ def test_barge_in(talk, server):
     assert talk.receive() == {"type": "cancelled"}
     assert time.monotonic() - asked < 1
     server.wait_until_idle(seconds=1)
-    # Nothing of the other sentences comes, and the conversation goes on.
+    # Waiting sentences are not sent, and the conversation continues.
     assert talk.ask("turn", speaker=1, text="nine")["turns"] == 2
 
 
-def test_cancel_when_nothing_is_said(talk):
+def test_cancel_without_speech_is_acknowledged(talk):
     assert talk.ask("cancel") == {"type": "cancelled"}
 
 
-def test_cancel_before_anything_is_heard(talk):
-    """However close together the two come."""
+def test_cancel_before_the_first_chunk_sends_nothing(talk):
+    """Even if both messages arrive at once."""
     for _ in range(20):
         talk.send("text", text="one two three")
         talk.send("flush")
@@ -202,7 +202,7 @@ def test_the_voice_can_change(talk):
         (json.dumps({"type": "text", "text": "a" * 20_000}), "20000 characters"),
     ],
 )
-def test_what_is_wrong_is_said_and_the_conversation_goes_on(talk, message, said):
+def test_the_conversation_continues_after_an_error(talk, message, said):
     talk.socket.send(message)
     error = talk.receive()
     assert error["type"] == "error"
@@ -210,7 +210,7 @@ def test_what_is_wrong_is_said_and_the_conversation_goes_on(talk, message, said)
     assert talk.ask("session", speaker=3)["speaker"] == 3
 
 
-def test_a_client_that_leaves_frees_its_row(talk, server):
+def test_a_disconnect_frees_the_slot(talk, server):
     talk.ask("session", temperature=5)
     talk.send("text", text="one two three four five six seven eight nine")
     talk.send("flush")
@@ -220,14 +220,14 @@ def test_a_client_that_leaves_frees_its_row(talk, server):
     server.wait_until_idle(seconds=2)
 
 
-def test_bytes_are_no_message(talk):
-    """The connection may end, but nothing else."""
+def test_binary_messages_are_refused(talk):
+    """The connection may be closed, but the server continues."""
     talk.socket.send(b"\x00\x01")
     assert talk.receive()["type"] == "error"
 
 
 class Gone:
-    """A socket whose client has hung up."""
+    """A WebSocket whose client has disconnected."""
 
     scope: ClassVar[dict] = {"type": "websocket"}
 
@@ -235,20 +235,20 @@ class Gone:
         raise WebSocketDisconnect
 
 
-def test_a_cancel_of_a_disconnected_client_waits_for_nothing():
-    """Or the conversation would never end."""
+def test_a_cancel_of_a_disconnected_client_returns():
+    """Otherwise the session would never end."""
 
     async def scenario() -> None:
-        service = SimpleNamespace(settings=Settings(), quotas=Quotas(0, 0))
-        async with Conversation(service, Gone()) as conversation:
-            conversation._say("x")  # cannot be told either
-            await asyncio.wait_for(conversation.take(b'{"type": "cancel"}'), 5)
+        service = SimpleNamespace(settings=Settings(), rate_limits=RateLimits(0, 0))
+        async with RealtimeSession(service, Gone()) as session:
+            session._say("x")  # its messages cannot be sent either
+            await asyncio.wait_for(session.handle(b'{"type": "cancel"}'), 5)
 
     asyncio.run(scenario())
 
 
-def test_a_blank_turn_is_forgotten(talk):
-    """Or every sentence after it would be refused for it."""
+def test_a_refused_turn_is_not_added(talk):
+    """Otherwise it would make all later utterances fail."""
     talk.ask("session", seed=1)
     for text in (" ", "\u200b"):
         assert talk.ask("turn", speaker=1, text=text)["type"] == "error"
@@ -260,23 +260,23 @@ def test_a_blank_turn_is_forgotten(talk):
 
 
 class Silent:
-    """A conversation in which nothing is said."""
+    """A handler that generates nothing."""
 
-    is_silent = True
+    is_idle = True
 
     def __init__(self):
-        self.taken = []
+        self.handled = []
 
-    async def take(self, message: bytes) -> None:
-        self.taken.append(message)
+    async def handle(self, message: bytes) -> None:
+        self.handled.append(message)
         await asyncio.sleep(3600 if message == b"slow" else 0)
 
-    async def ended(self) -> None:
+    async def wait_until_ended(self) -> None:
         await asyncio.sleep(3600)
 
 
 class Client:
-    """A socket whose client sends these messages, and then waits."""
+    """A WebSocket whose client sends these messages, and then waits."""
 
     def __init__(self, *messages: str | None):
         self.messages = list(messages)
@@ -290,43 +290,45 @@ class Client:
         return {"type": kind, "text": text}
 
 
-def test_a_client_that_leaves_ends_what_is_worked_on():
-    talker = Silent()
-    leaving = converse(Client("a", "slow", "b", None), talker, Limits())
+def test_a_disconnect_cancels_the_current_message():
+    handler = Silent()
+    leaving = serve_messages(Client("a", "slow", "b", None), handler, Limits())
     asyncio.run(asyncio.wait_for(leaving, 5))
-    assert talker.taken in ([b"a"], [b"a", b"slow"])
+    assert handler.handled in ([b"a"], [b"a", b"slow"])
 
 
 def test_an_idle_socket_ends_with_an_error():
     with pytest.raises(ApiError, match=r"no message for 0\.1 s"):
-        asyncio.run(converse(Client("a"), Silent(), Limits(socket_idle_seconds=0.1)))
+        asyncio.run(serve_messages(Client("a"), Silent(), Limits(socket_idle_seconds=0.1)))
 
 
 def test_a_socket_is_not_idle_while_speech_is_sent():
     async def scenario() -> None:
-        talker = Silent()
-        talker.is_silent = False
+        handler = Silent()
+        handler.is_idle = False
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(converse(Client(), talker, Limits(socket_idle_seconds=0.05)), 1)
+            await asyncio.wait_for(
+                serve_messages(Client(), handler, Limits(socket_idle_seconds=0.05)), 1
+            )
 
     asyncio.run(scenario())
 
 
-def test_messages_that_wait_are_bounded():
+def test_waiting_messages_are_limited():
     limits = Limits(body_bytes=20_000)
     with pytest.raises(ApiError, match="too many messages"):
-        asyncio.run(converse(Client("slow", *["a"] * 100), Silent(), limits))
+        asyncio.run(serve_messages(Client("slow", *["a"] * 100), Silent(), limits))
 
 
-def test_messages_of_all_sockets_of_a_caller_are_bounded_together():
-    """Also the one that is worked on; what a client that has left had sent is given back."""
+def test_messages_of_all_websockets_of_a_caller_are_limited_together():
+    """Including the current message; messages of disconnected clients are released."""
     limits = Limits(body_bytes=20_000, pending_body_bytes=100_000)
-    held = held_messages(limits)
+    budget = message_budget(limits)
 
     async def scenario() -> None:
         def sending(text: str, share: str) -> asyncio.Task:
             client = Client("slow", text)
-            return asyncio.create_task(converse(client, Silent(), limits, held, share))
+            return asyncio.create_task(serve_messages(client, Silent(), limits, budget, share))
 
         waiting = [sending("a" * 10_000, "one") for _ in range(4)]
         await asyncio.sleep(0.05)
@@ -338,7 +340,7 @@ def test_messages_of_all_sockets_of_a_caller_are_bounded_together():
         for task in (*waiting, others):
             task.cancel()
         await asyncio.gather(*waiting, others, return_exceptions=True)
-        held.check("one", 50_000)
+        budget.check("one", 50_000)
 
     asyncio.run(scenario())
 
@@ -346,11 +348,11 @@ def test_messages_of_all_sockets_of_a_caller_are_bounded_together():
 def test_messages_are_counted_in_bytes():
     limits = Limits(body_bytes=20_000)
     with pytest.raises(ApiError, match="too many messages"):
-        asyncio.run(converse(Client("\U0001f600" * 6_000), Silent(), limits))
+        asyncio.run(serve_messages(Client("\U0001f600" * 6_000), Silent(), limits))
 
 
 class Quiet(Gone):
-    """A socket that keeps what it is sent."""
+    """A WebSocket that records the messages to the client."""
 
     def __init__(self):
         self.told = []
@@ -363,51 +365,51 @@ class Quiet(Gone):
 
 
 def a_service(**more) -> SimpleNamespace:
-    return SimpleNamespace(settings=Settings(), quotas=Quotas(0, 0), voices=None, **more)
+    return SimpleNamespace(settings=Settings(), rate_limits=RateLimits(0, 0), voices=None, **more)
 
 
 def as_bytes(kind: str, **fields) -> bytes:
     return json.dumps({"type": kind, **fields}).encode()
 
 
-def test_a_text_that_is_too_long_is_refused_before_it_is_cut():
+def test_a_text_that_is_too_long_is_refused_before_it_is_split():
     async def scenario() -> None:
-        conversation = Conversation(a_service(), Quiet())
+        session = RealtimeSession(a_service(), Quiet())
         for message in ("text", "say"):
             started = time.process_time()
-            await conversation.take(as_bytes(message, text="a. " * 1_000_000))
+            await session.handle(as_bytes(message, text="a. " * 1_000_000))
             assert time.process_time() - started < 2
-        assert [each["code"] for each in conversation._socket.told] == ["too_long"] * 2
-        assert conversation._waiting.empty()
+        assert [each["code"] for each in session._socket.told] == ["too_long"] * 2
+        assert session._waiting.empty()
 
     asyncio.run(scenario())
 
 
-def test_what_waits_to_be_spoken_is_bounded_in_characters():
+def test_the_characters_of_waiting_utterances_are_limited():
     async def scenario() -> None:
-        conversation = Conversation(a_service(), Quiet())
+        session = RealtimeSession(a_service(), Quiet())
         for _ in range(50):
-            await conversation.take(as_bytes("say", text="a" * 10_000))
-        assert conversation._waiting.qsize() == MAX_WAITING_CHARACTERS // 10_000
-        assert {each["code"] for each in conversation._socket.told} == {"queue_full"}
+            await session.handle(as_bytes("say", text="a" * 10_000))
+        assert session._waiting.qsize() == MAX_WAITING_CHARACTERS // 10_000
+        assert {each["code"] for each in session._socket.told} == {"queue_full"}
 
     asyncio.run(scenario())
 
 
-def test_text_without_an_end_is_bounded():
+def test_text_without_the_end_of_a_sentence_is_limited():
     async def scenario() -> None:
-        conversation = Conversation(a_service(), Quiet())
+        session = RealtimeSession(a_service(), Quiet())
         for _ in range(3):
-            await conversation.take(as_bytes("text", text="a" * 4000))
-        (error,) = conversation._socket.told
+            await session.handle(as_bytes("text", text="a" * 4000))
+        (error,) = session._socket.told
         assert "characters without an end" in error["message"]
-        assert not len(conversation._unfinished)
+        assert not len(session._unfinished)
 
     asyncio.run(scenario())
 
 
-def test_a_cancel_while_a_turn_is_submitted_silences_it():
-    """Nothing of it is sent, and its request is cancelled."""
+def test_a_cancel_during_the_submission_cancels_the_request():
+    """No speech is sent, and its request is cancelled."""
 
     async def scenario() -> None:
         class Spoken:
@@ -416,44 +418,46 @@ def test_a_cancel_while_a_turn_is_submitted_silences_it():
             def cancel(self) -> None:
                 self.num_cancels += 1
 
-        submitting, submitted, live = asyncio.Event(), asyncio.Event(), Spoken()
+        submitting, submitted, speech = asyncio.Event(), asyncio.Event(), Spoken()
 
         async def speak(*_, **__) -> Spoken:
             submitting.set()
             await submitted.wait()
-            return live
+            return speech
 
         async def admit(caller: Caller):
             return contextlib.nullcontext()
 
         socket = Quiet()
         service = a_service(speak=speak, admit=admit)
-        async with Conversation(service, socket) as conversation:
-            await conversation.take(as_bytes("say", text="one"))
+        async with RealtimeSession(service, socket) as session:
+            await session.handle(as_bytes("say", text="one"))
             await asyncio.wait_for(submitting.wait(), 5)
-            cancelling = asyncio.create_task(conversation.take(as_bytes("cancel")))
+            cancelling = asyncio.create_task(session.handle(as_bytes("cancel")))
             await asyncio.sleep(0)
             submitted.set()
             await asyncio.wait_for(cancelling, 5)
         assert socket.told == [{"type": "cancelled"}]
-        assert live.num_cancels
+        assert speech.num_cancels
 
     asyncio.run(scenario())
 
 
 def test_turns_beyond_the_window_are_dropped(model):
-    """Frames and text take positions."""
+    """Frames and text take positions of the window."""
 
     async def work(caller: Caller, function, *arguments):
         return function(*arguments)
 
     engine = SimpleNamespace(max_seq_len=100)
-    conversation = Conversation(a_service(engine=engine, model=model, work=work), Gone())
+    session = RealtimeSession(
+        a_service(engine=engine, model=model, threads=SimpleNamespace(work=work)), Gone()
+    )
 
     def remember(speaker: int, text: str, num_frames: int) -> list[int]:
         codes = np.zeros((num_frames, model.config.num_codebooks), np.int32)
-        asyncio.run(conversation._remember(Segment(speaker, text, codes=codes)))
-        return [turn.speaker for turn in conversation._turns]
+        asyncio.run(session._remember(Segment(speaker, text, codes=codes)))
+        return [turn.speaker for turn in session._turns]
 
     for number in range(10):
         kept = remember(number, "a", 40)
@@ -462,8 +466,8 @@ def test_turns_beyond_the_window_are_dropped(model):
     assert remember(11, "a", 400) == [11]
 
 
-def test_a_socket_that_is_not_read_counts_as_disconnected():
-    """A message that cannot be sent within `write_seconds` is not waited for."""
+def test_a_client_that_does_not_read_counts_as_disconnected():
+    """Sending a message has the time limit `write_seconds`."""
 
     class Deaf(Gone):
         async def send_json(self, message: dict) -> None:
@@ -471,14 +475,14 @@ def test_a_socket_that_is_not_read_counts_as_disconnected():
 
     async def scenario() -> None:
         settings = Settings(limits=Limits(write_seconds=0.1))
-        async with Conversation(SimpleNamespace(settings=settings), Deaf()) as conversation:
+        async with RealtimeSession(SimpleNamespace(settings=settings), Deaf()) as session:
             with pytest.raises(WebSocketDisconnect):
-                await asyncio.wait_for(conversation.take(b"{"), 5)
+                await asyncio.wait_for(session.handle(b"{"), 5)
 
     asyncio.run(scenario())
 
 
-def test_sockets_of_one_caller_are_counted(model):
+def test_websockets_of_one_caller_are_limited(model):
     settings = Settings(**SMALL, limits=Limits(sockets_per_caller=2))
     with serve(model, settings, warm=None) as running:
         url = running.url.replace("http", "ws") + "/v1/realtime"

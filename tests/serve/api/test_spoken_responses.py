@@ -35,30 +35,30 @@ async def never(*_: object) -> None:
     await asyncio.sleep(3600)
 
 
-def test_a_reader_that_is_dropped_frees_its_row_and_its_place(server, in_server):
-    """Although the response is stuck in sending, and its client has not left."""
+def test_dropping_a_slow_client_frees_its_slot_and_its_permit(server, in_server):
+    """Although the response is blocked in sending, and the client is still connected."""
     service = server.service
 
     async def scenario() -> None:
         response = await begin(service)
-        assert service.places.num_held == 1
+        assert service.request_limiter.num_acquired == 1
         sending = asyncio.create_task(response(SCOPE, never, never))
         await asyncio.sleep(0.3)
         assert not sending.done()
-        live = response._live
-        assert live.unread_seconds > 0
-        live.drop()
+        speech = response._speech
+        assert speech.unread_seconds > 0
+        speech.drop()
         await asyncio.wait_for(sending, 5)
-        assert live.unread_seconds == 0
-        assert not live._chunks
-        assert service.places.num_held == 0
+        assert speech.unread_seconds == 0
+        assert not speech._chunks
+        assert service.request_limiter.num_acquired == 0
 
     in_server(scenario())
     server.wait_until_idle(5)
 
 
 def test_cancelling_a_response_raises_cancelled_error(server, in_server):
-    """As when the server ends: that is no dropped reader."""
+    """As at the end of the server, which is different from a dropped client."""
     service = server.service
 
     async def scenario() -> None:
@@ -67,40 +67,40 @@ def test_cancelling_a_response_raises_cancelled_error(server, in_server):
         sending.cancel()
         with pytest.raises(asyncio.CancelledError):
             await sending
-        assert service.places.num_held == 0
+        assert service.request_limiter.num_acquired == 0
 
     in_server(scenario())
     server.wait_until_idle(5)
 
 
-def test_what_is_read_is_counted_and_not_kept(server, in_server):
+def test_chunks_that_were_read_are_counted_and_not_kept(server, in_server):
     async def scenario() -> None:
-        live = await server.service.speak(LONG, INTERNAL, stream=True)
+        speech = await server.service.speak(LONG, INTERNAL, stream=True)
         heard = []
-        async for chunk in live.chunks():
+        async for chunk in speech.chunks():
             heard.append(chunk)
             if len(heard) == 5:
                 break
         seconds = len(np.concatenate(heard)) / 24_000
-        assert live.taken_seconds == pytest.approx(seconds)
-        assert not live._ticket._chunks
-        live.cancel()
+        assert speech.taken_seconds == pytest.approx(seconds)
+        assert not speech._ticket._chunks
+        speech.cancel()
 
     in_server(scenario())
     server.wait_until_idle(5)
 
 
-def test_a_cancelled_request_ends_whenever_it_is_cancelled(server, in_server):
-    """Before its first chunk, between chunks, and when it is over but not yet read."""
+def test_a_request_can_be_cancelled_at_any_time(server, in_server):
+    """Before its first chunk, between chunks, and after its end while chunks are unread."""
     brief = Request("one", seed=1, max_audio_length_ms=400)
 
     async def scenario(pause: float) -> None:
-        live = await server.service.speak(brief, INTERNAL, stream=True)
+        speech = await server.service.speak(brief, INTERNAL, stream=True)
         await asyncio.sleep(pause)
-        live.cancel()
+        speech.cancel()
         try:
             async with asyncio.timeout(10):
-                async for _ in live.chunks():
+                async for _ in speech.chunks():
                     pass
         except (RequestCancelledError, ClientGoneError):
             pass

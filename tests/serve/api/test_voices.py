@@ -1,4 +1,4 @@
-"""Voices by name: presets, those added over HTTP, and what may not become a file."""
+"""Voices by name: presets, added voices, and invalid names."""
 
 import asyncio
 import base64
@@ -47,7 +47,7 @@ def speak(server, voice):
     return as_samples(answer.content)
 
 
-def test_presets_are_listed_and_heard(server):
+def test_presets_are_listed_and_can_be_downloaded(server):
     voices = {voice["name"]: voice for voice in server.get(PATH).json()["voices"]}
     assert voices["slt"]["speaker"] == 0
     assert voices["rms"]["speaker"] == 1
@@ -58,7 +58,7 @@ def test_presets_are_listed_and_heard(server):
 
 
 @pytest.mark.parametrize("kind", ["form", "json"])
-def test_add_speak_delete(server, recording, transcript, kind):
+def test_a_voice_can_be_added_used_and_deleted(server, recording, transcript, kind):
     if kind == "form":
         answer = add(server, recording, transcript, speaker=0)
     else:
@@ -74,7 +74,7 @@ def test_add_speak_delete(server, recording, transcript, kind):
     assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 404
 
 
-def test_a_preset_stays(server, recording, transcript):
+def test_presets_cannot_be_replaced_or_deleted(server, recording, transcript):
     assert httpx.delete(f"{server.url}{PATH}/rms").status_code == 400
     assert add(server, recording, transcript, name="rms").status_code == 400
     assert "rms" in names(server)
@@ -83,7 +83,7 @@ def test_a_preset_stays(server, recording, transcript):
 @pytest.mark.parametrize(
     "name", ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a.b", "a" * 65, "a b", "ä", "-a"]
 )
-def test_no_name_leads_out_of_the_directory(server, recording, transcript, name):
+def test_names_with_paths_are_refused(server, recording, transcript, name):
     before = sorted(PRESETS[0].iterdir())
     assert add(server, recording, transcript, name=name).status_code == 400
     assert sorted(PRESETS[0].iterdir()) == before
@@ -92,7 +92,7 @@ def test_no_name_leads_out_of_the_directory(server, recording, transcript, name)
 
 
 @pytest.mark.parametrize("path", ["..%2f..%2fconfig.json", "%2e%2e", "rms.flac", "nobody"])
-def test_what_is_no_voice_is_not_found(server, path):
+def test_unknown_voices_get_404(server, path):
     assert server.get(f"{PATH}/{path}").status_code in (400, 404)
 
 
@@ -100,14 +100,14 @@ def test_what_is_no_voice_is_not_found(server, path):
     ("fields", "message"),
     [({"text": ""}, "text"), ({"text": "  "}, "transcript"), ({"speaker": "x"}, "speaker")],
 )
-def test_what_is_wrong_is_said(server, recording, transcript, fields, message):
+def test_errors_name_the_invalid_field(server, recording, transcript, fields, message):
     answer = add(server, recording, transcript, **fields)
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
     assert "mine" not in names(server)
 
 
-def test_they_outlive_the_process(model, tmp_path, recording, transcript):
+def test_added_voices_outlive_the_process(model, tmp_path, recording, transcript):
     settings = Settings(**SMALL, data=tmp_path)
     with serve(model, settings) as first:
         add(first, recording, transcript, speaker=7)
@@ -117,7 +117,7 @@ def test_they_outlive_the_process(model, tmp_path, recording, transcript):
         assert found["mine"]["deletable"]
 
 
-def test_there_are_not_too_many(model, recording, transcript):
+def test_the_number_of_added_voices_is_limited(model, recording, transcript):
     voices = make_voices(model, Limits(voices_per_owner=1))
     audio = as_samples(recording)
     voices.add("", "a", 0, transcript, audio)
@@ -127,7 +127,7 @@ def test_there_are_not_too_many(model, recording, transcript):
     assert voices.find("a", "").speaker == 1
 
 
-def test_a_recording_without_a_transcript_is_no_voice(model, tmp_path, recording, caplog):
+def test_a_recording_without_a_transcript_is_refused(model, tmp_path, recording, caplog):
     Path(tmp_path / "a.flac").write_bytes(recording)
     with caplog.at_level(logging.WARNING):
         assert make_voices(model, presets=[tmp_path]).all("") == []
@@ -140,7 +140,7 @@ def noise() -> np.ndarray:
 
 
 def test_a_voice_sounds_the_same_after_a_restart(model, tmp_path, noise):
-    """Its codes are of what is stored, not of what came."""
+    """Its codes are those of the stored recording, not of the uploaded one."""
     store = Store(tmp_path, Limits())
     before = Voices(model, [], store.voices, Limits()).add("anna", "a", 3, "hello", noise)
     store.close()
@@ -169,8 +169,8 @@ while True:
 
 
 @pytest.mark.parametrize("seconds", [0.05, 0.11, 0.23])
-def test_a_voice_that_is_replaced_is_the_old_or_the_new_one(tmp_path, seconds):
-    """Whenever the process is killed."""
+def test_replacing_a_voice_is_atomic(tmp_path, seconds):
+    """At whatever time the process is killed."""
     command = [sys.executable, "-c", REPLACE, str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "open\n"
@@ -183,7 +183,7 @@ def test_a_voice_that_is_replaced_is_the_old_or_the_new_one(tmp_path, seconds):
     assert {*voice.text, *voice.recording.decode()} == {str(voice.speaker)}
 
 
-def test_presets_can_lie_where_nothing_can_be_written(model, tmp_path, recording, transcript):
+def test_presets_can_be_in_a_read_only_directory(model, tmp_path, recording, transcript):
     (tmp_path / "a.flac").write_bytes(recording)
     (tmp_path / "a.txt").write_text(transcript)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path, *tmp_path.iterdir())}
@@ -207,11 +207,11 @@ def test_a_later_preset_does_not_replace_an_owners_voice(
     assert voices.find("a", "anna").text == transcript
 
 
-def test_adding_a_voice_changes_no_known_name(model, noise):
+def test_adding_a_voice_does_not_change_the_meaning_of_api_names(model, noise):
     voices = make_voices(model, presets=PRESETS)
-    before = voices.find_as("alloy", "anna", ["alloy"]).name
+    before = voices.find_api_voice("alloy", "anna", ["alloy"]).name
     voices.add("anna", "aaa", 0, "hello", noise)
-    assert voices.find_as("alloy", "anna", ["alloy"]).name == before
+    assert voices.find_api_voice("alloy", "anna", ["alloy"]).name == before
 
 
 @pytest.mark.parametrize("text", ["", " \n", "a" * 101])
@@ -222,8 +222,8 @@ def test_a_transcript_has_the_limits_of_a_request(model, noise, text):
     assert voices.all("anna") == []
 
 
-def test_a_voice_that_is_deleted_is_spoken_to_the_end(server, recording, transcript):
-    """And its recording cannot be heard any more."""
+def test_deleting_a_voice_does_not_affect_running_requests(server, recording, transcript):
+    """But its recording cannot be downloaded any more."""
     add(server, recording, transcript)
     voice = server.service.voices.find("mine", "")
     assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
@@ -232,8 +232,8 @@ def test_a_voice_that_is_deleted_is_spoken_to_the_end(server, recording, transcr
         server.service.voices.recording(voice)
 
 
-def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
-    """While a voice is being stored, all others are found, and so is that one is missing."""
+def test_reading_voices_does_not_wait_for_the_disk(model, noise, monkeypatch):
+    """While a voice is being stored, other voices are found, and unknown ones are refused."""
     voices = make_voices(model, presets=PRESETS)
     writing, written = threading.Event(), threading.Event()
 
@@ -259,13 +259,13 @@ def test_readers_do_not_wait_for_the_disk(model, noise, monkeypatch):
 
 @pytest.fixture
 def warm_server(model):
-    """A server when all is compiled, so that a test sees only what it causes."""
+    """A server with everything compiled, so that a test sees only its own compilations."""
     with serve(model, Settings(**SMALL), warm=True) as running:
         yield running
 
 
 @pytest.mark.long
-def test_a_voice_as_long_as_another_compiles_nothing(
+def test_a_voice_of_a_known_length_compiles_nothing(
     warm_server, recording, transcript, monkeypatch
 ):
     assert add(warm_server, recording, transcript).status_code == 201
@@ -278,7 +278,7 @@ def test_a_voice_as_long_as_another_compiles_nothing(
 
 
 def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcript, monkeypatch):
-    """It is spoken all the same, only that programs may have to be compiled for it."""
+    """It can be used at once; its programs are compiled on demand."""
     warm = threading.Event()
     monkeypatch.setattr(server.service, "not_ready", "warming up")
     monkeypatch.setattr(server.service.engine, "warm_up", lambda *_: warm.wait(60))
@@ -291,12 +291,14 @@ def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcr
     assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
 
 
-def test_a_flood_of_downloads_leaves_a_thread_to_others(server):
-    """Voices are encoded when it is their caller's turn, as all that takes long."""
+def test_one_caller_cannot_use_all_threads_for_downloads(server):
+    """Downloads run when it is the caller's turn."""
     service, gate = server.service, threading.Event()
     loop = service.warmed.get_loop()
     flood = [
-        asyncio.run_coroutine_threadsafe(service.work(Caller(share="flood"), gate.wait, 60), loop)
+        asyncio.run_coroutine_threadsafe(
+            service.threads.work(Caller(share="flood"), gate.wait, 60), loop
+        )
         for _ in range(50)
     ]
     try:

@@ -1,4 +1,4 @@
-"""VoxServe's API, as curl sends it."""
+"""VoxServe's API, by curl and httpx."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ def generate(server, **fields):
     return server.post("/generate", json=FIELDS | fields)
 
 
-def test_json_and_form_say_the_same(server):
+def test_json_and_form_give_the_same_speech(server):
     answer = generate(server)
     assert answer.headers["content-type"] == "audio/wav"
     form = server.post("/generate", files={k: (None, str(v)) for k, v in FIELDS.items()})
@@ -27,15 +27,15 @@ def test_json_and_form_say_the_same(server):
     assert len(as_samples(answer.content)) > 12_000
 
 
-def test_a_stream_is_the_same_as_the_whole(server):
+def test_a_stream_equals_the_whole(server):
     streamed, whole = generate(server, streaming=True), generate(server)
     assert streamed.headers.get("transfer-encoding") == "chunked"
-    # The head of a stream cannot say how long it is.
+    # The head of a stream has no length.
     assert same(streamed.content, whole.content)
     assert streamed.content[:4] == b"RIFF"
 
 
-def test_curl(server, tmp_path, run):
+def test_curl_gets_a_wav_file(server, tmp_path, run):
     for more in ("", "-F streaming=true"):
         out = tmp_path / "out.wav"
         run(f"curl -s -X POST {server.url}/generate -F text=one -F speaker=1 {more} -o {out}")
@@ -48,12 +48,12 @@ def test_sampling_is_per_request(server, field):
     assert not same(generate(server, **{field: values[field]}).content, generate(server).content)
 
 
-def test_no_temperature_is_greedy(server):
+def test_temperature_0_is_greedy(server):
     first, second = (generate(server, temperature=0, seed=seed).content for seed in (1, 2))
     assert same(first, second)
 
 
-def test_who_names_a_temperature_is_not_greedy_because_the_server_is():
+def test_a_temperature_overrides_a_greedy_default():
     default = Sampling(greedy=True, top_k=7)
     assert Options().sampling(default) == default
     assert Options(temperature=0.5).sampling(default) == Sampling(0.5, top_k=7)
@@ -62,7 +62,7 @@ def test_who_names_a_temperature_is_not_greedy_because_the_server_is():
 
 @pytest.mark.parametrize("kind", ["json", "form"])
 def test_context_audio_gives_the_voice(server, recording, transcript, kind):
-    """Speaker 0 is slt, and after a turn of rms it goes on as rms."""
+    """Speaker 0 is slt by default, and rms after a turn of rms."""
     fields = {"audio_text": transcript, "text": "one two three four"}
     if kind == "json":
         answer = generate(server, **fields, audio=base64.b64encode(recording).decode())
@@ -80,7 +80,7 @@ def test_a_voice_by_name(server):
     assert median_pitch(as_samples(answer.content), 24_000) < 130
 
 
-def test_a_cut_is_told(server):
+def test_a_cut_is_reported_in_x_notices(server):
     answer = generate(server, max_audio_length_ms=240)
     assert len(as_samples(answer.content)) == 3 * 1920
     assert answer.headers["x-notices"] == "cut"
@@ -99,7 +99,7 @@ def test_a_cut_is_told(server):
         ({"min_p": 1}, "min_p"),
     ],
 )
-def test_what_is_wrong_is_said(server, fields, message):
+def test_errors_name_the_invalid_field(server, fields, message):
     answer = generate(server, **fields)
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
@@ -117,13 +117,13 @@ def test_what_is_wrong_is_said(server, fields, message):
         (b"hello", "multipart/form-data; boundary=x", 400),
     ],
 )
-def test_bodies_that_are_none(server, body, kind, status):
+def test_unsupported_bodies_are_refused(server, body, kind, status):
     answer = server.post("/generate", content=body, headers={"Content-Type": kind})
     assert answer.status_code == status, answer.text
     assert set(answer.json()) == {"error", "detail"}
 
 
-def test_a_request_has_a_name(server):
+def test_responses_have_a_request_id(server):
     answer = server.post("/generate", json=FIELDS, headers={"X-Request-Id": "mine-1"})
     assert answer.headers["x-request-id"] == "mine-1"
     forged = server.post("/generate", json=FIELDS, headers={"X-Request-Id": "a b\tc"})
@@ -133,7 +133,7 @@ def test_a_request_has_a_name(server):
 def test_the_log_line_has_the_latencies(server, caplog):
     with caplog.at_level("INFO", logger="csm_jax.serve"):
         name = generate(server).headers["x-request-id"]
-        # It is written when the client has its answer already.
+        # It is written after the client has received the response.
         deadline = time.monotonic() + 10
         while not any(name in record.message for record in caplog.records):
             assert time.monotonic() < deadline

@@ -1,4 +1,4 @@
-"""Recordings out of requests: bounded, and whatever comes is an answer or an `InputError`."""
+"""Recordings in requests: limits, and `InputError` for anything that cannot be decoded."""
 
 import base64
 import contextlib
@@ -37,7 +37,7 @@ def as_file(samples: np.ndarray, rate: int = RATE, form: str = "WAV", coding=Non
     [("WAV", None), ("FLAC", None), ("OGG", "OPUS"), ("OGG", "VORBIS"), ("MP3", None)],
 )
 @pytest.mark.parametrize(("rate", "channels"), [(24_000, 1), (48_000, 2), (8_000, 1)])
-def test_every_format_rate_and_channel(form, coding, rate, channels):
+def test_every_format_rate_and_channel_count_is_decoded(form, coding, rate, channels):
     data = as_file(tone(1, rate, channels), rate, form, coding)
     audio = decode_recording(data, Limits(audio_seconds=2.0))
     assert audio.dtype == np.float32
@@ -46,7 +46,7 @@ def test_every_format_rate_and_channel(form, coding, rate, channels):
 
 
 @pytest.mark.parametrize("form", ["AU", "AIFF", "CAF", "W64", "RF64", "VOC", "MAT5", "SDS", "NIST"])
-def test_formats_that_no_client_needs_are_not_given_to_their_readers(form, monkeypatch):
+def test_rare_formats_are_refused_before_libsndfile_opens_them(form, monkeypatch):
     data = as_file(tone(0.3), form=form)
     monkeypatch.setattr(soundfile, "SoundFile", None)
     with pytest.raises(InputError, match="send WAV, FLAC, Ogg or MP3"):
@@ -94,13 +94,13 @@ def test_a_recording_can_have_tags(form):
         (as_file(np.full((99, 1), np.nan, np.float32), coding="FLOAT"), "not finite"),
     ],
 )
-def test_what_cannot_be_used_is_said(data, message):
+def test_errors_say_why_a_recording_cannot_be_used(data, message):
     with pytest.raises(InputError, match=message):
         decode_recording(data, LIMITS)
 
 
 @pytest.mark.parametrize("data", [b"", b"RIFF", b"x" * 1000, as_file(tone(1))[:40]])
-def test_objects_have_no_addresses_in_messages(data):
+def test_messages_contain_no_memory_addresses(data):
     for read in (decode_recording, check_head):
         with pytest.raises(InputError) as error:
             read(data, LIMITS)
@@ -116,14 +116,14 @@ def test_objects_have_no_addresses_in_messages(data):
         (as_file(tone(0.1, channels=9)), "9 channels"),
     ],
 )
-def test_a_head_says_what_cannot_be_used(data, message):
+def test_check_head_refuses_unusable_recordings(data, message):
     with pytest.raises(InputError, match=message):
         check_head(data, LIMITS)
     check_head(as_file(tone(1)), LIMITS)
 
 
-def test_a_small_file_that_unpacks_to_much_takes_no_memory():
-    """An hour of silence in a few kilobytes: decoding stops where the limit is."""
+def test_a_small_file_that_unpacks_to_much_takes_little_memory():
+    """An hour of silence in a few kilobytes; decoding stops at the limit."""
     data = as_file(np.zeros((3600 * 8000, 1), np.float32), 8000, "FLAC")
     limits = Limits(audio_bytes=10**7, audio_seconds=2.0)
     tracemalloc.start()
@@ -203,24 +203,24 @@ def test_files_of_encoders_have_small_codebooks(rate, channels, level):
         decode_recording(file.getvalue(), Limits())
 
 
-def test_a_head_that_lies_of_its_length():
+def test_samples_beyond_the_length_in_the_head_are_counted():
     data = bytearray(as_file(tone(1)))
     data[40:44] = (2**31 - 2).to_bytes(4, "little")
     assert len(decode_recording(bytes(data), LIMITS)) == RATE
 
 
 @pytest.mark.parametrize("head", ["", "data:audio/wav;base64,", "data:;base64,"])
-def test_base64(head):
+def test_base64_is_decoded_with_and_without_a_data_uri(head):
     assert decode_base64(head + base64.b64encode(b"abc").decode(), LIMITS) == b"abc"
 
 
 @pytest.mark.parametrize("text", ["a", "?", "data:audio/wav;base64", "data:audio/wav,abc", "ä"])
-def test_what_is_no_base64(text):
+def test_invalid_base64_is_refused(text):
     with pytest.raises(InputError):
         decode_base64(text, LIMITS)
 
 
-def test_base64_is_measured_before_it_is_decoded():
+def test_the_size_of_base64_is_checked_before_decoding():
     with pytest.raises(InputError, match="more than 100000 bytes"):
         decode_base64("A" * 140_000, LIMITS)
 
@@ -233,10 +233,10 @@ FILES = [
 
 @st.composite
 def damaged(draw) -> bytes:
-    """A recording with bytes changed, cut out or put in."""
+    """A recording with changed, removed or inserted bytes."""
     data = bytearray(draw(st.sampled_from(FILES)))
     for _ in range(draw(st.integers(1, 8))):
-        # Most of what matters is in the head.
+        # Most changes are made in the head.
         at = draw(st.integers(0, min(len(data), draw(st.sampled_from([80, 10**6])))))
         size = draw(st.integers(0, 20))
         data[at : at + size] = draw(st.binary(max_size=20))
@@ -247,7 +247,7 @@ def damaged(draw) -> bytes:
 @given(st.one_of(damaged(), st.binary(max_size=400)))
 @example(FILES[0][:44])
 @example(FILES[1][:42])
-def test_whatever_comes_is_samples_or_an_error(data):
+def test_any_bytes_give_samples_or_an_input_error(data):
     try:
         audio = decode_recording(data, LIMITS)
     except InputError:
@@ -260,6 +260,6 @@ def test_whatever_comes_is_samples_or_an_error(data):
 
 @settings(max_examples=200, deadline=None)
 @given(st.text(max_size=100))
-def test_whatever_text_comes_is_bytes_or_an_error(text):
+def test_any_text_gives_bytes_or_an_input_error(text):
     with contextlib.suppress(InputError):
         assert isinstance(decode_base64(text, LIMITS), bytes)

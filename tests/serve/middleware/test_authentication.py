@@ -1,4 +1,4 @@
-"""Keys, rates, sizes of bodies, and CORS of a server."""
+"""API keys, rate limits, body sizes and CORS of a server."""
 
 import base64
 import contextlib
@@ -12,15 +12,15 @@ from serving import SMALL, as_wav, serve
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from csm_jax.serve.admission import rate_limits as quotas
-from csm_jax.serve.admission.rate_limits import Rates
+from csm_jax.serve.admission import rate_limits
+from csm_jax.serve.admission.rate_limits import TokenBuckets
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.settings import Limits, Settings
 
 KEYS = ("first-key", "second-key")
 BODY_BYTES = 50_000
 LIMITS = Limits(body_bytes=BODY_BYTES, json_bytes=BODY_BYTES)
-# Seconds; every look at it is long after the last.
+# Seconds, which grow by a large step with each call.
 CLOCK = itertools.count(0, 100)
 
 
@@ -34,7 +34,7 @@ def guarded(model):
 @pytest.fixture(autouse=True)
 def fresh_rates(monkeypatch):
     """Each test starts with full buckets."""
-    monkeypatch.setattr(quotas, "monotonic", CLOCK.__next__)
+    monkeypatch.setattr(rate_limits, "monotonic", CLOCK.__next__)
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def fresh_rates(monkeypatch):
         {"X-API-Key": "second-key"},
     ],
 )
-def test_a_key_opens(guarded, headers):
+def test_a_valid_key_is_accepted(guarded, headers):
     assert guarded.get("/v1/models", headers=headers).status_code == 200
 
 
@@ -62,7 +62,7 @@ def test_a_key_opens(guarded, headers):
         {"X-API-Key": "\xff"},
     ],
 )
-def test_a_request_without_a_known_key_gets_401(guarded, headers):
+def test_a_request_without_a_valid_key_gets_401(guarded, headers):
     for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
         answer = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
         assert answer.status_code == 401
@@ -76,7 +76,7 @@ def test_probes_need_no_key(guarded):
     assert guarded.get("/readyz").status_code in (200, 503)
 
 
-def test_sockets_need_a_key(guarded):
+def test_websockets_need_a_key(guarded):
     url = guarded.url.replace("http", "ws") + "/v1/realtime"
     with pytest.raises((InvalidStatus, ConnectionClosed)), connect(url):
         pass
@@ -87,7 +87,7 @@ def test_sockets_need_a_key(guarded):
             assert "cancelled" in talk.recv(timeout=10)
 
 
-def test_the_key_of_a_socket_is_in_no_log(guarded, caplog):
+def test_the_key_of_a_websocket_is_not_logged(guarded, caplog):
     url = guarded.url.replace("http", "ws") + "/v1/realtime"
     for query in ("api_key=first-key", "a=b&api%5Fkey=first-key", "api_key=first-key2"):
         with (
@@ -102,10 +102,10 @@ def test_the_key_of_a_socket_is_in_no_log(guarded, caplog):
     assert not [record for record in named if "first-key" in record.getMessage()]
 
 
-def test_rates_are_of_each_key(monkeypatch):
+def test_rate_limits_apply_to_each_key(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(quotas, "monotonic", lambda: now[0])
-    rates = Rates(3, "requests")
+    monkeypatch.setattr(rate_limits, "monotonic", lambda: now[0])
+    rates = TokenBuckets(3, "requests")
     for _ in range(3):
         rates.count("a")
     with pytest.raises(ApiError) as raised:
@@ -123,18 +123,18 @@ def test_rates_are_of_each_key(monkeypatch):
         rates.count("a")
 
 
-def test_callers_are_forgotten(monkeypatch):
-    """A client with many addresses does not fill the memory."""
-    monkeypatch.setattr(quotas, "MAX_CALLERS", 10)
-    rates = Rates(3, "requests")
+def test_the_number_of_remembered_callers_is_limited(monkeypatch):
+    """A client with many addresses must not fill the memory."""
+    monkeypatch.setattr(rate_limits, "MAX_CALLERS", 10)
+    rates = TokenBuckets(3, "requests")
     for caller in range(1000):
         rates.count(str(caller))
     assert len(rates._buckets) == 10
 
 
-def test_too_often_is_429(guarded, monkeypatch):
+def test_requests_beyond_the_rate_limit_get_429(guarded, monkeypatch):
     now = next(CLOCK)
-    monkeypatch.setattr(quotas, "monotonic", lambda: now)
+    monkeypatch.setattr(rate_limits, "monotonic", lambda: now)
     headers = {"Authorization": "Bearer second-key"}
     statuses = [guarded.get("/v1/models", headers=headers).status_code for _ in range(41)]
     assert statuses == [200] * 40 + [429]
@@ -146,8 +146,8 @@ def test_too_often_is_429(guarded, monkeypatch):
 AUTHORISED = {"Authorization": "Bearer first-key"}
 
 
-def test_a_large_body_is_refused_by_its_announcement(guarded):
-    """Before any of it is read."""
+def test_a_large_body_is_refused_by_its_content_length(guarded):
+    """The refusal comes before the body is read."""
     host, port = guarded.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port))) as connection:
         head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer first-key\r\n"
@@ -164,8 +164,8 @@ def test_a_large_body_is_refused_by_its_announcement(guarded):
         *((path, "multipart/form-data; boundary=x") for path in ("/generate", "/v1/files")),
     ],
 )
-def test_a_large_body_is_refused_while_it_comes(guarded, path, kind):
-    """However it is sent: in pieces its length is not announced."""
+def test_a_large_body_is_refused_while_it_arrives(guarded, path, kind):
+    """With a Content-Length, and in chunks without one."""
 
     def pieces():
         yield b'--x\r\nContent-Disposition: form-data; name="text"\r\n\r\n'
@@ -178,8 +178,8 @@ def test_a_large_body_is_refused_while_it_comes(guarded, path, kind):
     assert str(BODY_BYTES) in answer.json()["detail"]
 
 
-def test_other_pages_may_not_ask(server):
-    """CORS is closed unless it is opened."""
+def test_pages_of_other_origins_are_refused(server):
+    """CORS is off by default."""
     headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
     answer = httpx.options(f"{server.url}/generate", headers=headers)
     assert "access-control-allow-origin" not in answer.headers
@@ -198,13 +198,13 @@ TURN = {"prompt": LONG, "audio_url": f"data:audio/wav;base64,{WAV}", "speaker_id
         ("/fal-ai/csm-1b", {"scene": [{"text": "one", "speaker_id": 0}], "context": [TURN]}),
     ],
 )
-def test_a_transcript_has_an_end(server, path, fields):
+def test_a_transcript_that_is_too_long_is_refused(server, path, fields):
     answer = server.post(path, json=fields)
     assert answer.status_code == 400
     assert "10001 characters, but at most 10000" in answer.json()["detail"]
 
 
-def test_named_origins_may_send_requests(model):
+def test_allowed_origins_are_accepted(model):
     settings = Settings(**SMALL, cors_origins=("https://example.com",), api_keys=KEYS)
     with serve(model, settings) as running:
         for origin, allowed in {"https://example.com": True, "https://other.com": False}.items():

@@ -1,4 +1,4 @@
-"""How large and slow request bodies may be, and how strictly they are read."""
+"""Size and time limits of request bodies, and strict parsing."""
 
 import asyncio
 import json
@@ -12,11 +12,11 @@ from pydantic import BaseModel, FailFast, Field
 from small import ask
 
 from csm_jax.serve import errors
-from csm_jax.serve.admission.memory import Held
+from csm_jax.serve.admission.memory import MemoryBudget
 from csm_jax.serve.api import parsing
 from csm_jax.serve.api.schemas import Recording
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.middleware.body_limits import Bodies
+from csm_jax.serve.middleware.body_limits import BodyLimitMiddleware
 from csm_jax.serve.settings import Limits
 
 
@@ -48,7 +48,7 @@ def application(limits: Limits = LIMITS) -> FastAPI:
 
     errors.install(app)
     parsing.document(app)
-    app.add_middleware(Bodies, limits=limits)
+    app.add_middleware(BodyLimitMiddleware, limits=limits)
     return app
 
 
@@ -107,7 +107,7 @@ def test_json_needs_its_type(kind, message):
         (b'{"speed": 1}', "text: Field required"),
     ],
 )
-def test_json_that_is_no_request_gets_400_and_one_line(body, message):
+def test_invalid_json_gets_400_with_a_message_of_one_line(body, message):
     answer = post("/small", body)
     assert answer.status_code == 400
     said = answer.json()["detail"]
@@ -116,17 +116,17 @@ def test_json_that_is_no_request_gets_400_and_one_line(body, message):
     assert len(said) < 500
 
 
-def test_what_was_sent_is_not_repeated_at_length():
+def test_errors_quote_the_request_briefly():
     name = "x" * 300
     for body in ({"text": name, "speed": name}, {name: 1}, {"text": [name]}):
         assert len(post("/small", json.dumps(body).encode()).text) < 600
 
 
-def test_a_body_is_small_where_no_recording_is():
+def test_the_size_limit_is_smaller_without_recordings():
     body = json.dumps({"text": "a" * 2000}).encode()
     assert post("/small", body).status_code == 413
     assert post("/large", body).status_code == 200
-    # However it comes: its length need not be announced.
+    # With and without a Content-Length.
     answer = ask(APP, "/small", "POST", content=iter_pieces(body), headers=AS_JSON)
     assert answer.status_code == 413
 
@@ -147,8 +147,8 @@ async def iter_pieces(body: bytes, size: int = 100):
         b'{"text": "a", "ignored": ' + b"9" * 30_000_000 + b"}",
     ],
 )
-def test_no_json_holds_the_event_loop_or_the_memory(body):
-    """However it is made: the longest pause that others see, and what it adds to the memory.
+def test_hostile_json_blocks_neither_the_event_loop_nor_memory(body):
+    """Measures the longest pause of the event loop, and the memory that parsing adds.
 
     A parser on the event loop, or one that makes all of these values, pauses it for 6 to 9 s.
     `examples/attack.py` measures the pauses of a server.
@@ -225,13 +225,13 @@ def test_a_form_is_read():
         (b"--x\r\n" + b"".join(b"A%d: b\r\n" % i for i in range(99)), "not a form"),
     ],
 )
-def test_a_form_that_is_damaged_is_refused(body, message):
+def test_a_damaged_form_is_refused(body, message):
     answer = post("/large", body, FORM)
     assert answer.status_code == 400
     assert message in answer.json()["detail"]
 
 
-def test_a_urlencoded_form_is_strict_too():
+def test_a_malformed_urlencoded_form_is_refused():
     kind = "application/x-www-form-urlencoded"
     for body in (b"text", b"text=a&text=b", b"text=%FF", b"text=\xff", b"text=a&" * 70):
         assert post("/large", body, kind).status_code == 400
@@ -243,14 +243,14 @@ def test_a_form_needs_a_boundary(kind):
     assert "boundary" in post("/large", b"", kind).json()["detail"]
 
 
-def test_the_document_has_all_models():
+def test_the_openapi_document_contains_all_models():
     document = APP.openapi()
     schema = document["paths"]["/large"]["post"]["requestBody"]["content"]
     assert set(schema) == {"application/json", "multipart/form-data"}
 
 
 def call(app, pieces, headers=(), pause: float = 0.0) -> int:
-    """The status of a request whose body comes in pieces, with a pause before each."""
+    """The status of a request whose body arrives in pieces, with a pause before each."""
 
     async def work() -> int:
         queue = list(pieces)
@@ -276,25 +276,25 @@ def call(app, pieces, headers=(), pause: float = 0.0) -> int:
 AS_JSON_HEADER = (b"content-type", b"application/json")
 
 
-def test_a_body_that_drips_has_an_end():
+def test_a_slow_body_gets_408():
     limits = Limits(body_seconds=0.5, body_bytes_per_second=100)
     body = [bytes([each]) for each in b'{"text": "' + b"a" * 9000 + b'"}']
     started = time.monotonic()
     assert call(application(limits), body, [AS_JSON_HEADER], pause=0.05) == 408
     assert time.monotonic() - started < 20
-    # One that comes as fast as it has to may take longer than that.
+    # A body at the minimum rate may take longer.
     pieces = [b'{"text": "', *[b"a" * 1000] * 10, b'"}']
     assert call(application(limits), pieces, [AS_JSON_HEADER], pause=0.1) == 200
 
 
-def test_two_lengths_are_refused():
+def test_two_content_lengths_are_refused():
     length, chunked = (b"content-length", b"5"), (b"transfer-encoding", b"chunked")
     for headers in ([length, chunked], [length, length], [(b"content-length", b"+5")]):
         assert call(APP, [b"hello"], [AS_JSON_HEADER, *headers]) == 400
 
 
-def test_all_bodies_together_have_a_limit():
-    held = Held(1000, "request bodies")
+def test_the_memory_of_all_bodies_is_limited():
+    held = MemoryBudget(1000, "request bodies")
     held.add("a", 400)
     with pytest.raises(ApiError, match="your request bodies") as raised:
         held.check("a", 200)
@@ -308,12 +308,12 @@ def test_all_bodies_together_have_a_limit():
     held.check("c", 200)
 
 
-def test_what_is_held_is_given_back():
-    app = Bodies(application_without_bodies(), LIMITS)
+def test_the_memory_of_a_body_is_released():
+    app = BodyLimitMiddleware(application_without_bodies(), LIMITS)
     for body in (b'{"text": "a"}', b"{", b"a" * 2000):
         call(app, [body[:1], body[1:]], [AS_JSON_HEADER])
-    assert app._held._total == 0
-    assert not app._held._shares
+    assert app._budget._total == 0
+    assert not app._budget._shares
 
 
 def application_without_bodies() -> FastAPI:
@@ -327,15 +327,15 @@ def application_without_bodies() -> FastAPI:
     return app
 
 
-def test_a_body_is_not_kept_when_it_has_been_read():
-    """A response can take minutes: what is larger than the fields is gone by then."""
+def test_a_body_is_not_kept_in_memory_after_parsing():
+    """A response can take minutes, so the body must be released before."""
     held, app = [], FastAPI()
 
     @app.post("/large")
     async def large(http: Request) -> dict:
         tracemalloc.start()
         fields = await parsing.read_fields(http, Small, recordings=True)
-        await asyncio.sleep(0.1)  # the thread that has parsed it lets go of it
+        await asyncio.sleep(0.1)  # the thread that has parsed it drops it
         held.append(tracemalloc.get_traced_memory()[0])
         tracemalloc.stop()
         return fields.model_dump()
@@ -344,5 +344,5 @@ def test_a_body_is_not_kept_when_it_has_been_read():
     limits = Limits(json_bytes=10_000_000)
     body = b'{"text": "a", "unknown": "' + b"b" * 5_000_000 + b'"}'
     pieces = [body[i : i + 100_000] for i in range(0, len(body), 100_000)]
-    assert call(Bodies(app, limits), pieces, [AS_JSON_HEADER]) == 200
+    assert call(BodyLimitMiddleware(app, limits), pieces, [AS_JSON_HEADER]) == 200
     assert held[0] < 1_000_000

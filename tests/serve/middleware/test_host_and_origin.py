@@ -7,13 +7,19 @@ import pytest
 from small import ask, echo, open_socket
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
-from csm_jax.serve.middleware.head import Head
-from csm_jax.serve.middleware.host_and_origin import Hosts, check_names, check_origins
+from csm_jax.serve.middleware.head import HeadMiddleware
+from csm_jax.serve.middleware.host_and_origin import (
+    HostOriginMiddleware,
+    check_names,
+    check_origins,
+)
 from csm_jax.serve.network.addresses import check_proxies, is_proxy
 
 
-def served(names=("speech.example.com",), origins=("https://app.example.com",)) -> Hosts:
-    return Hosts(echo, names, origins)
+def served(
+    names=("speech.example.com",), origins=("https://app.example.com",)
+) -> HostOriginMiddleware:
+    return HostOriginMiddleware(echo, names, origins)
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def test_other_host_headers_are_refused(host, status):
     assert (socket.status == 101) == (status == 200)
 
 
-def test_a_refusal_says_how_to_allow_the_name():
+def test_a_refusal_names_the_flag_that_allows_the_host():
     message = ask(served(), headers={"Host": "csm:8000"}).json()["detail"]
     assert "--allowed_hosts=csm" in message
     assert ask(served(("*",)), headers={"Host": "csm:8000"}).status_code == 200
@@ -62,18 +68,18 @@ OWN = {"Host": "localhost:8000"}
         *((origin, False) for origin in ("http://localhost:8000 x", "http://x@localhost:8000")),
     ],
 )
-def test_pages_of_others_may_not_send_requests(origin, is_own):
+def test_pages_of_other_origins_are_refused(origin, is_own):
     headers = OWN | {"Origin": origin}
     expected = 200 if is_own else 403
     for method in ("POST", "DELETE", "PUT", "PATCH"):
         assert ask(served(), method=method, headers=headers).status_code == expected
-    # Reading is what the browser itself keeps from them.
+    # The browser itself prevents them from reading responses.
     assert ask(served(), headers=headers).status_code == 200
     socket = open_socket(served(), headers={"host": OWN["Host"], "origin": origin})
     assert socket.status == (101 if is_own else 403)
 
 
-def test_the_default_port_is_a_port():
+def test_an_origin_with_the_default_port_is_the_same_origin():
     for host, origin in (("10.0.0.1", "http://10.0.0.1:80"), ("10.0.0.1:80", "http://10.0.0.1")):
         headers = {"Host": host, "Origin": origin}
         assert ask(served(), method="POST", headers=headers).status_code == 200
@@ -83,12 +89,12 @@ def test_the_default_port_is_a_port():
     ("site", "status"),
     [("cross-site", 403), ("same-site", 403), ("same-origin", 200), ("none", 200)],
 )
-def test_without_an_origin_the_browser_says_the_site(site, status):
+def test_sec_fetch_site_is_checked_without_an_origin(site, status):
     headers = OWN | {"Sec-Fetch-Site": site}
     assert ask(served(), method="POST", headers=headers).status_code == status
 
 
-def test_two_origins_are_foreign():
+def test_two_origin_headers_are_refused():
     headers = [
         ("Host", "localhost"),
         ("Origin", "http://localhost"),
@@ -97,12 +103,12 @@ def test_two_origins_are_foreign():
     assert ask(served(), method="POST", headers=headers).status_code == 403
 
 
-def test_any_origin_can_be_allowed():
+def test_a_star_allows_any_origin():
     headers = OWN | {"Origin": "null"}
     assert ask(served(origins=("*",)), method="POST", headers=headers).status_code == 200
 
 
-def test_names_and_origins_are_checked_at_the_start():
+def test_invalid_names_and_origins_are_refused_at_the_start():
     check_names(["*", "a.example"])
     check_origins(["*", "https://a.example", "http://localhost:8000"])
     check_proxies(["10.0.0.1", "10.0.0.0/8", "::1", "fd00::/8"])
@@ -117,31 +123,33 @@ def test_names_and_origins_are_checked_at_the_start():
             check_proxies([proxy])
 
 
-def test_only_trusted_proxies_say_whose_request_it_is():
+def test_forwarded_addresses_of_trusted_proxies_only_are_used():
     trusting = ProxyHeadersMiddleware(echo, ["10.0.0.0/8"])
     headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.7", "X-Forwarded-Proto": "https"}
     through = ask(trusting, headers=headers, client="10.0.0.1").json()["client"][0]
-    assert through == "203.0.113.7"  # what the proxy saw, not what its client wrote
+    assert (
+        through == "203.0.113.7"
+    )  # the address that the proxy saw, not the one that its client wrote
     direct = ask(trusting, headers=headers, client="127.0.0.1").json()["client"][0]
     assert direct == "127.0.0.1"
     assert is_proxy("10.9.9.9", ["10.0.0.0/8"])
     assert not is_proxy("11.0.0.1", ["10.0.0.0/8"])
 
 
-def test_head_is_get_without_a_body():
+def test_head_requests_are_routed_as_get():
     seen = []
 
     async def app(scope, receive, send):
         seen.append(scope["method"])
         await echo(scope, receive, send)
 
-    assert ask(Head(app), method="HEAD").status_code == 200
-    ask(Head(app), method="POST")
+    assert ask(HeadMiddleware(app), method="HEAD").status_code == 200
+    ask(HeadMiddleware(app), method="POST")
     assert seen == ["GET", "POST"]
 
 
 def test_the_server_installs_its_middleware(server):
-    """What the middleware is put together to."""
+    """The middleware in the order of the application."""
     answer = httpx.head(server.url + "/healthz")
     assert (answer.status_code, answer.content) == (200, b"")
     assert httpx.head(server.url + "/generate").status_code == 405

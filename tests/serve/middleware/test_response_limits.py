@@ -1,4 +1,4 @@
-"""Responses whose clients do not take them: what is held of them is bounded, and so are places."""
+"""Responses whose clients do not read: their memory is limited, and they keep their permits."""
 
 import asyncio
 import json
@@ -9,12 +9,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from csm_jax.serve.admission.caller import Caller, set_caller
-from csm_jax.serve.admission.concurrency import Places
-from csm_jax.serve.api.responses import PlacedResponse
+from csm_jax.serve.admission.concurrency import RequestLimiter
+from csm_jax.serve.api.responses import PermitResponse
 from csm_jax.serve.metrics import Metrics
-from csm_jax.serve.middleware.request_log import RequestLog
-from csm_jax.serve.middleware.response_limits import PIECE_BYTES, Responses
-from csm_jax.serve.middleware.security_headers import SecurityHeaders
+from csm_jax.serve.middleware.request_log import RequestLogMiddleware
+from csm_jax.serve.middleware.response_limits import PIECE_BYTES, ResponseLimitMiddleware
+from csm_jax.serve.middleware.security_headers import SecurityHeadersMiddleware
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store
 from csm_jax.serve.store.blobs import PIECE_BYTES as STORED_PIECE_BYTES
@@ -26,7 +26,7 @@ LIMITS = Limits(pending_response_bytes=3 * len(BODY))
 
 
 class Client:
-    """The other side of one response: takes so many messages, and then no more."""
+    """The client of one response, which accepts so many messages, and then no more."""
 
     def __init__(self, takes: float = float("inf")):
         self.takes = takes
@@ -77,7 +77,7 @@ def test_a_response_arrives_in_small_pieces(make):
     async def work() -> None:
         plain, cut = Client(), Client()
         await make()(scope_of(), plain.receive, plain.send)
-        await Responses(make(), LIMITS)(scope_of(), cut.receive, cut.send)
+        await ResponseLimitMiddleware(make(), LIMITS)(scope_of(), cut.receive, cut.send)
         assert cut.messages[0] == plain.messages[0]
         assert cut.body == plain.body
         assert max(len(each["body"]) for each in cut.messages[1:]) <= PIECE_BYTES
@@ -87,11 +87,11 @@ def test_a_response_arrives_in_small_pieces(make):
     asyncio.run(work())
 
 
-def test_responses_that_are_not_taken_are_bounded():
-    """Of one share half of what is held in all; what is small is not refused."""
+def test_the_memory_of_unread_responses_is_limited():
+    """One share gets half of the memory; small responses are never refused."""
 
     async def work() -> None:
-        app = Responses(Response(BODY), LIMITS)
+        app = ResponseLimitMiddleware(Response(BODY), LIMITS)
         tasks = []
 
         async def ask(share: str, takes: float = 2) -> Client:
@@ -115,19 +115,19 @@ def test_responses_that_are_not_taken_are_bounded():
     asyncio.run(work())
 
 
-def test_a_place_is_kept_until_its_response_has_been_sent():
+def test_a_permit_is_kept_until_the_response_has_been_sent():
     async def work() -> None:
-        places = Places(4)
-        with await places.take(Caller(share="a")) as place:
-            response = PlacedResponse(place, BODY)
+        limiter = RequestLimiter(4)
+        with await limiter.acquire(Caller(share="a")) as permit:
+            response = PermitResponse(permit, BODY)
         client = Client(takes=3)
-        app = Responses(response, LIMITS)
+        app = ResponseLimitMiddleware(response, LIMITS)
         task = asyncio.create_task(app(scope_of(), client.receive, client.send))
         await asyncio.sleep(0.01)
-        assert places.num_held == 1
+        assert limiter.num_acquired == 1
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        assert places.num_held == 0
+        assert limiter.num_acquired == 0
 
     asyncio.run(work())
 
@@ -153,8 +153,8 @@ def test_stored_files_are_read_in_pieces():
     asyncio.run(work())
 
 
-def test_a_file_that_is_deleted_while_it_is_read_becomes_no_other():
-    """SQLite gives its number to the next file, which is another owner's."""
+def test_a_file_deleted_during_a_read_never_becomes_another_file():
+    """SQLite reuses its row number for the next file, which belongs to another owner."""
 
     async def work() -> None:
         store = Store(None, Limits())
@@ -184,16 +184,16 @@ def test_a_file_that_is_deleted_while_it_is_read_becomes_no_other():
 )
 def test_pages_of_other_sites_do_not_embed_responses(cors_origins, headers, policy):
     client = Client()
-    app = SecurityHeaders(Response(BODY, headers=headers), cors_origins)
+    app = SecurityHeadersMiddleware(Response(BODY, headers=headers), cors_origins)
     asyncio.run(app(scope_of(), client.receive, client.send))
     assert client.headers.get(b"cross-origin-resource-policy") == policy
 
 
 @pytest.mark.parametrize("path", ["/files/secret-name.wav", "/speech/files/secret-name.wav"])
-def test_names_that_are_capabilities_are_not_logged(caplog, path):
+def test_names_of_downloads_are_not_logged(caplog, path):
     caplog.set_level(logging.INFO, "csm_jax.serve")
     client = Client()
-    app = RequestLog(Response(BODY), Metrics())
+    app = RequestLogMiddleware(Response(BODY), Metrics())
     asyncio.run(app(scope_of(path=path), client.receive, client.send))
     assert "secret-name" not in caplog.text
     assert json.loads(caplog.messages[-1])["path"].endswith("/files/[redacted]")

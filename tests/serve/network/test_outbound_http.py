@@ -1,4 +1,4 @@
-"""Addresses that strangers choose: only public ones are dialled, and only so much is read."""
+"""HTTP requests to URLs that clients choose: public addresses only, within limits."""
 
 import asyncio
 import socket
@@ -11,14 +11,14 @@ import httpcore
 import pytest
 
 from csm_jax.errors import InputError
-from csm_jax.serve.admission.thread_pools import FairPool
+from csm_jax.serve.admission.thread_pools import FairThreadPool
 from csm_jax.serve.network import outbound_http as outgoing_module
-from csm_jax.serve.network.outbound_http import Outgoing, check_url, public_address
+from csm_jax.serve.network.outbound_http import OutboundHTTP, check_url, public_address
 
 
 @pytest.fixture
 def names(monkeypatch):
-    """What hosts resolve to, one list of addresses after the other."""
+    """A fake resolver, which returns one list of addresses after the other."""
     known = {}
 
     def getaddrinfo(host, port, *_):
@@ -32,12 +32,12 @@ def names(monkeypatch):
 
 
 def resolve(host: str, allow_private: bool = False) -> str:
-    return asyncio.run(public_address(FairPool(1, "names"), host, 80, allow_private))
+    return asyncio.run(public_address(FairThreadPool(1, "names"), host, 80, allow_private))
 
 
 PRIVATE = [
     *("127.0.0.1", "127.8.8.8", "10.0.0.1", "172.16.5.5", "192.168.1.1", "169.254.169.254"),
-    # Not bound to, but refused as the address of a recording.
+    # Never connected to, because it is refused as the URL of a recording.
     *("0.0.0.0", "100.64.0.1", "224.0.0.1", "255.255.255.255", "240.0.0.1", "192.0.2.1"),  # noqa: S104
     *("::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "ff02::1", "::ffff:127.0.0.1"),
     *("::ffff:10.0.0.1", "2002:7f00:1::", "64:ff9b::7f00:1", "2001:0:7f00:1::"),
@@ -52,14 +52,14 @@ def test_private_addresses_are_refused(names, address):
     assert resolve("host", allow_private=True) == address
 
 
-def test_one_private_address_among_public_ones_is_enough(names):
+def test_one_private_address_among_public_ones_is_refused(names):
     names["host"] = ["93.184.216.34", "127.0.0.1"]
     with pytest.raises(InputError):
         resolve("host")
 
 
 @pytest.mark.parametrize("address", ["93.184.216.34", "2606:2800:220:1::"])
-def test_public_addresses_are_dialled(names, address):
+def test_public_addresses_are_connected_to(names, address):
     names["host"] = [address]
     assert resolve("host") == address
 
@@ -100,24 +100,24 @@ def site():
 
 def fetch(url: str, allow_private: bool = True, max_bytes: int = 1000, seconds: float = 5) -> bytes:
     async def work() -> bytes:
-        outgoing = Outgoing(allow_private)
+        outbound_http = OutboundHTTP(allow_private)
         try:
-            return await outgoing.fetch(url, max_bytes, seconds)
+            return await outbound_http.fetch(url, max_bytes, seconds)
         finally:
-            await outgoing.close()
+            await outbound_http.close()
 
     return asyncio.run(work())
 
 
-def test_what_is_there_is_fetched(site):
+def test_the_body_at_a_url_is_fetched(site):
     site.pages["/a"] = 200, {}, [b"one", b"two"]
     site.pages["/r"] = 302, {"Location": "/a"}, []
     assert fetch(f"{site.url}/a") == b"onetwo"
     assert fetch(f"{site.url}/r") == b"onetwo"
 
 
-def test_the_address_that_was_checked_is_dialled(site, names):
-    """It is asked for once: another answer the next time changes nothing."""
+def test_the_connection_uses_the_address_that_was_checked(site, names):
+    """The name is resolved once, so another answer the next time changes nothing."""
     names["good.example"] = [["127.0.0.1"], ["10.9.9.9"]]
     site.pages["/a"] = 200, {}, [b"one"]
     url = f"http://good.example:{site.server_port}/a"
@@ -127,14 +127,14 @@ def test_the_address_that_was_checked_is_dialled(site, names):
 
 
 def test_a_redirect_is_checked_too(site, names, monkeypatch):
-    """From a public host to a private one."""
+    """A redirect from a public host to a private one."""
     names["good.example"], names["bad.example"] = ["93.184.216.34"], ["127.0.0.1"]
     site.pages["/a"] = 302, {"Location": f"http://bad.example:{site.server_port}/secret"}, []
     site.pages["/secret"] = 200, {}, [b"secret"]
     connect = httpcore.AnyIOBackend.connect_tcp
 
     async def to_the_site(self, host, port, *args, **kwargs):
-        # What is public here is the site.
+        # The only public address here is that of the site.
         host = "127.0.0.1" if host == "93.184.216.34" else host
         return await connect(self, host, port, *args, **kwargs)
 
@@ -144,7 +144,7 @@ def test_a_redirect_is_checked_too(site, names, monkeypatch):
     assert len(site.hosts) == 1
 
 
-def test_private_is_refused_without_a_name(site):
+def test_private_ip_addresses_in_urls_are_refused(site):
     site.pages["/a"] = 200, {}, [b"one"]
     for url in (f"{site.url}/a", f"http://localhost:{site.server_port}/a", "http://2130706433/"):
         with pytest.raises(InputError, match="not a public address"):
@@ -161,7 +161,7 @@ def test_private_is_refused_without_a_name(site):
         *("http://host/\r\nX: y", "http://" + "a" * 3000),
     ],
 )
-def test_only_http_addresses_are_fetched(url):
+def test_only_http_urls_are_fetched(url):
     with pytest.raises(InputError):
         fetch(url)
 
@@ -169,14 +169,14 @@ def test_only_http_addresses_are_fetched(url):
 @pytest.mark.parametrize(
     "url", ["http://a\x1b[2J/", "http://a/\x07", "http://a\nb/", "http://a\x7f/"]
 )
-def test_addresses_have_no_characters_that_a_log_obeys(url):
+def test_urls_with_control_characters_are_refused(url):
     """The host of a webhook that cannot be reached is logged."""
-    with pytest.raises(InputError, match="no http or https address") as raised:
+    with pytest.raises(InputError, match="not a usable http or https URL") as raised:
         check_url(url)
     assert str(raised.value).isprintable()
 
 
-def test_there_is_an_end_to_everything(site):
+def test_size_time_and_redirects_are_limited(site):
     site.pages["/large"] = 200, {}, [b"x" * 600, b"x" * 600]
     site.pages["/slow"] = 200, {}, [b"x", 3.0, b"x"]
     site.pages["/round"] = 302, {"Location": "/round"}, []
@@ -187,28 +187,28 @@ def test_there_is_an_end_to_everything(site):
         "/slow": "took more than 0.5 s",
         "/round": "more than 3 redirects",
         "/gone": "status 404",
-        "/file": "no http or https address",
+        "/file": "not a usable http or https URL",
     }.items():
         with pytest.raises(InputError, match=message):
             fetch(f"{site.url}{path}", seconds=0.5)
 
 
-def test_what_is_compressed_is_not_unpacked(site):
-    """It is asked for as it is; what comes packed all the same stays so."""
+def test_compressed_bodies_are_not_unpacked(site):
+    """The request asks for no compression; a compressed body stays as it is."""
     site.pages["/a"] = 200, {"Content-Encoding": "gzip"}, [b"\x1f\x8b"]
     assert fetch(f"{site.url}/a") == b"\x1f\x8b"
 
 
-def test_what_a_webhook_answers_is_not_read(site):
-    """However much it is, and however slowly it comes."""
+def test_the_response_body_of_a_webhook_is_not_read(site):
+    """With a large body, and with a slow one."""
     site.pages["/hook"] = 201, {}, [b"a" * 1000, 1.0] * 20
 
     async def work() -> int:
-        outgoing = Outgoing(allow_private=True)
+        outbound_http = OutboundHTTP(allow_private=True)
         try:
-            return await outgoing.post(f"{site.url}/hook", b"{}", {})
+            return await outbound_http.post(f"{site.url}/hook", b"{}", {})
         finally:
-            await outgoing.close()
+            await outbound_http.close()
 
     started = time.monotonic()
     assert asyncio.run(work()) == 201
@@ -216,49 +216,49 @@ def test_what_a_webhook_answers_is_not_read(site):
 
 
 def use(work):
-    """What `work(outgoing)` comes to."""
+    """The result of `work(outbound_http)`."""
 
     async def run():
-        outgoing = Outgoing(allow_private=True)
+        outbound_http = OutboundHTTP(allow_private=True)
         try:
-            return await work(outgoing)
+            return await work(outbound_http)
         finally:
-            await outgoing.close()
+            await outbound_http.close()
 
     return asyncio.run(run())
 
 
 @pytest.fixture
 def silent():
-    """The address of a server that takes connections and answers nothing."""
+    """The address of a server that accepts connections but never responds."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         yield f"127.0.0.1:{listening.getsockname()[1]}"
 
 
 def test_certificates_are_read_once(silent, monkeypatch):
-    """It takes so long that it must not happen on the event loop for each connection."""
+    """It takes too long to happen on the event loop for each connection."""
 
-    async def work(outgoing: Outgoing) -> None:
+    async def work(outbound_http: OutboundHTTP) -> None:
         monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", pytest.fail)
         with pytest.raises(InputError, match=r"took more than 0.3 s"):
-            await outgoing.fetch(f"https://{silent}/", 1000, 0.3)
+            await outbound_http.fetch(f"https://{silent}/", 1000, 0.3)
 
     use(work)
 
 
-def test_slow_fetches_of_one_caller_hold_up_neither_others_nor_webhooks(site):
+def test_slow_fetches_of_one_caller_delay_neither_others_nor_webhooks(site):
     site.pages["/slow"] = 200, {}, [b"x", 2.0, b"x"]
     site.pages["/a"] = 200, {}, [b"one"]
 
-    async def work(outgoing: Outgoing) -> float:
+    async def work(outbound_http: OutboundHTTP) -> float:
         slow = [
-            asyncio.create_task(outgoing.fetch(f"{site.url}/slow", 1000, 20.0, "many"))
+            asyncio.create_task(outbound_http.fetch(f"{site.url}/slow", 1000, 20.0, "many"))
             for _ in range(80)
         ]
         await asyncio.sleep(0.2)
         started = time.monotonic()
-        assert await outgoing.fetch(f"{site.url}/a", 1000, 5.0, "one") == b"one"
-        assert await outgoing.post(f"{site.url}/a", b"{}", {}) == 200
+        assert await outbound_http.fetch(f"{site.url}/a", 1000, 5.0, "one") == b"one"
+        assert await outbound_http.post(f"{site.url}/a", b"{}", {}) == 200
         seconds = time.monotonic() - started
         for each in slow:
             each.cancel()
@@ -268,7 +268,7 @@ def test_slow_fetches_of_one_caller_hold_up_neither_others_nor_webhooks(site):
     assert use(work) < 1.5
 
 
-def test_slow_name_servers_hold_up_neither_other_callers_nor_the_threads_of_the_loop(
+def test_slow_name_servers_delay_neither_other_callers_nor_the_event_loop_s_threads(
     site, monkeypatch
 ):
     """A client that has a name server can let it take as long as it likes."""
@@ -282,14 +282,14 @@ def test_slow_name_servers_hold_up_neither_other_callers_nor_the_threads_of_the_
 
     monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
 
-    async def work(outgoing: Outgoing) -> float:
+    async def work(outbound_http: OutboundHTTP) -> float:
         for _ in range(20):
             with pytest.raises(InputError, match="took more than"):
-                await outgoing.fetch("http://slow.example/", 1000, 0.03, "slow")
+                await outbound_http.fetch("http://slow.example/", 1000, 0.03, "slow")
         started = time.monotonic()
         await asyncio.to_thread(time.sleep, 0)
         url = f"http://fast.example:{port}/a"
-        assert await outgoing.fetch(url, 1000, 5.0, "other") == b"one"
+        assert await outbound_http.fetch(url, 1000, 5.0, "other") == b"one"
         seconds = time.monotonic() - started
         stop.set()
         return seconds
@@ -297,43 +297,43 @@ def test_slow_name_servers_hold_up_neither_other_callers_nor_the_threads_of_the_
     assert use(work) < 2
 
 
-def test_a_webhook_does_not_fail_because_others_are_under_way(site, monkeypatch):
+def test_waiting_for_a_connection_does_not_count_towards_the_timeout(site, monkeypatch):
     monkeypatch.setattr(outgoing_module, "_MAX_POSTS", 1)
     monkeypatch.setattr(outgoing_module, "POST_SECONDS", 1.0)
     site.delay = 0.4
     site.pages["/hook"] = 200, {}, []
 
-    async def work(outgoing: Outgoing) -> list[int]:
-        posts = [outgoing.post(f"{site.url}/hook", b"{}", {}) for _ in range(4)]
+    async def work(outbound_http: OutboundHTTP) -> list[int]:
+        posts = [outbound_http.post(f"{site.url}/hook", b"{}", {}) for _ in range(4)]
         return await asyncio.gather(*posts)
 
     assert use(work) == [200] * 4
 
 
-def test_a_receiver_that_does_not_answer_has_an_end(silent, monkeypatch):
+def test_a_silent_receiver_of_a_webhook_times_out(silent, monkeypatch):
     monkeypatch.setattr(outgoing_module, "POST_SECONDS", 0.3)
     with pytest.raises(InputError, match=r"took more than 0.3 s"):
-        use(lambda outgoing: outgoing.post(f"http://{silent}/", b"{}", {}))
+        use(lambda outbound_http: outbound_http.post(f"http://{silent}/", b"{}", {}))
 
 
 def test_redirects_of_a_receiver_are_not_followed(site):
     site.pages["/hook"] = 307, {"Location": "/other"}, []
-    assert use(lambda outgoing: outgoing.post(f"{site.url}/hook", b"{}", {})) == 307
+    assert use(lambda outbound_http: outbound_http.post(f"{site.url}/hook", b"{}", {})) == 307
     assert len(site.hosts) == 1
 
 
 @pytest.mark.parametrize(
     "headers", [{"A": "b" * 500_000}, {f"A{i}": "b" * 90 for i in range(5000)}]
 )
-def test_heads_of_any_size_are_not_read(site, headers):
+def test_large_response_heads_are_refused(site, headers):
     site.pages["/a"] = 200, headers, [b"one"]
     with pytest.raises(InputError, match="cannot be fetched"):
         fetch(f"{site.url}/a")
     with pytest.raises(InputError, match="cannot be reached"):
-        use(lambda outgoing: outgoing.post(f"{site.url}/a", b"{}", {}))
+        use(lambda outbound_http: outbound_http.post(f"{site.url}/a", b"{}", {}))
 
 
-def test_redirects_that_are_slow_share_one_time(site):
+def test_all_redirects_share_one_time_limit(site):
     site.delay = 0.4
     site.pages["/round"] = 302, {"Location": "/round"}, []
     with pytest.raises(InputError, match=r"took more than 0.5 s"):

@@ -1,4 +1,4 @@
-"""Which addresses are public, by the tables of IANA."""
+"""Public and special addresses, by the tables of IANA."""
 
 import csv
 import io
@@ -63,7 +63,7 @@ REGISTRIES = """\
 fc00::/7,Unique-Local,False [4]
 fe80::/10,Link-Local Unicast,False
 """
-# Of other registries: multicast, and site-local addresses, which are deprecated.
+# From other registries: multicast, and the deprecated site-local addresses.
 OTHERS = ["224.0.0.0/4", "ff00::/8", "fec0::/10", "::/96", "64:ff9b::7f00:0/104", "4000::/3"]
 BLOCKS = [row[0] for row in csv.reader(io.StringIO(REGISTRIES))] + OTHERS
 
@@ -83,7 +83,7 @@ def test_no_special_address_is_public(block):
     "address",
     ["192.0.0.192", "192.88.99.1", "3fff::1", "5f00::1", "0.1.2.3", "100.127.255.255", "fec0::1"],
 )
-def test_addresses_that_python_has_taken_for_public(address):
+def test_special_addresses_that_python_calls_global_are_not_public(address):
     assert not is_public(ipaddress.ip_address(address))
 
 
@@ -109,8 +109,8 @@ def test_other_addresses_are_public(address):
     assert is_public(ipaddress.ip_address(address))
 
 
-def test_nothing_is_public_that_python_knows_to_be_private():
-    """Python's list, as far as it goes, on addresses of all kinds."""
+def test_addresses_that_python_calls_private_are_not_public():
+    """Compares with Python's list on addresses of all kinds."""
     source = random.Random(0)
     seen = 0
     for _ in range(20_000):

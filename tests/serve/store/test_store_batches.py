@@ -1,4 +1,4 @@
-"""Batches and files of a store: of their owners only, one result a line, and at a constant cost."""
+"""Batches and files of a store: owners, one result for each line, and constant cost."""
 
 import asyncio
 import itertools
@@ -17,7 +17,7 @@ from csm_jax.serve.store.batches import NewLine
 # Owners.
 
 
-def test_other_owners_find_nothing(open_store):
+def test_rows_of_other_owners_are_not_found(open_store):
     store = open_store()
     batch = add_batch(store, ANNA)
     input_file, output_file = batch.input_file, batch.output_file
@@ -41,7 +41,7 @@ def test_other_owners_find_nothing(open_store):
 
 
 @pytest.mark.parametrize("name", ["%", "_", "batch_%", "\0", "' OR '1'='1", "file-%"])
-def test_no_pattern_finds_anything(open_store, name):
+def test_patterns_in_ids_match_nothing(open_store, name):
     store = open_store()
     add_batch(store)
     for find in (store.batches.find, store.batches.find_file):
@@ -51,7 +51,7 @@ def test_no_pattern_finds_anything(open_store, name):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7, 100])
-def test_the_pages_of_a_list_are_the_whole_list(open_store, limit, monkeypatch):
+def test_the_pages_of_a_list_are_complete(open_store, limit, monkeypatch):
     store = open_store()
     clock = itertools.cycle([5, 3, 9, 9, 1, 7, 2])
     monkeypatch.setattr(time, "time", lambda: next(clock))
@@ -92,7 +92,7 @@ def test_a_result_is_written_once(open_store):
     assert asyncio.run(collect(store.batches.results(batch.id))) == ["first"]
 
 
-def test_a_result_that_comes_too_late_is_dropped(open_store):
+def test_a_result_after_the_end_of_its_batch_is_dropped(open_store):
     store = open_store()
     batch = add_batch(store)
     line = asyncio.run(store.batches.next_line([]))
@@ -113,14 +113,14 @@ def test_cancelling_twice_changes_nothing(open_store):
     assert asyncio.run(store.batches.next_line([])) is None
 
 
-def test_a_file_can_go_while_its_batch_runs(open_store):
+def test_a_file_can_be_deleted_while_its_batch_runs(open_store):
     store = open_store()
     batch = add_batch(store)
     assert asyncio.run(store.batches.delete_file(batch.input_file, "anna"))
     assert asyncio.run(store.batches.next_line([])) is not None
 
 
-def test_a_deleted_batch_leaves_nothing(open_store, tmp_path):
+def test_a_deleted_batch_leaves_no_rows(open_store, tmp_path):
     store = open_store(tmp_path)
     batch = add_batch(store, count=200)
     asyncio.run(store.batches.delete_file(batch.output_file, "anna"))
@@ -133,11 +133,11 @@ def test_a_deleted_batch_leaves_nothing(open_store, tmp_path):
         assert store.database.call(lambda c, q=query: c.execute(q).fetchone()[0]) == 0, table
 
 
-# The cost of a query does not depend on how much is stored.
+# The cost of a query does not grow with the store.
 
 
 def steps(store: Store, ask: Callable[[], Coroutine]) -> int:
-    """How many instructions SQLite runs for a call."""
+    """The number of instructions that SQLite runs for a call."""
     count = 0
 
     def tick() -> int:
@@ -172,7 +172,7 @@ def test_50_000_pending_lines_cost_no_more_than_50(open_store):
     assert all(more < 1.2 * less + 50 for less, more in zip(few, many, strict=True)), costs
 
 
-def test_sql_runs_in_one_thread_beside_the_event_loop(open_store, tmp_path):
+def test_sql_runs_in_one_thread_outside_the_event_loop(open_store, tmp_path):
     store = open_store(tmp_path)
     threads = set()
 

@@ -1,4 +1,4 @@
-"""The directory of a store: locked, private, checked as it is opened, and of earlier versions."""
+"""The directory of a store: its lock, its permissions, its checks, and earlier versions."""
 
 import asyncio
 import contextlib
@@ -23,7 +23,7 @@ from csm_jax.serve.store.errors import StorageError
 # One server, one directory.
 
 
-def test_a_directory_has_one_server(open_store, tmp_path):
+def test_a_directory_in_use_is_refused(open_store, tmp_path):
     first = open_store(tmp_path)
     with pytest.raises(OutputError, match="in use by another server"):
         open_store(tmp_path)
@@ -47,7 +47,7 @@ def test_the_lock_ends_with_kill_9(open_store, tmp_path):
 
 
 def test_a_database_in_use_by_another_program_is_refused(open_store, tmp_path):
-    """Such as a server of an earlier version, which knows no lock file."""
+    """Such as a server of an earlier version, which does not know the lock file."""
     open_store(tmp_path).close()
     other = sqlite3.connect(tmp_path / "store.sqlite")
     other.execute("BEGIN EXCLUSIVE")
@@ -66,7 +66,7 @@ def test_a_directory_that_was_replaced_is_reported(open_store, tmp_path):
     assert "restart" in store.problem
 
 
-# What cannot be used is refused at the start, in one line.
+# Unusable directories and databases are refused at the start, in one line.
 
 
 def garbage(path: Path) -> None:
@@ -131,7 +131,7 @@ def a_link(path: Path) -> None:
     "damage",
     [garbage, of_another_program, of_a_newer_version, a_directory, a_pipe, a_link],
 )
-def test_what_is_no_database_of_this_server_is_refused(open_store, tmp_path, damage):
+def test_a_database_of_another_program_is_refused(open_store, tmp_path, damage):
     data = tmp_path / "data"
     data.mkdir()
     damage(data / "store.sqlite")
@@ -151,7 +151,7 @@ def test_a_damaged_database_is_refused(open_store, tmp_path, damage):
 
 
 class Impatient:
-    """A timer that goes off as soon as the connection has something to do."""
+    """A timer that fires as soon as the connection is busy."""
 
     def __init__(self, _: float, interrupt: Callable[[], None]):
         self._connection = interrupt.__self__
@@ -164,14 +164,14 @@ class Impatient:
         self._connection.set_progress_handler(None, 0)
 
 
-def test_looking_for_damage_takes_bounded_time(open_store, tmp_path, monkeypatch, caplog):
+def test_the_check_for_damage_has_a_time_limit(open_store, tmp_path, monkeypatch, caplog):
     store = open_store(tmp_path)
     add_batch(store, count=50_000)
     store.close()
     monkeypatch.setattr(database.threading, "Timer", Impatient)
     with caplog.at_level(logging.INFO):
         open_store(tmp_path)
-    assert "looked through for 5 s only" in caplog.text
+    assert "checked for 5 s only" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["a\nb", "ä ö", "%s'\"--", "a" * 200])
@@ -183,13 +183,13 @@ def test_a_directory_can_have_any_name(open_store, tmp_path, name):
     assert "\n" not in str(refused.value)
 
 
-def test_a_file_in_the_place_of_the_directory_is_refused(open_store, tmp_path):
+def test_a_file_instead_of_the_directory_is_refused(open_store, tmp_path):
     (tmp_path / "data").write_text("")
     with pytest.raises(OutputError, match="cannot be used"):
         open_store(tmp_path / "data")
 
 
-def test_what_breaks_while_the_server_runs_is_reported_once(open_store, tmp_path, caplog):
+def test_damage_during_operation_is_reported_once(open_store, tmp_path, caplog):
     store = open_store(tmp_path)
     add_batch(store)
 
@@ -204,12 +204,12 @@ def test_what_breaks_while_the_server_runs_is_reported_once(open_store, tmp_path
                 store.database.call(fail)
     assert len(caplog.records) == 1
     assert "malformed" in store.problem
-    # One page that can still be written does not make it whole.
+    # A page that can still be written does not repair it.
     add_batch(store)
     assert store.problem is not None
 
 
-def test_a_passing_failure_is_over_with_the_next_success(open_store, tmp_path):
+def test_a_passing_failure_ends_with_the_next_success(open_store, tmp_path):
     store = open_store(tmp_path)
 
     def fail(connection: sqlite3.Connection) -> None:
@@ -228,7 +228,7 @@ def test_a_passing_failure_is_over_with_the_next_success(open_store, tmp_path):
 
 
 @pytest.mark.parametrize("umask", [0, 0o077, 0o777])
-def test_everything_is_private_whatever_the_umask(open_store, tmp_path, umask):
+def test_files_are_private_with_any_umask(open_store, tmp_path, umask):
     data = tmp_path / "data"
     before = os.umask(umask)
     try:
@@ -239,7 +239,7 @@ def test_everything_is_private_whatever_the_umask(open_store, tmp_path, umask):
     assert len(list(data.iterdir())) >= 3
 
 
-def test_what_was_readable_becomes_private(open_store, tmp_path):
+def test_readable_files_become_private(open_store, tmp_path):
     data = tmp_path / "data"
     store = open_store(data)
     add_batch(store)
@@ -250,8 +250,8 @@ def test_what_was_readable_becomes_private(open_store, tmp_path):
     assert modes(data) == {data: 0o700} | dict.fromkeys(data.iterdir(), 0o600)
 
 
-def test_a_directory_of_other_things_keeps_its_mode(open_store, tmp_path):
-    """Or `--data=/tmp` would make it unusable for other programs."""
+def test_a_directory_with_other_files_keeps_its_mode(open_store, tmp_path):
+    """Otherwise `--data=/tmp` would make /tmp unusable for other programs."""
     tmp_path.chmod(0o755)
     (tmp_path / "letters.txt").write_text("")
     open_store(tmp_path)

@@ -1,4 +1,4 @@
-"""A store on a full disk, and how much an owner can store."""
+"""A store on a full disk, and the storage limits of owners."""
 
 import asyncio
 import json
@@ -18,7 +18,7 @@ from csm_jax.serve.store.voices import VoiceRow
 # A full disk.
 
 
-def test_on_a_full_disk_reading_and_deleting_go_on(open_store, tmp_path):
+def test_reading_and_deleting_work_on_a_full_disk(open_store, tmp_path):
     store = open_store(tmp_path)
     batch = add_batch(store)
     limit_pages(store, 2)
@@ -59,7 +59,7 @@ def test_a_result_waits_for_room_with_one_log_line(open_store, tmp_path, monkeyp
     assert asyncio.run(store.batches.find(batch.id, "anna")).completed == 1
 
 
-def test_a_failed_transaction_leaves_nothing(open_store, tmp_path):
+def test_a_failed_transaction_leaves_no_rows(open_store, tmp_path):
     store = open_store(tmp_path)
     limit_pages(store, 3)
     with pytest.raises(StorageFullError):
@@ -68,10 +68,10 @@ def test_a_failed_transaction_leaves_nothing(open_store, tmp_path):
     assert asyncio.run(store.batches.list_files("anna", None, 9)).rows == []
 
 
-# How much one owner can store.
+# Limits per owner.
 
 
-def test_an_owner_cannot_fill_the_others_room(open_store):
+def test_an_owner_cannot_fill_the_storage_of_others(open_store):
     store = open_store(stored_bytes=2_000_000, stored_bytes_per_owner=300_000)
     for _ in range(3):
         asyncio.run(store.batches.add_file("anna", "a", bytes(100_000)))
@@ -80,8 +80,8 @@ def test_an_owner_cannot_fill_the_others_room(open_store):
     asyncio.run(store.batches.add_file("ben", "a", bytes(100_000)))
 
 
-def test_results_count_for_their_owner(open_store):
-    """Only the batches of that owner wait until something is deleted."""
+def test_results_count_towards_the_storage_of_their_owner(open_store):
+    """Batches of that owner wait for deletions, those of others run."""
     store = open_store(stored_bytes_per_owner=50_000)
     mine, other = add_batch(store, ANNA), add_batch(store, BEN)
     line = asyncio.run(store.batches.next_line([]))
@@ -103,7 +103,7 @@ def test_results_count_for_their_owner(open_store):
         ),
     ],
 )
-def test_an_owner_has_a_limited_number_of_things(open_store, limits, add):
+def test_the_number_of_rows_of_an_owner_is_limited(open_store, limits, add):
     store = open_store(**limits)
     for _ in range(2):
         add(store, "anna")
@@ -115,7 +115,7 @@ def test_an_owner_has_a_limited_number_of_things(open_store, limits, add):
 # Downloads.
 
 
-def test_downloads_end_with_their_time_whatever_the_clock_does(open_store, monkeypatch):
+def test_downloads_expire_even_if_the_clock_is_set_back(open_store, monkeypatch):
     store = open_store()
     file = asyncio.run(store.downloads.add("anna", b"a", "audio/wav", "wav"))
     monkeypatch.setattr(time, "time", lambda: 0.0)
@@ -128,7 +128,7 @@ def test_downloads_end_with_their_time_whatever_the_clock_does(open_store, monke
     asyncio.run(store.downloads.expire())
 
 
-def test_an_owners_downloads_make_room_for_themselves_only(open_store):
+def test_downloads_of_an_owner_do_not_displace_those_of_others(open_store):
     store = open_store(download_bytes=1000, download_bytes_per_owner=300)
     other = asyncio.run(store.downloads.add("ben", bytes(100), "audio/wav", "wav"))
     names = [
@@ -142,11 +142,11 @@ def test_an_owners_downloads_make_room_for_themselves_only(open_store):
     assert len(names[0]) == 24 + len(".wav")
 
 
-# What is deleted.
+# Deleted rows.
 
 
-def test_deleting_does_not_make_room_before_it_is_done(open_store):
-    """Rounds of adding and deleting store no more than the limit."""
+def test_deleted_rows_count_until_they_are_removed(open_store):
+    """Repeated adding and deleting stores no more than the limit."""
     store = open_store(stored_bytes_per_owner=1_000_000)
     lines = [NewLine(str(i), "x" * 10_000) for i in range(60)]
     batch = store.batches.add_batch(ANNA, lines, None, None, b"")
@@ -159,7 +159,7 @@ def test_deleting_does_not_make_room_before_it_is_done(open_store):
     store.batches.add_batch(ANNA, lines, None, None, b"")
 
 
-def test_rounds_of_adding_and_deleting_stay_within_the_total(open_store):
+def test_repeated_adding_and_deleting_stays_within_the_total(open_store):
     store = open_store(stored_bytes=2_000_000)
     anybody, added = Caller(), 0
     lines = [NewLine(str(i), "x" * 10_000) for i in range(60)]
@@ -184,7 +184,7 @@ def test_one_of_several_owners_can_fill_a_quarter_of_the_total(open_store):
     asyncio.run(store.batches.add_file("", "a", bytes(1_500_000)))
 
 
-def test_tidying_goes_on_after_an_error(open_store, monkeypatch, caplog):
+def test_tidying_continues_after_an_error(open_store, monkeypatch, caplog):
     monkeypatch.setattr(store_module, "_TIDY_SECONDS", 0.01)
     store, seen = open_store(), []
 

@@ -1,4 +1,4 @@
-"""A server ends within its deadline after SIGTERM, whatever its clients do."""
+"""A server ends within its deadline after SIGTERM, even with stuck clients."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ def free_port() -> int:
 
 @pytest.fixture
 def process(own_cache):
-    """A server of its own and its address."""
+    """The process of a server, and its URL."""
     port = free_port()
     more = ["--checkpoint=random:tiny", "--max_seq_len=256", f"--drain_seconds={DRAIN_SECONDS}"]
     started = subprocess.Popen([sys.executable, "-m", "csm_jax.serve", f"--port={port}", *more])
@@ -46,7 +46,7 @@ def process(own_cache):
 
 @pytest.mark.long
 def test_the_server_ends_within_its_deadline(process):
-    """For a reader that never reads, a job, a WebSocket, and a request that waits for them."""
+    """With a client that never reads, a job, a WebSocket, and a waiting request."""
     server, url, port = process
     body = json.dumps({"text": LONG, "streaming": True, "max_audio_length_ms": 300_000})
     head = f"POST /generate HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json"
@@ -68,7 +68,7 @@ def test_the_server_ends_within_its_deadline(process):
 
 
 @pytest.mark.long
-def test_an_idle_server_ends_at_once(process):
+def test_an_idle_server_ends_immediately(process):
     server, _, _ = process
     started = time.monotonic()
     server.send_signal(signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Connections of https, from the moment that they are accepted, under both event loops."""
+"""Connections of https, from the moment when they are accepted, with both event loops."""
 
 import contextlib
 import importlib.util
@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from test_transport import LIMITS, REQUEST, WHOLE_BYTES, Running, run
+from raw_server import LIMITS, REQUEST, WHOLE_BYTES, Running, run
 
 LOOPS = ["asyncio"] + ["uvloop"] * (importlib.util.find_spec("uvloop") is not None)
 
@@ -37,8 +37,8 @@ def ask(running: Running, context: ssl.SSLContext) -> bytes:
         return data
 
 
-def test_connections_that_do_not_shake_hands_are_counted(running, context):
-    """They make room for one another, and end when the time for a head is over."""
+def test_connections_without_a_handshake_are_counted(running, context):
+    """They make room for one another, and are closed after the time limit of a head."""
     silent = [running.open() for _ in range(200)]
     for _ in range(3):
         assert ask(running, context).endswith(b"0 bytes")
@@ -52,7 +52,7 @@ def test_connections_that_do_not_shake_hands_are_counted(running, context):
 
 
 def test_many_requests_at_once_are_answered(running, context):
-    """Heads that come with the end of the handshake are not lost."""
+    """Heads that arrive together with the end of the handshake are not lost."""
     answers = []
 
     def work() -> None:
@@ -80,14 +80,14 @@ def test_a_response_longer_in_transit_than_the_idle_time_arrives(running, contex
         assert b"200 OK" in made.recv(65_536)
 
 
-def test_one_that_does_not_read_ends(running, context):
+def test_a_connection_that_does_not_read_is_closed(running, context):
     with connect(running, context) as made:
         made.sendall(REQUEST.replace(b"/ ", b"/cut "))
         running.wait_for(1)
         running.wait_for(0, seconds=10)
 
 
-def test_what_is_no_handshake_ends(running):
+def test_a_connection_without_a_valid_handshake_is_closed(running):
     with running.open(b"GET / HTTP/1.1\r\n\r\n") as made, contextlib.suppress(ConnectionError):
         made.settimeout(2)
         assert b"200" not in made.recv(1000)

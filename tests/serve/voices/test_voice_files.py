@@ -1,4 +1,4 @@
-"""Voices in files: one that cannot be used is left out and logged, and keeps none from starting."""
+"""Voices in files: invalid ones are skipped and logged, and do not prevent the start."""
 
 import logging
 import os
@@ -18,7 +18,7 @@ LIMITS = Limits(text_characters=100, audio_seconds=2.0, audio_bytes=500_000)
 
 @pytest.fixture
 def voices(tmp_path) -> Path:
-    """A directory with a voice that can be used."""
+    """A directory with a valid voice."""
     directory = tmp_path / "voices"
     directory.mkdir()
     add(directory, "good")
@@ -114,7 +114,7 @@ BAD_FILES = [
 
 
 def check(directory: Path, caplog) -> None:
-    """One voice is read, and one line says why the other is not."""
+    """The valid voice is read, and one log line says why the other is not."""
     with caplog.at_level(logging.WARNING):
         assert [voice.name for voice in read_voices(directory, LIMITS)] == ["good"]
     assert len(caplog.records) == 1
@@ -123,42 +123,42 @@ def check(directory: Path, caplog) -> None:
 
 
 @pytest.mark.parametrize("text", BAD_TEXTS.values(), ids=BAD_TEXTS)
-def test_a_bad_transcript_is_left_out(voices, caplog, text):
+def test_a_bad_transcript_is_skipped(voices, caplog, text):
     add(voices, "bad", text)
     check(voices, caplog)
 
 
 @pytest.mark.parametrize("audio", BAD_AUDIO.values(), ids=BAD_AUDIO)
-def test_a_bad_recording_is_left_out(voices, caplog, audio):
+def test_a_bad_recording_is_skipped(voices, caplog, audio):
     add(voices, "bad", audio=audio, subtype="FLOAT")
     check(voices, caplog)
 
 
 @pytest.mark.parametrize("make", BAD_FILES)
-def test_a_bad_file_is_left_out(voices, caplog, make):
+def test_a_bad_file_is_skipped(voices, caplog, make):
     make(voices)
     check(voices, caplog)
 
 
-def test_noise_is_left_out(voices, caplog):
+def test_a_recording_without_speech_is_skipped(voices, caplog):
     add(voices, "bad").write_bytes(np.random.default_rng(0).bytes(10_000))
     check(voices, caplog)
 
 
 @pytest.mark.parametrize("name", ["-a.wav", "ä.wav", "a b.wav", "a\nb.wav", ".wav", "a.exe"])
-def test_other_names_are_no_voices(voices, name):
+def test_files_with_invalid_names_are_skipped(voices, name):
     shutil.copy(voices / "good.wav", voices / name)
     assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
 
 
-def test_a_mark_before_utf_8_is_no_part_of_the_text(voices):
+def test_a_byte_order_mark_is_not_part_of_the_transcript(voices):
     add(voices, "good", "\ufeffspeaker: 3\r\nhello".encode())
     [voice] = read_voices(voices, LIMITS)
     assert (voice.speaker, voice.text) == (3, "hello")
 
 
 def test_a_link_inside_the_directory_is_followed(voices):
-    """As Kubernetes mounts files of a ConfigMap."""
+    """Kubernetes mounts files of a ConfigMap in this way."""
     (voices / "..data").mkdir()
     for suffix in (".wav", ".txt"):
         shutil.move(voices / f"good{suffix}", voices / "..data" / f"good{suffix}")
@@ -166,7 +166,7 @@ def test_a_link_inside_the_directory_is_followed(voices):
     assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
 
 
-def test_a_file_that_cannot_be_opened_is_left_out(voices, caplog, monkeypatch):
+def test_a_file_that_cannot_be_opened_is_skipped(voices, caplog, monkeypatch):
     path = add(voices, "bad")
     before = os.open
 
@@ -180,7 +180,7 @@ def test_a_file_that_cannot_be_opened_is_left_out(voices, caplog, monkeypatch):
 
 
 @pytest.mark.parametrize("make", [Path.touch, lambda path: None])
-def test_what_is_no_directory_is_refused(tmp_path, make):
+def test_a_missing_directory_is_refused(tmp_path, make):
     make(tmp_path / "voices")
     with pytest.raises(InputError, match="cannot be read"):
         list(read_voices(tmp_path / "voices", LIMITS))
