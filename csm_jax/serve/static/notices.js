@@ -1,12 +1,12 @@
-/** What the server notices of speech, in words. */
+/** The server's notices about speech, as text. */
 
 /** @type {Record<string, string>} */
 const WORDS = {
-  cut: "cut at the longest length; allow more in the settings",
-  nothing_said: "the model said nothing; try another seed",
-  context_dropped: "the oldest turns did not fit, and were not heard for it",
-  resampled: "a part was drawn again, because it went astray",
-  guard_cut: "cut where it went astray; try another seed or a lower temperature",
+  cut: "cut at the longest length, which the settings can raise",
+  nothing_said: "the model generated no speech; try another seed",
+  context_dropped: "the context is too long: the oldest turns were dropped",
+  resampled: "a part was generated again, because it repeated itself or fell silent",
+  guard_cut: "cut because it repeated itself, fell silent or did not end; try another seed or a lower temperature",
 };
 
 /**

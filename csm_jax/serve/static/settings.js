@@ -17,7 +17,7 @@ const SETTINGS = [
     min: 0,
     max: 2,
     step: 0.05,
-    hint: "How varied it is. 0 is the likeliest.",
+    hint: "Higher values give more varied speech. 0 always takes the likeliest sound.",
   },
   {
     name: "top_k",
@@ -26,7 +26,7 @@ const SETTINGS = [
     min: 1,
     max: 500,
     step: 1,
-    hint: "Sounds to draw from.",
+    hint: "Number of likeliest sounds to choose from.",
   },
   {
     name: "top_p",
@@ -35,7 +35,7 @@ const SETTINGS = [
     min: 0.01,
     max: 1,
     step: 0.01,
-    hint: "Only the likeliest, up to this probability. 1 is off.",
+    hint: "Only the likeliest sounds, up to this total probability. 1 is off.",
   },
   {
     name: "min_p",
@@ -44,7 +44,7 @@ const SETTINGS = [
     min: 0,
     max: 0.99,
     step: 0.01,
-    hint: "None that is less likely than this part of the likeliest. 0 is off.",
+    hint: "Drops sounds less likely than this share of the likeliest. 0 is off.",
   },
   {
     name: "repetition_penalty",
@@ -53,20 +53,20 @@ const SETTINGS = [
     min: 0.5,
     max: 3,
     step: 0.05,
-    hint: "Avoids sounds that were used. 1 is off.",
+    hint: "Avoids sounds that have been used. 1 is off.",
   },
   {
     name: "seed",
     label: "Seed",
     type: "text",
-    hint: "The same seed speaks the same. Empty: another each time.",
+    hint: "The same seed gives the same speech. Empty: another seed each time.",
   },
   {
     name: "max_audio_length_ms",
     label: "Longest turn, in seconds",
     type: "text",
     unit: 1000,
-    hint: "Longer speech is cut. Empty: as long as the text can need.",
+    hint: "Longer speech is cut. Empty: the longest that the text can need.",
   },
 ];
 
