@@ -6,7 +6,9 @@ const WORDS = {
   nothing_said: "the model generated no speech; try another seed",
   context_dropped: "the context is too long: the oldest turns were dropped",
   resampled: "a part was generated again, because it repeated itself or fell silent",
-  guard_cut: "cut because it repeated itself, fell silent or did not end; try another seed or a lower temperature",
+  guard_cut:
+    "cut because it repeated itself, fell silent or did not end; " +
+    "try another seed or a lower temperature",
 };
 
 /**
