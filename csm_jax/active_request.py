@@ -1,6 +1,6 @@
-"""Requests in an `Engine`, and when their frames are generated and decoded."""
+"""A request inside an `Engine`, and when its frames are generated and decoded."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,26 +12,25 @@ from csm_jax.pacing import LONG_CHUNK, Pace
 from csm_jax.request_state import RequestState
 from csm_jax.ticket import Ticket
 
-# Requests join and leave at borders only: unless a frame takes longer, they are no further apart.
-MAX_STEP_SECONDS = 0.25
-
 
 @dataclass(eq=False)
 class ActiveRequest:
-    """A request that has, or waits for, a row of the batch.
+    """A request that has a slot of the batch, or waits for one.
 
     Attributes:
+      ticket: the caller's side of it.
+      state: which utterances are left, and which of their frames count.
       pace: None if no chunks are wanted before the end.
-      next: the utterance whose prompt is to be prefilled next; None while one is spoken, and in
-        the end.
-      undecoded: int32 [n, Q], frames that a listener has not got yet.
-      since: when it began to wait.
-      share, weight, in_background: as `scheduler.Shared` has them.
-      stream: state of the codec, while a request that has begun waits for a row.
+      next: the utterance to prefill next; None while one is running, and after the last.
+      undecoded: int32 [n, Q], frames whose audio the caller has not got yet.
+      since: when it began to wait, by `time.perf_counter`.
+      share, weight, in_background: as in `scheduler.Shared`.
+      codec_state: of its stream, while a request that has started waits for a slot.
+      is_finished: whether all its frames have been generated.
     """
 
     ticket: Ticket
-    speech: RequestState
+    state: RequestState
     pace: Pace | None
     next: Utterance | None
     undecoded: np.ndarray
@@ -39,36 +38,49 @@ class ActiveRequest:
     share: str
     weight: float
     in_background: bool
-    stream: State | None = None
+    codec_state: State | None = None
     is_finished: bool = False
 
+    @property
+    def is_running(self) -> bool:
+        """Whether frames of it are being generated: it is neither to be prefilled nor finished."""
+        return not self.is_finished and self.next is None
+
     def take(self, num_frames: int) -> np.ndarray:
-        """The first of the frames that are not decoded, [num_frames, Q]."""
+        """Removes and returns the first frames that are not decoded, [num_frames, Q]."""
         taken, self.undecoded = np.split(self.undecoded, [num_frames])
         return taken
 
 
-def frames_to_border(slots: Sequence[ActiveRequest], frame_seconds: float) -> int:
-    """Frames that these rows generate before requests may join or leave again."""
-    wanted = min((slot.pace.next_chunk() for slot in slots if slot.pace), default=CHUNK_FRAMES)
-    return max(1, min(wanted, int(MAX_STEP_SECONDS / frame_seconds)))
+def next_num_frames(
+    requests: Iterable[ActiveRequest], frame_seconds: float, max_step_seconds: float
+) -> int:
+    """Frames of the next step, after which requests can join and leave.
+
+    Args:
+      frame_seconds: what a frame took lately.
+      max_step_seconds: the longest that a step may take, unless a single frame takes longer.
+    """
+    wanted = min((each.pace.next_chunk() for each in requests if each.pace), default=CHUNK_FRAMES)
+    return max(1, min(wanted, int(max_step_seconds / frame_seconds)))
 
 
-def next_blocks(slots: Sequence[ActiveRequest | None]) -> dict[int, np.ndarray]:
-    """Frames [F, Q] to decode now, of the rows that have as many; empty when the rest waits."""
+def next_blocks(requests: Mapping[int, ActiveRequest]) -> dict[int, np.ndarray]:
+    """Frames [F, Q] to decode now, by slot, with the same F for all; empty if the rest can wait."""
     due = {
-        index: slot
-        for index, slot in enumerate(slots)
-        if slot and len(slot.undecoded) and not _is_better_decoded_later(slot)
+        index: request
+        for index, request in requests.items()
+        if len(request.undecoded) and not _can_wait(request)
     }
-    longest = max((len(slot.undecoded) for slot in due.values()), default=0)
+    longest = max((len(request.undecoded) for request in due.values()), default=0)
     size = LONG_CHUNK if longest >= LONG_CHUNK else 1
-    return {i: slot.take(size) for i, slot in due.items() if len(slot.undecoded) >= size}
+    return {i: request.take(size) for i, request in due.items() if len(request.undecoded) >= size}
 
 
-def _is_better_decoded_later(slot: ActiveRequest) -> bool:
-    """Whether frames wait for more of them: the listener has enough to play, and the codec takes
-    hardly longer for a long chunk than for a frame."""
-    missing = LONG_CHUNK - len(slot.undecoded)
-    is_running = not slot.is_finished and not slot.next
-    return missing > 0 and is_running and slot.pace is not None and slot.pace.can_wait(missing)
+def _can_wait(request: ActiveRequest) -> bool:
+    """Whether frames should wait for a long chunk: there is enough audio to play meanwhile, and
+    the codec takes hardly longer for a long chunk than for a frame."""
+    missing = LONG_CHUNK - len(request.undecoded)
+    if missing <= 0 or not request.is_running:
+        return False
+    return request.pace is not None and request.pace.can_wait(missing)

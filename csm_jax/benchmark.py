@@ -27,7 +27,7 @@ from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.errors import InputError
 from csm_jax.generator import Generator, load
 from csm_jax.layers import linear_float32
-from csm_jax.prompt import Segment
+from csm_jax.prompt import Prompt, Segment
 from csm_jax.request import Request
 from csm_jax.sampling import Sampling
 
@@ -124,7 +124,7 @@ def _utterance(model: Generator, prompt_tokens: int, max_seq_len: int) -> Uttera
     frames[:, -1] = np.arange(prompt_tokens) % config.text_vocab_size
     mask = np.zeros(frames.shape, bool)
     mask[:, -1] = True
-    return Utterance((frames, mask), Sampling(), 0, max_seq_len - prompt_tokens - 1)
+    return Utterance(Prompt(frames, mask), Sampling(), 0, max_seq_len - prompt_tokens - 1)
 
 
 def _measure_frames(model: Generator, batch: int, values: flags.FlagValues) -> dict[str, Any]:

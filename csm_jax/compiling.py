@@ -1,4 +1,4 @@
-"""Programs that are compiled before they are needed.
+"""Compiling programs before they are needed.
 
 `jit(f).lower(...).compile()` fills the cache that a call of the jitted function looks in, as long
 as the arguments have the same shapes, types and places; it needs no memory for them.
@@ -13,7 +13,7 @@ import jax
 
 from csm_jax.errors import RequestCancelledError
 
-# A jitted function, its positional arguments (or their shapes), and its named ones.
+# A jitted function, its positional arguments (or their shapes), and its keyword arguments.
 Program = tuple[Any, tuple[Any, ...], dict[str, Any]]
 
 # XLA compiles without Python's lock, one program in a thread.
@@ -27,16 +27,19 @@ def shape_of(array: jax.Array) -> jax.ShapeDtypeStruct:
 
 
 def compile_all(
-    programs: Iterable[Program], is_unwanted: Callable[[], bool] = lambda: False
+    programs: Iterable[Program], should_stop: Callable[[], bool] = lambda: False
 ) -> None:
-    """Compiles programs side by side; what has been compiled before takes no time.
+    """Compiles programs side by side; those that were compiled before take no time.
 
     Args:
-      is_unwanted: asked before each program whether to stop, with `RequestCancelledError`.
+      should_stop: asked before each program whether to give up.
+
+    Raises:
+      RequestCancelledError: `should_stop` returned True.
     """
 
     def compile_one(function: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
-        if is_unwanted():
+        if should_stop():
             raise RequestCancelledError("compiling was cancelled")
         function.lower(*arguments, **named).compile()
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
@@ -22,15 +22,13 @@ from csm_jax.sharding import keep_sharded
 
 Array = jax.Array
 Params = dict[str, Any]
-# Frames int32 [T, Q + 1] and mask bool [T, Q + 1].
-Prompt = tuple[np.ndarray, np.ndarray]
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25
 
 
 class GenerationState(NamedTuple):
-    """Everything that a running batch needs for its next frame.
+    """Everything that a batch needs for its next frame.
 
     Attributes:
       cache: the backbone's keys and values; `cache.lengths` are the rows' positions.
@@ -52,15 +50,15 @@ class GenerationState(NamedTuple):
 
 
 class Row(NamedTuple):
-    """What one row of a `GenerationState` goes on from, apart from its keys and values."""
+    """Where one row of a `GenerationState` continues from, apart from its keys and values."""
 
-    length: int | Array
-    frame: np.ndarray | Array
-    mask: np.ndarray | Array
-    seed: int | Array  # uint32
-    num_frames: int | Array
-    seen: np.ndarray | Array
-    done: bool | Array
+    length: ArrayLike
+    frame: ArrayLike
+    mask: ArrayLike
+    seed: ArrayLike  # uint32
+    num_frames: ArrayLike
+    seen: ArrayLike
+    done: ArrayLike
 
 
 def frame_step(
@@ -80,7 +78,7 @@ def frame_step(
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
     codes = jnp.where(state.done[:, None], 0, codes)
-    # Rows that are done stand still: they would run out of their cache.
+    # Rows that are done do not advance: they would run out of their cache.
     lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
     state = GenerationState(
         cache=cache._replace(lengths=lengths),
@@ -107,7 +105,7 @@ def init_state(
     dtype: jnp.dtype,
     mesh: Mesh | None = None,
 ) -> GenerationState:
-    """A batch of rows that are done: there is nothing in them yet."""
+    """A batch of empty rows, which count as done."""
     columns = config.num_codebooks + 1
     state = GenerationState(
         cache=KVCache.create(config.backbone, batch, max_seq_len, dtype, num_lengths=batch),
@@ -133,41 +131,41 @@ def prefill(
     config: CSMConfig,
     mesh: Mesh | None = None,
 ) -> GenerationState:
-    """Reads a prompt into the cache of one row; `set_row` then lets it speak. Donates `state`.
+    """Fills the cache of one row with a prompt; `set_row` then starts it. Donates `state`.
 
     Args:
       frames, mask: [T, Q + 1], int32 and bool, padded on the right. The last row of a prompt
         need not be there: the first step feeds it.
       index: int32 [], the row of the batch.
-      prefix: of `read_prefix`, what the prompt begins with; `frames` are what follows.
+      prefix: of `prefill_prefix`, what the prompt begins with; `frames` are what follows.
     """
-    read = _read(bind(config, params), frames, mask, prefix)
+    filled = _fill(bind(config, params), frames, mask, prefix)
 
     def place(whole: Array, part: Array) -> Array:
         # Padding may reach beyond the row.
         fitting = part[tuple(slice(size) for size in whole.shape)]
         return jax.lax.dynamic_update_slice(whole, fitting, (index, 0, 0, 0))
 
-    layers = jax.tree.map(place, state.cache.layers, read.layers)
+    layers = jax.tree.map(place, state.cache.layers, filled.layers)
     return keep_sharded(state._replace(cache=state.cache._replace(layers=layers)), mesh)
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def read_prefix(
+def prefill_prefix(
     params: Params, frames: Array, mask: Array, length: Array, *, config: CSMConfig
 ) -> KVCache:
-    """Keys and values of what many prompts begin with.
+    """Keys and values of rows that many prompts begin with.
 
     Args:
       frames, mask: [T, Q + 1], int32 and bool, padded on the right.
       length: int32 [], of these without the padding.
     """
-    read = _read(bind(config, params), frames, mask, None)
-    return read._replace(lengths=length[None])
+    filled = _fill(bind(config, params), frames, mask, None)
+    return filled._replace(lengths=length[None])
 
 
-def _read(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVCache:
-    """The cache of one row that holds `prefix` and `frames`, as long as both with their padding."""
+def _fill(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVCache:
+    """A cache of one row with `prefix` and `frames`, as long as both with their padding."""
     room = len(frames) + (prefix.layers[0].value.shape[2] if prefix else 0)
     cache = KVCache.create(model.config.backbone, 1, room, model.dtype, num_lengths=1)
     if prefix:
@@ -184,7 +182,7 @@ def _read(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVC
 def set_row(
     state: GenerationState, index: Array, row: Row, *, mesh: Mesh | None = None
 ) -> GenerationState:
-    """Lets one row of the batch go on from `row`. Donates `state`."""
+    """Sets where one row of the batch continues from. Donates `state`."""
     key = jax.random.key(row.seed)
     state = GenerationState(
         cache=state.cache._replace(lengths=state.cache.lengths.at[index].set(row.length)),

@@ -1,10 +1,10 @@
 """The runaway guard: speech that loops, falls silent or does not end is stopped as it happens.
 
-It reads codes frame by frame (12.5 a second). A suspicious run is held back from its first frames
-on, so that nothing the listener has heard is ever taken back, and streaming gives the same codes
-as offline generation.
+It takes codes frame by frame (12.5 a second). A suspicious run is held back from its first frames
+on, so that frames that were released are never taken back, and streaming gives the same codes as
+offline generation.
 
-Babble that neither repeats nor pauses looks like speech; only its length gives it away.
+Babble that neither repeats nor pauses looks like speech; only its length is a sign.
 """
 
 import dataclasses
@@ -28,24 +28,24 @@ _EQUAL_SHARE = 0.75
 
 @dataclasses.dataclass(frozen=True)
 class GuardLimits:
-    """When speech is taken for a runaway. Counts are frames of 80 ms.
+    """When speech counts as a runaway. Counts are frames of 80 ms.
 
     Mimi's acoustic codes hardly ever repeat in natural speech, be it a held vowel, laughter or a
-    stutter, for every frame quantises another stretch of waveform. So a few repeated frames are
-    suspicious, and a second or two of them are a fault of the model. Silence is another matter:
-    it may repeat exactly and is legitimate up to about 2 s, so it has limits of its own.
+    stutter, because every frame quantizes another stretch of waveform. So a few repeated frames
+    are suspicious, and a second or two of them are a fault of the model. Silence can repeat exactly
+    and is legitimate up to about 2 s, so it has limits of its own.
 
     Attributes:
-      repeated_frames: a fault is a frame that follows itself so often; 1 s.
-      loop_frames: or so many frames in a row that repeat those 2 to `longest_period` before them,
-        so that at least 2 s are said again,
-      loop_repeats: and the whole period so often.
+      repeated_frames: repetitions of one frame that are a fault; 1 s.
+      loop_frames: frames in a row that are a fault if each repeats the one a period before it, for
+        a period of 2 to `longest_period` frames; at least 2 s.
+      loop_repeats: repetitions of the whole period that are needed too.
       longest_period: of a loop; 2 s.
-      silent_frames: or a silence of this length; 2.5 s.
+      silent_frames: frames of a silence that is a fault; 2.5 s.
       first_silent_frames: the same for the silence before the first word; 4 s.
-      repeats_before_holding: so many repeated frames are let through, for chance may make them.
-      silence_before_holding: so much of a silence is let through; 0.8 s, so that ordinary pauses
-        between sentences are not delayed. Underruns in longer ones are silent too.
+      repeats_before_holding: repeated frames that are still released, because chance can make them.
+      silence_before_holding: frames of a silence that are still released; 0.8 s, so that ordinary
+        pauses between sentences are not delayed. Underruns in longer ones are silent too.
       max_retries: how often an utterance is resampled before it is cut.
     """
 
@@ -77,13 +77,13 @@ class Action(Enum):
 
 
 class Verdict(NamedTuple):
-    """What the guard says of a chunk.
+    """The guard's decision about a chunk.
 
     Attributes:
-      released: int [n, Q], frames that are fit to be heard, some of them from earlier chunks.
-      action: RESAMPLE is to go back to `kept` frames and generate on with another seed; CUT is
+      released: int [n, Q], frames for the caller, some of them from earlier chunks.
+      action: RESAMPLE means to go back to `kept` frames and continue with another seed; CUT means
         to end the utterance after `kept` frames.
-      reason: what the speech does wrong, "" with CONTINUE.
+      reason: what is wrong with the speech, "" with CONTINUE.
       kept: how many frames of the utterance have been released.
     """
 
@@ -94,15 +94,15 @@ class Verdict(NamedTuple):
 
 
 class _Runs(NamedTuple):
-    """What the frames so far say of the next one: row 0 for silence, row p for period p.
+    """Runs of the frames so far: index 0 is silence, index p is repetition with period p.
 
     Attributes:
       recent: int [P, K], the first codebooks of the last P frames, newest first.
       recent_silent: bool [P], which of those are silent.
       counts: int [P + 1], how long each run is.
-      missed: bool [P + 1], the last frame was not of the run. One such frame is forgiven, and
-        shortens the run by one; two end it.
-      first: whether the silence, if there is any, is the one that the utterance began with.
+      missed: bool [P + 1], the last frame was not of the run. One such frame shortens the run by
+        one; two in a row end it.
+      first: whether the silence, if there is any, is the one at the beginning of the utterance.
     """
 
     recent: np.ndarray
@@ -125,7 +125,7 @@ class Guard:
         """Starts an utterance.
 
         Args:
-          max_frames: more than its text can need; the frame after that cuts it.
+          max_frames: the most that its text can need; the frame after that cuts it.
           silent_codes: the codebook-0 codes of silence.
         """
         self._limits = limits or GuardLimits()
@@ -158,7 +158,7 @@ class Guard:
         return self._release(pending[:num_fit], Action.CONTINUE, "")
 
     def finish(self) -> np.ndarray:
-        """The frames still held, int [n, Q], for the speech has ended or the caller cuts it."""
+        """Releases the frames that are still held, int [n, Q]: the speech has ended or is cut."""
         released, self._held = self._held, self._held[:0]
         return self._release(released, Action.CONTINUE, "").released
 
@@ -177,9 +177,9 @@ class Guard:
         )
 
     def _stop(self, released: np.ndarray, reason: str) -> Verdict:
-        """Forgets all that is not released."""
+        """Drops all that is not released."""
         self._held, self._runs = released[:0], self._kept_runs
-        # Frames that are too many have no onset to go back to.
+        # Speech that is too long has no onset to go back to.
         if reason == TOO_LONG or self._retries == self._limits.max_retries:
             return self._release(released, Action.CUT, reason)
         self._retries += 1
@@ -216,14 +216,14 @@ def _advance(runs: _Runs, frame: np.ndarray, silent_codes: frozenset[int]) -> _R
     equal = runs.recent == compared
     repeats = equal[:, 0] & (equal.mean(axis=1) >= _EQUAL_SHARE)
     belongs = np.append(silent, repeats)  # [P + 1]
-    # Silence after silence neither makes a loop nor breaks one: a loop may have pauses in it.
-    says_nothing = np.append(False, runs.recent_silent & silent)
-    ended = ~belongs & runs.missed & ~says_nothing
-    counts = runs.counts + np.where(says_nothing, 0, np.where(belongs, 1, -1))
+    # Silence after silence neither makes a loop nor breaks one: a loop can have pauses in it.
+    is_pause = np.append(False, runs.recent_silent & silent)
+    ended = ~belongs & runs.missed & ~is_pause
+    counts = runs.counts + np.where(is_pause, 0, np.where(belongs, 1, -1))
     return _Runs(
         recent=np.concatenate([compared[None], runs.recent[:-1]]),
         recent_silent=np.append(silent, runs.recent_silent[:-1]),
         counts=np.where(ended, 0, np.maximum(counts, 0)),
-        missed=np.where(says_nothing, runs.missed, ~belongs),
+        missed=np.where(is_pause, runs.missed, ~belongs),
         first=runs.first and not ended[0],
     )

@@ -15,7 +15,7 @@ from csm_jax.random_weights import random_tensors
 from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
-# Brought along with the package: `examples/demo_checkpoint/` tells how it was made.
+# Part of the package; `examples/demo_checkpoint/` is how it was made.
 BUNDLED = {"demo": Path(__file__).with_name("demo")}
 NAMES = (*BUNDLED, *RANDOM)
 
@@ -26,7 +26,7 @@ class Source(NamedTuple):
     Attributes:
       tensors: (path, array) of every parameter, once.
       is_int8: whether matrices are stored as int8.
-      directory: where it lies; None for random weights.
+      directory: its files; None for random weights.
     """
 
     config: CSMConfig
@@ -37,11 +37,18 @@ class Source(NamedTuple):
 
 
 def open_source(name: str | Path) -> Source:
-    """Finds a checkpoint by what `load` takes as its name. Raises `CheckpointError` as it does."""
-    if name in RANDOM:
-        config = RANDOM[name]()
-        return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
+    """Finds a checkpoint by name.
+
+    Args:
+      name: as for `csm_jax.load`.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or its files cannot be read.
+    """
     directory = find_directory(str(name))
+    if directory is None:
+        config = RANDOM[str(name)]()
+        return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
     if checkpoint.is_native(directory):
         config = checkpoint.load_config(directory)
         tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
@@ -53,9 +60,10 @@ def open_source(name: str | Path) -> Source:
 
 
 def find_directory(name: str) -> Path | None:
-    """Where a checkpoint lies, downloaded if need be; None for random weights.
+    """The directory of a checkpoint, downloaded if need be; None for random weights.
 
-    Raises `CheckpointError` for a name that means nothing.
+    Raises:
+      CheckpointError: there is no checkpoint of this name.
     """
     if name in RANDOM:
         return None

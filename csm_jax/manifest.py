@@ -27,6 +27,7 @@ from csm_jax.errors import CSMError, InputError
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, check_text
 from csm_jax.request import Notice, Request
+from csm_jax.request_state import RequestState
 from csm_jax.script import Turn, parse_turn
 
 _NUMBER = (int, float)
@@ -106,7 +107,7 @@ def check_lines(model: Generator, lines: Sequence[Line]) -> None:
     its text takes too many positions, or its length is less than a frame."""
     for line in lines:
         try:
-            model.speech(line.request)
+            RequestState(model, line.request)
         except InputError as error:
             raise InputError(f"{line.where}: {error}") from error
 

@@ -1,4 +1,4 @@
-"""How a stream stays ahead of its listener."""
+"""Pacing: how many frames a stream generates and decodes at a time to stay ahead of playback."""
 
 import time
 from collections.abc import Iterator
@@ -13,13 +13,13 @@ MARGIN = 1.5
 
 
 class Pace:
-    """Chooses how many frames to make next, from how long the last ones took.
+    """Chooses how many frames to generate next, from how long the last ones took.
 
-    One frame at a time is what the first chunk and a slow machine need; many are cheaper.
+    The first chunk and a slow machine need one frame at a time; many at a time are cheaper.
     """
 
     def __init__(self, frame_s: float):
-        """Begins with nothing made.
+        """Starts before the first frame.
 
         Args:
           frame_s: seconds of audio in a frame.
@@ -33,9 +33,9 @@ class Pace:
         return LONG_CHUNK if self.can_wait(LONG_CHUNK) else 1
 
     def can_wait(self, num_frames: int) -> bool:
-        """Whether there is enough to play while so many more frames are made."""
-        if self._num_played < 2:
-            return False  # there is no time to tell from yet
+        """Whether there is enough audio to play while so many more frames are generated."""
+        if self._started is None or self._num_played < 2:
+            return False  # there is no interval to measure yet
         elapsed = time.perf_counter() - self._started
         lead = self._num_played * self._frame_s - elapsed
         # The first frame was there when the clock started.
@@ -43,20 +43,20 @@ class Pace:
         return lead > MARGIN * num_frames * per_frame
 
     def played(self, num_frames: int) -> None:
-        """Tells that so many frames have been handed over."""
+        """Notes that so many frames have been handed over."""
         if self._started is None:
             self._started = time.perf_counter()
         self._num_played += num_frames
 
     def resume(self) -> None:
-        """Notes that nothing was made for a while: a listener that has run out waits."""
+        """Notes that nothing was generated for a while, in which playback can have run out."""
         if self._started is not None:
             elapsed = time.perf_counter() - self._started
             self._started += max(0.0, elapsed - self._num_played * self._frame_s)
 
 
 def blocks(frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Cuts frames [n, Q] into blocks of two sizes, so that the codec is compiled for only these."""
+    """Splits frames [n, Q] into blocks of two sizes, which the codec is compiled for."""
     start = 0
     while start < len(frames):
         size = LONG_CHUNK if len(frames) - start >= LONG_CHUNK else 1

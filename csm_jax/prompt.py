@@ -1,4 +1,4 @@
-"""A conversation as frames: what the backbone reads before it speaks.
+"""Prompts: a conversation as the frames that the backbone is prefilled with.
 
 A turn is BOS, "[speaker]text", EOS, then its audio frames and one frame of zeros; the turn to be
 spoken has text only (SesameAILabs/csm `generator.py`).
@@ -7,12 +7,12 @@ spoken has text only (SesameAILabs/csm `generator.py`).
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from csm_jax.audio import check_audio
 from csm_jax.config import CSMConfig
-from csm_jax.decode_step import Prompt
 from csm_jax.errors import InputError
 from csm_jax.tokenizer import Tokenizer, check_unicode
 
@@ -23,14 +23,26 @@ _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
+class Prompt(NamedTuple):
+    """The rows that a model is prefilled with, or some of them.
+
+    Attributes:
+      frames: int32 [T, Q + 1], each row Q audio codes and one text id.
+      mask: bool [T, Q + 1], the columns of each row that count.
+    """
+
+    frames: np.ndarray
+    mask: np.ndarray
+
+
 @dataclass(frozen=True)
 class Segment:
     """One turn of the conversation so far.
 
     Attributes:
       speaker: any number; the same number is the same voice.
-      text: what is said, as a transcript of `audio`.
-      audio: float [num_samples] at 24 kHz, mono; None for a turn that is only read.
+      text: the transcript of `audio`.
+      audio: float [num_samples] at 24 kHz, mono; None for a turn of text alone.
       codes: int [num_frames, Q], used instead of `audio` where the codes are known already.
     """
 
@@ -41,13 +53,13 @@ class Segment:
 
 
 def check_text(text: str) -> None:
-    """Raises `InputError` for text that says nothing: spaces, marks and what cannot be seen."""
-    if all(_says_nothing(character) for character in text):
+    """Raises `InputError` for text without speech: spaces, marks and invisible characters."""
+    if all(_is_silent(character) for character in text):
         raise InputError("the text is empty: there is nothing to say")
 
 
 class Turn:
-    """A turn that has been spoken: checked, of known length, and encoded when its rows are read.
+    """A turn of the context: checked, of known length, and encoded when its rows are needed.
 
     Attributes:
       length: positions that its rows take.
@@ -58,22 +70,28 @@ class Turn:
         self._config = config
         self._text = text_rows(turn.text, turn.speaker, config, tokenizer)
         self._audio: np.ndarray | None = None
-        self._spoken: Prompt | None = None
-        self.length = len(self._text[0])
+        self._sound: Prompt | None = None
+        self.length = len(self._text.frames)
         if turn.codes is not None:
-            self._spoken = _audio_rows(np.asarray(turn.codes), config)
-            self.length += len(self._spoken[0])
+            self._sound = _audio_rows(np.asarray(turn.codes), config)
+            self.length += len(self._sound.frames)
         elif turn.audio is not None:
             self._audio = check_audio(turn.audio)
             # The codec pads to whole frames; a frame of zeros ends the turn.
             self.length += -(-len(self._audio) // config.codec.frame_size) + 1
 
     def rows(self, encode: Encode | None = None) -> list[Prompt]:
-        """The rows of its text, and of its audio if it has any; `encode` is called once at most."""
+        """The rows of its text, and of its audio if it has any; `encode` is called at most once.
+
+        Raises:
+          ValueError: the turn has audio, and there is no `encode`.
+        """
         if self._audio is not None:
-            self._spoken = _audio_rows(np.asarray(encode(self._audio)), self._config)
+            if encode is None:
+                raise ValueError("a turn with audio needs the codec")
+            self._sound = _audio_rows(np.asarray(encode(self._audio)), self._config)
             self._audio = None
-        return [self._text] if self._spoken is None else [self._text, self._spoken]
+        return [self._text] if self._sound is None else [self._text, self._sound]
 
 
 def check_turn(turn: Segment, config: CSMConfig) -> None:
@@ -86,14 +104,14 @@ def check_turn(turn: Segment, config: CSMConfig) -> None:
         check_audio(turn.audio)
 
 
-def _says_nothing(character: str) -> bool:
+def _is_silent(character: str) -> bool:
     return unicodedata.category(character) in _SILENT or character in _BLANK_LETTERS
 
 
 def turn_rows(
     turn: Segment, config: CSMConfig, tokenizer: Tokenizer, encode: Encode | None = None
 ) -> list[Prompt]:
-    """The rows of a turn that has been spoken: its text, and its audio if it has any.
+    """The rows of a turn of the context: its text, and its audio if it has any.
 
     Args:
       encode: the codec; needed for a turn with audio.
@@ -105,7 +123,7 @@ def turn_rows(
 
 
 def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
-    """The rows of a text: all that a turn has which is still to be spoken.
+    """The rows of a text: all there is of the turn to be spoken.
 
     Raises:
       InputError: the text is empty.
@@ -116,7 +134,7 @@ def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) 
     frames[:, -1] = ids
     mask = np.zeros(frames.shape, bool)
     mask[:, -1] = True
-    return frames, mask
+    return Prompt(frames, mask)
 
 
 def _audio_rows(codes: np.ndarray, config: CSMConfig) -> Prompt:
@@ -126,7 +144,7 @@ def _audio_rows(codes: np.ndarray, config: CSMConfig) -> Prompt:
     frames[:-1, :-1] = codes
     mask = np.ones(frames.shape, bool)
     mask[:, -1] = False
-    return frames, mask
+    return Prompt(frames, mask)
 
 
 def _check_codes(codes: np.ndarray, config: CSMConfig) -> None:
@@ -142,5 +160,5 @@ def _check_codes(codes: np.ndarray, config: CSMConfig) -> None:
 
 
 def join_rows(parts: Sequence[Prompt]) -> Prompt:
-    """Turns one after another: frames int32 [T, Q + 1] and mask bool [T, Q + 1]."""
-    return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    """One prompt of several, in their order."""
+    return Prompt(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))

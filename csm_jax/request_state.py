@@ -1,31 +1,30 @@
 """The state of one request: which utterances it takes, and which of their frames count.
 
-Nothing here generates. A `RequestState` says what to generate next and is told what came of it,
-so that the same rules hold whether a request runs alone, as a stream, or in a batch with others.
+Nothing here generates. A `RequestState` says what to generate next and takes the frames, so that
+the same rules hold whether a request runs alone, as a stream, or in a batch with others.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax.config import CSMConfig
 from csm_jax.decode_batch import Rewind, Utterance
 from csm_jax.errors import InputError
 from csm_jax.guard import Action, Guard, Verdict
-from csm_jax.prompt import Encode, Segment, Turn, check_turn, join_rows, text_rows
-from csm_jax.request import DEFAULT_MAX_AUDIO_LENGTH_MS, Notice, Request
+from csm_jax.loaded_model import LoadedModel
+from csm_jax.prompt import Segment, Turn, check_turn, join_rows, text_rows
+from csm_jax.request import DEFAULT_MAX_AUDIO_LENGTH_MS, Notice, Notify, Request, log_notice
 from csm_jax.text import needed_seconds, split_text
-from csm_jax.tokenizer import Tokenizer
 
 
 class Step(NamedTuple):
-    """What new frames came to.
+    """The outcome of new frames.
 
     Attributes:
-      released: int32 [n, Q], the frames to be heard.
-      rewind: not None if the utterance has to go back first.
+      released: int32 [n, Q], the frames for the caller.
+      rewind: where the utterance has to go back to, if it has to.
       is_over: the utterance needs no more frames.
     """
 
@@ -35,48 +34,43 @@ class Step(NamedTuple):
 
 
 class RequestState:
-    """The course of one request.
+    """A request on its way from its first utterance to its last frame.
 
     Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
-    it says that the utterance is over.
+    it returns that the utterance is over.
     """
 
     def __init__(
         self,
+        model: LoadedModel,
         request: Request,
-        config: CSMConfig,
-        tokenizer: Tokenizer,
-        encode: Encode,
-        silent_codes: Callable[[], frozenset[int]],
-        notify: Callable[[Notice], None],
+        notify: Notify = log_notice,
         max_seq_len: int | None = None,
     ):
         """Checks the request, and decides which turns of its context fit the window.
 
         Args:
-          encode: the codec, audio [num_samples] to codes [num_frames, Q]; called by the first
-            `next_utterance` for one turn that fits after the other. What it raises is passed on.
-          silent_codes: the codebook-0 codes of silence; asked for when the guard needs them.
-          notify: told what the listener should know.
-          max_seq_len: positions there are, if less than the model's own limit.
+          model: its codec encodes recordings of the context, in the first `next_utterance`, one
+            turn that fits after the other.
+          notify: is given what the caller should know.
+          max_seq_len: positions of the window, if fewer than the model's own limit.
 
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
         """
+        self._model = model
+        self._config = model.config
         self._request = request
-        self._config = config
-        self._tokenizer = tokenizer
-        self._silent_codes = silent_codes
         self._notify = notify
-        self._window = min(max_seq_len or config.backbone.max_seq_len, config.backbone.max_seq_len)
-        self._parts = split_text(request.text)
-        self._limit = self._total_frames()
-        self._encode = encode
+        limit = model.config.backbone.max_seq_len
+        self._window = min(max_seq_len or limit, limit)
+        self._parts = split_text(request.text, model.inference.max_part_characters)
+        self._max_total_frames = self._total_frames()
         self._turns = self._newest_turns(request.context)
         # Older turns of the context, which have been left out.
-        self._num_unread = len(request.context) - len(self._turns)
-        # What is shared, unless the first of it has to be left out.
-        self._shared = sum(turn.length for turn in self._turns[: request.shared_turns])
+        self._num_omitted = len(request.context) - len(self._turns)
+        # Positions of the shared turns; 0 once the first of them has to be left out.
+        self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
         self._total = 0
         self._was_cut = False
@@ -86,17 +80,17 @@ class RequestState:
 
     @property
     def num_turns(self) -> int:
-        """How many turns, the newest ones of the context and those spoken, fit the window."""
+        """How many turns, the newest ones of the context and those generated, fit the window."""
         return len(self._turns)
 
     def next_utterance(self) -> Utterance | None:
-        """What to generate next; None if everything is said, or the limit is reached."""
+        """What to generate next; None after the last part, or if the limit is reached."""
         if self._is_new:
             self._is_new = False
             return self._utterance()
-        self._turns.append(self._spoken_turn())
+        self._turns.append(self._generated_turn())
         left = len(self._parts) - self._part - 1
-        if not left or self._total >= self._limit:
+        if not left or self._total >= self._max_total_frames:
             self._report_end(left)
             return None
         self._start_part()
@@ -150,25 +144,30 @@ class RequestState:
         self._num_resampled = 0
         self._codes = np.zeros((0, self._config.num_codebooks), np.int32)
         request, text = self._request, self._parts[self._part]
-        self._rows = text_rows(text, request.speaker, self._config, self._tokenizer)
-        needed = self._frames(1000 * needed_seconds(text))
-        allowed = self._limit - self._total
-        room = self._make_room(len(self._rows[0]), min(allowed, needed // 2))
+        self._rows = text_rows(text, request.speaker, self._config, self._model.tokenizer)
+        needed = int(1000 * self._needed_seconds(text) / self._config.frame_ms)
+        allowed = self._max_total_frames - self._total
+        room = self._make_room(len(self._rows.frames), min(allowed, needed // 2))
         self._max_frames = min(allowed, room)
-        self._is_held_by_window = room < allowed
+        self._is_limited_by_window = room < allowed
         self._guard = None
         if request.guard == "on" and not request.sampling.greedy:
-            self._guard = Guard(needed, self._config.num_codebooks, self._silent_codes())
+            self._guard = self._new_guard(needed)
             # One more than it may have, for the guard to see it.
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
 
+    def _new_guard(self, max_frames: int) -> Guard:
+        model = self._model
+        limits = model.inference.guard
+        return Guard(max_frames, model.config.num_codebooks, model.silent_codes, limits)
+
     def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
-        """The newest turns, until the window is full; of the others no rows are made."""
+        """The newest turns, until the window is full; older ones are only checked."""
         turns, room = [], self._window
         for turn in reversed(context):
             if room > 0:
-                turns.append(Turn(turn, self._config, self._tokenizer))
+                turns.append(Turn(turn, self._config, self._model.tokenizer))
                 room -= turns[-1].length
             else:
                 check_turn(turn, self._config)
@@ -176,25 +175,25 @@ class RequestState:
 
     def _utterance(self) -> Utterance:
         """The part that was started; encodes what was not encoded before."""
-        heard = [rows for turn in self._turns for rows in turn.rows(self._encode)]
+        context = [rows for turn in self._turns for rows in turn.rows(self._model.encode)]
         return Utterance(
-            join_rows([*heard, self._rows]),
+            join_rows([*context, self._rows]),
             self._request.sampling,
             _derive(self._request.seed, self._part, 0),
             self._max_frames,
-            self._shared,
+            self._num_shared,
         )
 
     def _make_room(self, length: int, num_frames: int) -> int:
         """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
-        num_turns = len(self._turns) + self._num_unread
-        self._num_unread = 0
-        # The end of speech takes a place too.
+        num_turns = len(self._turns) + self._num_omitted
+        self._num_omitted = 0
+        # The end of speech takes a position too.
         free = self._window - 1 - length - sum(turn.length for turn in self._turns)
         while free < num_frames and self._turns:
             free += self._turns.pop(0).length
         if dropped := num_turns - len(self._turns):
-            self._shared = 0
+            self._num_shared = 0
             self._notify(
                 Notice(
                     "context_dropped",
@@ -209,9 +208,9 @@ class RequestState:
             )
         return free
 
-    def _spoken_turn(self) -> Turn:
+    def _generated_turn(self) -> Turn:
         turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
-        return Turn(turn, self._config, self._tokenizer)
+        return Turn(turn, self._config, self._model.tokenizer)
 
     def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
         second = self._total * self._config.frame_ms / 1000
@@ -220,30 +219,31 @@ class RequestState:
 
     def _report_full(self) -> None:
         """The part has as many frames as it may have, and has not ended."""
-        if self._is_held_by_window:
+        if self._is_limited_by_window:
             message = (
                 f"part {self._part + 1} of the text was cut where the {self._window} positions of "
                 "the model end: use shorter sentences, or less context"
             )
             self._notify(Notice("cut", message))
         else:
-            self._was_cut = True  # told in the end, with what is missing
+            self._was_cut = True  # reported at the end, with what is missing
 
-    def _report_end(self, num_unspoken: int) -> None:
+    def _report_end(self, num_missing: int) -> None:
         if not self._total:
             message = f"the model said nothing for {self._request.text!r}: try another seed"
             self._notify(Notice("nothing_said", message))
         if self._was_cut:
             second = self._total * self._config.frame_ms / 1000
-            unspoken = f"{num_unspoken} of {len(self._parts)} parts of the text are missing"
-            lack = unspoken if num_unspoken else "it may lack its end"
+            missing = f"{num_missing} of {len(self._parts)} parts of the text are missing"
+            lack = missing if num_missing else "it may lack its end"
             message = f"the speech was cut at {second:g} s and {lack}: raise max_audio_length_ms"
             self._notify(Notice("cut", message))
 
     def _total_frames(self) -> int:
+        """The most frames of all parts together."""
         milliseconds = self._request.max_audio_length_ms
         if milliseconds is None:
-            needed = 1000 * sum(map(needed_seconds, self._parts))
+            needed = 1000 * sum(map(self._needed_seconds, self._parts))
             milliseconds = max(DEFAULT_MAX_AUDIO_LENGTH_MS, needed)
         frames = milliseconds / self._config.frame_ms
         if not 1 <= frames < math.inf:
@@ -253,8 +253,9 @@ class RequestState:
             )
         return int(frames)
 
-    def _frames(self, milliseconds: float) -> int:
-        return int(milliseconds / self._config.frame_ms)
+    def _needed_seconds(self, text: str) -> float:
+        inference = self._model.inference
+        return needed_seconds(text, inference.pause_seconds, inference.seconds_per_letter)
 
 
 def _derive(seed: int, part: int, attempt: int) -> int:

@@ -1,4 +1,4 @@
-"""The codec at work on many streams at once."""
+"""The codec for the streams of all rows of a batch."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ from csm_jax.pacing import LONG_CHUNK
 
 
 def rows_together(num_rows: int) -> int:
-    """How many rows the codec is best given at once.
+    """How many rows the codec should decode in one call.
 
-    On a GPU or TPU eight rows take hardly longer than one. A CPU has enough to do with one: it
-    takes seven times as long for eight, whether they all have something to decode or not.
+    On a GPU or TPU eight rows take hardly longer than one. A CPU is busy with one: it takes seven
+    times as long for eight, whether all of them have something to decode or not.
     """
     return 1 if jax.default_backend() == "cpu" else num_rows
 
 
 @jax.jit
 def _take(states: State, index: Array) -> State:
-    """The state of one stream out of those of a group."""
+    """The state of one stream of a group."""
     return jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, index, 1), states)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _put(states: State, state: State, index: Array) -> State:
-    """The states of a group, with one stream's state in the place of another's."""
+    """The states of a group, one of them replaced."""
 
     def put(leaf: Array, part: Array) -> Array:
         return jax.lax.dynamic_update_slice_in_dim(leaf, part, index, 0)
@@ -38,10 +38,10 @@ def _put(states: State, state: State, index: Array) -> State:
 
 
 class RowDecoder:
-    """The codec at work on the streams of all rows of a batch."""
+    """Decodes a stream of codes in every row of a batch; streams can move to other rows."""
 
     def __init__(self, codec: Codec, num_rows: int, together: int):
-        """Makes the state of all rows.
+        """Creates the state of all rows.
 
         Args:
           together: how many rows are decoded in one call; a divisor of `num_rows`.
@@ -52,23 +52,23 @@ class RowDecoder:
         self._is_new = np.ones(num_rows, bool)
 
     def restart(self, row: int) -> None:
-        """Lets a new stream begin in a row."""
+        """Starts a new stream in a row."""
         self.resume(row, None)
 
     def take(self, row: int) -> State | None:
-        """The state of a row's stream, for `resume`; None if it has not begun."""
+        """The state of a row's stream, for `resume`; None if it has not started."""
         group, index = divmod(row, self._groups.shape[1])
         return None if self._is_new[row] else _take(self._states[group], np.int32(index))
 
     def resume(self, row: int, state: State | None) -> None:
-        """Lets a stream go on in a row, in whichever row it was before."""
+        """Continues a stream in a row; it can have been in another row before."""
         self._is_new[row] = state is None
         if state is not None:
             group, index = divmod(row, self._groups.shape[1])
             self._states[group] = _put(self._states[group], state, np.int32(index))
 
     def programs(self, num_codebooks: int) -> Iterator[Program]:
-        """All programs that streams of codes [F, num_codebooks] need."""
+        """All programs that streams of codes [F, num_codebooks] need, for `compile_all`."""
         state, one = (
             jax.tree.map(shape_of, self._codec.decode_stream_state(count))
             for count in (self._groups.shape[1], 1)
@@ -82,10 +82,10 @@ class RowDecoder:
         """Continues the streams of some rows.
 
         Args:
-          blocks: for a row its codes, int32 [F, Q], with the same F for all.
+          blocks: codes int32 [F, Q] by row, with the same F for all.
 
         Returns:
-          For each of these rows float32 [F * frame_size].
+          float32 [F * frame_size] by row.
         """
         nothing = np.zeros_like(next(iter(blocks.values())))
         audio = {}

@@ -1,6 +1,6 @@
-"""Fair shares: which of the items that wait is served next.
+"""Fair scheduling: which of the waiting items is served next.
 
-Nothing here runs anything, so the same rules serve the rows of a batch and the threads of a pool.
+Nothing here runs anything, so the same rules serve the slots of a batch and the threads of a pool.
 """
 
 import time
@@ -11,15 +11,15 @@ from typing import Generic, Protocol, TypeVar
 
 T = TypeVar("T")
 
-# Weights are taken for at most this and at least its inverse, so that no share waits for ever.
+# Weights are limited to this and to its inverse, so that no share waits forever.
 MAX_WEIGHT = 1000.0
-# After the last request of another share, a row is kept for others so long.
-COMPANY_SECONDS = 60.0
+# How long after the last request of another share slots are kept for other shares.
+OTHERS_SECONDS = 60.0
 
 
 @dataclass
 class _Share(Generic[T]):
-    """What one share has waiting and running.
+    """The waiting and running items of one share.
 
     Attributes:
       due: when its turn comes, on the clock of the queue, which ticks with every item served.
@@ -38,11 +38,11 @@ class _Share(Generic[T]):
 
 
 class FairQueue(Generic[T]):
-    """Items that wait, first in, first out within a share.
+    """Waiting items, first in, first out within a share.
 
     The share with the fewest running items per weight goes first. Among equals they take turns:
     of every `total` items served while shares of that total weight wait, one of weight w gets
-    w / total. A share that has just come has its turn now.
+    w / total. A new share has its turn now.
     """
 
     def __init__(self):
@@ -66,11 +66,11 @@ class FairQueue(Generic[T]):
         self._open(name, weight).items.append(item)
 
     def push_front(self, item: T, name: str = "", weight: float = 1.0) -> None:
-        """Adds an item that goes first of its share, such as one that made room for others."""
+        """Adds an item that goes first in its share, such as one that has yielded to others."""
         self._open(name, weight).items.appendleft(item)
 
     def pop(self, idle_only: bool = False) -> T | None:
-        """Takes the next item, which runs from now on until `finish`; None if there is none.
+        """Takes the next item, which counts as running until `finish`; None if there is none.
 
         Args:
           idle_only: only of shares that have nothing running.
@@ -92,27 +92,27 @@ class FairQueue(Generic[T]):
         return share.items.popleft()
 
     def finish(self, name: str = "") -> None:
-        """One item of a share runs no longer."""
+        """Notes that an item of a share is no longer running."""
         self._shares[name].num_running -= 1
-        self._forget()
+        self._drop_idle()
 
     def remove(self, item: T) -> None:
-        """Takes out an item that waits; raises `ValueError` if it does not."""
+        """Removes a waiting item. Raises `ValueError` if it is not waiting here."""
         for share in self._shares.values():
             if item in share.items:
                 share.items.remove(item)
-                self._forget()
+                self._drop_idle()
                 return
-        raise ValueError("the item does not wait here")
+        raise ValueError("the item is not waiting here")
 
     def clear(self) -> None:
-        """Forgets all items that wait."""
+        """Drops all waiting items."""
         for share in self._shares.values():
             share.items.clear()
-        self._forget()
+        self._drop_idle()
 
     def should_yield(self, name: str) -> bool:
-        """Whether another share goes before a running item of this one, were that to wait again."""
+        """Whether another share would go before a running item of this one if that waited."""
         own = self._shares[name]
         key = (own.num_running - 1) / own.weight, max(own.due, self._clock)
         return any(
@@ -127,8 +127,8 @@ class FairQueue(Generic[T]):
             share.due = max(share.due, self._clock)
         return share
 
-    def _forget(self) -> None:
-        """Shares that have nothing here, and whose turn has come, are as good as new."""
+    def _drop_idle(self) -> None:
+        """Drops shares without items whose turn has come: they are as good as new ones."""
         self._shares = {
             name: share
             for name, share in self._shares.items()
@@ -137,10 +137,11 @@ class FairQueue(Generic[T]):
 
 
 class Shared(Protocol):
-    """A request for a row of a batch.
+    """A request for a slot of a batch.
 
     Attributes:
-      share, weight: whose rows are counted together, and how many of them compared with others.
+      share, weight: the share that its slot counts for, and how many slots that share gets compared
+        with others.
       in_background: whether all other requests go first.
     """
 
@@ -149,32 +150,32 @@ class Shared(Protocol):
     in_background: bool
 
 
-class Company:
-    """Whether requests of more than one share have come lately."""
+class RecentShares:
+    """Whether requests of more than one share have arrived lately; true or false as a `bool`."""
 
     def __init__(self, clock: Callable[[], float]):
         self._clock = clock
         self._last: str | None = None
         self._last_time = self._other_time = float("-inf")
 
-    def came(self, share: str) -> None:
+    def note(self, share: str) -> None:
         """Notes a request of a share."""
         if share != self._last:
             self._other_time = self._last_time
         self._last, self._last_time = share, self._clock()
 
     def __bool__(self) -> bool:
-        return self._clock() - self._other_time < COMPANY_SECONDS
+        return self._clock() - self._other_time < OTHERS_SECONDS
 
 
 R = TypeVar("R", bound=Shared)
 
 
 class RowScheduler(Generic[R]):
-    """The requests that wait for a row of a batch, and which one gets the next row.
+    """The requests that wait for a slot of a batch, and which one gets the next slot.
 
     Attributes:
-      live, background: the requests that wait.
+      live, background: the waiting requests.
     """
 
     def __init__(
@@ -187,14 +188,16 @@ class RowScheduler(Generic[R]):
         """Starts with nothing waiting.
 
         Args:
-          kept_rows: rows that only shares without a row get. One row of several is kept from
+          num_rows: slots of the batch.
+          kept_rows: slots that only shares without a slot get. One slot of several is kept from
             requests in the background in any case.
-          kept_beside_others: the same while several shares ask, in seconds of `clock`.
+          kept_beside_others: the same, while several shares ask for slots.
+          clock: returns seconds.
         """
         self._num_rows = num_rows
         self._kept_rows = min(kept_rows, num_rows - 1)
         self._kept_beside_others = min(max(kept_rows, kept_beside_others), num_rows - 1)
-        self._company = Company(clock)
+        self._recent = RecentShares(clock)
         self._kept_from_background = max(self._kept_rows, min(1, num_rows - 1))
         self.live: FairQueue[R] = FairQueue()
         self.background: FairQueue[R] = FairQueue()
@@ -207,34 +210,34 @@ class RowScheduler(Generic[R]):
         return self.background if in_background else self.live
 
     def pop(self) -> R | None:
-        """The request that gets a row now; None if no row is free or nothing may have it."""
+        """The request that gets a slot now; None if no slot is free for any of them."""
         num_free = self._num_rows - self.live.num_running - self.background.num_running
         if num_free < 1:
             return None
-        kept = self._kept_beside_others if self._company else self._kept_rows
+        kept = self._kept_beside_others if self._recent else self._kept_rows
         request = self.live.pop(idle_only=num_free <= kept)
         if request is None and num_free > self._kept_from_background:
             request = self.background.pop()
         return request
 
     def should_yield(self, request: R) -> bool:
-        """Whether another request should have the row of this one."""
+        """Whether another request should have the slot of this one."""
         if request.in_background and len(self.live):
             return True
         return self.queue(request.in_background).should_yield(request.share)
 
     def push(self, request: R) -> None:
-        # Requests without a share, such as those that warm a server up, are no company.
+        # Requests without a share, such as those that warm a server up, do not count.
         if request.share and not request.in_background:
-            self._company.came(request.share)
+            self._recent.note(request.share)
         self.queue(request.in_background).push(request, request.share, request.weight)
 
     def push_front(self, request: R) -> None:
-        """Adds a request that has given its row back and goes first of its share."""
+        """Adds a request that has yielded its slot and goes first in its share."""
         self.queue(request.in_background).push_front(request, request.share, request.weight)
 
     def finish(self, request: R) -> None:
-        """A request has its row no longer."""
+        """Notes that a request has its slot no longer."""
         self.queue(request.in_background).finish(request.share)
 
     def remove(self, request: R) -> None:

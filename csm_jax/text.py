@@ -1,4 +1,4 @@
-"""What is known about a text before it is spoken: where to cut it, how long it can take."""
+"""Texts before they are spoken: where to split them, and how long their speech can be."""
 
 import itertools
 import re
@@ -11,8 +11,9 @@ from csm_jax.errors import InputError
 # spoken exactly as the reference would.
 MAX_CHARACTERS = 300
 
-_PAUSE_SECONDS = 6.0
-_SECONDS_PER_LETTER = 0.25
+# For the longest that a text can take; `needed_seconds` has their sources.
+PAUSE_SECONDS = 6.0
+SECONDS_PER_LETTER = 0.25
 
 # How many letters a character is spoken as, by Unicode category. Digits: "777" takes 25. Capitals:
 # each letter of an acronym is a syllable or more. Lo, the letters of scripts without capitals
@@ -46,29 +47,32 @@ _ABBREVIATION = re.compile(
 _LONGEST_ABBREVIATION = 16
 
 
-def needed_seconds(text: str) -> float:
-    """The longest that speaking `text` can take; what goes on after that is no speech of it.
+def needed_seconds(
+    text: str,
+    pause_seconds: float = PAUSE_SECONDS,
+    seconds_per_letter: float = SECONDS_PER_LETTER,
+) -> float:
+    """The longest that speaking `text` can take, in seconds; what follows is not its speech.
 
     English conversation runs at 150 to 160 words a minute, about 14 letters a second, and slow
     speech at half of that. The bound is half of that once more, 4 letters a second, and 6 s for
     silence before, between and after. Digits, capitals, symbols and characters that are syllables
     count as several letters; white space and accents count as none.
     """
-    letters = sum(map(_spoken_letters, text))
-    return _PAUSE_SECONDS + _SECONDS_PER_LETTER * letters
+    return pause_seconds + seconds_per_letter * sum(map(_spoken_letters, text))
 
 
 def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:
-    """Cuts a text of any length into parts to be spoken one after the other.
+    """Splits a text of any length into parts that are spoken one after the other.
 
-    A text that fits is one part. A longer one is cut at ends of sentences; sentences that do not
+    A text that fits is one part. A longer one is split at ends of sentences; sentences that do not
     fit at ends of clauses; then at spaces; then anywhere, between a letter and its accents last.
     Parts take as much as fits, but the last two share evenly, so that no word is left alone.
 
     Returns:
       Stripped parts of 1 to `max_characters` characters, which together are the text but for white
-      space: in a text that is cut, a run of it becomes one space or line break. None for a text
-      of white space.
+      space: in a text that is split, a run of it becomes one space or line break. No parts for a
+      text of white space.
 
     Raises:
       InputError: `max_characters` is less than 1.
@@ -83,18 +87,18 @@ def split_text(text: str, max_characters: int = MAX_CHARACTERS) -> list[str]:
 
 
 class Sentences:
-    """Cuts a text that is still being written into sentences.
+    """Splits a text that arrives in pieces into sentences.
 
     Where a sentence ends is known once something follows: "No. 5" does not end after its dot.
     """
 
     def __init__(self):
         self._rest = ""
-        # Before it, no sentence of the rest can end any more.
+        # No sentence of the rest ends before this position.
         self._start = 0
 
     def __len__(self) -> int:
-        """Characters that no end has followed yet."""
+        """Characters of the sentence that has not ended yet."""
         return len(self._rest)
 
     def add(self, text: str) -> list[str]:
@@ -106,7 +110,7 @@ class Sentences:
         return [part.strip() for part in ended if part.strip()]
 
     def take_rest(self) -> str:
-        """Returns what follows the last end, and begins again."""
+        """Returns the sentence that has not ended, and starts again."""
         rest, self._rest, self._start = self._rest.strip(), "", 0
         return rest
 

@@ -1,33 +1,30 @@
-"""A request that was submitted to an `Engine`, as its sender sees it."""
+"""A request that was submitted to an `Engine`, as its caller sees it."""
 
 import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from csm_jax.errors import CSMError
+from csm_jax.loaded_model import LoadedModel
 from csm_jax.request import Notice, Request
-
-if TYPE_CHECKING:
-    from csm_jax.generator import Generator
 
 logger = logging.getLogger("csm_jax")
 
 
 @dataclass
 class Timing:
-    """What the time of a request went to so far, in seconds.
+    """Where the time of a request went so far, in seconds.
 
     Attributes:
-      context: encoding the turns of the context, before the request could wait.
-      queue: waiting for a row, also between parts of a long text.
-      prefill: reading its prompts.
+      context: encoding the turns of the context, before the request was queued.
+      queue: waiting for a slot, also between parts of a long text.
+      prefill: prefilling its prompts.
       frames: generating, together with all other running requests.
-      codec: decoding to samples for a listener.
+      codec: decoding to samples for a stream.
     """
 
     context: float = 0.0
@@ -38,20 +35,20 @@ class Timing:
 
 
 class Ticket:
-    """A request that an `Engine` works on. Its methods may be called from any thread.
+    """A request that an `Engine` works on. Its methods can be called from any thread.
 
     Attributes:
       request: as it was submitted.
-      timing: what its time went to; complete when it is over.
-      notices: what the listener should know; all of it when the request is over.
+      timing: where its time went; complete when it is over.
+      notices: what the caller should know; complete when the request is over.
       is_cancelled: whether `cancel` was called.
     """
 
-    def __init__(self, request: Request, model: "Generator", stream: bool, keep: bool):
-        """Begins with nothing.
+    def __init__(self, request: Request, model: LoadedModel, stream: bool, keep: bool):
+        """Starts without frames.
 
         Args:
-          stream: whether chunks come while it is spoken.
+          stream: whether there are chunks while it is generated.
           keep: whether chunks are kept after a listener has got them.
         """
         self.request = request
@@ -69,9 +66,9 @@ class Ticket:
         self._error: CSMError | None = None
 
     def __iter__(self) -> Iterator[np.ndarray]:
-        """Yields the speech as it is made, float32 [n]; from its beginning, for every iterator.
+        """Yields the speech as it is generated, float32 [n]; every iterator from the beginning.
 
-        A request that was submitted without `stream` or `keep` comes as one chunk.
+        A request that was submitted without `stream` or without `keep` comes as one chunk.
 
         Raises:
           RequestCancelledError: after `cancel`, or because the engine was closed.
@@ -93,7 +90,7 @@ class Ticket:
         return self.codes_so_far()
 
     def codes_so_far(self) -> np.ndarray:
-        """What has been generated until now; int32 [num_frames, Q]."""
+        """The codes that have been generated until now; int32 [num_frames, Q]."""
         empty = np.zeros((0, self._model.config.num_codebooks), np.int32)
         return np.concatenate([empty, *self._frames])
 
@@ -105,18 +102,18 @@ class Ticket:
         return np.concatenate([np.zeros(0, np.float32), *self._chunks])
 
     def cancel(self) -> None:
-        """Ends the request at the next frame border; nothing happens if it is over."""
+        """Ends the request at the next step; nothing happens if it is over."""
         self.is_cancelled = True
 
     def add_listener(self, listener: Callable[[np.ndarray | None], None]) -> None:
-        """Hands over chunks without a thread that waits for them, as a server wants it.
+        """Calls a function with every chunk, so that no thread has to wait for them.
 
             ticket.add_listener(lambda chunk: loop.call_soon_threadsafe(chunks.put_nowait, chunk))
 
         Args:
-          listener: called with every chunk, float32 [n], of which those so far come at once, and
-            with None when the request is over; then `codes` and `result` do not wait. It runs in
-            the engine's thread and must not take long. If it raises, it is not called again.
+          listener: called with every chunk, float32 [n], at once with those so far, and with None
+            when the request is over; then `codes` and `result` do not wait. It runs in the
+            engine's thread and must not take long. If it raises, it is not called again.
         """
         with self._lock:
             self._listeners.append(listener)
@@ -127,7 +124,7 @@ class Ticket:
             if self._over.is_set():
                 self._call(listener, None)
 
-    # What follows is for the engine.
+    # The engine calls these.
 
     def add_frames(self, codes: np.ndarray) -> None:
         self._frames.append(codes)

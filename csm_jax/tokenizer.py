@@ -27,7 +27,7 @@ def check_unicode(text: str) -> None:
 
 
 class Tokenizer(abc.ABC):
-    """What turns the text of a prompt into ids.
+    """Turns the text of a prompt into ids.
 
     Attributes:
       file_name: what `save` calls the file.
@@ -41,7 +41,7 @@ class Tokenizer(abc.ABC):
     vocab_size: int
 
     def encode(self, text: str) -> list[int]:
-        """BOS, the ids of `text`, EOS; each of the two exactly once, whatever the text says.
+        """BOS, the ids of `text`, EOS; each of the two exactly once, whatever is in the text.
 
         Raises `InputError` for text that is not Unicode (lone surrogates).
         """
@@ -67,7 +67,7 @@ class Tokenizer(abc.ABC):
 
     @abc.abstractmethod
     def _content(self) -> bytes:
-        """What stands in the file."""
+        """The content of the file."""
 
 
 class BPETokenizer(Tokenizer):
@@ -75,7 +75,7 @@ class BPETokenizer(Tokenizer):
 
     Args:
       json: the text of the file.
-      token_ids: gives BOS and EOS; what the file says of them is not used.
+      token_ids: gives BOS and EOS; those of the file are not used.
 
     Raises `CheckpointError` for text that is no such file.
     """
@@ -87,7 +87,7 @@ class BPETokenizer(Tokenizer):
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the library raises nothing more specific
             raise CheckpointError(f"not a tokenizer.json ({first_line(error)})") from error
-        # A text that spells "<|end_of_text|>" is to be spoken, not to end the turn.
+        # A text with "<|end_of_text|>" in it is to be spoken, not to end the turn.
         self._tokenizer.encode_special_tokens = True
         # Both can be set in the file, and would drop text or add padding to it.
         self._tokenizer.no_truncation()

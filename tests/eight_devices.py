@@ -15,6 +15,7 @@ from csm_jax.checkpoint import flatten
 from csm_jax.config import tiny
 from csm_jax.decode_batch import DecodeBatch, Rewind, Utterance
 from csm_jax.errors import InputError
+from csm_jax.prompt import Prompt
 from csm_jax.sampling import Sampling
 from csm_jax.sharding import make_mesh, param_sharding, state_sharding
 
@@ -42,7 +43,8 @@ def utterance(index: int) -> Utterance:
     is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
     mask = is_audio[:, None] == (np.arange(NUM_CODEBOOKS + 1) < NUM_CODEBOOKS)
     frames = np.where(mask, rng.integers(0, 35, mask.shape), 0).astype(np.int32)
-    return Utterance((frames, mask), Sampling(greedy=index % 2 == 0), seed=index, max_frames=60)
+    prompt = Prompt(frames, mask)
+    return Utterance(prompt, Sampling(greedy=index % 2 == 0), seed=index, max_frames=60)
 
 
 @functools.cache

@@ -20,8 +20,9 @@ from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint
 from csm_jax.convert.rules import Table, invert
 from csm_jax.decode_batch import DecodeBatch, Utterance, bucket
-from csm_jax.decode_step import CHUNK_FRAMES, Prompt
+from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.precision import FLOAT32, Precision
+from csm_jax.prompt import Prompt
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling
 from csm_jax.tokenizer import byte_tokenizer
@@ -195,8 +196,8 @@ def generate(
     """
     length = bucket(max(len(frames) for frames, _ in prompts) + max_frames)
     batch = DecodeBatch(config, params, len(prompts), min(length, config.backbone.max_seq_len))
-    for index, row in enumerate(zip(prompts, sampling, seeds, strict=True)):
-        batch.join(index, Utterance(*row, max_frames))
+    for index, (prompt, *row) in enumerate(zip(prompts, sampling, seeds, strict=True)):
+        batch.join(index, Utterance(Prompt(*prompt), *row, max_frames))
     codes = np.zeros((len(prompts), 0, config.num_codebooks), np.int32)
     ended = np.zeros(len(prompts), bool)
     while codes.shape[1] < max_frames and not ended.all():

@@ -18,7 +18,7 @@ ENCODED = np.array([[7, 8, 9], [0, 0, 1], [34, 0, 2]], np.int32)
 
 
 def build(text="hi", speaker=0, context=(), encode=lambda _: ENCODED):
-    """What a model reads before it speaks: the turns so far, and the text of its own."""
+    """The prompt of a text: the turns so far, and the text."""
     spoken = [rows for turn in context for rows in turn_rows(turn, CONFIG, TOKENIZER, encode)]
     return join_rows([*spoken, text_rows(text, speaker, CONFIG, TOKENIZER)])
 
@@ -34,7 +34,7 @@ def expected_audio(codes) -> list[list[int]]:
 TEXT, SOUND = [False] * 3 + [True], [True] * 3 + [False]
 
 
-def test_a_turn_without_context_row_by_row():
+def test_a_prompt_without_context_row_by_row():
     frames, mask = build("hi", speaker=7)
     assert frames.dtype == np.int32
     assert mask.dtype == bool
@@ -62,7 +62,7 @@ def test_a_turn_with_codes_row_by_row():
     assert mask.tolist() == [TEXT] * 6 + [SOUND] * 3 + [TEXT] * 6
 
 
-def test_several_turns_in_order():
+def test_turns_follow_in_their_order():
     context = [
         Segment(0, "one", audio=AUDIO),
         Segment(123, "two"),
@@ -85,29 +85,29 @@ def test_several_turns_in_order():
 
 
 @pytest.mark.parametrize("speaker", [0, 7, 123])
-def test_any_speaker_number(speaker):
+def test_any_number_is_a_speaker(speaker):
     frames, _ = build("hi", speaker, [Segment(speaker, "yes")])
     assert frames.tolist() == expected_text(f"[{speaker}]yes") + expected_text(f"[{speaker}]hi")
 
 
-def test_text_is_said_as_it_is_written():
+def test_text_is_not_normalized():
     frames, _ = build(" Oh,  well\n")
     assert frames.tolist() == expected_text("[0] Oh,  well\n")
 
 
 def test_the_codec_gets_the_audio_of_the_turn():
-    heard = []
+    encoded = []
 
     def encode(audio):
-        heard.append(audio)
+        encoded.append(audio)
         return ENCODED
 
     spoken = [np.linspace(-0.5, 0.5, n, dtype=np.float32) for n in (100, 200)]
     context = [Segment(0, "a", audio=spoken[0]), Segment(1, "b", codes=CODES)]
     context += [Segment(0, "c"), Segment(1, "d", audio=spoken[1])]
     build("e", 0, context, encode)
-    assert len(heard) == 2
-    for got, expected in zip(heard, spoken, strict=True):
+    assert len(encoded) == 2
+    for got, expected in zip(encoded, spoken, strict=True):
         np.testing.assert_array_equal(got, expected)
 
 
@@ -117,7 +117,7 @@ def test_codes_may_be_empty():
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n\t "])
-def test_text_must_not_be_empty(text):
+def test_empty_text_is_refused(text):
     for arguments in ({"text": text}, {"context": [Segment(0, text, codes=CODES)]}):
         with pytest.raises(InputError, match="text is empty"):
             build(**arguments)
@@ -149,7 +149,7 @@ BAD_TURNS = {
 
 
 @pytest.mark.parametrize(("values", "message"), BAD_TURNS.values(), ids=BAD_TURNS.keys())
-def test_bad_turns(values, message):
+def test_bad_turns_are_refused(values, message):
     with pytest.raises(InputError, match=message) as error:
         build(context=[Segment(0, "a", **values)])
     assert "\n" not in str(error.value)

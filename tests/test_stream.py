@@ -1,10 +1,9 @@
-"""RequestState that is written while it is made: to a pipe, to a file, and at what pace."""
+"""Speech that is written while it is generated: to a pipe and to a file."""
 
 import io
 import os
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ import soundfile
 from fixtures import CONFIG
 
 import csm_jax
-from csm_jax import InputError, OutputError, audio, pacing
+from csm_jax import InputError, OutputError, audio
 from csm_jax.generate import run
 from csm_jax.request_state import RequestState
 
@@ -47,9 +46,9 @@ def assert_is(pcm: bytes, offline: np.ndarray) -> None:
 def test_a_pipe_gets_a_header_and_samples_and_nothing_else(offline):
     done = subprocess.run([*COMMAND, *SHORT, "--stream", "--out=-"], capture_output=True)
     assert done.returncode == 0
-    said = done.stderr.decode().splitlines()
-    assert said[0] == NOISE
-    assert [line.split(" at ")[0] for line in said[1:]] == ["the speech was cut"]
+    written = done.stderr.decode().splitlines()
+    assert written[0] == NOISE
+    assert [line.split(" at ")[0] for line in written[1:]] == ["the speech was cut"]
     assert done.stdout[:44] == audio.wav_header(RATE)
     assert_is(done.stdout[44:], offline)
 
@@ -67,8 +66,8 @@ def test_a_pipe_gets_a_whole_file_without_stream(offline, capsysbinary):
     assert_is(samples.tobytes(), offline)
 
 
-def test_whoever_has_heard_enough_may_go():
-    """And has heard something before it all was made: the rest would take minutes."""
+def test_a_closed_pipe_ends_the_command_quietly():
+    """The first samples come long before the last, which would take minutes."""
     flags = [*FLAGS, "--max_audio_length_ms=70000", "--stream", "--out=-"]
     process = subprocess.Popen(
         [*COMMAND, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, bufsize=0
@@ -81,18 +80,18 @@ def test_whoever_has_heard_enough_may_go():
     assert process.poll() is None
     assert head.startswith(audio.wav_header(RATE))
     process.stdout.close()
-    said = process.stderr.read().decode()
+    written = process.stderr.read().decode()
     process.stderr.close()
-    assert (process.wait(60), said.splitlines()) == (0, [NOISE])
+    assert (process.wait(60), written.splitlines()) == (0, [NOISE])
 
 
 @pytest.mark.parametrize("stream", [["--stream"], []])
 @pytest.mark.parametrize("form", ["mp3", "flac", "WAV", ""])
 def test_a_pipe_takes_no_other_format(form, stream, capsys):
     assert run([*SHORT, *stream, "--out=-", f"--format={form}"]) == 2
-    said = capsys.readouterr()
-    assert said.out == ""
-    (line,) = said.err.splitlines()
+    written = capsys.readouterr()
+    assert written.out == ""
+    (line,) = written.err.splitlines()
     assert f"--format is {form}, but --out=- takes wav or pcm" in line
 
 
@@ -110,7 +109,7 @@ def test_a_full_disk_is_an_error_in_a_line(unbuffered):
 
 
 @pytest.mark.parametrize("stdout", ["terminal", "closed"])
-def test_samples_need_somewhere_to_go(stdout, monkeypatch, capsys):
+def test_streaming_without_standard_output_is_refused(stdout, monkeypatch, capsys):
     if stdout == "terminal":
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     else:
@@ -124,7 +123,7 @@ def test_samples_need_somewhere_to_go(stdout, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".pcm", ".ogg"])
-def test_a_file_that_is_streamed_is_the_one_that_is_saved(tmp_path, suffix, offline):
+def test_a_streamed_file_equals_a_saved_one(tmp_path, suffix, offline):
     out, codes = tmp_path / f"a{suffix}", tmp_path / "a.npy"
     assert run([*SHORT, "--stream", f"--out={out}", f"--codes_out={codes}"]) == 0
     samples = audio.load_audio(out, RATE)
@@ -151,7 +150,7 @@ def fail_after(num_frames: int):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".mp3"])
-def test_an_error_midway_leaves_what_was_there(tmp_path, suffix, capsys, monkeypatch):
+def test_an_error_midway_keeps_the_old_file(tmp_path, suffix, capsys, monkeypatch):
     monkeypatch.setattr(RequestState, "accept", fail_after(2))
     old = tmp_path / f"old{suffix}"
     old.write_bytes(b"precious")
@@ -166,15 +165,15 @@ def test_an_error_midway_leaves_what_was_there(tmp_path, suffix, capsys, monkeyp
 def test_a_pipe_ends_with_an_error_midway(capfdbinary, monkeypatch):
     monkeypatch.setattr(RequestState, "accept", fail_after(2))
     assert run([*SHORT, "--stream", "--out=-", "--format=pcm"]) == 2
-    said = capfdbinary.readouterr()
-    assert said.err.decode().splitlines()[-1] == "csm_jax.generate: error: bad luck"
-    assert len(said.out) in (2 * FRAME, 4 * FRAME)
+    written = capfdbinary.readouterr()
+    assert written.err.decode().splitlines()[-1] == "csm_jax.generate: error: bad luck"
+    assert len(written.out) in (2 * FRAME, 4 * FRAME)
 
 
 # --- audio.open_audio and audio.wav_header ------------------------------------------------------
 
 
-def test_the_header_is_of_a_wav_without_end():
+def test_the_header_is_that_of_a_wav_of_unknown_length():
     header = audio.wav_header(RATE)
     assert len(header) == 44
     whole = header + audio.to_pcm(np.linspace(-1, 1, 1000))
@@ -230,54 +229,7 @@ def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
 
 
 @pytest.mark.parametrize("name", ["a.txt", "missing/a.wav", ""])
-def test_where_nothing_can_be_written_nothing_is_begun(tmp_path, name):
+def test_files_that_cannot_be_written_are_refused_before_the_block(tmp_path, name):
     with pytest.raises(OutputError), audio.open_audio(tmp_path / name, RATE):
         pytest.fail("the block was entered")
     assert not list(tmp_path.iterdir())
-
-
-# --- Pace ---------------------------------------------------------------------------------------
-
-
-def played(monkeypatch, seconds_per_frame: float, num_frames: int) -> tuple[list[int], float]:
-    """Sizes of the chunks that a machine of some speed is asked for, and the longest silence."""
-    now = 100.0
-    monkeypatch.setattr(pacing, "time", types.SimpleNamespace(perf_counter=lambda: now))
-    pace = pacing.Pace(0.08)
-    sizes, silence, until = [], 0.0, np.inf
-    while sum(sizes) < num_frames:
-        size = pace.next_chunk()
-        now += size * seconds_per_frame
-        silence = max(silence, now - until)
-        until = max(until, now) + size * 0.08 if sizes else now + size * 0.08
-        pace.played(size)
-        sizes.append(size)
-    return sizes, silence
-
-
-@pytest.mark.parametrize("seconds", [0.005, 0.02, 0.04, 0.06, 0.075])
-def test_a_machine_that_keeps_up_never_lets_the_listener_wait(seconds, monkeypatch):
-    sizes, silence = played(monkeypatch, seconds, 400)
-    assert sizes[0] == 1
-    assert set(sizes) <= {1, pacing.LONG_CHUNK}
-    assert silence <= 1e-9, f"{silence:.3f} s of silence in chunks of {sizes[:12]}"
-
-
-def test_a_fast_machine_is_asked_for_long_chunks(monkeypatch):
-    sizes, _ = played(monkeypatch, 0.01, 400)
-    assert sizes[0] == 1
-    assert pacing.LONG_CHUNK in sizes[:30]
-    assert sizes[-3:] == [pacing.LONG_CHUNK] * 3
-
-
-def test_a_slow_machine_is_asked_for_single_frames(monkeypatch):
-    sizes, _ = played(monkeypatch, 0.1, 100)
-    assert set(sizes) == {1}
-
-
-@pytest.mark.parametrize("num_frames", [0, 1, 7, 8, 9, 17, 25])
-def test_blocks_come_in_two_sizes(num_frames):
-    frames = np.arange(2 * num_frames).reshape(num_frames, 2)
-    blocks = list(pacing.blocks(frames))
-    assert {len(block) for block in blocks} <= {1, pacing.LONG_CHUNK}
-    np.testing.assert_array_equal(np.concatenate([frames[:0], *blocks]), frames)

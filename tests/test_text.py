@@ -38,7 +38,7 @@ SNIPPETS = [
 
 
 @pytest.mark.parametrize("seed", range(300))
-def test_parts_are_the_text_and_keep_the_limit(seed):
+def test_parts_make_up_the_text_and_keep_the_limit(seed):
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(SNIPPETS, size=rng.integers(1, 200)))
     limit = int(rng.choice([1, 2, 7, 30, 100, 300]))
@@ -50,13 +50,13 @@ def test_parts_are_the_text_and_keep_the_limit(seed):
 
 
 @pytest.mark.parametrize("length", [1, 299, 300])
-def test_a_text_that_fits_is_one_part_as_it_is_written(length):
+def test_a_text_that_fits_is_one_unchanged_part(length):
     text = ("One. Two!\n\nThree;  four, " * 20)[: length - 1] + "x"
     assert split_text(text) == [text]
     assert split_text(f"\n {text} ") == [text]
 
 
-def test_a_text_that_is_one_character_too_long():
+def test_a_text_that_is_one_character_too_long_is_split():
     text = "x" * 200 + ". " + "y" * (MAX_CHARACTERS - 202)
     assert split_text(text) == [text]
     assert split_text(text + "y") == ["x" * 200 + ".", "y" * (MAX_CHARACTERS - 201)]
@@ -67,18 +67,18 @@ def test_white_space_has_no_parts(text):
     assert split_text(text) == []
 
 
-def test_white_space_in_a_text_that_is_cut():
+def test_runs_of_white_space_are_shortened_in_a_text_that_is_split():
     part = "a \t b\n\n\u00a0" + "x" * 296
     assert split_text(part + " y") == ["a b", "x" * 296 + " y"]
     assert split_text(part[:300]) == [part[:300]]
 
 
-def test_sentences_fill_the_parts():
+def test_parts_hold_as_many_sentences_as_fit():
     parts = split_text(" ".join([SENTENCE] * 15))  # five are 254 characters, six are 305
     assert parts == [" ".join([SENTENCE] * 5)] * 3
 
 
-def test_the_last_part_gets_its_share():
+def test_the_last_two_parts_are_about_equally_long():
     parts = split_text(" ".join([SENTENCE] * 11))
     assert [part.count(SENTENCE) for part in parts] == [5, 3, 3]
     words = split_text(" ".join(["word"] * 21), 100)  # 104 characters without a mark
@@ -104,7 +104,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("text", "parts"), ENDS.values(), ids=ENDS.keys())
-def test_ends_of_sentences(text, parts):
+def test_texts_are_split_at_ends_of_sentences(text, parts):
     assert split_text(text, len(" ".join(text.split())) - 1) == parts
 
 
@@ -116,7 +116,7 @@ WHOLE = [
 
 
 @pytest.mark.parametrize("phrase", WHOLE)
-def test_full_stops_that_end_nothing(phrase):
+def test_some_full_stops_do_not_end_a_sentence(phrase):
     """With any limit that a sentence fits, cuts are before and after it, and not in it."""
     before, after = "Aa aa aa aa aa aa.", "Bb bb bb bb bb bb."
     sentence = f"Cc cc {phrase} cc cc."
@@ -142,7 +142,7 @@ def test_a_sentence_that_is_too_long_is_cut_at_clauses(text, parts):
     assert split_text(text, len(text) - 1) == parts
 
 
-def test_a_sentence_is_not_cut_for_the_sake_of_the_one_before():
+def test_a_sentence_that_fits_is_not_split_to_fill_the_part_before():
     short, long = "Yes.", "a" * 60 + ", " + "b" * 60 + "."
     assert split_text(f"{short} {long}", 100)[-1] == "b" * 60 + "."
     assert split_text(f"{SENTENCE} {SENTENCE[:-1]}, {SENTENCE}", 110) == [
@@ -151,12 +151,12 @@ def test_a_sentence_is_not_cut_for_the_sake_of_the_one_before():
     ]
 
 
-def test_a_word_that_is_too_long_is_cut_hard():
+def test_a_word_that_is_too_long_is_split_anywhere():
     parts = split_text("x" * 5000)
     assert [len(part) for part in parts] == [300] * 15 + [250, 250]
 
 
-def test_letters_keep_their_accents():
+def test_letters_are_not_split_from_their_accents():
     assert split_text(("e" + ACUTE) * 6, 5) == [("e" + ACUTE) * 2] * 3
     family = JOINER.join("👩👧👦")
     assert split_text(family * 3, 9) == [family] * 3
@@ -186,7 +186,7 @@ def test_time_grows_with_the_text_and_not_with_its_square(text, characters):
 
 
 @pytest.mark.parametrize("limit", [0, -5])
-def test_the_limit_must_leave_room(limit):
+def test_a_limit_below_one_is_refused(limit):
     with pytest.raises(InputError, match=rf"^max_characters is {limit}, but must be at least 1$"):
         split_text("hello", limit)
 
@@ -224,24 +224,24 @@ SPOKEN = {
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_twice_as_long_as_slow_speech(text):
+def test_the_bound_is_twice_as_long_as_slow_speech(text):
     """Of all that is said, digits and symbols too: at 8 letters a second, twice, and 3 s."""
     spoken = dense(SPOKEN.get(text, text))
     assert needed_seconds(text) > 2 * len(spoken) / 8 + 3
 
 
 @pytest.mark.parametrize("text", [SENTENCE, "x" * 300, " ".join(["lorem ipsum"] * 20)])
-def test_a_bound_that_still_binds(text):
+def test_the_bound_is_not_too_loose(text):
     """Less than four times as long as ordinary speech, 14 letters a second, and the 6 s."""
     assert needed_seconds(text) <= 6 + 4 * len(dense(text)) / 14
 
 
-def test_white_space_and_accents_say_nothing():
+def test_white_space_and_accents_take_no_time():
     assert needed_seconds("a" + " " * 500 + "b\n\n\t\u3000\u200b") == needed_seconds("ab")
     assert needed_seconds("e" + ACUTE * 500) == needed_seconds("e")
 
 
-def test_parts_may_take_what_the_text_may_take():
+def test_the_parts_may_take_as_long_as_the_text():
     text = " ".join([SENTENCE] * 20)
     parts = split_text(text)
     total = sum(needed_seconds(part) - needed_seconds("") for part in parts)
@@ -249,7 +249,7 @@ def test_parts_may_take_what_the_text_may_take():
 
 
 @given(st.lists(st.text("aB5.!。…\"' \n", max_size=6), max_size=30))
-def test_sentences_are_the_same_wherever_the_search_begins(pieces):
+def test_sentences_do_not_depend_on_the_pieces(pieces):
     """Compared with a search of all that is left, each time."""
     stored, rest = Sentences(), ""
     for piece in pieces:
@@ -261,7 +261,7 @@ def test_sentences_are_the_same_wherever_the_search_begins(pieces):
 
 
 @pytest.mark.parametrize("text", ["a" * 10_000, "e.g. " * 2000, "." * 10_000, "a? b" * 2500])
-def test_a_character_more_is_no_search_of_all(text):
+def test_adding_a_character_does_not_search_the_whole_text(text):
     sentences = Sentences()
     sentences.add(text)
     started = time.process_time()

@@ -112,7 +112,7 @@ def one_line(caught, *parts):
 # Byte-level BPE
 
 
-def test_bpe_is_the_references_tokenizer(tmp_path, bpe):
+def test_bpe_equals_the_references_tokenizer(tmp_path, bpe):
     """csm `generator.py`: transformers' fast tokenizer with BOS and EOS as its template."""
     transformers = pytest.importorskip("transformers")
     bpe.save(str(tmp_path / "tokenizer.json"))
@@ -136,7 +136,7 @@ def test_bpe_is_the_references_tokenizer(tmp_path, bpe):
         f"{EOS}:0 $A:0 {BOS}:0",
     ],
 )
-def test_the_files_post_processor_has_no_say(bpe, template):
+def test_the_files_post_processor_is_not_used(bpe, template):
     ids = config_of(bpe).text_token_ids
     plain = BPETokenizer(bpe.to_str(), ids)
     bpe.post_processor = post_processor(bpe, template)
@@ -148,7 +148,7 @@ def test_the_files_post_processor_has_no_say(bpe, template):
         assert not {ids.bos, ids.eos} & set(encoded[1:-1])
 
 
-def test_the_files_truncation_and_padding_have_no_say(bpe):
+def test_the_files_truncation_and_padding_are_not_used(bpe):
     ids = config_of(bpe).text_token_ids
     plain = BPETokenizer(bpe.to_str(), ids)
     bpe.enable_truncation(3)
@@ -165,7 +165,7 @@ def test_special_tokens_in_a_text_are_text(bpe):
     assert bpe.decode(encoded[1:-1]) == text
 
 
-def test_bos_and_eos_are_the_configs(bpe_json):
+def test_bos_and_eos_are_those_of_the_config(bpe_json):
     ids = config.TextTokenIds(bos=7, eos=9)
     encoded = BPETokenizer(bpe_json, ids).encode("hello")
     assert (encoded[0], encoded[-1]) == (7, 9)
@@ -200,7 +200,7 @@ def test_byte_tokenizer_fits_the_presets(tmp_path, sizes):
 
 
 @pytest.mark.parametrize("options", [{}, {"bos_id": 5, "eos_id": 0, "unk_id": 3}])
-def test_sentencepiece_is_the_references_tokenizer(tmp_path, options):
+def test_sentencepiece_equals_the_references_tokenizer(tmp_path, options):
     model = train_sentencepiece(**options)
     (tmp_path / "tokenizer.model").write_bytes(model)
     reference = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -307,7 +307,7 @@ def test_a_vocabulary_larger_than_the_models_is_refused(tmp_path, bpe, sentencep
 
 
 @pytest.mark.parametrize("which", ["bos", "eos"])
-def test_bos_and_eos_must_fit_too(tmp_path, bpe, which):
+def test_bos_and_eos_beyond_the_vocabulary_are_refused(tmp_path, bpe, which):
     (tmp_path / "tokenizer.json").write_text(bpe.to_str())
     ids = dataclasses.replace(config_of(bpe).text_token_ids, **{which: 5000})
     with pytest.raises(CheckpointError) as caught:

@@ -249,6 +249,15 @@ class Codec:
         audio = np.concatenate(blocks, axis=1)
         return _like(codes, [row[:length] for row, length in zip(audio, lengths, strict=True)])
 
+    def clamp(self, codes: np.ndarray | Array) -> np.ndarray:
+        """Generated codes as the codec takes them: ids beyond the codebook become its last id.
+
+        The vocabulary of a model has a few ids that are no codes. A trained model does not generate
+        them, and one that does should not end a stream. What streams decode is clamped, and what
+        `Generator.decode` does; `decode` refuses such ids, which are a mistake in a recording.
+        """
+        return np.minimum(codes, self.config.codebook_size - 1)
+
     def encode_stream_state(self, batch: int = 1) -> State:
         """What `encode_samples` starts from."""
         return _init_encode_state(config=self.config, batch=batch)
@@ -272,9 +281,9 @@ class Codec:
     def decode_frames(self, codes: np.ndarray | Array, state: State) -> tuple[Array, State]:
         """Continues `batch` streams: int32 [batch, F, Q] to float32 [batch, F * frame_size].
 
-        Codes are taken as they are. Otherwise like `encode_samples`.
+        Codes are clamped (`clamp`). Otherwise like `encode_samples`.
         """
-        return _decode_step(self._params, codes, state, config=self.config)
+        return _decode_step(self._params, self.clamp(codes), state, config=self.config)
 
     def decode_rows(
         self, codes: np.ndarray, state: State, active: np.ndarray, restart: np.ndarray
@@ -285,6 +294,7 @@ class Codec:
           active: bool [batch]; the other rows' streams stand still, and their audio means nothing.
           restart: bool [batch], rows that begin a new stream.
         """
+        codes = self.clamp(codes)
         return _decode_rows(self._params, codes, state, active, restart, config=self.config)
 
     def programs(self, num_codebooks: int) -> Iterator[Program]:

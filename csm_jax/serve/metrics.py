@@ -63,7 +63,7 @@ class Metrics:
     def watch_engine(self, engine: Engine) -> None:
         """Reads the gauges of the engine from now on."""
         self._queue.set_function(lambda: engine.num_waiting)
-        self._speaking.set_function(lambda: engine.num_speaking)
+        self._speaking.set_function(lambda: engine.num_running)
         self._rows.set(engine.max_batch)
 
     def record_speech(self, timing: Timing, elapsed: float, audio_seconds: float) -> None:

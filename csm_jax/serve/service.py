@@ -17,6 +17,7 @@ from csm_jax.errors import InputError, first_line
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, Turn
 from csm_jax.request import Notice, Request
+from csm_jax.request_state import RequestState
 from csm_jax.serve.admission.api_keys import ApiKey, parse_keys
 from csm_jax.serve.admission.caller import INTERNAL, Caller
 from csm_jax.serve.admission.concurrency import Permit, RequestLimiter, StreamLimiter
@@ -208,7 +209,7 @@ class Service:
         if not any(map(_is_unencoded, context)):
             return request
         window = self.engine.max_seq_len
-        plan = await self.threads.work(caller, self.model.speech, request, _ignore, window)
+        plan = await self.threads.work(caller, RequestState, self.model, request, _ignore, window)
         for index in range(len(context) - plan.num_turns, len(context)):
             turn = context[index]
             if turn.codes is None and turn.audio is not None:

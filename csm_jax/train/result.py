@@ -130,7 +130,9 @@ class Sampler:
         whole = checkpoint.unflatten(flat, checkpoint.param_shapes(self._base.config))
         if self._config is None:
             whole["csm"] = compute_params(whole["csm"], self._precision)
-        model = Generator(self._base.config, jax.device_put(whole), self._base.tokenizer)
+        model = Generator.from_params(
+            self._base.config, jax.device_put(whole), self._base.tokenizer, self._precision
+        )
         audio = model.generate(self._say, notify=lambda notice: None)
         self._out.mkdir(exist_ok=True)
         save_audio(self._out / f"step-{step:06}.wav", audio, model.sample_rate)

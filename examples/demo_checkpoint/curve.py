@@ -32,7 +32,7 @@ def read_average(checkpoint: Path) -> dict[str, Any]:
 
 def rate(base: Base, params: dict[str, Any]) -> float:
     params = jax.tree.map(jnp.asarray, {"csm": params, "codec": base.codec_params})
-    model = Generator(base.config, params, base.tokenizer)
+    model = Generator.from_params(base.config, params, base.tokenizer, FLOAT32)
     return word_error_rate(speak(model, draw_requests(STRINGS.value, seed=1), batch=16))
 
 

@@ -177,7 +177,9 @@ def test_codes_after_context_audio_equal_transformers(layouts, reference):
     theirs = oracles.hf_greedy_from_audio(
         reference, torch.tensor(chat), [torch.tensor(waveform)], 20
     )
-    model = csm_jax.Generator(CONFIG, params_of(layouts["huggingface"], FLOAT32), tokenizer)
+    model = csm_jax.Generator.from_params(
+        CONFIG, params_of(layouts["huggingface"], FLOAT32), tokenizer, FLOAT32
+    )
     context = [csm_jax.Segment(speaker=3, text="heard before", audio=waveform)]
     ours = model.generate_codes("said now", 1, context, GREEDY, max_audio_length_ms=1600)
     np.testing.assert_array_equal(ours, theirs.numpy())

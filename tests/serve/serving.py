@@ -42,8 +42,8 @@ class Server:
         """Fails if a request still has a slot or waits for one."""
         engine = self.service.engine
         deadline = time.monotonic() + seconds
-        while engine.num_speaking or engine.num_waiting:
-            assert time.monotonic() < deadline, (engine.num_speaking, engine.num_waiting)
+        while engine.num_running or engine.num_waiting:
+            assert time.monotonic() < deadline, (engine.num_running, engine.num_waiting)
             time.sleep(0.02)
 
 

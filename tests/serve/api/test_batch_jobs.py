@@ -180,7 +180,7 @@ def test_interactive_requests_go_first(server):
     batch = server.post("/v1/batches", files={"file": lines(100)}).json()
     wait(server.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 2)
     engine = server.service.engine
-    assert engine.num_speaking < engine.max_batch
+    assert engine.num_running < engine.max_batch
     answer = server.post("/generate", json={"text": "one two three", "seed": 1})
     assert answer.status_code == 200
     counts = server.get(f"/v1/batches/{batch['id']}").json()["request_counts"]

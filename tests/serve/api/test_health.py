@@ -116,7 +116,7 @@ def test_a_full_queue_gets_429(model):
         for count in range(1, 7):
             waiting.append(asyncio.create_task(hold(running.url, until, started)))
             async with asyncio.timeout(30):
-                while engine.num_speaking + engine.num_waiting < count:
+                while engine.num_running + engine.num_waiting < count:
                     await asyncio.sleep(0.02)
         async with httpx.AsyncClient() as client:
             refused = await client.post(f"{running.url}/generate", json=LONG)
@@ -156,7 +156,7 @@ def test_a_running_response_is_finished_when_the_server_ends(model):
 
         thread = threading.Thread(target=ask)
         thread.start()
-        while not running.service.engine.num_speaking:
+        while not running.service.engine.num_running:
             time.sleep(0.01)
     thread.join()
     assert answers[0].status_code == 200

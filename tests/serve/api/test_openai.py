@@ -156,7 +156,7 @@ def test_a_disconnect_frees_the_slot(server, client):
         model="csm-1b", input=TEXT * 20, voice="slt", response_format="pcm", extra_body=body
     ) as answer:
         next(answer.iter_bytes())
-        assert server.service.engine.num_speaking == 1
+        assert server.service.engine.num_running == 1
     server.wait_until_idle(seconds=2)
 
 

@@ -36,7 +36,7 @@ def join(*frames: np.ndarray) -> np.ndarray:
 
 
 def play(drafts, chunks, limits=LIMITS, max_frames=ENDLESS):
-    """What a listener gets, and the events, if the guard is obeyed.
+    """The frames that are released, and the events, if the guard is obeyed.
 
     Args:
       drafts: whole utterances; the first is generated first, and after a fault the next from where
@@ -48,26 +48,26 @@ def play(drafts, chunks, limits=LIMITS, max_frames=ENDLESS):
     """
     codebooks = drafts[0].shape[1]
     guard = Guard(max_frames, codebooks, SILENCE, limits)
-    heard, events, position = [np.zeros((0, codebooks), np.int32)], [], 0
+    released, events, position = [np.zeros((0, codebooks), np.int32)], [], 0
     for size in itertools.cycle(chunks):
         frames = drafts[min(len(events), len(drafts) - 1)]
         if position >= len(frames):
             break
         verdict = guard.accept(frames[position : position + size])
-        heard.append(verdict.released)
-        assert verdict.kept == sum(map(len, heard))
+        released.append(verdict.released)
+        assert verdict.kept == sum(map(len, released))
         position += size
         if verdict.action is not Action.CONTINUE:
             events.append(verdict[1:])
             position = verdict.kept
         if verdict.action is Action.CUT:
-            return np.concatenate(heard), events
-    heard.append(guard.finish())
-    return np.concatenate(heard), events
+            return np.concatenate(released), events
+    released.append(guard.finish())
+    return np.concatenate(released), events
 
 
 def fires(frames: np.ndarray, **kwargs) -> tuple[int, int, str] | None:
-    """At which frame the guard fires first, how many it keeps and why."""
+    """The frame at which the guard fires first, how many frames it keeps, and the reason."""
     guard = Guard(kwargs.pop("max_frames", ENDLESS), frames.shape[1], SILENCE, **kwargs)
     for i in range(len(frames)):
         verdict = guard.accept(frames[i : i + 1])
@@ -77,9 +77,9 @@ def fires(frames: np.ndarray, **kwargs) -> tuple[int, int, str] | None:
 
 
 def assert_undisturbed(frames: np.ndarray) -> None:
-    heard, events = play([frames], [1])
+    released, events = play([frames], [1])
     assert events == []
-    np.testing.assert_array_equal(heard, frames)
+    np.testing.assert_array_equal(released, frames)
 
 
 # --- When it fires ------------------------------------------------------------------------------
@@ -87,15 +87,15 @@ def assert_undisturbed(frames: np.ndarray) -> None:
 
 @pytest.mark.parametrize("codebooks", [1, 2, 7, 32])
 @pytest.mark.parametrize("start", [0, 1, 40])
-def test_a_repeated_frame(codebooks, start):
-    """The frame itself, 12 repetitions, of which 3 are let through."""
+def test_a_repeated_frame_is_a_fault_after_one_second(codebooks, start):
+    """The frame itself, 12 repetitions, of which 3 are released."""
     frames = join(speech(start, 1, codebooks), loop(1, 50, 2, codebooks))
     assert fires(frames) == (start + 12, start + 1 + 3, REPEATS)
     assert_undisturbed(frames[: start + 12])
 
 
 @pytest.mark.parametrize("period", range(2, 26))
-def test_a_loop(period):
+def test_a_loop_is_a_fault_after_two_seconds_or_two_periods(period):
     """The period itself, then 2 s or two periods of repetition."""
     needed = max(25, 2 * period)
     frames = join(speech(30, 1), loop(period, 100, 2))
@@ -103,50 +103,50 @@ def test_a_loop(period):
     assert_undisturbed(frames[: 30 + period + needed - 1])
 
 
-def test_a_loop_that_is_too_long_to_be_one():
+def test_a_period_beyond_the_longest_is_no_loop():
     assert_undisturbed(loop(26, 300))
 
 
-def test_silence_after_speech():
+def test_silence_after_speech_is_a_fault():
     frames = join(speech(20), silence(60))
     assert fires(frames) == (20 + 30, 20 + 10, SILENT)
     assert_undisturbed(frames[: 20 + 30])
 
 
-def test_silence_before_speech():
+def test_silence_before_speech_may_be_longer():
     assert fires(silence(60)) == (49, 10, SILENT)
     assert_undisturbed(join(silence(49), speech(50)))
 
 
-def test_silence_after_silence_before_speech():
-    """A click begins no speech, two frames do."""
+def test_a_click_does_not_end_the_first_silence():
+    """One frame does not, two do."""
     click = join(silence(5), speech(1), silence(60))
     assert fires(click) == (5 + 1 + 45, 5 + 1 + 6, SILENT)  # one for the click, one off for it
     word = join(silence(5), speech(2), silence(60))
     assert fires(word) == (5 + 2 + 30, 5 + 2 + 10, SILENT)
 
 
-def test_silence_that_repeats_is_silence():
+def test_repeated_frames_of_silence_count_as_silence():
     """Digital silence has equal frames; 2.4 s of it are a pause and no loop."""
     still = np.tile(silence(1), (60, 1))
     assert_undisturbed(join(speech(20), still[:30], speech(20)))
     assert fires(join(speech(20), still)) == (20 + 30, 20 + 10, SILENT)
 
 
-def test_a_loop_with_pauses_in_it():
+def test_pauses_in_a_loop_do_not_count():
     """Silence in it does not count: 7 of each 10 frames do, until 25 have."""
     frames = join(*(join(speech(7), silence(3, i)) for i in range(10)))
     assert fires(frames) == (10 + 3 * 10 + 4 - 1, 10 + 3, REPEATS)
 
 
 @pytest.mark.parametrize(("strange", "at"), [(36, 45), (30, 50)])
-def test_a_strange_frame_next_to_a_pause_is_one_frame(strange, at):
+def test_a_strange_frame_beside_a_pause_counts_once(strange, at):
     frames = join(*(join(speech(7), silence(3, i)) for i in range(10)))
     frames[strange] = speech(1, 5)
     assert fires(frames) == (at, 10 + 3, REPEATS)
 
 
-def test_a_word_said_over_and_over_with_exact_pauses_ends():
+def test_a_word_repeated_with_exact_pauses_is_a_fault():
     frames = join(speech(20), np.tile(join(speech(6), np.tile(silence(1), (12, 1))), (20, 1)))
     at, _, reason = fires(frames)
     assert reason == REPEATS
@@ -155,7 +155,7 @@ def test_a_word_said_over_and_over_with_exact_pauses_ends():
 
 @pytest.mark.parametrize("codebook", range(1, 7))
 @pytest.mark.parametrize("period", [1, 5])
-def test_a_runaway_with_one_codebook_that_varies(codebook, period):
+def test_a_loop_in_which_one_codebook_varies_is_a_fault(codebook, period):
     frames = join(speech(30), loop(period, 60))
     expected = fires(frames)
     assert expected[2] == REPEATS
@@ -163,7 +163,7 @@ def test_a_runaway_with_one_codebook_that_varies(codebook, period):
     assert fires(frames) == expected
 
 
-def test_at_full_size_fine_detail_may_vary():
+def test_at_full_size_the_fine_codebooks_may_vary():
     frames = loop(1, 40, codebooks=32)
     frames[:, 8:] = speech(40, 5, codebooks=32)[:, 8:]
     assert fires(frames) == (12, 4, REPEATS)
@@ -174,7 +174,7 @@ def test_at_full_size_fine_detail_may_vary():
 
 
 @pytest.mark.parametrize("period", [2, 4, 9])
-def test_one_strange_frame_in_a_loop_is_forgiven_and_two_are_not(period):
+def test_one_strange_frame_does_not_end_a_loop_and_two_do(period):
     """It is strange twice, as itself and to its repetition, and costs two frames each time."""
     frames = join(speech(20), loop(period, 200))
     at = fires(frames)[0]
@@ -184,7 +184,7 @@ def test_one_strange_frame_in_a_loop_is_forgiven_and_two_are_not(period):
     assert fires(frames)[0] == 42 + period + 25 - 1
 
 
-def test_one_strange_frame_in_silence_is_forgiven_and_two_are_not():
+def test_one_strange_frame_does_not_end_a_silence_and_two_do():
     frames = join(speech(20), silence(200))
     at = fires(frames)[0]
     frames[40] = speech(1, 5)
@@ -194,14 +194,14 @@ def test_one_strange_frame_in_silence_is_forgiven_and_two_are_not():
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 25])
-def test_longer_than_its_text(chunk):
+def test_speech_longer_than_its_text_is_cut(chunk):
     frames = speech(100)
-    heard, events = play([frames], [chunk], max_frames=60)
+    released, events = play([frames], [chunk], max_frames=60)
     assert events == [(Action.CUT, TOO_LONG, 60)]
-    np.testing.assert_array_equal(heard, frames[:60])
-    heard, events = play([frames[:60]], [chunk], max_frames=60)
+    np.testing.assert_array_equal(released, frames[:60])
+    released, events = play([frames[:60]], [chunk], max_frames=60)
     assert events == []
-    assert len(heard) == 60
+    assert len(released) == 60
 
 
 def test_a_pause_at_the_end_of_what_the_text_needs_is_dropped():
@@ -214,7 +214,7 @@ def test_a_pause_at_the_end_of_what_the_text_needs_is_dropped():
 
 @pytest.mark.parametrize("codebooks", [7, 32])
 @pytest.mark.parametrize("seed", range(20))
-def test_speech(seed, codebooks):
+def test_random_speech_has_no_fault(seed, codebooks):
     frames = speech(400, seed, codebooks)
     verdict = Guard(ENDLESS, codebooks, SILENCE).accept(frames)
     assert (verdict.action, verdict.reason, verdict.kept) == (Action.CONTINUE, "", 400)
@@ -222,7 +222,7 @@ def test_speech(seed, codebooks):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_speech_of_few_sounds_with_pauses_up_to_two_seconds(seed):
+def test_few_sounds_and_pauses_up_to_two_seconds_are_no_fault(seed):
     """Twenty codes in codebook 0, as one voice has in a sentence."""
     rng = np.random.default_rng(seed)
     parts = []
@@ -235,14 +235,14 @@ def test_speech_of_few_sounds_with_pauses_up_to_two_seconds(seed):
 
 @pytest.mark.parametrize("vowel_frames", [10, 100])
 @pytest.mark.parametrize("constant", [1, 3, 5])
-def test_a_held_vowel(vowel_frames, constant):
+def test_a_held_vowel_is_no_fault(vowel_frames, constant):
     """One semantic code and some coarse acoustic ones; the waveform moves on in the others."""
     frames = speech(20 + vowel_frames + 20, 3, 32)
     frames[20 : 20 + vowel_frames, :constant] = frames[20, :constant]
     assert_undisturbed(frames)
 
 
-def test_laughter():
+def test_laughter_is_no_fault():
     """ "Ha ha ha": codebook 0 has a period of 3 for 4 s, the acoustic codes have none."""
     frames = speech(50, 4)
     frames[:, 0] = np.resize([100, 200, 300], 50)
@@ -250,8 +250,8 @@ def test_laughter():
     assert_undisturbed(join(speech(10), frames, speech(10)))
 
 
-def test_a_stutter():
-    """Even exact repetition is let pass for as long as it is short: four times 4 frames."""
+def test_a_stutter_is_no_fault():
+    """Even exact repetition is no fault while it is short: four times 4 frames."""
     assert_undisturbed(join(speech(10), loop(4, 16), speech(10)))
 
 
@@ -263,7 +263,7 @@ def test_a_stutter():
     [(silence(25), 10), (loop(1, 12), 1 + 3), (loop(6, 20), 6 + 3)],
     ids=["silence", "repeated", "loop"],
 )
-def test_a_run_is_held_and_let_go_when_it_ends(run, held_from):
+def test_a_run_is_held_and_released_when_it_ends(run, held_from):
     frames = join(speech(20), run, speech(20, 8))
     guard = Guard(ENDLESS, 7, SILENCE)
     kept = [guard.accept(frames[i : i + 1]).kept for i in range(len(frames))]
@@ -289,19 +289,19 @@ def test_finish_releases_what_is_held():
     assert guard.finish().shape == (0, 7)
 
 
-def test_finish_before_any_frame():
-    heard = Guard(ENDLESS, 7, SILENCE).finish()
-    assert (heard.shape, heard.dtype) == ((0, 7), np.int32)
+def test_finish_before_any_frame_releases_nothing():
+    released = Guard(ENDLESS, 7, SILENCE).finish()
+    assert (released.shape, released.dtype) == ((0, 7), np.int32)
 
 
-def test_nothing_held_is_released_after_it_was_dropped():
+def test_dropped_frames_are_not_released_later():
     guard = Guard(ENDLESS, 7, SILENCE)
     verdict = guard.accept(join(speech(20), silence(60)))
     assert (verdict.action, len(verdict.released)) == (Action.RESAMPLE, 30)
     assert len(guard.finish()) == 0
 
 
-def test_the_callers_buffer_may_change():
+def test_the_guard_copies_what_it_holds():
     frames = join(speech(20), silence(25))
     guard, buffer = Guard(ENDLESS, 7, SILENCE), frames.copy()
     released = guard.accept(buffer).released
@@ -312,15 +312,15 @@ def test_the_callers_buffer_may_change():
 # --- Trying again -------------------------------------------------------------------------------
 
 
-def test_a_better_draft_is_taken():
+def test_a_draft_without_a_fault_is_released():
     runaway = join(speech(20), silence(100))
     better = join(runaway[:30], speech(40, 9))
-    heard, events = play([runaway, better], [25])
+    released, events = play([runaway, better], [25])
     assert events == [(Action.RESAMPLE, SILENT, 30)]
-    np.testing.assert_array_equal(heard, better)
+    np.testing.assert_array_equal(released, better)
 
 
-def test_after_the_last_draft_it_is_cut():
+def test_the_last_draft_is_cut_at_its_fault():
     """The silence goes on in every draft, and is counted from its onset and not from the cut."""
     runaway = join(speech(20), silence(100))
     guard = Guard(ENDLESS, 7, SILENCE)
@@ -331,34 +331,34 @@ def test_after_the_last_draft_it_is_cut():
 
 
 @pytest.mark.parametrize("retries", [0, 1, 5])
-def test_as_many_drafts_as_wanted(retries):
+def test_max_retries_is_the_number_of_drafts(retries):
     runaway = join(speech(20), loop(1, 30))
     limits = dataclasses.replace(LIMITS, max_retries=retries)
-    heard, events = play([runaway], [4], limits)
+    released, events = play([runaway], [4], limits)
     assert events == [(Action.RESAMPLE, REPEATS, 24)] * retries + [(Action.CUT, REPEATS, 24)]
-    np.testing.assert_array_equal(heard, runaway[:24])
+    np.testing.assert_array_equal(released, runaway[:24])
 
 
-def test_drafts_are_counted_for_the_whole_utterance():
+def test_retries_are_counted_for_the_whole_utterance():
     """Different faults at different places share them."""
     first = join(speech(20), silence(60))
     second = join(first[:30], speech(20, 2), loop(3, 60))
     third = join(second[: 50 + 3 + 3], speech(20, 3), loop(1, 60, 4))
-    heard, events = play([first, second, third], [3])
+    released, events = play([first, second, third], [3])
     assert events == [
         (Action.RESAMPLE, SILENT, 30),
         (Action.RESAMPLE, REPEATS, 56),
         (Action.CUT, REPEATS, 80),
     ]
-    np.testing.assert_array_equal(heard, third[:80])
+    np.testing.assert_array_equal(released, third[:80])
 
 
 def test_dropped_frames_do_not_count_towards_the_length():
     runaway = join(speech(20), silence(60))
     better = join(runaway[:30], speech(40, 9))
-    heard, events = play([runaway, better], [1], max_frames=65)
+    released, events = play([runaway, better], [1], max_frames=65)
     assert events == [(Action.RESAMPLE, SILENT, 30), (Action.CUT, TOO_LONG, 65)]
-    assert len(heard) == 65
+    assert len(released) == 65
 
 
 # --- Chunks -------------------------------------------------------------------------------------
@@ -393,16 +393,16 @@ def drafts_of(rng: np.random.Generator) -> list[np.ndarray]:
     return drafts
 
 
-def test_chunks_make_no_difference():
+def test_the_outcome_does_not_depend_on_the_chunks():
     outcomes = set()
     for seed in range(60):
         rng = np.random.default_rng(seed)
         drafts, max_frames = drafts_of(rng), int(rng.choice([150, ENDLESS]))
-        heard, events = play(drafts, [1], max_frames=max_frames)
+        released, events = play(drafts, [1], max_frames=max_frames)
         chunkings = [[25], [5], [ENDLESS], [1, 24], *rng.integers(1, 40, (4, 50)).tolist()]
         for chunks in chunkings:
             again, same_events = play(drafts, chunks, max_frames=max_frames)
-            np.testing.assert_array_equal(again, heard)
+            np.testing.assert_array_equal(again, released)
             assert same_events == events
         outcomes |= {event[:2] for event in events} | {len(events)}
     # So that the drafts have had everything in them.
@@ -411,19 +411,19 @@ def test_chunks_make_no_difference():
     assert outcomes == resampled | cut | {0, 1, 2, 3}
 
 
-def test_what_is_heard_is_never_taken_back():
-    """With every draft, what is heard grows: it is a prefix of the draft that stands."""
+def test_released_frames_are_never_taken_back():
+    """What is released grows with every draft, and is a prefix of the current one."""
     for seed in range(60, 90):
         drafts = drafts_of(np.random.default_rng(seed))
-        heard, events = play(drafts, [25])
+        released, events = play(drafts, [25])
         standing = drafts[min(len(events), len(drafts) - 1)]
-        np.testing.assert_array_equal(heard, standing[: len(heard)])
+        np.testing.assert_array_equal(released, standing[: len(released)])
 
 
 # --- Limits -------------------------------------------------------------------------------------
 
 
-def test_limits_of_ones_own():
+def test_limits_can_be_set():
     limits = GuardLimits(
         repeated_frames=5,
         loop_frames=8,

@@ -1,16 +1,30 @@
+"""The decode step against one pass over the whole sequence, its seeds and its ends of speech."""
+
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from fixtures import generate, up_to_the_end
+from countdown import (
+    CONFIG,
+    GREEDY,
+    NUM_CODEBOOKS,
+    PROMPTS,
+    SAMPLED,
+    VOCAB,
+    blank_heads,
+    count_from,
+    countdown,
+    counted,
+    make_prompt,
+    random_weights,
+)
+from fixtures import generate
 from scipy import stats
 
-from csm_jax import config
 from csm_jax.cache import KVCache
-from csm_jax.decode_batch import DecodeBatch, Rewind, Utterance
+from csm_jax.decode_batch import DecodeBatch
 from csm_jax.decode_step import (
     CHUNK_FRAMES,
     GenerationState,
@@ -22,32 +36,10 @@ from csm_jax.decode_step import (
 )
 from csm_jax.generator import Generator
 from csm_jax.model import bind
-from csm_jax.precision import Precision
+from csm_jax.precision import FLOAT32, Precision
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import Sampling, SamplingParams
 from csm_jax.tokenizer import byte_tokenizer
-
-CONFIG = config.tiny()
-VOCAB, NUM_CODEBOOKS = CONFIG.audio_vocab_size, CONFIG.num_codebooks
-GREEDY = Sampling(greedy=True)
-
-
-def make_prompt(length: int, seed: int = 0, tiny: config.CSMConfig = CONFIG):
-    """Some text, some audio, and text."""
-    rng = np.random.default_rng(seed)
-    is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
-    columns = np.arange(tiny.num_codebooks + 1) < tiny.num_codebooks
-    mask = is_audio[:, None] == columns[None, :]
-    frames = rng.integers(0, tiny.audio_vocab_size, size=mask.shape, dtype=np.int32)
-    return np.where(mask, frames, 0).astype(np.int32), mask
-
-
-PROMPTS = [make_prompt(length, seed=length) for length in (5, 18, 31)]
-
-
-@functools.cache
-def random_weights():
-    return random_params(CONFIG)["csm"]
 
 
 def start(params, prompts, state: GenerationState | None = None) -> GenerationState:
@@ -125,7 +117,7 @@ def test_a_frame_depends_on_all_frames_before_it():
         assert (got[changed + 1 :] != codes[changed + 1 :]).any(axis=1).mean() > 0.5
 
 
-def test_up_to_the_last_position():
+def test_rows_may_fill_the_cache_to_the_last_position():
     """8 and 25 need 33 positions, one more than the smallest cache has; 60 is no power of two."""
     limit = 60
     backbone = dataclasses.replace(CONFIG.backbone, max_seq_len=limit)
@@ -139,8 +131,6 @@ def test_up_to_the_last_position():
 
 # --- Rows and seeds -----------------------------------------------------------------------------
 
-SAMPLED = [Sampling(), Sampling(temperature=1.3, top_p=0.9), Sampling(top_k=5, min_p=0.05)]
-
 
 @pytest.mark.parametrize("sampling", [[GREEDY] * 3, SAMPLED], ids=["greedy", "sampled"])
 def test_rows_of_a_ragged_batch_equal_the_same_rows_alone(sampling):
@@ -152,7 +142,7 @@ def test_rows_of_a_ragged_batch_equal_the_same_rows_alone(sampling):
         np.testing.assert_array_equal(row, alone)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_a_row_does_not_depend_on_other_rows():
     rows = generate(CONFIG, random_weights(), PROMPTS, SAMPLED, [1, 2, 3], max_frames=30)
     others = [SAMPLED[0], GREEDY, Sampling(top_p=0.1, repetition_penalty=3.0)]
     prompts = [PROMPTS[0], PROMPTS[2], PROMPTS[1]]
@@ -161,7 +151,7 @@ def test_a_row_does_not_depend_on_its_neighbours():
     assert not np.array_equal(rows[1], changed[1])
 
 
-def test_the_seed_decides():
+def test_equal_seeds_give_equal_codes_and_others_do_not():
     prompts, sampling = [PROMPTS[0]] * 3, [Sampling(top_k=VOCAB)] * 3
     seeds = [4, 4, 4 + 2**31]
     same, again, other = generate(CONFIG, random_weights(), prompts, sampling, seeds, max_frames=25)
@@ -181,7 +171,7 @@ def test_any_whole_number_is_a_seed(seed):
 
 
 def test_frames_draw_from_different_keys():
-    """With heads that know nothing, pairs of frames and pairs of rows are uniform."""
+    """With heads of zeros, pairs of frames and pairs of rows are uniform."""
     params = blank_heads(random_weights())
     sampling = [Sampling(temperature=1.0, top_k=VOCAB)] * 64
     codes = np.stack(
@@ -198,63 +188,35 @@ def test_frames_draw_from_different_keys():
         assert stats.chisquare(counts).pvalue > 1e-4, name
 
 
-def blank_heads(params):
-    heads = "codebook0_head", "depth_heads"
-    return params | {name: jax.tree.map(jnp.zeros_like, params[name]) for name in heads}
+# --- The cache ----------------------------------------------------------------------------------
+
+
+def test_leftovers_in_the_cache_have_no_effect():
+    dirty = jax.tree.map(lambda leaf: leaf + 1e3 if leaf.ndim == 4 else leaf, empty_state(3).cache)
+    codes = []
+    for state in (empty_state(3), empty_state(3)._replace(cache=dirty)):
+        state = start(random_weights(), PROMPTS, state)
+        codes.append(run_state(random_weights(), state, SAMPLED, 20)[1])
+    np.testing.assert_array_equal(*codes)
+
+
+def test_reading_the_filled_part_of_the_cache_equals_reading_all():
+    """The longest row comes to 51 of 64 positions."""
+    codes = []
+    for kv_length in (51, 64):
+        state = start(random_weights(), PROMPTS)
+        codes.append(run_state(random_weights(), state, SAMPLED, 20, kv_length)[1])
+    np.testing.assert_array_equal(*codes)
 
 
 # --- The end of speech --------------------------------------------------------------------------
-#
-# The weights of a model that counts down: attention and MLP add nothing, an id is a unit vector,
-# and so is its successor in the head. After text n it says frames of n - 1, n - 2, ... and, at 0,
-# the end.
-
-
-def countdown(first=None, depth=()):
-    """Weights of the counting model.
-
-    Args:
-      first: {id: id that codebook 0 has in the next frame}, where it is not one less.
-      depth: {(codebook, id before): id}, where a codebook does not repeat the one before it.
-    """
-    params = jax.tree.map(jnp.zeros_like, random_weights())
-    for stack in ("backbone", "depth_decoder"):
-        norm = {"scale": jnp.ones_like(params[stack]["norm"]["scale"])}
-        params[stack] = params[stack] | {"norm": norm}
-    embed_dim, depth_dim = CONFIG.backbone.embed_dim, CONFIG.depth_decoder.embed_dim
-    codes = np.eye(VOCAB, embed_dim, dtype=np.float32)
-    params["audio_embedding"] = jnp.asarray(np.tile(codes, (NUM_CODEBOOKS, 1)))
-    params["text_embedding"] = params["text_embedding"].at[:VOCAB].set(codes)
-    params["projection"] = {"weight": jnp.eye(depth_dim, embed_dim)}
-    successors = {code: code - 1 for code in range(1, VOCAB)} | {0: 0} | (first or {})
-    head = np.zeros((VOCAB, embed_dim), np.float32)
-    head[list(successors.values()), list(successors.keys())] = 1.0
-    params["codebook0_head"] = {"weight": jnp.asarray(head)}
-    heads = np.tile(np.eye(VOCAB, depth_dim, dtype=np.float32), (NUM_CODEBOOKS - 1, 1, 1))
-    for (codebook, before), code in dict(depth).items():
-        heads[codebook - 1, :, before] = 0.0
-        heads[codebook - 1, code, before] = 1.0
-    params["depth_heads"] = {"weight": jnp.asarray(heads)}
-    return params
-
-
-def say(count: int):
-    """A prompt after which the counting model says `count - 1` first."""
-    frames, mask = np.zeros((2, 3, NUM_CODEBOOKS + 1), np.int32)
-    frames[:, -1] = [20, 30, count]
-    mask[:, -1] = 1
-    return frames, mask.astype(bool)
-
-
-def counted(count: int) -> np.ndarray:
-    return np.repeat(np.arange(count - 1, 0, -1), NUM_CODEBOOKS).reshape(-1, NUM_CODEBOOKS)
 
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 7, 34), (34, 2, 1), (26, 27, 28), (3, 3, 5)])
 def test_every_row_ends_at_its_own_frame_of_zeros(counts):
     """At once (1), and around the end of a chunk of 25 frames."""
     rows = generate(
-        CONFIG, countdown(), [say(n) for n in counts], [GREEDY] * 3, [0] * 3, max_frames=60
+        CONFIG, countdown(), [count_from(n) for n in counts], [GREEDY] * 3, [0] * 3, max_frames=60
     )
     for row, count in zip(rows, counts, strict=True):
         assert row.shape == (count - 1, NUM_CODEBOOKS)
@@ -265,21 +227,21 @@ def test_every_row_ends_at_its_own_frame_of_zeros(counts):
     ("count", "progress"), [(14, [5, 10, 14]), (5, [5]), (1, [1]), (6, [5, 6])]
 )
 def test_the_loop_stops_when_all_rows_have_ended(count, progress):
-    """The frame of zeros counts too: it took its time."""
+    """The frame of zeros counts too."""
     frames_run = []
-    prompts = [say(n) for n in (1, count, 1)]
+    prompts = [count_from(n) for n in (1, count, 1)]
     generate(CONFIG, countdown(), prompts, [GREEDY] * 3, [0] * 3, 60, 5, frames_run.append)
     assert frames_run == progress
 
 
 @pytest.mark.parametrize("chunk", [5, CHUNK_FRAMES, 1000])
 @pytest.mark.parametrize("max_frames", [1, 5, 7, 25, 26, 60])
-def test_max_frames(max_frames, chunk):
+def test_no_more_than_max_frames_are_generated(max_frames, chunk):
     """However many frames are asked for at a time; a run makes no more than `CHUNK_FRAMES`."""
     frames_run = []
     forever = countdown(first={1: 34})
     watch = frames_run.append
-    (codes,) = generate(CONFIG, forever, [say(34)], [GREEDY], [0], max_frames, chunk, watch)
+    (codes,) = generate(CONFIG, forever, [count_from(34)], [GREEDY], [0], max_frames, chunk, watch)
     expected = [33 - t if t < 33 else 34 - (t - 33) for t in range(max_frames)]
     np.testing.assert_array_equal(codes, np.repeat(expected, NUM_CODEBOOKS).reshape(codes.shape))
     step = min(chunk, CHUNK_FRAMES)
@@ -288,7 +250,7 @@ def test_max_frames(max_frames, chunk):
 
 @pytest.mark.parametrize("max_frames", [3, 4, 5])
 def test_an_end_at_the_last_frame_allowed(max_frames):
-    (codes,) = generate(CONFIG, countdown(), [say(5)], [GREEDY], [0], max_frames)
+    (codes,) = generate(CONFIG, countdown(), [count_from(5)], [GREEDY], [0], max_frames)
     np.testing.assert_array_equal(codes, counted(5)[:max_frames])
 
 
@@ -302,16 +264,18 @@ ALMOST_ENDS = {
 
 @pytest.mark.parametrize(("first", "depth", "frame"), ALMOST_ENDS.values(), ids=ALMOST_ENDS.keys())
 def test_some_zeros_are_not_the_end(first, depth, frame):
-    (codes,) = generate(CONFIG, countdown(first, depth), [say(3)], [GREEDY], [0], max_frames=10)
+    (codes,) = generate(
+        CONFIG, countdown(first, depth), [count_from(3)], [GREEDY], [0], max_frames=10
+    )
     assert len(codes) == 10
     assert frame in codes.tolist()
 
 
-def test_ended_rows_stand_still():
+def test_ended_rows_do_not_advance():
     """They keep returning zeros, and the others go on: the codes of the compiled loop itself, in
-    a model that would speak on after its end."""
+    a model that would go on after its end."""
     params = countdown(first={0: 34})
-    state = start(params, [say(n) for n in (3, 20, 1)])
+    state = start(params, [count_from(n) for n in (3, 20, 1)])
     state, codes, count = run_state(params, state, [GREEDY] * 3, 10)
     assert count == 10
     assert codes.shape == (3, CHUNK_FRAMES, NUM_CODEBOOKS)
@@ -336,7 +300,7 @@ def test_sampled_rows_end_too():
     """At a temperature that leaves no doubt."""
     sampling = [Sampling(temperature=0.1)] * 3
     rows = generate(
-        CONFIG, countdown(), [say(n) for n in (4, 1, 9)], sampling, [1, 2, 3], max_frames=60
+        CONFIG, countdown(), [count_from(n) for n in (4, 1, 9)], sampling, [1, 2, 3], max_frames=60
     )
     for row, count in zip(rows, (4, 1, 9), strict=True):
         np.testing.assert_array_equal(row, counted(count))
@@ -345,211 +309,21 @@ def test_sampled_rows_end_too():
 def test_an_end_at_once_is_empty_audio():
     params = random_params(CONFIG)
     params["csm"] = blank_heads(params["csm"])
-    model = Generator(CONFIG, params, byte_tokenizer(CONFIG))
+    model = Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
     notices = []
-    said = dict(sampling=GREEDY, max_audio_length_ms=2400, notify=notices.append)
-    codes, audio = model.generate_codes("hello", **said), model.generate("hello", **said)
-    assert list(model.stream("hello", **said)) == []
+    options = dict(sampling=GREEDY, max_audio_length_ms=2400, notify=notices.append)
+    codes, audio = model.generate_codes("hello", **options), model.generate("hello", **options)
+    assert list(model.stream("hello", **options)) == []
     assert [notice.kind for notice in notices] == ["nothing_said"] * 3
     assert codes.shape == (0, NUM_CODEBOOKS)
     assert audio.shape == (0,)
     assert audio.dtype == np.float32
 
 
-# --- Rows that come and go ----------------------------------------------------------------------
-
-KINDS = {"greedy": [GREEDY] * 3, "sampled": SAMPLED}
-kinds = pytest.mark.parametrize("sampling", KINDS.values(), ids=KINDS.keys())
+# --- Repetition penalty, shapes and types -------------------------------------------------------
 
 
-# Few shapes are compiled: 33 to 64 positions, in batches of 3.
-NUM_FRAMES = 28
-
-
-@functools.cache
-def alone(length: int, sampling: Sampling, seed: int, max_frames: int = NUM_FRAMES) -> np.ndarray:
-    prompt = make_prompt(length, seed=length)
-    (codes,) = generate(CONFIG, random_weights(), [prompt], [sampling], [seed], max_frames)
-    assert len(codes) == max_frames
-    return codes
-
-
-def new_batch(params=None, max_seq_len: int = 64) -> DecodeBatch:
-    return DecodeBatch(CONFIG, params or random_weights(), 3, max_seq_len)
-
-
-def run_on(batch: DecodeBatch, num_frames: int) -> np.ndarray:
-    """Codes [B, num_frames, Q], however many runs it takes."""
-    codes = np.zeros((batch.size, 0, NUM_CODEBOOKS), np.int32)
-    while codes.shape[1] < num_frames:
-        codes = np.concatenate([codes, batch.run(num_frames - codes.shape[1])[0]], axis=1)
-    return codes
-
-
-@kinds
-@pytest.mark.parametrize("schedule", range(4))
-def test_rows_come_and_go_without_a_trace(sampling, schedule):
-    """Every row says what it says alone, whoever joins, leaves or goes back beside it, wherever
-    and whenever, and whoever was in its place before: random schedules."""
-    rng = np.random.default_rng(schedule)
-    batch = new_batch()
-    waiting = [(length, sampling[i % 3], i) for i, length in enumerate((5, 31, 18, 36, 7, 33, 12))]
-    speaking: dict[int, tuple] = {}
-    spoken: dict[tuple, np.ndarray] = {}
-    while waiting or speaking:
-        for index in sorted({0, 1, 2} - speaking.keys()):
-            if waiting and rng.random() < 0.6:
-                length, values, seed = speaking[index] = waiting.pop()
-                spoken[speaking[index]] = np.zeros((0, NUM_CODEBOOKS), np.int32)
-                prompt = make_prompt(length, seed=length)
-                batch.join(index, Utterance(prompt, values, seed, NUM_FRAMES))
-        codes, _ = batch.run(int(rng.integers(1, 9)))
-        for index, who in list(speaking.items()):
-            spoken[who] = np.concatenate([spoken[who], codes[index]])
-            if rng.random() < 0.2:
-                spoken[who] = spoken[who][: rng.integers(0, len(spoken[who]) + 1)]
-                batch.rewind(index, Rewind(spoken[who], seed=who[2]))
-            if len(spoken[who]) == NUM_FRAMES or rng.random() < 0.05:
-                batch.leave(index)
-                del speaking[index]
-    assert max(map(len, spoken.values())) == NUM_FRAMES
-    for who, codes in spoken.items():
-        np.testing.assert_array_equal(codes, alone(*who)[: len(codes)])
-
-
-@kinds
-@pytest.mark.parametrize("num_kept", [0, 1, 9, 20])
-def test_going_back_with_the_same_seed_says_the_same_again(sampling, num_kept):
-    """Beside a neighbour that does not notice."""
-    batch = new_batch()
-    for index in range(2):
-        batch.join(index, Utterance(PROMPTS[index], sampling[index], index, 33))
-    codes = run_on(batch, 20)
-    neighbour = [codes[1]]
-    for _ in range(2):
-        batch.rewind(0, Rewind(codes[0, :num_kept], seed=0))
-        if num_kept == 20:
-            break
-        again = run_on(batch, min(6, 20 - num_kept))
-        np.testing.assert_array_equal(again[0], codes[0, num_kept:][: again.shape[1]])
-        neighbour.append(again[1])
-    expected = generate(CONFIG, random_weights(), PROMPTS[1:2], sampling[1:2], [1], 33)[0]
-    neighbour = np.concatenate(neighbour)
-    np.testing.assert_array_equal(neighbour, expected[: len(neighbour)])
-
-
-def test_going_back_with_another_seed_says_something_else():
-    """After the frames that are kept: with greedy sampling, which no seed changes, the rest is the
-    same; so the first frames are all there."""
-    for values, is_same in ((GREEDY, True), (Sampling(top_k=VOCAB), False)):
-        batch = new_batch()
-        batch.join(0, Utterance(PROMPTS[1], values, 0, 28))
-        codes = run_on(batch, 20)[0]
-        batch.rewind(0, Rewind(codes[:8], seed=1))
-        other = run_on(batch, 12)[0]
-        assert np.array_equal(other, codes[8:]) == is_same
-        batch.rewind(0, Rewind(np.concatenate([codes[:8], other[:3]]), seed=1))
-        np.testing.assert_array_equal(run_on(batch, 9)[0], other[3:])
-
-
-def test_what_was_taken_back_is_not_penalised():
-    sampling = Sampling(greedy=True, repetition_penalty=1e6)
-    batch = new_batch()
-    batch.join(0, Utterance(PROMPTS[1], sampling, 0, 28))
-    codes = run_on(batch, 20)[0]
-    assert len(set(codes[:, 0])) > 12
-    for num_kept in (0, 7):
-        batch.rewind(0, Rewind(codes[:num_kept], seed=0))
-        np.testing.assert_array_equal(run_on(batch, 20 - num_kept)[0], codes[num_kept:])
-
-
-def test_going_back_from_the_end():
-    batch = new_batch(countdown())
-    batch.join(1, Utterance(say(6), GREEDY, 0, 40))
-    codes, ended = batch.run(20)
-    np.testing.assert_array_equal(up_to_the_end(codes[1]), counted(6))
-    assert ended.all()
-    assert batch.run(20)[0].shape == (3, 0, NUM_CODEBOOKS)
-    batch.rewind(1, Rewind(codes[1, :2], seed=1))
-    again, ended = batch.run(20)
-    np.testing.assert_array_equal(again, codes[:, 2:])
-    assert ended.all()
-
-
-@pytest.mark.parametrize("lengths", [(5, 31), (31, 5), (31, 31), (20, 36)], ids=str)
-def test_the_occupant_before_leaves_no_trace(lengths):
-    batch = new_batch()
-    for length in lengths:
-        prompt = make_prompt(length, seed=length)
-        batch.join(1, Utterance(prompt, SAMPLED[0], 3, NUM_FRAMES))
-        codes = run_on(batch, NUM_FRAMES)[1]
-        batch.leave(1)
-    np.testing.assert_array_equal(codes, alone(lengths[1], SAMPLED[0], 3))
-
-
-def test_what_lies_in_the_cache_has_no_effect():
-    dirty = jax.tree.map(lambda leaf: leaf + 1e3 if leaf.ndim == 4 else leaf, empty_state(3).cache)
-    codes = []
-    for state in (empty_state(3), empty_state(3)._replace(cache=dirty)):
-        state = start(random_weights(), PROMPTS, state)
-        codes.append(run_state(random_weights(), state, SAMPLED, 20)[1])
-    np.testing.assert_array_equal(*codes)
-
-
-def test_attending_to_what_there_is_says_the_same_as_attending_to_all():
-    """The longest row comes to 51 of 64 positions."""
-    codes = []
-    for kv_length in (51, 64):
-        state = start(random_weights(), PROMPTS)
-        codes.append(run_state(random_weights(), state, SAMPLED, 20, kv_length)[1])
-    np.testing.assert_array_equal(*codes)
-
-
-def test_the_length_of_a_batch_has_no_effect():
-    batch = new_batch(max_seq_len=512)
-    batch.join(1, Utterance(PROMPTS[1], SAMPLED[1], 5, NUM_FRAMES))
-    np.testing.assert_array_equal(run_on(batch, NUM_FRAMES)[1], alone(18, SAMPLED[1], 5))
-
-
-def test_a_run_pauses_when_a_row_ends():
-    """Anew: rows that had ended before, or that nobody is in, are no reason."""
-    batch = new_batch(countdown())
-    batch.join(0, Utterance(say(3), GREEDY, 0, 30))
-    batch.join(2, Utterance(say(9), GREEDY, 0, 30))
-    runs = [batch.run(25, pause=True) for _ in range(3)]
-    assert [codes.shape[1] for codes, _ in runs] == [3, 6, 0]
-    assert [ended.tolist() for _, ended in runs] == [[True, True, False], [True] * 3, [True] * 3]
-    codes = np.concatenate([codes for codes, _ in runs], axis=1)
-    for row, count in zip(codes, (3, 1, 9), strict=True):
-        np.testing.assert_array_equal(up_to_the_end(row), counted(count))
-
-
-def test_a_run_stops_at_the_limit_of_a_row():
-    batch = new_batch()
-    batch.join(0, Utterance(PROMPTS[0], GREEDY, 0, NUM_FRAMES))
-    batch.join(1, Utterance(PROMPTS[1], GREEDY, 0, 4))
-    first = batch.run(25)[0]
-    assert first.shape[1] == 4
-    assert batch.run(25)[0].shape[1] == 0
-    batch.leave(1)
-    codes = np.concatenate([first[0], run_on(batch, NUM_FRAMES - 4)[0]])
-    np.testing.assert_array_equal(codes, alone(5, GREEDY, 0))
-    assert batch.run(25)[0].shape[1] == 0
-    batch.rewind(0, Rewind(codes[:22], seed=0))
-    assert batch.run(25)[0].shape[1] == NUM_FRAMES - 22
-
-
-def test_a_row_that_is_too_long_is_refused():
-    batch = new_batch(max_seq_len=40)
-    with pytest.raises(ValueError, match=r"31 \+ 10 positions in 40"):
-        batch.join(0, Utterance(PROMPTS[2], GREEDY, 0, 10))
-    batch.join(0, Utterance(PROMPTS[2], GREEDY, 0, 9))
-
-
-# --- Repetition penalty -------------------------------------------------------------------------
-
-
-def test_a_huge_penalty_says_every_id_once():
+def test_with_a_huge_penalty_every_id_comes_once():
     """All logits are negative here, so that the penalty makes any used id the least likely."""
     params = dict(random_weights())
     head = np.abs(params["codebook0_head"]["weight"])
@@ -563,9 +337,6 @@ def test_a_huge_penalty_says_every_id_once():
     assert len(set(rows[1][:, 0])) < VOCAB / 2
     depth_ids = [len(set(rows[0][:, codebook])) for codebook in range(1, NUM_CODEBOOKS)]
     assert min(depth_ids) < VOCAB  # the penalty is for codebook 0 alone
-
-
-# --- Compilation and types ----------------------------------------------------------------------
 
 
 def test_few_shapes_are_compiled():
@@ -585,7 +356,7 @@ def test_few_shapes_are_compiled():
 
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activations", ["float32", "weights"])
-def test_narrow_types(weights, activations):
+def test_codes_are_generated_in_narrow_types(weights, activations):
     """Activations are float32 on a CPU and of the weights' type elsewhere; here both are tried."""
     activations = weights if activations == "weights" else activations
     precision = Precision(jnp.dtype(weights), jnp.dtype(activations))
@@ -598,7 +369,7 @@ def test_narrow_types(weights, activations):
     assert codes.max() < VOCAB
 
 
-def test_two_codebooks_are_the_fewest():
+def test_two_codebooks_are_enough():
     two = dataclasses.replace(CONFIG, num_codebooks=2)
     params = random_params(two)["csm"]
     prompt = make_prompt(6, tiny=two)

@@ -1,4 +1,4 @@
-"""Fair shares: none starves, weights count, nothing idles, and a share keeps its order."""
+"""Fair scheduling: no share starves, weights count, no slot idles, and a share keeps its order."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -61,8 +61,8 @@ def test_one_server_is_shared_by_weight(names, rounds):
 
 @settings(deadline=None)
 @given(st.integers(1, 9))
-def test_rows_are_shared_by_weight(num_rows):
-    """While nothing finishes, no share has a row more per weight than another lacks."""
+def test_slots_are_shared_by_weight(num_rows):
+    """While nothing finishes, no share has a slot more per weight than another lacks."""
     queue = FairQueue()
     for number in range(9):
         push(queue, "a", number, 1.0)
@@ -73,7 +73,7 @@ def test_rows_are_shared_by_weight(num_rows):
 
 @settings(deadline=None)
 @given(st.integers(0, 20), st.integers(1, 3))
-def test_endless_new_shares_starve_none(before, per_service):
+def test_endless_new_shares_starve_no_other(before, per_service):
     """A share that waits is served although fresh shares come faster than they are served."""
     queue = FairQueue()
     for number in range(before):
@@ -91,7 +91,7 @@ def test_endless_new_shares_starve_none(before, per_service):
     raise AssertionError("never served")
 
 
-def test_a_newcomer_is_next():
+def test_a_new_share_is_next():
     """However long the queue of another share is, and however often that was served."""
     queue = FairQueue()
     for number in range(50):
@@ -103,7 +103,7 @@ def test_a_newcomer_is_next():
     assert queue.pop() == ("b", 0)
 
 
-def test_coming_again_and_again_gains_nothing():
+def test_submitting_one_at_a_time_gains_nothing():
     """A share that has one item at a time gets no more than one that has many."""
     queue, served = FairQueue(), Counter()
     for number in range(100):
@@ -118,7 +118,7 @@ def test_coming_again_and_again_gains_nothing():
     assert abs(served["one"] - served["many"]) <= 2
 
 
-def test_a_yielded_item_goes_first_of_its_share():
+def test_a_yielded_item_goes_first_in_its_share():
     queue = FairQueue()
     for number in range(3):
         push(queue, "a", number)
@@ -132,7 +132,7 @@ def test_a_yielded_item_goes_first_of_its_share():
     assert not queue.should_yield("b")
 
 
-def test_a_kept_row_is_for_shares_that_have_none():
+def test_a_kept_slot_is_for_shares_without_one():
     queue = FairQueue()
     push(queue, "a", 0)
     push(queue, "a", 1)
@@ -142,7 +142,7 @@ def test_a_kept_row_is_for_shares_that_have_none():
     assert queue.pop(idle_only=True) == ("b", 0)
 
 
-def test_shares_that_are_gone_are_forgotten():
+def test_idle_shares_are_dropped():
     queue = FairQueue()
     for number in range(1000):
         push(queue, f"share {number}", 0)
@@ -163,7 +163,7 @@ def test_a_waiting_item_can_be_removed():
 
 @dataclass(eq=False)
 class Wanted:
-    """A request for a row."""
+    """A request for a slot."""
 
     share: str
     weight: float = 1.0
@@ -176,17 +176,17 @@ def fill(rows: RowScheduler, *shares: str, in_background: bool = False) -> None:
 
 
 def taken(rows: RowScheduler) -> str:
-    """The shares that get rows now, in their order."""
+    """The shares that get slots now, in their order."""
     return "".join(request.share for request in iter(rows.pop, None))
 
 
-def test_rows_are_given_to_shares_in_turn():
+def test_shares_get_slots_in_turn():
     rows = RowScheduler(4)
     fill(rows, *"aaaabc")
     assert taken(rows) == "abca"
 
 
-def test_background_leaves_a_row_free_and_yields_to_live_requests():
+def test_the_background_leaves_a_slot_free_and_yields_to_live_requests():
     rows = RowScheduler(3)
     fill(rows, *"xxyy", in_background=True)
     background = [rows.pop() for _ in range(2)]
@@ -201,8 +201,8 @@ def test_background_leaves_a_row_free_and_yields_to_live_requests():
     assert taken(rows) == "a"
 
 
-def test_owners_take_turns_in_the_background():
-    """However many lines one of them has."""
+def test_shares_take_turns_in_the_background():
+    """However many requests one of them has."""
     rows = RowScheduler(1)
     fill(rows, *"xxxxyyy", in_background=True)
     order = ""
@@ -212,20 +212,20 @@ def test_owners_take_turns_in_the_background():
     assert order == "xyxyxyx"
 
 
-def test_rows_are_kept_for_shares_without_one():
+def test_slots_are_kept_for_shares_without_one():
     rows = RowScheduler(3, kept_rows=1)
     fill(rows, *"aaaa")
     assert taken(rows) == "aa"
     fill(rows, *"b")
     assert taken(rows) == "b"
-    # The only row of a batch is not kept free.
+    # The only slot of a batch is not kept free.
     alone = RowScheduler(1, kept_rows=1)
     fill(alone, "a")
     assert taken(alone) == "a"
 
 
-def test_a_row_is_kept_while_several_shares_ask():
-    """A lone share has all rows, and again when it has been alone for a minute."""
+def test_a_slot_is_kept_while_several_shares_ask():
+    """A lone share has all slots, and again when it has been alone for a minute."""
     now = 0.0
     rows = RowScheduler(3, kept_beside_others=1, clock=lambda: now)
 
@@ -248,8 +248,8 @@ def test_a_row_is_kept_while_several_shares_ask():
     assert run(*"aaaa") == "aaa"
 
 
-def test_a_row_is_free_for_the_next_newcomer():
-    """Once a second share has asked, a flood of the first leaves a row to whoever comes next."""
+def test_a_slot_is_free_for_the_next_new_share():
+    """Once a second share has asked, a flood of the first leaves a slot to the next new share."""
     rows = RowScheduler(2, kept_beside_others=1, clock=lambda: 0.0)
     fill(rows, *"aaaa")
     flood = [rows.pop() for _ in range(2)]

@@ -1,0 +1,33 @@
+"""Fixtures of the tests of inference: one small model, and what it generates without an engine."""
+
+import dataclasses
+import threading
+
+import pytest
+from engine_requests import REQUESTS, SMALL
+
+import csm_jax
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left():
+    # Other files of the same worker may have an engine that lives longer.
+    before = set(threading.enumerate())
+    yield
+    left = [thread.name for thread in threading.enumerate() if thread not in before]
+    assert "csm_jax.Engine" not in left
+
+
+@pytest.fixture(scope="session")
+def model():
+    return dataclasses.replace(csm_jax.load("random:tiny"), inference=SMALL)
+
+
+@pytest.fixture(scope="session")
+def alone(model):
+    """Codes and notices of each request without an engine."""
+    outcomes = {}
+    for name, request in REQUESTS.items():
+        notices = []
+        outcomes[name] = model.generate_codes(request, notify=notices.append), notices
+    return outcomes
