@@ -80,8 +80,10 @@ class HttpProtocol(H11Protocol):
             # A proxy may treat what follows as a part of the body (RFC 9112, 6.3).
             self.transport.close()
         self._is_ending = True
-        super().on_response_complete()
-        self._is_ending = False
+        try:
+            super().on_response_complete()
+        finally:
+            self._is_ending = False
         # uvicorn's timer would run while the response is being sent; that of `Connection` does not.
         self._unset_keepalive_if_required()
         self._connection.settle(is_answered=True)
