@@ -260,7 +260,7 @@ def test_tiny_chunks_on_many_connections_do_not_delay_other_clients():
             assert b" 200 " in running.ask_from("127.0.0.2")
             waits.append(time.monotonic() - started)
             assert time.monotonic() < deadline
-        assert sorted(waits)[2] < 0.5
+        assert sorted(waits)[2] < 1
 
 
 def test_requests_behind_others_do_not_delay_other_clients():
