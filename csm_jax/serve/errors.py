@@ -15,7 +15,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from csm_jax.errors import CSMError, InputError, QueueFullError, RequestCancelledError
-from csm_jax.serve.store.errors import QuotaError, StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -70,6 +69,18 @@ class ApiError(Exception):
 
 class ClientGoneError(Exception):
     """The client has closed the connection."""
+
+
+class StorageError(CSMError):
+    """The database cannot be read or written."""
+
+
+class StorageFullError(StorageError):
+    """The disk has no room."""
+
+
+class QuotaError(CSMError):
+    """An owner, or all owners together, would store more than the limits allow."""
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -6,6 +6,9 @@ from pathlib import Path
 from csm_jax.request import DEFAULT_SAMPLING
 from csm_jax.sampling import Sampling
 
+# The path of the page on which users try the server. It needs no API key.
+PAGE_PATH = "/page"
+
 
 @dataclass(frozen=True)
 class Limits:

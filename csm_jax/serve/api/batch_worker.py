@@ -12,11 +12,10 @@ from csm_jax.errors import InputError, first_line
 from csm_jax.serve.api.openai import Speech, as_request
 from csm_jax.serve.api.responses import speak_whole
 from csm_jax.serve.audio.encoding import FORMATS
-from csm_jax.serve.errors import as_api_error, as_bad_field
+from csm_jax.serve.errors import StorageError, as_api_error, as_bad_field
 from csm_jax.serve.service import Service
 from csm_jax.serve.store.batches import Line
 from csm_jax.serve.store.database import FIRST_PAUSE, LAST_PAUSE
-from csm_jax.serve.store.errors import StorageError
 
 Endpoint = Literal["/v1/audio/speech"]
 # Attempts at a line that fails by no fault of its own.

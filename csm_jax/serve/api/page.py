@@ -12,8 +12,8 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import RedirectResponse
 
 from csm_jax.serve.errors import ApiError
+from csm_jax.serve.settings import PAGE_PATH
 
-PAGE = "/page"
 INDEX = "index.html"
 DOCS = "docs.html"
 DIRECTORY = Path(__file__).parents[1] / "static"
@@ -82,19 +82,19 @@ def router() -> APIRouter:
     routes = APIRouter(include_in_schema=False)
 
     @routes.get("/")
-    @routes.get(PAGE)
+    @routes.get(PAGE_PATH)
     def root() -> RedirectResponse:
-        return RedirectResponse(f"{PAGE[1:]}/")
+        return RedirectResponse(f"{PAGE_PATH[1:]}/")
 
     @routes.get("/docs")
     def docs() -> RedirectResponse:
-        return RedirectResponse(f"{PAGE[1:]}/{DOCS}")
+        return RedirectResponse(f"{PAGE_PATH[1:]}/{DOCS}")
 
-    @routes.get(f"{PAGE}/")
+    @routes.get(f"{PAGE_PATH}/")
     def index(request: Request) -> Response:
         return files[INDEX].response(request)
 
-    @routes.get(f"{PAGE}/{{name}}")
+    @routes.get(f"{PAGE_PATH}/{{name}}")
     def file(request: Request, name: str) -> Response:
         if name not in files:
             raise ApiError(404, "the page has no such file", code="not_found")

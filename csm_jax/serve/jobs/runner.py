@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from csm_jax.errors import QueueFullError
 from csm_jax.scheduler import FairQueue
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.errors import ApiError, as_api_error
+from csm_jax.serve.errors import ApiError, QuotaError, StorageError, as_api_error
 from csm_jax.serve.jobs.job import (
     Job,
     JobHandler,
@@ -27,7 +27,6 @@ from csm_jax.serve.jobs.job import (
 )
 from csm_jax.serve.jobs.webhooks import Webhooks
 from csm_jax.serve.middleware.request_log import request_id
-from csm_jax.serve.store.errors import QuotaError, StorageError
 from csm_jax.serve.store.jobs import Delivery, JobStore
 
 logger = logging.getLogger("csm_jax.serve")

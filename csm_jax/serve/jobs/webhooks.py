@@ -14,9 +14,8 @@ from urllib.parse import urlsplit
 
 from csm_jax.errors import InputError
 from csm_jax.serve.admission.caller import Caller
-from csm_jax.serve.errors import ApiError
+from csm_jax.serve.errors import ApiError, StorageError
 from csm_jax.serve.network.outbound_http import OutboundHTTP, check_url
-from csm_jax.serve.store.errors import StorageError
 from csm_jax.serve.store.jobs import Delivery, JobStore
 
 logger = logging.getLogger("csm_jax.serve")

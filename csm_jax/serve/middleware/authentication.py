@@ -11,15 +11,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from csm_jax.serve.admission.api_keys import ApiKey, find_key
 from csm_jax.serve.admission.caller import Caller, set_caller
 from csm_jax.serve.admission.rate_limits import RateLimits, TokenBuckets
-from csm_jax.serve.api.page import PAGE
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.network.addresses import network_of
+from csm_jax.serve.settings import PAGE_PATH
 
 # Paths that need no key: probes and metrics; the page, which is a client like any other; and
 # downloads, whose names are random. They are compared with the decoded path that the router
 # matches, and names below a directory are plain: `/files/../v1/models` is not below `/files/`.
 _OPEN = re.compile(
-    rf"/|/docs|/healthz|/readyz|/metrics|{PAGE}|(?:{PAGE}|/files)/(?:[\w-][\w.-]*/)*(?:[\w-][\w.-]*)?",
+    rf"/|/docs|/healthz|/readyz|/metrics|{PAGE_PATH}|(?:{PAGE_PATH}|/files)/(?:[\w-][\w.-]*/)*(?:[\w-][\w.-]*)?",
     re.ASCII,
 )
 # Wrong keys from one address that get 401 within a minute; further ones get 429.

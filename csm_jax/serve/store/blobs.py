@@ -4,8 +4,8 @@ import sqlite3
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+from csm_jax.serve.errors import StorageError
 from csm_jax.serve.store.database import Database
-from csm_jax.serve.store.errors import StorageError
 
 # Bytes that are read at once. SQLite skips the pages before them one by one each time.
 PIECE_BYTES = 262_144

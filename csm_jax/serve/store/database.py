@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
+from csm_jax.serve.errors import StorageError, StorageFullError
 from csm_jax.serve.store import schema
 from csm_jax.serve.store.directory import Directory, printable
-from csm_jax.serve.store.errors import StorageError, StorageFullError
 
 logger = logging.getLogger("csm_jax.serve")
 

@@ -3,7 +3,7 @@
 import sqlite3
 from dataclasses import dataclass
 
-from csm_jax.serve.store.errors import QuotaError
+from csm_jax.serve.errors import QuotaError
 
 _USED_BY = """
 SELECT COALESCE(SUM(num_bytes), 0) FROM (

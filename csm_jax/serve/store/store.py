@@ -5,11 +5,11 @@ import logging
 from pathlib import Path
 
 from csm_jax.errors import first_line
+from csm_jax.serve.errors import StorageError
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.batches import Batches
 from csm_jax.serve.store.database import Database
 from csm_jax.serve.store.downloads import Downloads
-from csm_jax.serve.store.errors import StorageError
 from csm_jax.serve.store.jobs import JobStore
 from csm_jax.serve.store.quota import Quota
 from csm_jax.serve.store.voices import VoiceStore

@@ -20,9 +20,9 @@ from serving import PRESETS, SMALL, as_samples, serve
 from csm_jax import engine as engine_module
 from csm_jax.errors import InputError
 from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.errors import QuotaError
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.store import Store
-from csm_jax.serve.store.errors import QuotaError
 from csm_jax.serve.voices.registry import Voices, check_name
 
 PATH = "/v1/audio/voices"

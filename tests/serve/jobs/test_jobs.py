@@ -12,12 +12,11 @@ import pytest
 from job_process import ANNA, BEN, URL, Process, block, echo, over, until
 
 from csm_jax.errors import InputError
-from csm_jax.serve.errors import ApiError
+from csm_jax.serve.errors import ApiError, QuotaError, StorageError
 from csm_jax.serve.jobs import runner
 from csm_jax.serve.jobs.job import Job, Status
 from csm_jax.serve.jobs.runner import MAX_ATTEMPTS
 from csm_jax.serve.store import database
-from csm_jax.serve.store.errors import QuotaError, StorageError
 
 
 def test_unfinished_jobs_run_again_in_the_next_process(tmp_path):

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from csm_jax.serve.admission.caller import Caller, set_caller
 from csm_jax.serve.admission.concurrency import RequestLimiter
 from csm_jax.serve.api.responses import PermitResponse
+from csm_jax.serve.errors import StorageError
 from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.request_log import RequestLogMiddleware
 from csm_jax.serve.middleware.response_limits import PIECE_BYTES, ResponseLimitMiddleware
@@ -19,7 +20,6 @@ from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store
 from csm_jax.serve.store.blobs import PIECE_BYTES as STORED_PIECE_BYTES
 from csm_jax.serve.store.blobs import Blob
-from csm_jax.serve.store.errors import StorageError
 
 BODY = bytes(range(256)) * 1000
 LIMITS = Limits(pending_response_bytes=3 * len(BODY))

@@ -16,9 +16,9 @@ import pytest
 from stores import ANNA, LINE, add_batch
 
 from csm_jax.errors import CSMError, OutputError
+from csm_jax.serve.errors import StorageError
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store, database
-from csm_jax.serve.store.errors import StorageError
 
 # One server, one directory.
 

@@ -9,10 +9,10 @@ import pytest
 from stores import ANNA, BEN, LINE, add_batch, limit_pages
 
 from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.errors import QuotaError, StorageFullError
 from csm_jax.serve.store import database
 from csm_jax.serve.store import store as store_module
 from csm_jax.serve.store.batches import NewLine
-from csm_jax.serve.store.errors import QuotaError, StorageFullError
 from csm_jax.serve.store.voices import VoiceRow
 
 # A full disk.
