@@ -1,6 +1,7 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
 from csm_jax.config import CSMConfig, csm_1b, tiny
+from csm_jax.conversation import Conversation
 from csm_jax.engine import Engine, Ticket
 from csm_jax.errors import (
     CancelledError,
@@ -24,6 +25,7 @@ __all__ = [
     "CancelledError",
     "CheckpointError",
     "Codec",
+    "Conversation",
     "Engine",
     "EngineClosedError",
     "Generator",

@@ -24,14 +24,9 @@ def main() -> None:
     arguments = parser.parse_args()
 
     model = csm_jax.load(arguments.checkpoint)
-    context: list[csm_jax.Segment] = []
-    spoken = []
-    for seed, (speaker, text) in enumerate(TURNS):
-        codes = model.generate_codes(text, speaker, context, max_audio_length_ms=4_000, seed=seed)
-        # The codes themselves go into the context: encoding the sound again would change them.
-        context.append(csm_jax.Segment(speaker, text, codes=codes))
-        spoken.append(model.decode(codes))
-    save_audio(arguments.out, np.concatenate(spoken), model.sample_rate)
+    conversation = csm_jax.Conversation(model, max_audio_length_ms=4_000)
+    speech = [conversation.speak(text, speaker) for speaker, text in TURNS]
+    save_audio(arguments.out, np.concatenate(speech), model.sample_rate)
 
 
 if __name__ == "__main__":

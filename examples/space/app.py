@@ -77,13 +77,11 @@ class Space:
             lines = [line.strip() for line in text.splitlines() if line.strip()]
             if not lines or len(lines) > MAX_LINES:
                 raise gr.Error(f"Write 1 to {MAX_LINES} lines.")
-            spoken, context = [], self._prompt_turns(voices)
+            turns, speech = self._prompt_turns(voices), []
+            conversation = csm_jax.Conversation(self.model, turns, seed=int(seed))
             for number, line in enumerate(lines):
-                speaker = number % len(SPEAKERS)
-                codes = self.model.generate_codes(line, speaker, context, seed=int(seed) + number)
-                context.append(csm_jax.Segment(speaker, line, codes=codes))
-                spoken.append(self.model.decode(codes))
-                samples = np.clip(np.concatenate(spoken), -1, 1)
+                speech.append(conversation.speak(line, number % len(SPEAKERS)))
+                samples = np.clip(np.concatenate(speech), -1, 1)
                 yield self.model.sample_rate, (32767 * samples).astype(np.int16)
         except CSMError as error:
             raise gr.Error(first_line(error), print_exception=False) from error
