@@ -45,7 +45,7 @@ def main(values: flags.FlagValues) -> None:
     if values.verify is not None:
         if others := [n for n in ("source", "out", "adapters", "codec") if values[n].present]:
             raise InputError(f"--verify goes alone, without --{others[0]}")
-        print(verify(Path(values.verify).expanduser()))
+        cli.show(verify(Path(values.verify).expanduser()))
         return
     if values.source is None or values.out is None:
         raise InputError("give --source and --out")

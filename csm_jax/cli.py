@@ -1,65 +1,86 @@
-"""What the command lines share: flags, one-line errors, exit codes, the compilation cache."""
+"""What the commands share: how they run, end and print, and the compilation cache."""
 
 import contextlib
 import os
 import signal
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from logging import CRITICAL
+from typing import TextIO
 
 import jax
 from absl import flags, logging
 from huggingface_hub.utils import logging as hub_logging
 
-from csm_jax.errors import CSMError
+from csm_jax.errors import CSMError, OutputError
 from csm_jax.hub import cache_directory
 
 USAGE_ERROR = 2
-# What ends a program from outside: a machine that shuts down, a terminal that closes.
-_ENDINGS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+HELP_WIDTH = 100
+# Signals that end a program from outside: a machine that shuts down, a terminal that closes.
+_END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class _Ended(BaseException):
+class _SignalledError(BaseException):
     """A signal has told this program to end."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = number
 
 
 def run(
     program: str,
-    doc: str,
+    doc: str | None,
     define: Callable[[flags.FlagValues], None],
     main: Callable[[flags.FlagValues], None],
     argv: Sequence[str] | None = None,
 ) -> int:
     """Parses flags and runs `main`; returns the exit code.
 
-    Whatever the user did wrong is one line on stderr and exit code 2.
+    An error whose message is meant for the user is one line on stderr and exit code 2. When the
+    reader of a pipe has gone, such as `head`, the command ends without a word and with 0.
     """
+    try:
+        return _run(program, doc, define, main, sys.argv[1:] if argv is None else argv)
+    except BrokenPipeError:
+        return 0
+    finally:
+        _abandon_closed_pipes()
+
+
+def _run(
+    program: str,
+    doc: str | None,
+    define: Callable[[flags.FlagValues], None],
+    main: Callable[[flags.FlagValues], None],
+    argv: Sequence[str],
+) -> int:
     values = flags.FlagValues()
     define(values)
-    argv = sys.argv[1:] if argv is None else list(argv)
-    if "--help" in argv or "-h" in argv:
-        print(f"{doc.strip()}\n\nflags:\n{_describe(values)}")
-        return 0
     try:
+        if "--help" in argv or "-h" in argv:
+            show(f"{(doc or '').strip()}\n\nflags:\n{_describe(values)}")
+            return 0
         _parse(values, program, argv)
         _prepare_jax()
         with _unwinding():
             main(values)
     except (CSMError, flags.Error) as error:
-        print(f"{program}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        warn(f"{program}: error: {' '.join(str(error).split())}")
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
-    except _Ended as ended:
-        return _die_of(ended.args[0])
-    except BrokenPipeError:
-        abandon_stdout()  # whoever listened has heard enough
+    except _SignalledError as signalled:
+        return _die_of(signalled.number)
     return 0
 
 
 @contextlib.contextmanager
 def _unwinding() -> Iterator[None]:
-    """Lets signals that end the program unwind it first, so that it removes what is half written.
+    """Lets signals that end the program unwind it first, so that it removes partial files.
 
     Signals that are ignored, as under nohup, stay so.
     """
@@ -67,12 +88,12 @@ def _unwinding() -> Iterator[None]:
     def unwind(number: int, _: object) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the unwinding
-        raise _Ended(number)
+        raise _SignalledError(number)
 
     def unwind_again(caught: "sys.UnraisableHookArgs") -> None:
         # Python drops what a handler raises while a weak reference or a destructor is cleared.
-        if caught.exc_type is _Ended:
-            number = caught.exc_value.args[0]
+        if isinstance(caught.exc_value, _SignalledError):
+            number = caught.exc_value.number
             signal.signal(number, unwind)
             # A moment later: what is raised in here would be dropped too.
             threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
@@ -80,7 +101,7 @@ def _unwinding() -> Iterator[None]:
             hook(caught)
 
     is_main = threading.current_thread() is threading.main_thread()
-    before = [each for each in _ENDINGS if is_main and signal.getsignal(each) == signal.SIG_DFL]
+    before = [each for each in _END_SIGNALS if is_main and signal.getsignal(each) == signal.SIG_DFL]
     for number in before:
         signal.signal(number, unwind)
     hook, sys.unraisablehook = sys.unraisablehook, unwind_again
@@ -108,27 +129,62 @@ def _parse(values: flags.FlagValues, program: str, argv: Sequence[str]) -> None:
 
 
 def _describe(values: flags.FlagValues) -> str:
-    lines = [f"  --{name}: {values[name].help} (default: {values[name].value})" for name in values]
-    return "\n".join(lines)
+    wrap = textwrap.TextWrapper(
+        HELP_WIDTH, initial_indent="  ", subsequent_indent=6 * " ", break_on_hyphens=False
+    )
+    lines = [f"--{name}: {values[name].help} (default: {values[name].value})" for name in values]
+    return "\n".join(wrap.fill(line) for line in lines)
 
 
 def _prepare_jax() -> None:
-    # Orbax reports on every save and restore, the hub on every retry. What fails in the end is an
-    # exception, and told by us.
+    # Orbax logs every save and restore, the hub every retry. A failure in the end is an exception,
+    # which `run` reports.
     logging.set_verbosity(logging.FATAL)
-    hub_logging.set_verbosity(hub_logging.CRITICAL)
+    hub_logging.set_verbosity(CRITICAL)
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # In the user's own directory: whoever can write to this cache can run code.
+        # In the user's own directory: anyone who can write to this cache can run code.
         jax.config.update("jax_compilation_cache_dir", str(cache_directory() / "xla"))
     # By default only compilations of over a second are kept, and the codec's are shorter.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
-def abandon_stdout() -> None:
-    """Lets Python forget what it could not write: it would try again at its end, and fail."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def show(text: str) -> None:
+    """Prints on standard output, at once. Raises `OutputError` and `BrokenPipeError`."""
+    with writing_stdout():
+        print(text, flush=True)
 
 
 def warn(message: str) -> None:
-    print(message, file=sys.stderr)
+    """Prints on standard error; does nothing once its reader has gone."""
+    with contextlib.suppress(BrokenPipeError):
+        print(message, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def writing_stdout() -> Iterator[None]:
+    """Turns a failed write in the block into an `OutputError`; `BrokenPipeError` passes."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise  # no failure: the reader has what it wanted
+    except OSError as error:
+        _abandon(sys.stdout)
+        raise OutputError(f"standard output cannot be written: {error.strerror}") from error
+
+
+def _abandon_closed_pipes() -> None:
+    """Python flushes both streams at its end, and would report a pipe without a reader then."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is None:
+            continue
+        try:
+            stream.flush()
+        except BrokenPipeError:
+            _abandon(stream)
+
+
+def _abandon(stream: TextIO) -> None:
+    """Lets what a stream has not written yet, and what follows, go nowhere."""
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())

@@ -1,4 +1,4 @@
-"""Where the command line's speech goes: a file, or standard output for players and pipes."""
+"""Output of the command line: speech to a file or to standard output, codes to a file."""
 
 import contextlib
 import io
@@ -19,19 +19,19 @@ PIPE_FORMATS = ("wav", "pcm")
 Write = Callable[[np.ndarray], None]
 
 
-def check_out(out: str, form: str | None) -> None:
-    """Raises `OutputError` or `InputError` if speech cannot go to `out`, before it is made.
+def check_out(out: str, audio_format: str | None) -> None:
+    """Raises `OutputError` or `InputError` if `out` cannot be written, before any speech is made.
 
     Args:
-      form: the format for standard output; None is wav.
+      audio_format: the format for standard output; None is wav.
     """
     if out != STDOUT:
-        if form is not None:
+        if audio_format is not None:
             raise InputError(f"--format is for --out=- and --manifest: {out} names its own")
         check_output(out)
         return
-    if form is not None and form not in PIPE_FORMATS:
-        raise InputError(f"--format is {form}, but --out=- takes wav or pcm")
+    if audio_format is not None and audio_format not in PIPE_FORMATS:
+        raise InputError(f"--format is {audio_format}, but --out=- takes wav or pcm")
     if sys.stdout is None:
         raise OutputError("--out=- needs standard output, which is closed")
     if sys.stdout.isatty():
@@ -49,33 +49,33 @@ def check_codes_out(path: Path) -> None:
         check_file(path)
 
 
-def save_speech(out: str, form: str | None, audio: np.ndarray, sample_rate: int) -> None:
+def save_speech(out: str, audio_format: str | None, audio: np.ndarray, sample_rate: int) -> None:
     """Writes float32 [num_samples] as a whole."""
     if out == STDOUT:
-        _write_to_pipe(encode_audio(audio, sample_rate, f".{form or 'wav'}"))
+        _write_to_pipe(encode_audio(audio, sample_rate, f".{audio_format or 'wav'}"))
     else:
         save_audio(out, audio, sample_rate)
 
 
 @contextlib.contextmanager
-def open_speech(out: str, form: str | None, sample_rate: int) -> Iterator[Write]:
-    """Gives a function that writes the next samples, float32 [n].
+def open_speech(out: str, audio_format: str | None, sample_rate: int) -> Iterator[Write]:
+    """Yields a function that writes the next samples, float32 [n].
 
-    A file appears when the block ends without an error; standard output has everything at once,
-    but nothing before the first samples.
+    A file appears when the block ends without an error. Standard output is written at once, the
+    header with the first samples.
     """
     if out != STDOUT:
         with open_audio(out, sample_rate) as write:
             yield write
         return
-    header = b"" if form == "pcm" else wav_header(sample_rate)
+    header = b"" if audio_format == "pcm" else wav_header(sample_rate)
 
-    def write_on(samples: np.ndarray) -> None:
+    def write_next(samples: np.ndarray) -> None:
         nonlocal header
         _write_to_pipe(header + to_pcm(samples))
         header = b""
 
-    yield write_on
+    yield write_next
     if header:
         _write_to_pipe(header)
 
@@ -90,13 +90,8 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
 
 def _write_to_pipe(data: bytes) -> None:
     left = memoryview(data)
-    try:
+    with cli.writing_stdout():
         while left:
             # Under PYTHONUNBUFFERED it may take only a part.
             left = left[sys.stdout.buffer.write(left) :]
         sys.stdout.buffer.flush()
-    except BrokenPipeError:
-        raise  # no fault: whoever listened has heard enough
-    except OSError as error:
-        cli.abandon_stdout()
-        raise OutputError(f"standard output cannot be written: {error.strerror}") from error

@@ -1,5 +1,6 @@
-"""Several processes that work on one thing: which of them this is."""
+"""Several processes that share the work of one command."""
 
+import functools
 import socket
 
 import jax
@@ -7,26 +8,28 @@ from absl import flags
 
 from csm_jax.errors import InputError
 
-# A process that is done waits for the others, and jax would give them five minutes: a week.
+# A process that has finished waits for the others. A week: jax's default is five minutes.
 SHUTDOWN_SECONDS = 7 * 24 * 3600
 
 
 def define_flags(values: flags.FlagValues, purpose: str) -> None:
-    """Those of `join`. `purpose` is what the processes do together."""
+    """Defines the flags of `join`. `purpose` says what the processes do together."""
     coordinator = "host:port of process 0, if there are several; or auto"
     flags.DEFINE_string("coordinator", None, coordinator, flag_values=values)
     for name, default, help in (
-        ("num_processes", 1, purpose),
-        ("process_id", 0, "which of them this is, from 0"),
+        ("num_processes", 1, f"processes {purpose}"),
+        ("process_id", 0, "index of this process, from 0"),
     ):
         flags.DEFINE_integer(name, default, help, lower_bound=default, flag_values=values)
 
 
 def join(values: flags.FlagValues) -> tuple[int, int]:
-    """Which process this is, and of how many; with a coordinator, jax knows of them too.
+    """Returns the index of this process and their number.
+
+    With a coordinator, jax is initialized for all of them.
 
     Raises:
-      InputError: there is no such process, or nobody at the coordinator's address.
+      InputError: the index is out of range, or the coordinator cannot be reached.
     """
     if values.process_id >= values.num_processes:
         raise InputError(
@@ -35,23 +38,25 @@ def join(values: flags.FlagValues) -> tuple[int, int]:
         )
     if values.coordinator is None:
         return values.process_id, values.num_processes
-    arguments = {}
-    if values.coordinator != "auto":
+    if values.coordinator == "auto":
+        initialize = jax.distributed.initialize
+    else:
         _check_address(values.coordinator)
-        arguments = dict(
+        initialize = functools.partial(
+            jax.distributed.initialize,
             coordinator_address=values.coordinator,
             num_processes=values.num_processes,
             process_id=values.process_id,
         )
     try:
-        jax.distributed.initialize(**arguments, shutdown_timeout_seconds=SHUTDOWN_SECONDS)
+        initialize(shutdown_timeout_seconds=SHUTDOWN_SECONDS)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"--coordinator {values.coordinator} cannot be joined: {error}") from error
     return jax.process_index(), jax.process_count()
 
 
 def _check_address(address: str) -> None:
-    """Here, because jax aborts the process for what is wrong with it."""
+    """Raises `InputError` for an address that jax would abort the process for."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal():
         raise InputError(f"--coordinator is {address}, but must be host:port, or auto")

@@ -1,7 +1,6 @@
-"""What a command line tells while it works: a bar, and a summary."""
+"""Progress of the command line on a terminal: a bar and a summary."""
 
 import contextlib
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from csm_jax.generator import Generator
 
 
 class Report:
-    """Progress and a summary for people at a terminal; nothing in a pipe."""
+    """The bar of each turn and the summary of all; silent unless stderr is a terminal."""
 
     def __init__(self, model: Generator):
         self._frame_s = model.config.frame_ms / 1000
@@ -33,13 +32,21 @@ class Report:
 
 @contextlib.contextmanager
 def lines_bar(total: int) -> Iterator[tuple[Callable[[str], None], Callable[[int], object]]]:
-    """A bar over the lines of a manifest: gives what warns beside it, and what moves it on."""
+    """A bar over the lines of a manifest.
+
+    Yields a function that prints a warning above the bar, and one that counts finished lines.
+    """
+
+    def warn(message: str) -> None:
+        with tqdm.external_write_mode(file=sys.stderr):
+            cli.warn(message)
+
     with tqdm(total=total, unit="line", disable=None, leave=False) as bar:
-        yield functools.partial(bar.write, file=sys.stderr), bar.update
+        yield warn, bar.update
 
 
 class _Bar:
-    """A bar of frames over a turn; nothing where stderr is no terminal."""
+    """The frames of a turn; silent unless stderr is a terminal."""
 
     def __init__(self, frame_s: float):
         self._frame_s = frame_s
@@ -60,7 +67,7 @@ class _Bar:
 
 
 def _speed(elapsed: float, audio: float) -> str:
-    """Real-time factor and its inverse, by name: people quote either."""
+    """The real-time factor and its inverse, with their names: both are in use."""
     if not audio:
         return f"{elapsed:.1f} s"
     return f"real-time factor {elapsed / audio:.2f} ({audio / elapsed:.2f} x real time)"

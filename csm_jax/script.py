@@ -1,4 +1,4 @@
-"""Conversations for `--script`: a JSON list of turns, spoken one after another."""
+"""Script files: a conversation as a JSON list of turns."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ _FIELDS = {"speaker": int, "text": str, "audio": str}
 
 @dataclass(frozen=True)
 class Turn:
-    """A turn to speak, or, with `audio`, a recorded one that is only heard."""
+    """A turn to speak or, with `audio`, a recorded one."""
 
     speaker: int
     text: str
@@ -40,7 +40,15 @@ def read_script(path: Path) -> list[Turn]:
 
 
 def parse_turn(turn: object, where: str, directory: Path) -> Turn:
-    """A turn from its JSON; `where` is how errors call it, `directory` what its audio lies in."""
+    """Checks and converts the JSON of a turn.
+
+    Args:
+      where: its place in the file, for messages.
+      directory: the audio is relative to it.
+
+    Raises:
+      InputError: it is malformed.
+    """
     if not isinstance(turn, dict):
         raise InputError(f"{where}: expected an object with speaker and text")
     unknown = sorted(turn.keys() - _FIELDS.keys())
