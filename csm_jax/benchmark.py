@@ -1,9 +1,10 @@
-"""Measures this machine: how fast a model speaks, and what it takes.
+"""Measures how fast a model generates speech on this machine, and the memory that it needs.
 
     python -m csm_jax.benchmark --checkpoint=random:csm_1b --batch=1,8 --quantize=none,int8
 
-A line per configuration; --json prints them as JSON. Figures are medians where something can be
-repeated. "Real-time factor" is seconds of work per second of audio, "speed" its inverse.
+Each configuration is a block of lines, or a JSON line with --json. Figures are medians where a
+measurement can be repeated. "Real-time factor" is seconds of work per second of audio, "speed" its
+inverse.
 """
 
 import itertools
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from csm_jax import cli
+from csm_jax import cli, model_flags
 from csm_jax.decode_batch import DecodeBatch, Utterance
 from csm_jax.decode_step import CHUNK_FRAMES
 from csm_jax.errors import InputError
@@ -55,16 +56,17 @@ def define_flags(values: flags.FlagValues) -> None:
     def define(kind: Callable, name: str, default: object, help: str) -> None:
         kind(name, default, help, flag_values=values)
 
-    text, whole, listed = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_list
-    define(text, "checkpoint", "random:csm_1b", "hub name, directory or random weights")
-    define(listed, "batch", ["1"], "rows side by side; several with commas between them")
+    whole, batches = flags.DEFINE_integer, "requests at once; several numbers with commas between"
+    model_flags.define_checkpoint(values, "random:csm_1b")
+    define(flags.DEFINE_list, "batch", ["1"], batches)
     define(whole, "frames", 16, "frames per measurement")
-    define(whole, "repeats", 5, "measurements, of which the median counts")
-    define(listed, "dtype", ["auto"], "auto, float32, bfloat16, float16; or several")
-    define(listed, "quantize", ["none"], "none, int8; or both")
+    define(whole, "repeats", 5, "measurements, of which the median is taken")
+    model_flags.define_precisions(values)
     define(whole, "prompt_tokens", 16, "positions of the prompt")
     define(flags.DEFINE_float, "context_s", 0.0, "seconds of context before the first audio")
-    define(flags.DEFINE_float, "audio_s", 10.0, "seconds that the codec encodes and decodes")
+    define(
+        flags.DEFINE_float, "audio_s", 10.0, "seconds of audio for the codec to encode and decode"
+    )
     define(flags.DEFINE_boolean, "json", False, "JSON lines instead of a table")
 
 
@@ -87,7 +89,7 @@ def main(values: flags.FlagValues) -> None:
 def frame_loop_timer(
     checkpoint: str, dtype: str, quantize: str, batch: int, prompt_tokens: int
 ) -> Callable[[int], float]:
-    """A function that generates so many more frames, and returns the seconds that they took."""
+    """A function that generates a number of frames and returns the seconds that they took."""
     timer, _ = _frame_loop(load(checkpoint, dtype, quantize), batch, prompt_tokens)
     return timer
 
@@ -100,8 +102,8 @@ def _frame_loop(
     utterance = _utterance(model, prompt_tokens, rows.max_seq_len)
 
     def run(num_frames: int) -> float:
-        # From the beginning every time, or the cache would run full. The end of speech is as
-        # likely as any other frame to random weights: it does not come.
+        # From the beginning every time, or the cache would run full. Random weights hardly ever
+        # draw the end of speech: it is as likely as any other frame.
         for index in range(batch):
             rows.join(index, utterance._replace(seed=index))
         rows.run(1)
@@ -150,14 +152,14 @@ def _measure_frames(model: Generator, batch: int, values: flags.FlagValues) -> d
 
 
 def _compile_seconds(model: Generator, batch: int, values: flags.FlagValues) -> float:
-    """What the first call takes longer than the second, with nothing compiled in this process."""
+    """The first call's time less the second's, with nothing compiled in this process before."""
     jax.clear_caches()
     timer, _ = _frame_loop(model, batch, values.prompt_tokens)
     return _seconds(lambda: timer(1)) - _seconds(lambda: timer(1))
 
 
 def _measure_model(model: Generator, values: flags.FlagValues) -> dict[str, Any]:
-    """Figures of one listener, and of the codec."""
+    """Figures of a single request, and of the codec."""
     audio = _noise(model, values.audio_s)
     codes = model.codec.encode(audio, model.config.num_codebooks)
     context = [Segment(1, TEXT, _noise(model, values.context_s))] if values.context_s else []
@@ -208,7 +210,7 @@ def _noise(model: Generator, seconds: float) -> np.ndarray:
 
 
 def _bytes_per_frame(model: Generator) -> int:
-    """Weights that one frame reads: the backbone once, the depth decoder for every codebook."""
+    """Bytes of weights read per frame: the backbone once, the depth decoder per codebook."""
     params, passes = model.params, model.config.num_codebooks - 1
     once = [params["backbone"], params["codebook0_head"], params["depth_heads"]]
     every_pass = [params["projection"], params["depth_decoder"]]
@@ -220,7 +222,7 @@ def _bytes_per_frame(model: Generator) -> int:
 
 
 def _bandwidth_gb_per_s() -> float:
-    """What a matrix-vector product, which does little but read, gets out of this machine."""
+    """The memory bandwidth of a matrix-vector product, which does little but read."""
     rows = BANDWIDTH_BYTES // 4 // 8192
     weight, vector = jnp.ones((rows, 8192), jnp.float32), jnp.ones((1, 8192), jnp.float32)
     product = jax.jit(linear_float32)
@@ -243,19 +245,20 @@ def _describe(model: Generator, checkpoint: str, quantize: str, batch: int) -> d
 
 def _print(figures: dict[str, Any], as_json: bool) -> None:
     rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in figures.items()}
-    if as_json:
-        print(json.dumps(rounded), flush=True)
-        return
-    print(f"{rounded['checkpoint']} on {rounded['device']}, jax {rounded['jax']}")
-    for name, value in rounded.items():
+    cli.show(json.dumps(rounded) if as_json else _table(rounded))
+
+
+def _table(figures: dict[str, Any]) -> str:
+    lines = [f"{figures['checkpoint']} on {figures['device']}, jax {figures['jax']}"]
+    for name, value in figures.items():
         if name in COLUMNS and value is not None:
-            print(f"  {COLUMNS[name]:16} {_readable(name, value)}")
-    print(
-        f"  Mimi, {rounded['audio_s']:g} s   encode {rounded['mimi_encode_s']:.3f} s, decode "
-        f"{rounded['mimi_decode_s']:.3f} s; one streamed frame "
-        f"{rounded['mimi_stream_frame_ms']:.1f} ms",
-        flush=True,
+            lines.append(f"  {COLUMNS[name]:16} {_readable(name, value)}")
+    lines.append(
+        f"  Mimi, {figures['audio_s']:g} s   encode {figures['mimi_encode_s']:.3f} s, decode "
+        f"{figures['mimi_decode_s']:.3f} s; one streamed frame "
+        f"{figures['mimi_stream_frame_ms']:.1f} ms"
     )
+    return "\n".join(lines)
 
 
 def _readable(name: str, value: Any) -> str:

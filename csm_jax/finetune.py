@@ -5,7 +5,7 @@
     python -m csm_jax.finetune --checkpoint=run/model --data=test.jsonl --eval_only
 
 A line of the data is a conversation: [{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]. The
-same command again goes on where the last one was stopped, by whatever.
+same command again resumes a run that was stopped.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 from absl import flags
 from tqdm import tqdm
 
-from csm_jax import cli, processes
+from csm_jax import cli, model_flags, processes
 from csm_jax.errors import InputError
 from csm_jax.hub import cache_directory
 from csm_jax.lora import DEFAULT_TARGETS, LoRAConfig
@@ -36,9 +36,10 @@ from csm_jax.train.result import Sampler, claimed, write_result
 from csm_jax.train.step import Recipe, init_state
 
 PROGRAM = "csm_jax.finetune"
-# Flags that a run may be gone on with in another way: they change nothing that is learnt.
+# Flags that may change when a run is resumed: they do not affect what is trained.
 FREE_FLAGS = {"out", "eval_only", "log_every", "save_every", "keep", "eval_every", "sample_every"}
 FREE_FLAGS |= {"patience", "codes_cache", "fsdp", "coordinator", "num_processes", "process_id"}
+ALIASES = {"optimiser"}
 ADAPTER_RATE, WHOLE_RATE = 2e-4, 3e-5
 
 
@@ -48,37 +49,38 @@ def define_flags(values: flags.FlagValues) -> None:
 
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
-    define(text, "checkpoint", "sesame/csm-1b", "what to start from, as for csm_jax.generate")
-    define(text, "adapters", None, "LoRA adapters to add to its weights first")
-    define(flag, "from_scratch", False, "forget its weights: sizes, tokenizer and codec stay")
+    model_flags.define_checkpoint(values)
+    model_flags.define_adapters(values)
+    define(flag, "from_scratch", False, "random weights instead; sizes, tokenizer and codec stay")
     define(text, "data", None, "JSON lines of conversations; audio is relative to the file")
-    define(text, "out", None, "directory of the run: checkpoints, figures, the result")
+    define(text, "out", None, "directory of the run: checkpoints, metrics, the result")
     define(text, "eval_data", None, "conversations to evaluate on, instead of --holdout")
     define(real, "holdout", 0.05, "share of the conversations to evaluate on")
-    define(flag, "eval_only", False, "print the losses on --data as JSON, and train nothing")
-    define(text, "on_bad_data", "fail", "fail or skip, for what cannot be learnt from")
-    define(listed, "speakers", [], "learn these speakers only; default: all")
-    define(text, "turns", "all", "learn all turns of a conversation, or the last")
+    define(flag, "eval_only", False, "print the losses on --data as JSON, without training")
+    define(text, "on_bad_data", "fail", "fail or skip, for data that cannot be used")
+    define(listed, "speakers", [], "train on the turns of these speakers; default: all")
+    define(text, "turns", "all", "train on all turns of a conversation, or on the last")
     define(whole, "max_len", 2048, "positions of a conversation, at most", lower_bound=32)
-    define(text, "codes_cache", None, "where codes of recordings are kept; default: the cache")
+    define(text, "codes_cache", None, "directory for codes of recordings; default: the cache")
     define(whole, "lora_rank", 0, "of adapters; 0 trains all weights", lower_bound=0)
-    define(real, "lora_alpha", None, "adapters count alpha / rank; default: twice the rank")
-    define(listed, "lora_targets", list(DEFAULT_TARGETS), "projections that get one")
-    define(whole, "steps", 1000, "batches to learn from", lower_bound=1)
+    define(real, "lora_alpha", None, "adapters are scaled by alpha / rank; default: twice the rank")
+    define(listed, "lora_targets", list(DEFAULT_TARGETS), "projections that have adapters")
+    define(whole, "steps", 1000, "optimizer steps", lower_bound=1)
     define(whole, "batch_size", 8, "conversations in a batch", lower_bound=1)
-    define(whole, "accumulate", 1, "parts that a batch is computed in", lower_bound=1)
-    define(text, "optimiser", "adamw", "adamw; or muon, which is faster --from_scratch")
-    rate = f"the highest; default: {ADAPTER_RATE} for adapters, else {WHOLE_RATE}"
+    define(whole, "accumulate", 1, "micro-batches that a batch is computed in", lower_bound=1)
+    define(text, "optimizer", "adamw", "adamw; or muon, which is faster --from_scratch")
+    flags.DEFINE_alias("optimiser", "optimizer", flag_values=values)
+    rate = f"peak learning rate; default: {ADAPTER_RATE} for adapters, else {WHOLE_RATE}"
     define(real, "learning_rate", None, rate)
-    define(whole, "warmup", None, "steps until it is reached; default: a 20th, at most 100")
+    define(whole, "warmup", None, "steps up to the peak; default: a 20th, at most 100")
     define(real, "weight_decay", 0.01, "of matrices", lower_bound=0.0)
     define(real, "clip", 1.0, "largest norm of a gradient")
-    define(real, "depth_share", 1 / 16, "of the frames, those the depth decoder learns from")
+    define(real, "depth_share", 1 / 16, "share of the frames that train the depth decoder")
     define(real, "depth_weight", 1.0, "of the depth decoder's loss", lower_bound=0.0)
-    define(real, "ema", 0.0, "what a step keeps of a moving average of the weights; 0: none")
+    define(real, "ema", 0.0, "decay of the weights' moving average; 0 keeps none")
     define(text, "dtype", "auto", "to compute in: auto, float32 or bfloat16")
-    define(flag, "remat", True, "compute again in the backward pass what memory need not hold")
-    define(whole, "seed", 0, "the same seed learns the same", lower_bound=0)
+    define(flag, "remat", True, "recompute activations in the backward pass, to save memory")
+    define(whole, "seed", 0, "the same seed and data give the same weights", lower_bound=0)
     define(whole, "log_every", 10, "steps between lines of metrics.jsonl", lower_bound=1)
     define(whole, "save_every", 200, "steps between checkpoints", lower_bound=1)
     define(whole, "keep", 3, "checkpoints that are kept", lower_bound=1)
@@ -104,7 +106,7 @@ def _check(values: flags.FlagValues) -> None:
         raise InputError("--data is missing: name a file of conversations, a JSON list a line")
     if values.out is None and not values.eval_only:
         raise InputError("--out is missing: name the directory of the run")
-    choices_of = {"on_bad_data": ON_BAD, "turns": TURNS, "optimiser": KINDS}
+    choices_of = {"on_bad_data": ON_BAD, "turns": TURNS, "optimizer": KINDS}
     for name, choices in choices_of.items():
         if (given := values[name].value) not in choices:
             raise InputError(f"--{name} is {given}, but must be {' or '.join(choices)}")
@@ -114,7 +116,7 @@ def _check(values: flags.FlagValues) -> None:
     if not 0 < values.depth_share <= 1:
         raise InputError(f"--depth_share is {values.depth_share}, but must be over 0, up to 1")
     for name in ("holdout", "ema"):
-        if not 0 <= (given := values[name].value) < 1:
+        if not 0 <= (given := getattr(values, name)) < 1:
             raise InputError(f"--{name} is {given}, but must be 0 or more, and under 1")
     for speaker in values.speakers:
         if not speaker.removeprefix("-").isdecimal():
@@ -126,7 +128,7 @@ def _print_losses(values: flags.FlagValues) -> None:
     examples = _read_examples(values, base, Path(values.data))
     losses = evaluate(base.params, None, _evaluated(examples, recipe), recipe)
     if jax.process_index() == 0:
-        print(json.dumps(losses))
+        cli.show(json.dumps(losses))
 
 
 def _train(values: flags.FlagValues) -> None:
@@ -245,7 +247,7 @@ def _optimiser(values: flags.FlagValues) -> OptimiserConfig:
     if rate is None:
         rate = ADAPTER_RATE if values.lora_rank else WHOLE_RATE
     return OptimiserConfig(
-        kind=values.optimiser,
+        kind=values.optimizer,
         learning_rate=rate,
         steps=values.steps,
         warmup=min(values.steps // 20, 100) if values.warmup is None else values.warmup,
@@ -271,8 +273,9 @@ def _schedule(values: flags.FlagValues) -> Schedule:
 
 
 def _settings(values: flags.FlagValues) -> dict[str, object]:
-    """What a run is gone on with only if it is the same."""
-    names = [name for name in values if name not in FREE_FLAGS and not name.startswith("help")]
+    """The flags that must be the same when a run is resumed."""
+    left_out = FREE_FLAGS | ALIASES
+    names = [name for name in values if name not in left_out and not name.startswith("help")]
     return {name: values[name].value for name in sorted(names)}
 
 

@@ -1,10 +1,10 @@
-"""Many requests in a file: JSON lines in, a sound file for each out, and on with the rest.
+"""Manifests: a request on each line of a JSON Lines file, and an audio file for each.
 
     {"text": "Hello.", "id": "greeting", "speaker": 0, "seed": 1, "temperature": 0.8,
      "context": [{"speaker": 0, "text": "Before.", "audio": "before.wav"}]}
 
-Only "text" is needed. What is done already is not done again, so a run that was interrupted is
-started once more as it was.
+Only "text" is required. Lines whose file exists are skipped, so that the same command continues an
+interrupted run.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,39 +22,38 @@ from typing import Any
 import numpy as np
 
 from csm_jax.audio import load_audio, save_audio
+from csm_jax.dataclass_flags import field_types
 from csm_jax.engine import Engine
 from csm_jax.errors import CSMError, InputError
 from csm_jax.generator import Generator
 from csm_jax.prompt import Segment, check_text
 from csm_jax.request import Notice, Request
 from csm_jax.request_state import RequestState
+from csm_jax.sampling import Sampling
 from csm_jax.script import Turn, parse_turn
 
 _NUMBER = (int, float)
-_FIELDS: dict[str, type | tuple[type, ...]] = {
+_JsonType = type | tuple[type, ...]
+
+
+def _json_types(cls: type, names: Iterable[str] | None = None) -> dict[str, _JsonType]:
+    """The JSON types of fields of a dataclass; None is all of them."""
+    kinds = field_types(cls)
+    return {n: _NUMBER if kinds[n] is float else kinds[n] for n in names or kinds}
+
+
+_REQUEST_FIELDS: dict[str, _JsonType] = {
     "text": str,
     "id": str,
-    "speaker": int,
-    "seed": int,
-    "max_audio_length_ms": _NUMBER,
-    "guard": str,
+    **_json_types(Request, ("speaker", "seed", "max_audio_length_ms", "guard")),
     "context": list,
 }
-_SAMPLING_FIELDS: dict[str, type | tuple[type, ...]] = {
-    "temperature": _NUMBER,
-    "top_k": int,
-    "top_p": _NUMBER,
-    "min_p": _NUMBER,
-    "repetition_penalty": _NUMBER,
-    "greedy": bool,
-    "depth_temperature": _NUMBER,
-    "depth_top_k": int,
-}
-_KINDS = {str: "text", int: "a whole number", _NUMBER: "a number", bool: "true or false"}
-# File systems take 255, and the suffix is among them.
-_LONGEST_NAME = 240
-# Many lines share a voice: so many recordings are kept encoded.
-_KEPT_RECORDINGS = 64
+_SAMPLING_FIELDS = _json_types(Sampling)
+_TYPE_NAMES = {str: "text", int: "a whole number", _NUMBER: "a number", bool: "true or false"}
+# Bytes. The limit of file systems is 255, with the suffix.
+_MAX_NAME_LENGTH = 240
+# Recordings whose codes are kept: many lines have the same voice as context.
+_MAX_CACHED_RECORDINGS = 64
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,9 @@ class Line:
 
     Attributes:
       where: file and line, for messages.
-      name: of its sound file, without the suffix.
+      name: of its audio file, without the suffix.
       request: without the context.
-      context: turns whose recordings are read when it is their turn.
+      context: turns whose recordings are read when the line is spoken.
     """
 
     where: str
@@ -78,7 +77,7 @@ def read_manifest(path: Path, default: Request) -> list[Line]:
     """Reads and checks a manifest.
 
     Args:
-      default: gives what a line does not say.
+      default: the values of the fields that a line does not have.
 
     Raises:
       InputError: the file or one of its lines is malformed; the line is named by its number.
@@ -103,8 +102,10 @@ def read_manifest(path: Path, default: Request) -> list[Line]:
 
 
 def check_lines(model: Generator, lines: Sequence[Line]) -> None:
-    """Raises `InputError` for the first line that this model cannot speak, be it without context:
-    its text takes too many positions, or its length is less than a frame."""
+    """Raises `InputError` for the first line that this model cannot speak even without context.
+
+    Its text takes too many positions, or its maximum length is less than a frame.
+    """
     for line in lines:
         try:
             RequestState(model, line.request)
@@ -121,28 +122,29 @@ def speak_manifest(
     warn: Callable[[str], None],
     progress: Callable[[int], object] = lambda num_lines: None,
 ) -> list[str]:
-    """Speaks the lines that have no file yet, several side by side.
+    """Speaks the lines that have no file yet, several at once.
 
     Args:
-      suffix: of the files, such as ".wav". A file appears when its line is done, and whole.
-      max_batch: rows of the batch. It has as many for the last line too, so that a run in pieces
-        says the same as a whole one.
-      warn: told what a listener should know of a line.
-      progress: told of every line that is over, in their order, and at once of those that were.
+      suffix: of the files, such as ".wav". A file appears when its line is finished.
+      max_batch: rows of the batch. It has as many for the last line too, so that an interrupted
+        run gives the same files as an uninterrupted one.
+      warn: called with each notice of a line.
+      progress: called with the number of lines that are finished, in their order; first with the
+        number of those that are skipped.
 
     Returns:
-      What went wrong, a message for every line that has failed.
+      A message for each line that has failed.
     """
-    left = [(line, out_dir / f"{line.name}{suffix}") for line in lines]
-    left = [(line, file) for line, file in left if not file.exists()]
-    progress(len(lines) - len(left))
-    if not left:
+    jobs = [(line, out_dir / f"{line.name}{suffix}") for line in lines]
+    jobs = [(line, file) for line, file in jobs if not file.exists()]
+    progress(len(lines) - len(jobs))
+    if not jobs:
         return []
     failed = []
-    # Twice as many as speak: some read their context, others write their file.
+    # Twice the batch: some threads encode context or write files while others wait for speech.
     with ThreadPoolExecutor(2 * max_batch) as workers, Engine(model, max_batch) as engine:
         speak = functools.partial(_speak, engine, _Recordings(model))
-        for (line, _), (notices, error) in zip(left, workers.map(speak, left), strict=True):
+        for (line, _), (notices, error) in zip(jobs, workers.map(speak, jobs), strict=True):
             for notice in notices:
                 warn(f"{line.where}: {notice.message}")
             if error is not None:
@@ -166,11 +168,11 @@ def _speak(
 
 
 class _Recordings:
-    """Context as codes, for many lines at once: a recording that several name is encoded once."""
+    """The codes of context recordings; one that several lines name is encoded once."""
 
     def __init__(self, model: Generator):
         self._lock = threading.Lock()
-        self._codes = functools.lru_cache(_KEPT_RECORDINGS)(functools.partial(_encode, model))
+        self._codes = functools.lru_cache(_MAX_CACHED_RECORDINGS)(functools.partial(_encode, model))
 
     def segment(self, turn: Turn) -> Segment:
         with self._lock:
@@ -216,22 +218,22 @@ def _parse_context(turn: object, where: str, directory: Path) -> Turn:
 
 
 def _check_fields(values: dict[str, Any], where: str) -> None:
-    known = _FIELDS | _SAMPLING_FIELDS
+    known = _REQUEST_FIELDS | _SAMPLING_FIELDS
     if unknown := sorted(values.keys() - known.keys()):
         raise InputError(f"{where}: unknown field {unknown[0]}; known are {', '.join(known)}")
     if "text" not in values:
         raise InputError(f"{where}: field text is missing")
     for name, value in values.items():
         kind = known[name]
-        # bool is an int to Python, but no number to a reader.
+        # bool is a subclass of int.
         is_right = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
         if not is_right or (kind in (int, _NUMBER) and not _is_finite(value)):
-            expected = _KINDS.get(kind, "a list of turns")
+            expected = _TYPE_NAMES.get(kind, "a list of turns")
             raise InputError(f"{where}: {name} is {_short(value)}, expected {expected}")
 
 
 def _is_finite(value: float) -> bool:
-    """Not so of NaN and Infinity, which Python's JSON knows, and of what no float can hold."""
+    """False for NaN and Infinity, which Python's JSON accepts, and for an int beyond all floats."""
     try:
         return math.isfinite(value)
     except OverflowError:
@@ -244,16 +246,16 @@ def _short(value: object) -> str:
 
 
 def _checked_name(name: str, where: str) -> str:
-    """A file name, and no path out of the directory."""
+    """Raises `InputError` unless a name is that of a file in the directory."""
     if not name or name.startswith(".") or "/" in name or "\\" in name or "\0" in name:
         raise InputError(f"{where}: id is {name!r}, but it names a file: no path, no leading dot")
     try:
         num_bytes = len(os.fsencode(name))
     except UnicodeEncodeError as error:
         raise InputError(f"{where}: id is {name!r}, which is no Unicode") from error
-    if num_bytes > _LONGEST_NAME:
+    if num_bytes > _MAX_NAME_LENGTH:
         raise InputError(
-            f"{where}: id is {num_bytes} bytes long, but names a file: at most {_LONGEST_NAME}"
+            f"{where}: id is {num_bytes} bytes long, but names a file: at most {_MAX_NAME_LENGTH}"
         )
     return name
 

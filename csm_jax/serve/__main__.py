@@ -8,60 +8,53 @@ API keys are in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, on
 that signs webhooks is in CSM_JAX_WEBHOOK_SECRET. Without API keys requests need none.
 """
 
+import dataclasses
 import logging
 import os
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import flags
 
-from csm_jax import cli, sampling_flags
+from csm_jax import cli, dataclass_flags, model_flags
 from csm_jax.errors import CSMError, InputError
-from csm_jax.loading import NAMES
+from csm_jax.sampling import Sampling
+from csm_jax.serve.settings import Settings
 
 if TYPE_CHECKING:
     from csm_jax.serve.deadline import Deadline
-    from csm_jax.serve.settings import Settings
 
 PROGRAM = "csm_jax.serve"
 KEYS_VARIABLE = "CSM_JAX_API_KEYS"
+# The other fields come from the environment, from a file, or from flags of their own.
+SETTINGS_FLAGS = [
+    field.name
+    for field in dataclasses.fields(Settings)
+    if field.name not in ("sampling", "api_keys", "webhook_secret", "limits")
+]
+LOWER_BOUNDS = {"max_batch": 1, "max_seq_len": 32, "max_queue": 1, "drain_seconds": 1.0}
+LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0}
 
 
 def define_flags(values: flags.FlagValues) -> None:
     def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
         kind(name, default, help, flag_values=values, **kwargs)
 
-    text, whole = flags.DEFINE_string, flags.DEFINE_integer
-    flag, listed, real = flags.DEFINE_boolean, flags.DEFINE_list, flags.DEFINE_float
-    define(text, "checkpoint", "sesame/csm-1b", f"hub name, directory, {' or '.join(NAMES)}")
-    define(text, "adapters", None, "directory of LoRA adapters")
-    define(text, "dtype", "auto", "auto, float32, bfloat16 or float16")
-    define(text, "quantize", None, "none or int8; default: as the checkpoint is stored")
+    text = flags.DEFINE_string
+    model_flags.define_flags(values)
     define(text, "host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")
-    define(whole, "port", 8000, "port to listen at", lower_bound=0, upper_bound=65535)
-    define(text, "ssl_certfile", None, "certificate, to speak https")
+    port = "port to listen at"
+    define(flags.DEFINE_integer, "port", 8000, port, lower_bound=0, upper_bound=65535)
+    define(text, "ssl_certfile", None, "certificate, to serve https")
     define(text, "ssl_keyfile", None, "its private key")
-    define(text, "model_name", "csm-1b", "what the APIs call the model")
-    define(whole, "max_batch", 8, "requests that speak at once", lower_bound=1)
-    define(whole, "max_seq_len", 2048, "positions of each, context and speech", lower_bound=32)
-    define(whole, "max_queue", 64, "requests that may wait", lower_bound=1)
-    # Of requests that do not say it.
-    sampling_flags.define_flags(values)
-    define(text, "voices", None, "directory of presets: NAME.flac and NAME.txt, its transcript")
-    define(text, "data", None, "directory of what outlives the process; default: nothing does")
     define(text, "api_keys_file", None, "lines KEY [tenant=NAME] [weight=NUMBER]")
-    define(whole, "requests_per_minute", 0, "and utterances, of a caller; 0: any", lower_bound=0)
-    define(whole, "speech_seconds_per_minute", 0, "of one caller; 0: any", lower_bound=0)
-    define(real, "drain_seconds", 60.0, "from SIGTERM until the process is gone", lower_bound=1.0)
-    define(flag, "fetch_urls", False, "fetch recordings from addresses in requests")
-    define(flag, "allow_private", False, "also from private networks; webhooks too")
-    define(listed, "cors_origins", [], "of web pages that may send requests; * is any")
-    define(listed, "allowed_hosts", [], "further names of this server in Host; * is any")
-    define(listed, "trusted_proxies", [], "addresses or networks that X-Forwarded-For is taken of")
+    dataclass_flags.define_flags(values, Settings, SETTINGS_FLAGS, LOWER_BOUNDS)
+    # The defaults of requests.
+    dataclass_flags.define_flags(values, Sampling)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -119,27 +112,14 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
         ) from error
 
 
-def _settings(values: flags.FlagValues) -> "Settings":
-    from csm_jax.serve.settings import Settings
-
+def _settings(values: flags.FlagValues) -> Settings:
+    given = dataclass_flags.read_flags(values, Settings, SETTINGS_FLAGS)
+    given["allowed_hosts"] = (values.host, *given["allowed_hosts"])
     return Settings(
-        model_name=values.model_name,
-        sampling=sampling_flags.read_flags(values),
-        max_batch=values.max_batch,
-        max_seq_len=values.max_seq_len,
-        max_queue=values.max_queue,
-        voices=Path(values.voices) if values.voices else None,
-        data=Path(values.data) if values.data else None,
+        sampling=Sampling(**dataclass_flags.read_flags(values, Sampling)),
         api_keys=_keys(values),
-        requests_per_minute=values.requests_per_minute,
-        speech_seconds_per_minute=values.speech_seconds_per_minute,
-        drain_seconds=values.drain_seconds,
-        fetch_urls=values.fetch_urls,
-        allow_private=values.allow_private,
-        cors_origins=tuple(values.cors_origins),
-        allowed_hosts=(values.host, *values.allowed_hosts),
-        trusted_proxies=tuple(values.trusted_proxies),
         webhook_secret=os.environ.get("CSM_JAX_WEBHOOK_SECRET", ""),
+        **given,
     )
 
 
@@ -188,15 +168,19 @@ def _check(values: flags.FlagValues) -> None:
     checks = {"allowed_hosts": check_names, "cors_origins": check_origins}
     for name, check in (checks | {"trusted_proxies": check_proxies}).items():
         try:
-            check(values[name].value)
+            check(values[name].value or [])
         except ValueError as error:
             raise InputError(f"--{name}: {error}") from error
     if (values.ssl_certfile is None) != (values.ssl_keyfile is None):
         raise InputError("--ssl_certfile and --ssl_keyfile go together: give both")
     for name in ("ssl_certfile", "ssl_keyfile"):
-        if values[name].value and not Path(values[name].value).is_file():
-            raise InputError(f"--{name} is {values[name].value}, which is no file")
+        if (path := values[name].value) and not Path(path).is_file():
+            raise InputError(f"--{name} is {path}, which is no file")
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 
 if __name__ == "__main__":
-    raise SystemExit(cli.run(PROGRAM, __doc__, define_flags, main))
+    sys.exit(run())

@@ -110,6 +110,7 @@ class Settings:
       trusted_proxies: addresses or networks whose X-Forwarded-For is trusted.
       webhook_secret: the key that signs webhooks; without it they are refused.
       drain_seconds: from SIGTERM until the end of the process.
+      limits: of requests, connections and owners.
     """
 
     model_name: str = "csm-1b"
