@@ -1,4 +1,4 @@
-"""`python -m csm_jax.generate` as users meet it: what it writes, what it says, how it fails."""
+"""`python -m csm_jax.generate`: its files, its messages, its errors and exit codes."""
 
 import json
 import os
@@ -29,7 +29,7 @@ NUM_FRAMES = 5
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """What the flags below name: recordings, scripts and damaged files."""
+    """The files that the flags below name: recordings, scripts and damaged files."""
     directory = tmp_path_factory.mktemp("files")
     tone = 0.3 * np.sin(2 * np.pi * 200 * np.arange(RATE) / RATE)
     soundfile.write(directory / "voice.wav", tone[: RATE // 2], RATE)
@@ -62,7 +62,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory, native):
-    """Directories that are no good checkpoint, by what is wrong with them."""
+    """Directories that are not valid checkpoints, by their fault."""
     root = tmp_path_factory.mktemp("checkpoints")
     (root / "nothing").mkdir()
     good = fixtures.huggingface_tensors()
@@ -79,7 +79,10 @@ def checkpoints(tmp_path_factory, native):
 
 
 def failed(capsys, flags: list[str], out) -> str:
-    """Runs a command that must fail as every one must, and returns what it said."""
+    """Runs a command that must fail; returns its line on stderr.
+
+    It exits with 2, prints one line and nothing on stdout, and writes no file.
+    """
     before = sorted(out.parent.rglob("*"))
     assert run(flags) == 2
     captured = capsys.readouterr()
@@ -91,7 +94,7 @@ def failed(capsys, flags: list[str], out) -> str:
 
 
 HI = "--text=Hi."
-# Flags, beside --out and --checkpoint=random:tiny where they give none, and what is said of them.
+# Flags, with --out and --checkpoint=random:tiny unless they give others, and a part of the error.
 BAD_INPUT = {
     # Text and context.
     "no text": ([], "give either --text or --script"),
@@ -214,7 +217,7 @@ BAD_INPUT = {
 
 
 @pytest.mark.parametrize("name", BAD_INPUT)
-def test_bad_input(name, files, checkpoints, tmp_path, capsys):
+def test_bad_input_ends_with_one_line_and_code_2(name, files, checkpoints, tmp_path, capsys):
     flags, message = BAD_INPUT[name]
     where = {"files": files, "bad": checkpoints, "out": tmp_path}
     given = [flag.format(**where) for flag in flags]
@@ -223,19 +226,19 @@ def test_bad_input(name, files, checkpoints, tmp_path, capsys):
     assert message in failed(capsys, defaults + given, tmp_path / "out.wav")
 
 
-def test_out_is_needed(tmp_path, capsys):
+def test_out_is_required(tmp_path, capsys):
     assert "--out is missing" in failed(capsys, [HI, *SHORT], tmp_path / "out.wav")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_directory(tmp_path, capsys):
+def test_a_read_only_directory_is_an_error(tmp_path, capsys):
     directory = tmp_path / "locked"
     directory.mkdir(mode=0o500)
     out = directory / "out.wav"
     assert "cannot be written" in failed(capsys, [HI, *SHORT, f"--out={out}"], out)
 
 
-def test_an_older_output_survives_a_failure(files, tmp_path, capsys):
+def test_a_failure_keeps_an_existing_output(files, tmp_path, capsys):
     out = tmp_path / "out.wav"
     out.write_text("precious")
     flags = [HI, *SHORT, f"--out={out}", f"--context_audio={files}/text.wav", "--context_text=a"]
@@ -243,7 +246,7 @@ def test_an_older_output_survives_a_failure(files, tmp_path, capsys):
     assert out.read_text() == "precious"
 
 
-def test_help(capsys):
+def test_help_lists_the_flags(capsys):
     assert run(["--help"]) == 0
     captured = capsys.readouterr()
     assert captured.err == ""
@@ -252,11 +255,11 @@ def test_help(capsys):
         assert f"  {flag}: " in captured.out
 
 
-# --- What it writes -----------------------------------------------------------------------------
+# --- Output files -------------------------------------------------------------------------------
 
 
 def spoken(tmp_path, name: str, *flags: str) -> tuple[np.ndarray, np.ndarray]:
-    """Samples and codes that a command writes."""
+    """The samples and codes that a command writes."""
     out, codes = tmp_path / f"{name}.wav", tmp_path / f"{name}.npy"
     assert run([*SHORT, *flags, f"--out={out}", f"--codes_out={codes}"]) == 0
     audio, rate = soundfile.read(out, dtype="float32")
@@ -269,7 +272,7 @@ def model():
     return csm_jax.load("random:tiny")
 
 
-def test_the_command_line_is_the_library(model, files, tmp_path, capsys):
+def test_the_command_line_gives_the_codes_of_the_library(model, files, tmp_path, capsys):
     flags = ["--text=Well then.", "--speaker=7", "--seed=3", "--temperature=0.8", "--top_k=9"]
     flags += ["--top_p=0.9", "--min_p=0.01", "--repetition_penalty=1.1"]
     flags += ["--depth_temperature=0.7", "--depth_top_k=5"]
@@ -288,7 +291,7 @@ def test_the_command_line_is_the_library(model, files, tmp_path, capsys):
     np.testing.assert_allclose(audio, clipped, atol=1 / 32_767)
 
 
-def test_seeds(tmp_path):
+def test_the_same_seed_gives_the_same_file_and_another_seed_other_codes(tmp_path):
     same = [spoken(tmp_path, name, HI, "--seed=1") for name in "ab"]
     np.testing.assert_array_equal(same[0][1], same[1][1])
     assert (tmp_path / "a.wav").read_bytes() == (tmp_path / "b.wav").read_bytes()
@@ -296,39 +299,39 @@ def test_seeds(tmp_path):
     assert (other != same[0][1]).any()
 
 
-def test_greedy_needs_no_seed(tmp_path):
+def test_greedy_codes_do_not_depend_on_the_seed(tmp_path):
     _, one = spoken(tmp_path, "a", HI, "--greedy", "--seed=1")
     _, two = spoken(tmp_path, "b", HI, "--greedy", "--seed=2")
     np.testing.assert_array_equal(one, two)
 
 
-def test_without_a_length_the_guard_knows_what_a_text_can_take(model, tmp_path, capsys):
+def test_without_a_length_the_guard_limits_speech_by_its_text(model, tmp_path, capsys):
     flags = [HI, "--checkpoint=random:tiny"]
     lengths = {}
     for guard in ("on", "off"):
         codes = tmp_path / f"{guard}.npy"
         out = f"--out={tmp_path / guard}.wav"
         assert run([*flags, f"--guard={guard}", out, f"--codes_out={codes}"]) == 0
-        told = []
-        wanted = model.generate_codes("Hi.", guard=guard, notify=told.append)
+        notices = []
+        wanted = model.generate_codes("Hi.", guard=guard, notify=notices.append)
         np.testing.assert_array_equal(np.load(codes), wanted)
-        said = capsys.readouterr().err.splitlines()
-        assert said == [NOISE, *(notice.message for notice in told)]
-        assert len(told) == 1
+        lines = capsys.readouterr().err.splitlines()
+        assert lines == [NOISE, *(notice.message for notice in notices)]
+        assert len(notices) == 1
         lengths[guard] = len(wanted)
     assert lengths == {"on": int(needed_seconds("Hi.") / 0.08), "off": 125}
 
 
-def test_a_context_that_outgrows_the_window_is_left_out(files, tmp_path, capsys):
+def test_turns_beyond_the_window_are_dropped_with_a_notice(files, tmp_path, capsys):
     turn = [f"--context_audio={files}/long.wav", "--context_text=a"]
     spoken(tmp_path, "a", HI, *(8 * turn))
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == NOISE
-    assert said[1].startswith("the oldest 2 of 8 turns of context were left out")
-    assert said[2:] == [CUT]
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == NOISE
+    assert lines[1].startswith("the oldest 2 of 8 turns of context were left out")
+    assert lines[2:] == [CUT]
 
 
-def test_int8(tmp_path):
+def test_quantize_int8_gives_the_codes_of_the_int8_model(tmp_path):
     _, codes = spoken(tmp_path, "a", HI, "--quantize=int8", "--greedy")
     int8 = csm_jax.load("random:tiny", quantize="int8")
     wanted = int8.generate_codes("Hi.", sampling=GREEDY, max_audio_length_ms=400)
@@ -337,8 +340,8 @@ def test_int8(tmp_path):
     assert (codes != full).any()
 
 
-def test_a_script_is_spoken_turn_after_turn(model, files, tmp_path):
-    """The recorded turn is heard and not spoken; every turn hears all before it."""
+def test_each_turn_of_a_script_has_the_earlier_turns_as_context(model, files, tmp_path):
+    """A recorded turn is context only; the seed counts the spoken turns."""
     shutil.copy(files / "voice.wav", tmp_path)
     turns = [
         {"speaker": 0, "text": "Who is there?", "audio": "voice.wav"},
@@ -358,7 +361,7 @@ def test_a_script_is_spoken_turn_after_turn(model, files, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".flac", ".opus", ".pcm"])
-def test_formats(tmp_path, suffix):
+def test_the_suffix_chooses_the_format(tmp_path, suffix):
     out = tmp_path / f"out{suffix}"
     assert run([HI, *SHORT, f"--out={out}"]) == 0
     samples = csm_jax.audio.load_audio(out, RATE)
@@ -366,8 +369,8 @@ def test_formats(tmp_path, suffix):
     assert [path.name for path in tmp_path.iterdir()] == [out.name]
 
 
-def test_a_model_that_says_nothing(tmp_path, capsys):
-    """Heads of zeros prefer no code, so greedy takes code 0 everywhere: the end, at once."""
+def test_speech_without_frames_is_an_empty_file_and_a_notice(tmp_path, capsys):
+    """Heads of zeros make all codes equally likely: greedy takes code 0, the end of speech."""
     zeros = {
         path: array * 0 if path.endswith(("codebook0_head/weight", "depth_heads/weight")) else array
         for path, array in params().items()
@@ -387,7 +390,7 @@ COMMAND = [sys.executable, "-m", "csm_jax.generate"]
 
 @pytest.fixture(scope="module")
 def first_run(tmp_path_factory, native):
-    """A run in a pipe with an empty cache: its flags, its environment, and how it went."""
+    """A run with an empty cache and without a terminal: directory, command, environment, result."""
     directory = tmp_path_factory.mktemp("first")
     flags = [HI, f"--checkpoint={native}", "--max_audio_length_ms=400"]
     environment = os.environ | {"CSM_JAX_CACHE": str(directory / "cache")}
@@ -400,7 +403,7 @@ def first_run(tmp_path_factory, native):
     )
 
 
-def test_a_pipe_is_quiet(first_run):
+def test_without_a_terminal_only_notices_are_printed(first_run):
     directory, _, _, done = first_run
     assert (done.returncode, done.stdout, done.stderr) == (0, "", CUT + "\n")
     assert soundfile.info(directory / "out.wav").frames == NUM_FRAMES * CONFIG.codec.frame_size
@@ -422,19 +425,19 @@ def programs(directory) -> set[str]:
     return {path.name for path in (directory / "cache" / "xla").glob("*-cache")}
 
 
-def test_a_terminal_sees_progress_and_speed(first_run):
+def test_a_terminal_gets_progress_and_speed(first_run):
     _, command, environment, _ = first_run
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 150))
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=theirs)
-    os.close(theirs)
+    terminal, stderr = pty.openpty()
+    termios.tcsetwinsize(stderr, (24, 150))
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=stderr)
+    os.close(stderr)
     shown = b""
     try:
-        while block := os.read(ours, 4096):
+        while block := os.read(terminal, 4096):
             shown += block
-    except OSError:  # how Linux says that the other end is closed
+    except OSError:  # on Linux, the other end is closed
         pass
-    os.close(ours)
+    os.close(terminal)
     assert process.communicate()[0] == b""
     assert process.returncode == 0
     text = shown.decode()
@@ -445,7 +448,7 @@ def test_a_terminal_sees_progress_and_speed(first_run):
     assert "x real time)" in last
 
 
-def test_a_process_fails_in_one_line(tmp_path):
+def test_a_failed_process_prints_one_line_and_writes_nothing(tmp_path):
     command = [*COMMAND, HI, "--checkpoint=random:tiny", f"--out={tmp_path / 'out.wav'}"]
     done = subprocess.run([*command, "--top_k=0"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -1,4 +1,4 @@
-"""`--manifest`: a file for every line, none of them half, and on with the rest after an error."""
+"""`--manifest`: a whole file for each line; the lines after a failed one are spoken."""
 
 import json
 import os
@@ -94,21 +94,20 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("name", BAD_LINES)
-def test_a_bad_line_is_named(name, tmp_path, capsys):
-    """Before anything is spoken, and on the command line too."""
+def test_an_invalid_line_is_named_before_anything_is_spoken(name, tmp_path, capsys):
     line, message = BAD_LINES[name]
     with pytest.raises(InputError) as caught:
         read(tmp_path, HELLO, "", line, HELLO)
-    said = str(caught.value)
-    assert said.startswith(f"{tmp_path / 'lines.jsonl'}, line 3")
-    assert message in said
+    error = str(caught.value)
+    assert error.startswith(f"{tmp_path / 'lines.jsonl'}, line 3")
+    assert message in error
     flags = [f"--manifest={tmp_path / 'lines.jsonl'}", f"--out_dir={tmp_path / 'out'}"]
     assert run([*FLAGS, *flags]) == 2
-    assert capsys.readouterr().err == f"csm_jax.generate: error: {' '.join(said.split())}\n"
+    assert capsys.readouterr().err == f"csm_jax.generate: error: {' '.join(error.split())}\n"
     assert names(tmp_path / "out") == []
 
 
-# Each of these has to be told in a line as well, whenever it shows.
+# Errors in one line as well, whether they show on reading or on speaking.
 STRANGE_LINES = {
     "length of 400 digits": f'{{"text": "a", "max_audio_length_ms": 1{400 * "0"}}}',
     "temperature of 400 digits": f'{{"text": "a", "temperature": 1{400 * "0"}}}',
@@ -121,43 +120,43 @@ STRANGE_LINES = {
 
 
 @pytest.mark.parametrize("name", STRANGE_LINES)
-def test_a_strange_line_is_an_error_and_no_crash(name, tmp_path, capsys):
+def test_a_line_of_extreme_values_is_an_error_and_no_crash(name, tmp_path, capsys):
     flags = [f"--manifest={write(tmp_path, STRANGE_LINES[name])}", f"--out_dir={tmp_path / 'out'}"]
     assert run([*FLAGS, *flags]) == 2
-    said = [line for line in capsys.readouterr().err.splitlines() if line != NOISE]
-    assert "line 1" in said[0]
+    lines = [line for line in capsys.readouterr().err.splitlines() if line != NOISE]
+    assert "line 1" in lines[0]
     assert names(tmp_path / "out") == []
 
 
 @pytest.mark.parametrize("field", ["context", "id"])
-def test_a_null_is_not_what_it_should_be(tmp_path, field):
+def test_a_null_is_refused(tmp_path, field):
     with pytest.raises(InputError, match=f"{field} is None"):
         read(tmp_path, {"text": "a", field: None})
 
 
 @pytest.mark.parametrize("ids", [("a", "a"), ("2", None)])
-def test_two_lines_of_one_name(tmp_path, ids):
-    """Also where one of them has got its name from its number."""
+def test_two_lines_of_one_name_are_refused(tmp_path, ids):
+    """Also if the name of one of them is its number."""
     lines = [HELLO | ({"id": name} if name else {}) for name in ids]
     with pytest.raises(InputError, match=r"line 2: \w is the name of .*line 1 too"):
         read(tmp_path, *lines)
 
 
 @pytest.mark.parametrize("content", [b"", b"\n  \n", b'{"text": "\xe9"}'])
-def test_a_manifest_without_lines(tmp_path, content):
+def test_a_manifest_without_lines_is_refused(tmp_path, content):
     (tmp_path / "lines.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"lines\.jsonl (has no lines|cannot be read)"):
         read_manifest(tmp_path / "lines.jsonl", DEFAULT)
 
 
 @pytest.mark.parametrize("name", ["missing.jsonl", ""])
-def test_a_manifest_that_cannot_be_read(tmp_path, name):
+def test_a_manifest_that_cannot_be_read_is_named(tmp_path, name):
     with pytest.raises(InputError, match="cannot be read") as caught:
         read_manifest(tmp_path / name, DEFAULT)
     assert str(tmp_path / name) in str(caught.value)
 
 
-def test_a_line_changes_what_it_says(tmp_path):
+def test_the_fields_of_a_line_replace_the_defaults(tmp_path):
     sampling = {"temperature": 1, "top_k": 7, "top_p": 0.5, "min_p": 0.1, "greedy": False}
     sampling |= {"repetition_penalty": 1.2, "depth_temperature": 0.6, "depth_top_k": 3}
     values = {"speaker": 5, "seed": 8, "max_audio_length_ms": 800.5, "guard": "on"}
@@ -212,22 +211,24 @@ def assert_spoken(model, path: Path, request: Request) -> None:
     np.testing.assert_allclose(samples, wanted, atol=1 / 32_767)
 
 
-def test_every_line_is_what_generate_says(model, tmp_path):
+def test_every_line_has_the_samples_of_generate(model, tmp_path):
     lines = read(tmp_path, *LINES)
     (tmp_path / "out").mkdir()
-    told = []
-    assert speak_manifest(model, lines, tmp_path / "out", ".wav", 2, told.append) == []
+    warnings = []
+    assert speak_manifest(model, lines, tmp_path / "out", ".wav", 2, warnings.append) == []
     assert names(tmp_path / "out") == FILES
     for line in lines:
         recording = audio.load_audio(tmp_path / "voice.wav", RATE)
         context = [Segment(0, "Before.", recording), Segment(1, "Yes?")] if line.context else []
         request = csm_jax.request.as_request(line.request, context=context)
         assert_spoken(model, tmp_path / "out" / f"{line.name}.wav", request)
-    assert len(told) == len(lines)
-    assert told[1].startswith(f"{tmp_path / 'lines.jsonl'}, line 2: the speech was cut at 0.8 s")
+    assert len(warnings) == len(lines)
+    assert warnings[1].startswith(
+        f"{tmp_path / 'lines.jsonl'}, line 2: the speech was cut at 0.8 s"
+    )
 
 
-def test_what_is_there_is_kept(tmp_path, capsys):
+def test_existing_files_are_kept(tmp_path, capsys):
     out = tmp_path / "out"
     out.mkdir()
     for name in ("one.wav", "4.wav", "else.wav"):
@@ -245,16 +246,16 @@ def test_what_is_there_is_kept(tmp_path, capsys):
     assert capsys.readouterr().err == f"{NOISE}\n"
 
 
-def test_after_a_bad_line_the_others_are_spoken(model, tmp_path, capsys):
+def test_the_lines_after_a_failed_one_are_spoken(model, tmp_path, capsys):
     bad = {"text": "Bad.", "context": [TURN | {"audio": "noise.wav"}]}
     path = write(tmp_path, LINES[0], bad, LINES[3], bad, LINES[4])
     flags = [f"--manifest={path}", f"--out_dir={tmp_path / 'new' / 'out'}", "--seed=3"]
     assert run([*FLAGS, *flags]) == 2
-    said = capsys.readouterr().err.splitlines()
-    for number, line in ((2, said[-3]), (4, said[-2])):
+    lines = capsys.readouterr().err.splitlines()
+    for number, line in ((2, lines[-3]), (4, lines[-2])):
         expected = f"{path}, line {number}: {tmp_path / 'noise.wav'}: not readable as audio"
         assert line.startswith(expected)
-    assert said[-1] == "csm_jax.generate: error: 2 of 5 lines failed, see above"
+    assert lines[-1] == "csm_jax.generate: error: 2 of 5 lines failed, see above"
     assert names(tmp_path / "new" / "out") == ["3.wav", "5.wav", "one.wav"]
     request = Request("Five.", seed=3, max_audio_length_ms=400, guard="off")
     assert_spoken(model, tmp_path / "new" / "out" / "5.wav", request)
@@ -268,21 +269,21 @@ def test_after_a_bad_line_the_others_are_spoken(model, tmp_path, capsys):
     ],
     ids=["less than a frame", "more than the window"],
 )
-def test_what_only_the_model_knows_is_said_before_it_speaks(line, message, tmp_path, capsys):
+def test_a_line_beyond_the_model_is_refused_before_any_is_spoken(line, message, tmp_path, capsys):
     path, out = write(tmp_path, HELLO, line), tmp_path / "out"
     assert run([*FLAGS, f"--manifest={path}", f"--out_dir={out}"]) == 2
-    said = capsys.readouterr().err.splitlines()
-    assert said[0] == NOISE
-    assert said[1].startswith(f"csm_jax.generate: error: {path}, line 2: {message}")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0] == NOISE
+    assert lines[1].startswith(f"csm_jax.generate: error: {path}, line 2: {message}")
     assert names(out) == []
 
 
-@pytest.mark.parametrize("form", ["flac", "pcm"])
-def test_formats(tmp_path, form):
+@pytest.mark.parametrize("audio_format", ["flac", "pcm"])
+def test_format_is_that_of_the_files(tmp_path, audio_format):
     flags = [f"--manifest={write(tmp_path, HELLO)}", f"--out_dir={tmp_path / 'out'}"]
-    assert run([*FLAGS, *flags, f"--format={form}"]) == 0
-    assert names(tmp_path / "out") == [f"1.{form}"]
-    samples = audio.load_audio(tmp_path / "out" / f"1.{form}", RATE)
+    assert run([*FLAGS, *flags, f"--format={audio_format}"]) == 0
+    assert names(tmp_path / "out") == [f"1.{audio_format}"]
+    samples = audio.load_audio(tmp_path / "out" / f"1.{audio_format}", RATE)
     assert len(samples) == 5 * CONFIG.codec.frame_size
 
 
@@ -309,7 +310,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
-def test_flags_that_do_not_fit(name, tmp_path, capsys):
+def test_flags_that_do_not_go_with_a_manifest_are_refused(name, tmp_path, capsys):
     flags, message = BAD_FLAGS[name]
     path = write(tmp_path, HELLO)
     flags = [flag.format(tmp_path) for flag in flags]
@@ -319,7 +320,7 @@ def test_flags_that_do_not_fit(name, tmp_path, capsys):
     assert not list(tmp_path.rglob("1.*"))
 
 
-def test_out_dir_is_needed(tmp_path, capsys):
+def test_out_dir_is_required(tmp_path, capsys):
     assert run([*FLAGS, f"--manifest={write(tmp_path, HELLO)}"]) == 2
     assert "--out_dir is missing" in capsys.readouterr().err
 
@@ -327,7 +328,7 @@ def test_out_dir_is_needed(tmp_path, capsys):
 # --- Several processes --------------------------------------------------------------------------
 
 
-def test_two_processes_share_the_lines(tmp_path):
+def test_two_processes_with_a_coordinator_share_the_lines(tmp_path):
     path = write(tmp_path, *LINES)
     assert run([*FLAGS, f"--manifest={path}", f"--out_dir={tmp_path / 'one'}"]) == 0
     with socket.socket() as free:
@@ -345,33 +346,35 @@ def test_two_processes_share_the_lines(tmp_path):
         for i in range(2)
     ]
     try:
-        said = [process.communicate(timeout=120) for process in processes]
+        outputs = [process.communicate(timeout=120) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+    assert [process.returncode for process in processes] == [0, 0], outputs
     assert names(tmp_path / "two") == names(tmp_path / "one") == FILES
     for name in FILES:
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    numbers = [sorted(line.split(":")[0][-1] for line in err.splitlines()[1:]) for _, err in said]
+    numbers = [
+        sorted(line.split(":")[0][-1] for line in err.splitlines()[1:]) for _, err in outputs
+    ]
     assert numbers == [["1", "3", "5"], ["2", "4"]]
 
 
-def test_a_process_that_is_done_waits_for_the_others(tmp_path, monkeypatch):
-    """jax gives them five minutes, and then aborts them all."""
-    asked = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **named: asked.append(named))
+def test_a_finished_process_waits_for_the_others(tmp_path, monkeypatch):
+    """By default jax aborts all of them after five minutes."""
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **named: calls.append(named))
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "1.wav").touch()
     flags = [*FLAGS, f"--manifest={write(tmp_path, HELLO)}", f"--out_dir={tmp_path / 'out'}"]
     assert run([*flags, "--coordinator=localhost:7000", "--num_processes=3"]) == 0
     assert run([*flags, "--coordinator=auto"]) == 0
-    assert all(named.pop("shutdown_timeout_seconds") > 24 * 3600 for named in asked)
+    assert all(named.pop("shutdown_timeout_seconds") > 24 * 3600 for named in calls)
     address = {"coordinator_address": "localhost:7000", "num_processes": 3, "process_id": 0}
-    assert asked == [address, {}]
+    assert calls == [address, {}]
 
 
-def test_a_share_needs_no_coordinator(tmp_path):
+def test_processes_share_the_lines_without_a_coordinator(tmp_path):
     flags = [*FLAGS, f"--manifest={write(tmp_path, *LINES)}", f"--out_dir={tmp_path / 'out'}"]
     assert run([*flags, "--num_processes=2", "--process_id=1"]) == 0
     assert names(tmp_path / "out") == ["4.wav", "two.wav"]
