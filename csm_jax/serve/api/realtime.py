@@ -35,6 +35,7 @@ from pydantic import BaseModel, Field, TypeAdapter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from csm_jax.audio import to_pcm
+from csm_jax.conversation import Conversation
 from csm_jax.errors import CSMError, RequestCancelledError
 from csm_jax.prompt import Segment, Turn, check_text
 from csm_jax.serve.admission.caller import caller_of
@@ -163,8 +164,8 @@ class RealtimeSession:
         self._socket = socket
         self._caller = caller_of(socket)
         self._settings = UtteranceSettings()
-        self._turns: list[Segment] = []
-        # Positions of the window that each turn takes.
+        self._conversation = Conversation(service.engine)
+        # Positions of the window that each of its turns takes.
         self._lengths: list[int] = []
         self._unfinished = Sentences()
         self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
@@ -277,17 +278,18 @@ class RealtimeSession:
                 audio = await read_recording(self._service, turn.audio, "audio", self._caller)
                 codes = await self._service.encode(audio, self._caller)
         await self._remember(Segment(turn.speaker, turn.text, codes=codes))
-        await self._send_event("turn", turns=len(self._turns))
+        await self._send_event("turn", turns=len(self._conversation.turns))
 
     async def _remember(self, turn: Segment) -> None:
         """Adds a turn, and drops the oldest ones that do not fit the window any more."""
         # In a thread, because tokenizing a long text would block the event loop.
         length = await self._service.threads.work(self._caller, self._length, turn)
-        turns, lengths = [*self._turns, turn], [*self._lengths, length]
+        self._conversation.add(turn)
+        self._lengths.append(length)
+        turns, lengths = self._conversation.turns, self._lengths
         most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
         while len(turns) > 1 and (len(turns) > most or sum(lengths) > window):
             del turns[0], lengths[0]
-        self._turns, self._lengths = turns, lengths
 
     def _length(self, turn: Segment) -> int:
         model = self._service.model
@@ -335,8 +337,9 @@ class RealtimeSession:
           num_cancels: `_num_cancels` when the utterance began; after one more it is not sent.
         """
         text, settings = utterance.text, utterance.settings
+        turns = self._conversation.turns
         request = make_request(
-            self._service, text, settings.speaker, settings.options, self._turns, settings.voice
+            self._service, text, settings.speaker, settings.options, turns, settings.voice
         )
         with await self._service.admit(self._caller):
             self._speech = await self._service.speak(request, self._caller, stream=True)

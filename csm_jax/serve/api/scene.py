@@ -1,10 +1,12 @@
-"""Several turns, spoken one after another, each with the earlier ones as context."""
+"""A scene: lines that are spoken one after another as turns of a conversation."""
 
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from csm_jax.conversation import Conversation
 from csm_jax.prompt import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.schemas import Options, make_request
@@ -41,21 +43,22 @@ async def speak_scene(
         raise ApiError(400, f"{len(lines)} lines, but at most {most} are spoken", param="scene")
     # The first is the request, which has been counted when it came.
     service.rate_limits.count_more(caller, len(lines) - 1)
-    earlier, audio = list(context), []
+    seed = random.getrandbits(32) if options.seed is None else options.seed
+    conversation, audio = Conversation(service.engine, context, seed=seed), []
     for number, line in enumerate(lines, 1):
-        seed = None if options.seed is None else (options.seed + number - 1) % 2**32
-        asked = options.model_copy(update={"seed": seed})
-        turns = earlier[-service.settings.limits.turns :]
-        request = make_request(service, line.text, line.speaker, asked, turns)
-        # Recordings are encoded once, for the first line that has them as context.
+        line_options = options.model_copy(update={"seed": conversation.next_seed})
+        turns = conversation.turns[-service.settings.limits.turns :]
+        request = make_request(service, line.text, line.speaker, line_options, turns)
         request = await service.encode_context(request, caller)
+        # With the codes of recordings, which are encoded once: for the first line.
+        conversation.turns = list(request.context)
         speech = await service.speak(request, caller, stream=False)
         try:
             audio.append(await speech.audio())
         finally:
             speech.cancel()
         _check_length(service, audio)
-        earlier = [*request.context, Segment(line.speaker, line.text, codes=speech.codes())]
+        conversation.add_spoken(line.text, line.speaker, speech.codes())
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
 

@@ -2,11 +2,12 @@
 
 import random
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
+from csm_jax.dataclass_flags import field_descriptions, field_types
 from csm_jax.prompt import Segment
 from csm_jax.request import Request
 from csm_jax.sampling import Sampling
@@ -24,6 +25,13 @@ Text = Annotated[str, Field(min_length=1)]
 # A file in a form, or base64 in JSON.
 Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})]
 
+_DESCRIPTIONS = field_descriptions(Sampling)
+
+
+def _sampling_field(name: str, **limits: float) -> Any:
+    """A field of `Sampling` with its description; None is the server's default."""
+    return Field(default=None, description=_DESCRIPTIONS.get(name), **limits)
+
 
 class Options(BaseModel):
     """Sampling, seed and length. Fields that are left out are as in `Settings.sampling`."""
@@ -31,10 +39,10 @@ class Options(BaseModel):
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     temperature: float | None = Field(default=None, ge=0, le=5, description="0 takes the likeliest")
-    top_k: int | None = Field(default=None, ge=1, le=100_000)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, lt=1)
-    repetition_penalty: float | None = Field(default=None, gt=0.01, le=100)
+    top_k: int | None = _sampling_field("top_k", ge=1, le=100_000)
+    top_p: float | None = _sampling_field("top_p", gt=0, le=1)
+    min_p: float | None = _sampling_field("min_p", ge=0, lt=1)
+    repetition_penalty: float | None = _sampling_field("repetition_penalty", gt=0.01, le=100)
     seed: Seed | None = Field(
         default=None, description="the same seed says the same; default: random"
     )
@@ -56,7 +64,7 @@ class Options(BaseModel):
         return Sampling(**(vars(default) | given))
 
 
-_SAMPLING = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
+_SAMPLING = Options.model_fields.keys() & field_types(Sampling).keys()
 
 
 def make_request(

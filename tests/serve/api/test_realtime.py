@@ -239,8 +239,7 @@ def test_a_cancel_of_a_disconnected_client_returns():
     """Otherwise the session would never end."""
 
     async def scenario() -> None:
-        service = SimpleNamespace(settings=Settings(), rate_limits=RateLimits(0, 0))
-        async with RealtimeSession(service, Gone()) as session:
+        async with RealtimeSession(a_service(), Gone()) as session:
             session._say("x")  # its messages cannot be sent either
             await asyncio.wait_for(session.handle(b'{"type": "cancel"}'), 5)
 
@@ -365,7 +364,8 @@ class Quiet(Gone):
 
 
 def a_service(**more) -> SimpleNamespace:
-    return SimpleNamespace(settings=Settings(), rate_limits=RateLimits(0, 0), voices=None, **more)
+    parts = dict(settings=Settings(), rate_limits=RateLimits(0, 0), voices=None, engine=None)
+    return SimpleNamespace(**(parts | more))
 
 
 def as_bytes(kind: str, **fields) -> bytes:
@@ -457,7 +457,7 @@ def test_turns_beyond_the_window_are_dropped(model):
     def remember(speaker: int, text: str, num_frames: int) -> list[int]:
         codes = np.zeros((num_frames, model.config.num_codebooks), np.int32)
         asyncio.run(session._remember(Segment(speaker, text, codes=codes)))
-        return [turn.speaker for turn in session._turns]
+        return [turn.speaker for turn in session._conversation.turns]
 
     for number in range(10):
         kept = remember(number, "a", 40)
@@ -475,7 +475,9 @@ def test_a_client_that_does_not_read_counts_as_disconnected():
 
     async def scenario() -> None:
         settings = Settings(limits=Limits(write_seconds=0.1))
-        async with RealtimeSession(SimpleNamespace(settings=settings), Deaf()) as session:
+        async with RealtimeSession(
+            SimpleNamespace(settings=settings, engine=None), Deaf()
+        ) as session:
             with pytest.raises(WebSocketDisconnect):
                 await asyncio.wait_for(session.handle(b"{"), 5)
 
