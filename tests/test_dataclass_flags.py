@@ -8,6 +8,7 @@ from absl import flags
 
 from csm_jax import Request, Sampling, dataclass_flags, generate, manifest
 from csm_jax.dataclass_flags import define_flags, field_descriptions, field_types, read_flags
+from csm_jax.engine_config import EngineConfig
 
 settings = pytest.importorskip("csm_jax.serve.settings")
 serve = pytest.importorskip("csm_jax.serve.__main__")
@@ -23,7 +24,8 @@ class Example:
       share, limit: two numbers.
       path: a file: any.
 
-    Not an attribute: this.
+    Raises:
+      Nothing: at all.
     """
 
     count: int
@@ -82,7 +84,7 @@ def test_descriptions_are_those_of_the_docstring():
     assert field_descriptions(dataclasses.make_dataclass("Bare", [("a", int)])) == {}
 
 
-@pytest.mark.parametrize("cls", [Sampling, Request, settings.Settings])
+@pytest.mark.parametrize("cls", [Sampling, Request, EngineConfig, settings.Settings])
 def test_every_field_of_the_public_dataclasses_is_described(cls):
     assert field_descriptions(cls).keys() == {field.name for field in dataclasses.fields(cls)}
 
@@ -111,7 +113,19 @@ def test_the_server_has_a_flag_for_every_setting_that_is_not_made_of_others():
     serve.define_flags(values)
     missing = field_types(settings.Settings).keys() - set(values)
     assert missing == {"sampling", "api_keys", "webhook_secret", "limits"}
-    assert read_flags(values, settings.Settings, serve.SETTINGS_FLAGS)
+    names = [*serve.ENGINE_FLAGS, *serve.SETTINGS_FLAGS]
+    defaults = settings.Settings(**read_flags(values, settings.Settings, names))
+    assert defaults == settings.Settings()
+
+
+def test_the_server_has_the_sizes_of_an_engine():
+    values = flags.FlagValues()
+    serve.define_flags(values)
+    sizes = read_flags(values, EngineConfig, serve.ENGINE_FLAGS)
+    assert EngineConfig(**sizes) == EngineConfig()
+    # The server itself reserves slots for tenants.
+    left_out = field_types(EngineConfig).keys() - set(serve.ENGINE_FLAGS)
+    assert left_out == {"kept_rows", "kept_beside_others"}
 
 
 def test_a_new_field_of_sampling_gets_a_flag_by_itself():

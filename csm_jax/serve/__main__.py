@@ -8,7 +8,6 @@ API keys are in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, on
 that signs webhooks is in CSM_JAX_WEBHOOK_SECRET. Without API keys requests need none.
 """
 
-import dataclasses
 import logging
 import os
 import socket
@@ -21,6 +20,8 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from csm_jax import cli, dataclass_flags, model_flags
+from csm_jax.dataclass_flags import field_types
+from csm_jax.engine_config import EngineConfig
 from csm_jax.errors import CSMError, InputError
 from csm_jax.sampling import Sampling
 from csm_jax.serve.settings import Settings
@@ -30,12 +31,10 @@ if TYPE_CHECKING:
 
 PROGRAM = "csm_jax.serve"
 KEYS_VARIABLE = "CSM_JAX_API_KEYS"
-# The other fields come from the environment, from a file, or from flags of their own.
-SETTINGS_FLAGS = [
-    field.name
-    for field in dataclasses.fields(Settings)
-    if field.name not in ("sampling", "api_keys", "webhook_secret", "limits")
-]
+ENGINE_FLAGS = ("max_batch", "max_seq_len", "max_queue")
+# Fields that come from the environment, from a file, or from flags of their own.
+_OTHER_SETTINGS = {"sampling", "api_keys", "webhook_secret", "limits", *ENGINE_FLAGS}
+SETTINGS_FLAGS = [name for name in field_types(Settings) if name not in _OTHER_SETTINGS]
 LOWER_BOUNDS = {"max_batch": 1, "max_seq_len": 32, "max_queue": 1, "drain_seconds": 1.0}
 LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0}
 
@@ -52,6 +51,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "ssl_certfile", None, "certificate, to serve https")
     define(text, "ssl_keyfile", None, "its private key")
     define(text, "api_keys_file", None, "lines KEY [tenant=NAME] [weight=NUMBER]")
+    dataclass_flags.define_flags(values, EngineConfig, ENGINE_FLAGS, LOWER_BOUNDS)
     dataclass_flags.define_flags(values, Settings, SETTINGS_FLAGS, LOWER_BOUNDS)
     # The defaults of requests.
     dataclass_flags.define_flags(values, Sampling)
@@ -113,7 +113,8 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
 
 
 def _settings(values: flags.FlagValues) -> Settings:
-    given = dataclass_flags.read_flags(values, Settings, SETTINGS_FLAGS)
+    names = [*ENGINE_FLAGS, *SETTINGS_FLAGS]
+    given = dataclass_flags.read_flags(values, Settings, names)
     given["allowed_hosts"] = (values.host, *given["allowed_hosts"])
     return Settings(
         sampling=Sampling(**dataclass_flags.read_flags(values, Sampling)),

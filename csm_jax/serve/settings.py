@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from csm_jax.engine_config import EngineConfig
 from csm_jax.request import DEFAULT_SAMPLING
 from csm_jax.sampling import Sampling
 
@@ -115,9 +116,9 @@ class Settings:
 
     model_name: str = "csm-1b"
     sampling: Sampling = DEFAULT_SAMPLING
-    max_batch: int = 8
-    max_seq_len: int = 2048
-    max_queue: int = 64
+    max_batch: int = EngineConfig.max_batch
+    max_seq_len: int = EngineConfig.max_seq_len
+    max_queue: int = EngineConfig.max_queue
     voices: Path | None = None
     data: Path | None = None
     api_keys: tuple[str, ...] = ()
