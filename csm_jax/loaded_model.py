@@ -94,7 +94,7 @@ class LoadedModel:
     def silent_codes(self) -> frozenset[int]:
         """The codebook-0 codes of silence, found by encoding it: digital, and with faint noise."""
         noise = np.random.default_rng(0).standard_normal(SILENCE_FRAMES * self.codec.frame_size)
-        silences = [np.float32(level * noise) for level in SILENCE_LEVELS]
+        silences = [(level * noise).astype(np.float32) for level in SILENCE_LEVELS]
         return frozenset(int(code) for row in self.codec.encode(silences, 1) for code in row[:, 0])
 
 
