@@ -1,8 +1,9 @@
 """Checks the structure of an Ogg file before libogg and libvorbis read it.
 
 A Vorbis file begins with the codebooks of its decoder, and libvorbis builds the tables of all of
-them when the file is opened. A codebook of a few bytes can have four million entries: 3 kB take
-13 GB of memory and minutes of work. So the entries are counted here first.
+them when the file is opened, and sorts each on the stack. A codebook of a few bytes can have four
+million entries: that overflows the stack, which ends the process, and many small ones take 13 GB.
+So the entries are counted here first.
 
 Between pages libogg searches for the next one byte by byte, and computes a checksum of 64 kB at
 each possible beginning, which takes minutes for 10 MB. So only consecutive pages are handed on.
@@ -14,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 # Entries of all codebooks times their dimensions. Encoders write at most 90 000.
-MAX_VALUES = 1 << 18
+MAX_VALUES = 1 << 17
 # A minute has 3000 pages of 20 ms.
 MAX_PAGES = 20_000
 # Limit for the packet with the codebooks. Encoders write a few kB.
