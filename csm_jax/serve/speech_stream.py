@@ -5,19 +5,31 @@ import contextlib
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import numpy as np
 
 from csm_jax.errors import CSMError
+from csm_jax.generator import Generator
 from csm_jax.request import Notice
 from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.admission.rate_limits import RateLimits
+from csm_jax.serve.admission.read_pace import ReadPaceMonitor
+from csm_jax.serve.admission.thread_pools import ThreadPools
 from csm_jax.serve.errors import ClientGoneError
+from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.request_log import add_log_fields, request_id
 from csm_jax.ticket import Ticket
 
-if TYPE_CHECKING:
-    from csm_jax.serve.service import Service
+
+class StreamServices(Protocol):
+    """What a stream needs of the server."""
+
+    model: Generator
+    metrics: Metrics
+    rate_limits: RateLimits
+    read_pace: ReadPaceMonitor
+    threads: ThreadPools
 
 
 class SpeechStream:
@@ -25,7 +37,7 @@ class SpeechStream:
 
     def __init__(
         self,
-        service: "Service",
+        service: StreamServices,
         caller: Caller,
         ticket: Ticket,
         stream: bool,
