@@ -8,15 +8,12 @@ import asyncio
 import enum
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from csm_jax.serve.admission.memory import MemoryBudget
 from csm_jax.serve.network.addresses import is_proxy, network_of
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.transport.input_scheduler import InputScheduler
-
-if TYPE_CHECKING:
-    from csm_jax.serve.transport.connection import Connection
 
 # Connections that are checked for sent responses when room is needed.
 _NUM_CHECKED = 16
@@ -36,6 +33,29 @@ class Phase(enum.Enum):
     SOCKET = "a WebSocket"
 
 
+class CountedConnection(Protocol):
+    """A connection of a client.
+
+    Attributes:
+      phase, since: its state, and the event loop's time when that began.
+      groups, share: the groups in which it is counted, and the client's share.
+    """
+
+    phase: Phase
+    since: float
+    groups: "list[ConnectionGroup]"
+    share: str | None
+
+    def settle(self) -> None:
+        """Updates the phase if the response has been sent meanwhile."""
+
+    def check(self, now: float) -> None:
+        """Closes the connection if it has waited too long for the client."""
+
+    def abort(self) -> None:
+        """Closes the connection immediately."""
+
+
 class ConnectionGroup:
     """Connections that are counted together.
 
@@ -46,11 +66,11 @@ class ConnectionGroup:
 
     def __init__(self):
         self.size = 0
-        self.waiting: dict[Phase, dict[Connection, None]] = {
+        self.waiting: dict[Phase, dict[CountedConnection, None]] = {
             phase: {} for phase in (Phase.HEAD, Phase.IDLE, Phase.BODY, Phase.WRITING)
         }
 
-    def moved(self, connection: "Connection", old: Phase | None, new: Phase | None) -> None:
+    def moved(self, connection: CountedConnection, old: Phase | None, new: Phase | None) -> None:
         """Updates the phase of a connection; None is before its beginning and after its end."""
         self.size += (old is None) - (new is None)
         if old in self.waiting:
@@ -58,7 +78,7 @@ class ConnectionGroup:
         if new in self.waiting:
             self.waiting[new][connection] = None
 
-    def longest_waiting(self) -> "Connection | None":
+    def longest_waiting(self) -> CountedConnection | None:
         """The connection that makes room for a new one; those without a request come first."""
         # Connections whose responses have been sent meanwhile wait for their clients again.
         for connection in list(itertools.islice(self.waiting[Phase.WRITING], _NUM_CHECKED)):
@@ -88,17 +108,17 @@ class Connections:
         self.input = InputScheduler()
         self.messages = MemoryBudget(limits.pending_body_bytes, "messages")
         self._proxies = proxies
-        self._all: set[Connection] = set()
+        self._all: set[CountedConnection] = set()
         self._total = ConnectionGroup()
         self._groups: dict[str, ConnectionGroup] = {}
 
     def __len__(self) -> int:
         return len(self._all)
 
-    def __contains__(self, connection: "Connection") -> bool:
+    def __contains__(self, connection: CountedConnection) -> bool:
         return connection in self._all
 
-    def admit(self, connection: "Connection", host: str) -> bool:
+    def admit(self, connection: CountedConnection, host: str) -> bool:
         """Admits a connection; if need be, one that waits for its client is closed for it."""
         groups = [self._total]
         if not is_proxy(host, self._proxies):
@@ -127,7 +147,7 @@ class Connections:
         self.remove(longest)
         return True
 
-    def remove(self, connection: "Connection") -> None:
+    def remove(self, connection: CountedConnection) -> None:
         """Removes a connection. A second call changes nothing."""
         if connection not in self._all:
             return
@@ -138,7 +158,7 @@ class Connections:
         if share is not None and (group := self._groups.get(share)) and not group.size:
             del self._groups[share]
 
-    def moved(self, connection: "Connection", old: Phase) -> None:
+    def moved(self, connection: CountedConnection, old: Phase) -> None:
         """Updates the groups of a connection whose phase has changed."""
         if connection in self._all:
             for group in connection.groups:
