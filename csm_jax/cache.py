@@ -1,4 +1,4 @@
-"""Attention state as plain pytrees: passed in, returned, donated at the jit boundary."""
+"""KV caches as plain pytrees: passed in, returned, donated at the jit boundary."""
 
 from typing import NamedTuple
 

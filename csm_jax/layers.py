@@ -10,7 +10,7 @@ and the one in which XLA finds its fast narrow-type products on a CPU.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +18,11 @@ import numpy as np
 from flax import nnx
 
 from csm_jax.config import RopeScaling
-from csm_jax.precision import Precision
+from csm_jax.precision import Precision, Role
 
 Array = jax.Array
+# A nested dictionary of parameters, by the names of modules and their attributes.
+Params = dict[str, Any]
 Rngs = nnx.Rngs | None
 
 # What a packed bfloat16 table is held as.
@@ -52,7 +54,7 @@ Weight = Array | Int8Weight | Adapted
 
 
 def linear(x: Array, weight: Weight) -> Array:
-    """`x @ weight.T`, accumulated in float32: the only matrix product with weights there is.
+    """`x @ weight.T`, accumulated in float32: all matrix products with weights go through here.
 
     Args:
       x: [..., in], any float dtype.
@@ -157,8 +159,11 @@ def per_channel(vector: Array, x: Array) -> Array:
 
 
 def normal(rngs: Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
-    """Where training starts. Zeros without `rngs`, for those who want the shape alone: tracing
-    random numbers for every weight takes seconds."""
+    """Initial values of a weight.
+
+    Zeros without `rngs`, where the shape alone is needed: tracing random numbers for every weight
+    takes seconds.
+    """
     if rngs is None:
         return jnp.zeros(shape, dtype)
     return nnx.initializers.normal(std)(rngs.params(), shape, dtype)
@@ -170,9 +175,11 @@ class Linear(nnx.Module):
     Attributes:
       weight: [*stack, out, in].
       weight_scale: float32 [*stack, out], if the weight is int8.
-      update: a low-rank update that is being trained; it is no parameter of the model.
+      update: a low-rank update that is being trained; it is not a parameter of the model.
     """
 
+    weight: nnx.Param[Array]
+    weight_scale: nnx.Param[Array] | None
     update: LowRank | None = None
 
     def __init__(
@@ -185,21 +192,22 @@ class Linear(nnx.Module):
         stack: tuple[int, ...] = (),
     ):
         shape = (*stack, out_dim, in_dim)
-        is_packed = bool(stack) and precision.packs_tables
+        role = Role.MATRIX_STACK if stack else Role.MATRIX
         values = normal(rngs, shape, in_dim**-0.5, jnp.float32)
-        if precision.int8:
+        if precision.quantizes(role):
             values, scale = quantize_int8(values)
             self.weight, self.weight_scale = nnx.Param(values), nnx.Param(scale)
         else:
             values = values.astype(precision.weights)
-            self.weight = nnx.Param(pack(values) if is_packed else values)
+            self.weight = nnx.Param(pack(values) if precision.packs(role) else values)
             self.weight_scale = None
 
     @property
     def matrix(self) -> Weight:
-        base = self.weight[...]
+        """The weight as `linear` takes it."""
+        base: Array | Int8Weight = self.weight[...]
         if self.weight_scale is not None:
-            base = Int8Weight(base, self.weight_scale[...])
+            base = Int8Weight(self.weight[...], self.weight_scale[...])
         return base if self.update is None else Adapted(base, self.update)
 
     def __call__(self, x: Array) -> Array:
@@ -279,7 +287,7 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> Array:
       query: [B, T, K, G, H].
       key: [B, K, H, S].
       value: [B, K, S, H].
-      visible: bool [B, T, S], which keys each query may see; or [1, T, S].
+      visible: bool [B, T, S], the keys that each query attends to; or [1, T, S].
 
     Returns:
       [B, T, K, G, H].

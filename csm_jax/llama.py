@@ -18,17 +18,17 @@ Array = jax.Array
 class Attention(nnx.Module):
     """Causal grouped-query self-attention over a preallocated cache.
 
-    Queries, keys and values are one product: its rows are, for each of the K kv heads, those of
-    its G query heads, of its key and of its value. A mesh can then split it by kv heads.
+    Queries, keys and values are one product, with the rows of `qkv.py`. A mesh can then split it by
+    kv heads.
     """
 
     def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
         self.config = config
-        options = dict(precision=precision, rngs=rngs)
         query_dim = config.num_heads * config.head_dim
         kv_dim = config.num_kv_heads * config.head_dim
-        self.qkv = Linear(config.embed_dim, query_dim + 2 * kv_dim, **options)
-        self.o = Linear(query_dim, config.embed_dim, **options)
+        qkv_dim = query_dim + 2 * kv_dim
+        self.qkv = Linear(config.embed_dim, qkv_dim, precision=precision, rngs=rngs)
+        self.o = Linear(query_dim, config.embed_dim, precision=precision, rngs=rngs)
 
     def __call__(
         self, x: Array, cache: LayerCache, positions: Array, kv_length: int

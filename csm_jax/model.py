@@ -3,8 +3,8 @@
 A frame is a row of Q audio codes and one text id, Q + 1 columns; a mask says which count.
 """
 
+import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ from flax import nnx
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.layers import PACKED, Linear, Rngs, linear_float32, lookup, normal, pack
+from csm_jax.layers import Linear, Params, Rngs, linear_float32, lookup, normal, pack
 from csm_jax.llama import Llama
-from csm_jax.precision import FLOAT32, Precision
-from csm_jax.sampling import SamplingParams, penalise_repetition, sample
+from csm_jax.precision import FLOAT32, Precision, Role
+from csm_jax.sampling import SamplingParams, penalize_repetition, sample
 
 Array = jax.Array
 
@@ -37,18 +37,18 @@ class CSM(nnx.Module):
 
         def embeddings(rows: int, std: float) -> nnx.Param:
             table = normal(rngs, (rows, embed_dim), std, precision.weights)
-            return nnx.Param(pack(table) if precision.packs_tables else table)
+            return nnx.Param(pack(table) if precision.packs(Role.TABLE) else table)
 
         self.text_embedding = embeddings(config.text_vocab_size, std=1.0)
         # Q of these are summed into one input.
         audio_std = config.num_codebooks**-0.5
         self.audio_embedding = embeddings(config.num_codebooks * vocab, std=audio_std)
-        options = dict(precision=precision, rngs=rngs)
-        self.backbone = Llama(config.backbone, **options)
-        self.codebook0_head = Linear(embed_dim, vocab, **options)
-        self.projection = Linear(embed_dim, depth_dim, **options)
-        self.depth_decoder = Llama(config.depth_decoder, **options)
-        self.depth_heads = Linear(depth_dim, vocab, stack=(config.num_codebooks - 1,), **options)
+        self.backbone = Llama(config.backbone, precision=precision, rngs=rngs)
+        self.codebook0_head = Linear(embed_dim, vocab, precision=precision, rngs=rngs)
+        self.projection = Linear(embed_dim, depth_dim, precision=precision, rngs=rngs)
+        self.depth_decoder = Llama(config.depth_decoder, precision=precision, rngs=rngs)
+        heads = (config.num_codebooks - 1,)
+        self.depth_heads = Linear(depth_dim, vocab, precision=precision, rngs=rngs, stack=heads)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -105,7 +105,7 @@ class CSM(nnx.Module):
         draw = functools.partial(jax.random.uniform, shape=(self.config.num_codebooks,))
         uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = self.backbone_logits(hidden)
-        logits = penalise_repetition(logits, seen, sampling.repetition_penalty)
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
         first = sample(logits, uniform[0], sampling.backbone)
         return self._sample_depth(hidden, first, uniform[1:], sampling)
 
@@ -173,19 +173,15 @@ class CSM(nnx.Module):
         return by_codebook(states[:, 1:], heads)
 
 
-def bind(config: CSMConfig, params: dict[str, Any]) -> CSM:
+def bind(config: CSMConfig, params: Params) -> CSM:
     """The model over a pure dictionary of parameters, for use inside a jitted function."""
-    return nnx.merge(nnx.graphdef(abstract(config, precision_of(params))), params)
+    return nnx.merge(_graph(config, int8="weight_scale" in params["projection"]), params)
 
 
-def precision_of(params: dict[str, Any]) -> Precision:
-    """The types that parameters (or their shapes) are in."""
-    table = params["text_embedding"]
-    return Precision(
-        weights=jnp.dtype(jnp.bfloat16) if table.dtype == PACKED else table.dtype,
-        activations=params["backbone"]["norm"]["scale"].dtype,
-        int8=params["projection"]["weight"].dtype == jnp.int8,
-    )
+@functools.cache
+def _graph(config: CSMConfig, int8: bool) -> nnx.GraphDef[CSM]:
+    """The module tree without parameters: of a precision, only whether it is int8 matters here."""
+    return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8)))
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """From logits to ids: pure functions on float32 [B, V] logits.
 
 Every value is an array with one entry per row, so that rows of a batch can differ and a new
-temperature never recompiles. The filters apply in the order of transformers' processors:
+temperature never recompiles. Filters are applied in the order of transformers' processors:
 repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -22,7 +22,7 @@ _POSITIVE = "over 0 (1e-30 to 1e30)"
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How ids are drawn. The defaults are the reference's (SesameAILabs/csm `generator.py`).
+    """How ids are sampled. The defaults are the reference's (SesameAILabs/csm `generator.py`).
 
     Attributes:
       temperature: divides the logits; over 0.
@@ -31,7 +31,7 @@ class Sampling:
       min_p: drop ids less likely than `min_p` times the likeliest; in [0, 1), 0 is off.
       repetition_penalty: divides positive and multiplies negative logits of codebook-0 ids that
         this utterance has used; over 0, 1 is off.
-      greedy: take the likeliest id; temperature and filters do not matter then.
+      greedy: take the likeliest id, whatever temperature and filters are.
       depth_temperature, depth_top_k: for codebooks 1 and up; None means the same as above.
     """
 
@@ -60,7 +60,7 @@ class Sampling:
 
 
 def _positive(value: float) -> bool:
-    # As float32, and with logits multiplied or divided by it, neither 0 nor infinite.
+    # In float32, neither the value nor logits multiplied or divided by it are 0 or infinite.
     return 1e-30 <= value <= 1e30
 
 
@@ -74,8 +74,8 @@ def _require(ok: bool, name: str, value: float, limit: str, greedy_hint: bool = 
         raise InputError(f"{name} is {value}, but must be {limit}{hint}")
 
 
-class Filter(NamedTuple):
-    """The values that shape one distribution, each [B]."""
+class LogitFilter(NamedTuple):
+    """Temperature and filters of one distribution, each [B]."""
 
     temperature: Array  # float32
     top_k: Array  # int32
@@ -87,8 +87,8 @@ class Filter(NamedTuple):
 class SamplingParams(NamedTuple):
     """`Sampling` of every row of a batch, as arrays."""
 
-    backbone: Filter
-    depth_decoder: Filter
+    backbone: LogitFilter
+    depth_decoder: LogitFilter
     repetition_penalty: Array  # float32 [B]
 
     @staticmethod
@@ -106,11 +106,11 @@ class SamplingParams(NamedTuple):
         return SamplingParams(_stack_filters(rows), _stack_filters(depth), penalty)
 
 
-def _stack_filters(rows: list[Sampling]) -> Filter:
+def _stack_filters(rows: list[Sampling]) -> LogitFilter:
     largest = np.iinfo(np.int32).max
-    # The likeliest id is what top-k leaves for k = 1; the first of them, if there are more.
+    # For k = 1 top-k keeps the likeliest id; of several, sampling then takes the first.
     rows = [Sampling(1.0, 1, greedy=True) if row.greedy else row for row in rows]
-    return Filter(
+    return LogitFilter(
         temperature=np.asarray([row.temperature for row in rows], np.float32),
         top_k=np.asarray([min(row.top_k, largest) for row in rows], np.int32),
         top_p=np.asarray([row.top_p for row in rows], np.float32),
@@ -119,7 +119,7 @@ def _stack_filters(rows: list[Sampling]) -> Filter:
     )
 
 
-def sample(logits: Array, uniform: Array, values: Filter) -> Array:
+def sample(logits: Array, uniform: Array, values: LogitFilter) -> Array:
     """Draws one id per row, by inverting the cumulative distribution.
 
     One random number per id costs a fiftieth of the Gumbel noise of `jax.random.categorical`,
@@ -145,8 +145,8 @@ def sample(logits: Array, uniform: Array, values: Filter) -> Array:
 
 
 def _prefix_sums(mass: Array) -> Array:
-    """Sums of each row up to and with every entry, [B, V]."""
-    # A GPU adds up the square in less time than it takes to start a scan's kernels.
+    """Inclusive prefix sums of each row, [B, V]."""
+    # A GPU adds V^2 terms in less time than it takes to start a scan's kernels.
     return jax.lax.platform_dependent(
         mass, cuda=_prefix_sums_by_comparison, default=functools.partial(jnp.cumsum, axis=-1)
     )
@@ -157,14 +157,14 @@ def _prefix_sums_by_comparison(mass: Array) -> Array:
     return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
 
 
-def filter_logits(logits: Array, values: Filter) -> Array:
-    """Logits over temperature, with everything that may not be drawn set to -inf. [B, V]."""
+def filter_logits(logits: Array, values: LogitFilter) -> Array:
+    """Logits [B, V] over temperature, with the ids that are filtered out set to -inf."""
     kept = _top_k(logits / values.temperature[:, None], values.top_k)
     return _min_p(_top_p(kept, values.top_p), values.min_p)
 
 
-def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
-    """Makes ids that were used less likely (Keskar et al., 2019, CTRL).
+def penalize_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
+    """Makes ids less likely that were used before (Keskar et al., 2019, CTRL).
 
     Args:
       logits: float32 [B, V].
@@ -172,8 +172,8 @@ def penalise_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
       penalty: float32 [B].
     """
     factor = penalty[:, None]
-    penalised = jnp.where(logits > 0, logits / factor, logits * factor)
-    return jnp.where(seen, penalised, logits)
+    penalized = jnp.where(logits > 0, logits / factor, logits * factor)
+    return jnp.where(seen, penalized, logits)
 
 
 def _top_k(logits: Array, k: Array) -> Array:
@@ -186,7 +186,7 @@ def _top_k(logits: Array, k: Array) -> Array:
 def _top_k_by_search(logits: Array, k: Array) -> Array:
     ranks = _ordered_bits(logits)
     ones = jnp.ones(logits.shape, jnp.float32)
-    # More ids than the vocabulary has: nothing reaches that count, and everything is kept.
+    # If k exceeds the vocabulary, nothing reaches that count, and everything is kept.
     return ranks >= _largest_reaching(ranks, ones, k.astype(jnp.float32))[:, None]
 
 
@@ -206,11 +206,11 @@ def _top_p_by_search(logits: Array, p: Array) -> Array:
     def search(logits: Array, p: Array) -> Array:
         ranks = _ordered_bits(logits)
         threshold = _largest_reaching(ranks, jax.nn.softmax(logits, axis=-1), p)
-        # Every threshold reaches a p that is 0 in float32; the likeliest stays all the same.
+        # Every threshold reaches a p that is 0 in float32; the likeliest is kept nevertheless.
         threshold = jnp.minimum(threshold, jnp.max(ranks, axis=-1))
         return (ranks >= threshold[:, None]) | (p[:, None] >= 1)
 
-    # Passes over the vocabulary that the defaults do not need.
+    # The defaults do not need these passes over the vocabulary.
     everything = jnp.ones(logits.shape, bool)
     return jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
 
@@ -227,19 +227,19 @@ def _min_p(logits: Array, min_p: Array) -> Array:
 
 
 def _above(logits: Array, weights: Array) -> Array:
-    """For every entry, the weights of all that are larger, [B, V].
+    """For every entry, the sum of the weights of all that are larger, [B, V].
 
-    V^2 comparisons: to a GPU these are one short kernel, where a search is a chain of them.
+    These V^2 comparisons are one short kernel of a GPU, where a search is a chain of them.
     """
     larger = logits[:, None, :] > logits[:, :, None]  # [B, V, V], never in memory
     return jnp.sum(jnp.where(larger, weights[:, None, :], 0), axis=-1)
 
 
 def _ordered_bits(x: Array) -> Array:
-    """float32 -> int32 that sorts the same way; -0 and 0 are one value."""
+    """Converts float32 to int32 in the same order; -0 and 0 are one value."""
     bits = jax.lax.bitcast_convert_type(x, jnp.int32)
     lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
-    # -0 is the sign alone; adding 0.0 to be rid of it does nothing once compiled.
+    # -0 is the sign bit alone; a compiler removes the addition of 0.0 that would avoid it.
     return jnp.where(bits < 0, lowest - bits, bits)
 
 
@@ -267,5 +267,5 @@ def _largest_reaching(ranks: Array, weights: Array, target: Array) -> Array:
         reached = jnp.where(ranks >= candidate[:, None], weights, 0)
         return jnp.where(jnp.sum(reached, axis=-1) >= target, candidate, threshold)
 
-    # A loop, for unrolled it takes no less time to run and twice as long to compile.
+    # Unrolled, it takes as long to run and twice as long to compile.
     return jax.lax.fori_loop(0, 32, try_bit, jnp.full(target.shape, lowest))

@@ -12,7 +12,7 @@ from csm_jax.errors import InputError
 from csm_jax.model import CSM
 from csm_jax.random_weights import random_params
 from csm_jax.sampling import (
-    Filter,
+    LogitFilter,
     Sampling,
     SamplingParams,
     _largest_reaching,
@@ -24,7 +24,7 @@ from csm_jax.sampling import (
     _top_p_by_comparison,
     _top_p_by_search,
     filter_logits,
-    penalise_repetition,
+    penalize_repetition,
     sample,
 )
 
@@ -53,7 +53,7 @@ FILTERS = {
 filtered, drawn = jax.jit(filter_logits), jax.jit(sample)
 
 
-def filters(*rows: Sampling) -> Filter:
+def filters(*rows: Sampling) -> LogitFilter:
     return SamplingParams.stack(list(rows)).backbone
 
 
@@ -172,14 +172,14 @@ def test_repetition_penalty_equals_that_of_transformers(penalty):
     np.put_along_axis(seen, ids, True, axis=1)
     processor = processors.RepetitionPenaltyLogitsProcessor(penalty)
     expected = processor(torch.tensor(ids), torch.tensor(logits)).numpy()
-    got = penalise_repetition(logits, seen, np.full(4, penalty, np.float32))
+    got = penalize_repetition(logits, seen, np.full(4, penalty, np.float32))
     np.testing.assert_allclose(got, expected, rtol=1e-6)
 
 
 def test_each_row_has_its_own_repetition_penalty():
     logits = np.array([[2.0, -2.0, 1.0]] * 3, np.float32)
     seen = np.array([[True, True, False], [True, True, False], [False] * 3])
-    got = penalise_repetition(logits, seen, np.array([2.0, 1.0, 2.0], np.float32))
+    got = penalize_repetition(logits, seen, np.array([2.0, 1.0, 2.0], np.float32))
     np.testing.assert_array_equal(got, [[1.0, -4.0, 1.0], [2.0, -2.0, 1.0], [2.0, -2.0, 1.0]])
 
 
@@ -378,7 +378,7 @@ def test_filtered_ids_are_never_drawn(name, uniform):
         np.testing.assert_array_equal(ids, first_possible(logits, values))
 
 
-def first_possible(logits: np.ndarray, values: Filter) -> np.ndarray:
+def first_possible(logits: np.ndarray, values: LogitFilter) -> np.ndarray:
     """The first kept id whose probability is not zero in float32."""
     kept = np.asarray(filtered(logits, values), np.float64)
     return (kept - kept.max(axis=1, keepdims=True) > -87).argmax(axis=1)
@@ -549,8 +549,8 @@ def test_the_repetition_penalty_applies_to_codebook_0_only(model):
     seen = np.arange(model.config.audio_vocab_size) % 2 == 0
     codes = draw_frames(model, hidden, sampling, seen)
     logits = np.asarray(model.backbone_logits(hidden))
-    penalised = np.where(logits > 0, logits / 1.5, logits * 1.5)
-    expected = filtered_probabilities(np.where(seen, penalised, logits), sampling)
+    penalized = np.where(logits > 0, logits / 1.5, logits * 1.5)
+    expected = filtered_probabilities(np.where(seen, penalized, logits), sampling)
     assert p_value(codes[:, 0], expected) > ACCEPTED
     assert p_value(codes[:, 0], filtered_probabilities(logits, sampling)) < ACCEPTED
     batch = jnp.broadcast_to(hidden, (FRAMES, *hidden.shape))
