@@ -13,7 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
-from csm_jax import checkpoint, cli, hub, lora
+from csm_jax import checkpoint, cli, hub, peft_files
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
@@ -82,7 +82,8 @@ def _merge(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None
         if values[name].value is not None:
             raise InputError(f"--{name} and --adapters do not go together: convert first")
     source = open_source(values.source)
-    tensors = lora.merged(source.tensors, source.config, Path(values.adapters), source.is_int8)
+    adapters = Path(values.adapters)
+    tensors = peft_files.merge_files(source.tensors, source.config, adapters, source.is_int8)
     small = checkpoint.small_files(source.directory) if source.directory else []
     int8 = values.quantize == "int8"
     checkpoint.save(out, source.config, tensors, source.tokenizer, small, dtype, int8)

@@ -2,43 +2,31 @@
 
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
+from csm_jax import qkv
 from csm_jax.config import LlamaConfig
 from csm_jax.convert.rules import Rule, Table, Transform, one_to_one
 
 
 def fused_qkv(config: LlamaConfig, interleaved: bool) -> Transform:
-    """q, k and v projections to one: per kv head its queries, its key and its value.
+    """Three projections to one (`qkv.fuse`).
 
     Args:
       interleaved: the source rotates the pairs (2i, 2i + 1) of a head, where we rotate
         (i, i + H/2) as Hugging Face does: the same rotation after moving even rows to the front.
     """
-    kv_heads, group = config.num_kv_heads, config.num_heads // config.num_kv_heads
 
     def forward(q: Any, k: Any, v: Any) -> list[Any]:
         if interleaved:
-            q, k = to_halves(q, config.num_heads), to_halves(k, kv_heads)
-        heads = [x.reshape(kv_heads, -1, config.head_dim, x.shape[-1]) for x in (q, k, v)]
-        return [_concatenate(heads).reshape(-1, q.shape[-1])]
+            q, k = to_halves(q, config.num_heads), to_halves(k, config.num_kv_heads)
+        return [qkv.fuse(q, k, v, config)]
 
     def inverse(fused: Any) -> list[Any]:
-        heads = fused.reshape(kv_heads, group + 2, config.head_dim, -1)
-        parts = heads[:, :group], heads[:, group : group + 1], heads[:, group + 1 :]
-        q, k, v = (part.reshape(-1, fused.shape[-1]) for part in parts)
+        q, k, v = qkv.split(fused, config)
         if interleaved:
-            q, k = to_pairs(q, config.num_heads), to_pairs(k, kv_heads)
+            q, k = to_pairs(q, config.num_heads), to_pairs(k, config.num_kv_heads)
         return [q, k, v]
 
     return Transform(forward, inverse)
-
-
-def _concatenate(heads: list[Any]) -> Any:
-    # Shapes are checked by tracing, values are numpy's.
-    xp = np if isinstance(heads[0], np.ndarray) else jnp
-    return xp.concatenate(heads, axis=1)
 
 
 def to_halves(weight: Any, heads: int) -> Any:

@@ -1,6 +1,6 @@
-"""Audio in and out: files of the usual formats to mono float32 samples and back.
+"""Audio files of the usual formats to mono float32 samples and back.
 
-libsndfile (soundfile) does the coding, soxr the resampling. Sample rates are in Hz.
+libsndfile (soundfile) encodes and decodes, soxr resamples. Sample rates are in Hz.
 """
 
 import contextlib
@@ -50,7 +50,7 @@ _FORMATS = {
 def load_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     """Reads a recording as mono float32 [num_samples] at `sample_rate` Hz.
 
-    The content decides the format (wav, flac, mp3, ogg, opus and whatever else libsndfile reads),
+    The content decides the format (wav, flac, mp3, ogg, opus and others that libsndfile reads),
     except that `.pcm` and `.raw` are headerless signed 16-bit little-endian mono at `sample_rate`.
     Channels are averaged; another rate is resampled with soxr (HQ).
 
@@ -104,7 +104,7 @@ def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:
 
 
 def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
-    """`check_audio` of samples at 24 kHz that are a recording of somebody who speaks.
+    """`check_audio` of samples at 24 kHz that are a recording of speech.
 
     Raises `InputError` also for a recording that is too short, silent, or of another scale.
     """
@@ -127,7 +127,7 @@ def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
 
 
 def audio_error(error: Exception) -> str:
-    """What libsndfile says is wrong with a file, without the object that it was read from."""
+    """libsndfile's message, without the object that was read."""
     if isinstance(error, soundfile.LibsndfileError):
         return error.error_string.rstrip(".")
     return getattr(error, "strerror", None) or type(error).__name__
@@ -159,7 +159,7 @@ def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int
     """Writes `audio` in the format of the path's suffix (see `encode_audio`), whole or not at all.
 
     Raises what `encode_audio` and `check_output` raise, and `OutputError` when writing fails; then
-    a file that stood at `path` is still there, unchanged.
+    an older file at `path` is unchanged.
     """
     path = Path(path)
     check_output(path)
@@ -180,10 +180,11 @@ def open_audio(
     path = Path(path)
     check_output(path)
     how = _format(path.suffix, str(path))
-    form = dict(samplerate=sample_rate, channels=1, format=how.container, subtype=how.coding)
     num_samples = 0
     with reporting(_failure(path)), new_file(path) as temporary, _Sink(temporary, "r+") as sink:
-        with soundfile.SoundFile(sink, "w", **form) as file:
+        with soundfile.SoundFile(
+            sink, "w", sample_rate, channels=1, format=how.container, subtype=how.coding
+        ) as file:
 
             def write(samples: np.ndarray) -> None:
                 nonlocal num_samples
@@ -198,7 +199,7 @@ def open_audio(
 
 
 class _Sink(io.FileIO):
-    """A file for libsndfile, which does not pass on why a write has failed: `check` does."""
+    """A file for libsndfile that keeps the error of a failed write, which `check` raises."""
 
     _error: OSError | None = None
 
@@ -217,15 +218,15 @@ class _Sink(io.FileIO):
 
 
 def wav_header(sample_rate: int) -> bytes:
-    """The head of a wav file of 16-bit mono samples whose end is not known yet.
+    """The header of a wav file of 16-bit mono samples whose length is not known yet.
 
-    Its lengths are the largest there are, which players take for "until it ends" (as ffmpeg and
-    sox write and read it).
+    It has the largest possible lengths, which players take for "until it ends" (as ffmpeg and sox
+    write and read it).
     """
     unknown = 0xFFFFFFFF
-    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
+    audio_format = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
     riff = struct.pack("<4sI4s", b"RIFF", unknown, b"WAVE")
-    return riff + form + struct.pack("<4sI", b"data", unknown)
+    return riff + audio_format + struct.pack("<4sI", b"data", unknown)
 
 
 def to_pcm(samples: np.ndarray) -> bytes:
@@ -262,11 +263,11 @@ def _format(suffix: str, name: str) -> _Format:
 
 
 def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
-    """float32 [num_samples, num_channels] and the rate in Hz."""
+    """Decodes to float32 [num_samples, num_channels] and the rate in Hz."""
     try:
         return soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError as error:
-        # libsndfile would call a file of 0 bytes one of an unknown format.
+        # To libsndfile, a file of 0 bytes has an unknown format.
         reason = audio_error(error) if data else "the file is empty"
         raise InputError(
             f"{path}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
@@ -274,7 +275,7 @@ def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
 
 
 def _decode_raw(data: bytes, path: Path) -> np.ndarray:
-    """int16 [num_samples]."""
+    """Decodes to int16 [num_samples]."""
     if len(data) % 2:
         raise InputError(
             f"{path}: {len(data)} bytes are not whole 16-bit samples; "
@@ -302,7 +303,7 @@ def _mono_float32(audio: np.ndarray, name: str) -> np.ndarray:
 
 
 def _to_int16(samples: np.ndarray) -> np.ndarray:
-    # libsndfile would multiply by 32767 and divide by 32768 when reading: 16-bit audio would change
+    # libsndfile multiplies by 32767, and divides by 32768 when reading: 16-bit audio would change
     # each time it is loaded and saved.
     scaled = np.rint(np.clip(samples, -1, 1) * _INT16_SCALE)
     return np.minimum(scaled, _INT16_SCALE - 1).astype(np.int16)

@@ -29,6 +29,7 @@ from csm_jax import checksums, model
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.errors import CheckpointError, first_line
 from csm_jax.files import new_directory
+from csm_jax.layers import Params
 from csm_jax.mimi import codec
 from csm_jax.precision import FLOAT32, Precision
 from csm_jax.quantize import prepare
@@ -36,10 +37,10 @@ from csm_jax.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
 VERSION = 2
-# Values that are looked at together, which fit the cache.
+# Values that are checked together, which fit into the processor's cache.
 _BLOCK = 1 << 18
-Params = dict[str, Any]
-Place = Callable[[str, np.ndarray | jax.Array], jax.Array]
+# Puts the parameter of a path where it belongs.
+Place = Callable[[str, np.ndarray | jax.Array], np.ndarray | jax.Array]
 
 # What a checkpoint directory may hold beside weights; copied as it is, so that a conversion
 # back to the Hugging Face layout finds it again.
@@ -64,7 +65,7 @@ def param_shapes(config: CSMConfig, precision: Precision = FLOAT32) -> Params:
 
 
 def flatten(params: Params) -> dict[str, Any]:
-    """{'csm/backbone/layers/0/attn/q/weight': ...}."""
+    """Parameters by their paths, such as "csm/backbone/layers/0/attn/qkv/weight"."""
     flat = traverse_util.flatten_dict(params)
     return {"/".join(map(str, path)): leaf for path, leaf in flat.items()}
 
@@ -81,6 +82,7 @@ def small_files(directory: Path) -> list[Path]:
 
 
 def is_native(directory: Path) -> bool:
+    """Whether a directory is laid out as a native checkpoint."""
     return (directory / "params").is_dir() and (directory / "config.json").is_file()
 
 
@@ -134,7 +136,7 @@ def save(
 def write_beside_weights(
     directory: Path, config: dict[str, Any], tokenizer: Tokenizer, small_files: Iterable[Path]
 ) -> None:
-    """What a checkpoint of any layout has beside its weights; `config.json` comes last."""
+    """Writes what a checkpoint of any layout has beside its weights, `config.json` last."""
     for file in small_files:
         shutil.copyfile(file, directory / file.name)
     tokenizer.save(directory)
@@ -142,10 +144,10 @@ def write_beside_weights(
 
 
 def _part(path: str) -> str:
-    """Which Orbax checkpoint a parameter is in.
+    """The Orbax checkpoint that a parameter is in.
 
-    Orbax holds all of a checkpoint in memory once more while it writes it, so a model that just
-    fits would not fit twice; part by part, converting takes less memory than the model has.
+    Orbax copies all of a checkpoint in memory while it writes it; part by part, a conversion needs
+    less memory than the model has.
     """
     names = path.split("/")
     if names[0] == "codec":
@@ -156,7 +158,7 @@ def _part(path: str) -> str:
 def _as_stored(
     path: str, tensor: np.ndarray, dtype: jnp.dtype | None, int8: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of what is written for one tensor."""
+    """(path, array) of what is stored for one tensor."""
     kept = jnp.dtype(dtype or tensor.dtype)
     for name, array in prepare(path, tensor, Precision(kept, kept, int8)).items():
         stored = np.ascontiguousarray(array)
@@ -181,7 +183,7 @@ def check_finite(path: str, array: np.ndarray) -> None:
 
 
 def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
-    """Bytes that the parameters will take, at the least."""
+    """The least number of bytes that the parameters will take."""
     width = np.dtype(dtype or np.float16).itemsize
 
     def width_of(path: str, stored: jnp.dtype) -> int:
@@ -195,12 +197,12 @@ def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
 @contextlib.contextmanager
 def _checkpointer() -> Iterator[ocp.Checkpointer]:
     this = jax.process_index()
-    # Each process for itself: of several, one alone writes what they have trained.
+    # Only one of several processes writes what they have trained, without the others.
     alone = ocp.options.MultiprocessingOptions(
         primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
     )
-    # A file per tensor instead of one OCDBT database, and no compression, which finds nothing in
-    # weights: it writes several times as fast, and does not hold another copy while it does.
+    # A file per tensor instead of one OCDBT database, and no compression, which saves nothing with
+    # weights: this is several times as fast, and needs no other copy in memory.
     handler = ocp.PyTreeCheckpointHandler(
         use_ocdbt=False, use_compression=False, multiprocessing_options=alone
     )
@@ -230,8 +232,8 @@ def check_files(directory: Path, thorough: bool = False) -> int:
     Checkpoints of older versions have none.
 
     Args:
-      thorough: compares all files and looks for additional ones; else only those beside the
-        weights are compared, because reading the weights takes longer than mapping them does.
+      thorough: compare all files and look for additional ones; otherwise only those beside the
+        weights are compared, because reading the weights takes longer than mapping them.
 
     Raises:
       CheckpointError: a file is missing, changed or additional.
@@ -266,7 +268,7 @@ def _description(directory: Path) -> dict[str, Any]:
 
 
 def on_default_device(path: str, tensor: np.ndarray | jax.Array) -> jax.Array:
-    """The `Place` of a machine with one device. On a CPU nothing is copied."""
+    """Puts an array on the default device; on a CPU nothing is copied."""
     return jax.device_put(tensor)
 
 
@@ -276,15 +278,11 @@ def place_params(
     precision: Precision,
     place: Place = on_default_device,
 ) -> Params:
-    """Parameters of a model from (path, array) pairs, in the types of `precision`.
-
-    Args:
-      place: puts one array where it belongs.
-    """
-    flat: dict[str, jax.Array] = {}
+    """Parameters of a model from (path, array) pairs, in the types of `precision`."""
+    flat: dict[str, np.ndarray | jax.Array] = {}
     for path, tensor in tensors:
         for name, array in prepare(path, place(path, tensor), precision).items():
-            flat[name] = place(name, array)  # a scale is new, and may lie anywhere
+            flat[name] = place(name, array)  # a scale is new, and not placed yet
     return unflatten(flat, param_shapes(config, precision))
 
 
@@ -319,10 +317,10 @@ def _restore(checkpointer: ocp.Checkpointer, part: Path, item: Params) -> dict[s
 
 
 def _map(part: Path, wanted: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays of a part as mappings of their files, if Orbax wrote them plainly.
+    """The arrays of a part, mapped from their files; None if Orbax did not write them plainly.
 
-    Each is then a zarr array of a single chunk, not compressed, which is the array's own bytes.
-    Mapping them takes milliseconds, and a CPU computes on them where they are; tensorstore takes
+    A plain array is one of zarr with a single chunk and no compression, which is the array's bytes.
+    Mapping takes milliseconds, and a CPU computes on the mapping without a copy; tensorstore takes
     9 s to read int8 weights of the full size.
     """
     mapped = {}

@@ -1,8 +1,8 @@
-"""Checksums of a checkpoint's files, written beside them: what has changed since is noticed.
+"""Checksums of a checkpoint's files, written beside them, to detect damage.
 
-CRC-32 finds what disks and transfers damage; it is no protection against somebody who changes a
-file on purpose. Every Python has it, and it is fast: 2.4 GB/s on one core of an EPYC, where
-SHA-256 has 1.1 and BLAKE2b 0.6.
+CRC-32 finds what disks and transfers damage; it does not protect against changes on purpose. Every
+Python has it, and it is fast: 2.4 GB/s on one core of an EPYC, where SHA-256 has 1.1 and BLAKE2b
+0.6.
 """
 
 import json
@@ -18,21 +18,21 @@ from csm_jax.config import read_json
 from csm_jax.errors import CheckpointError
 
 FILE = "checksums.json"
-# Added to a checkpoint after it was written: voices, and hidden files such as locks.
+# Voices, which may be added to a checkpoint after it was written, like hidden files such as locks.
 _LATER = "prompts"
 _BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
 class Sum:
-    """What is known of a file: bytes, and their CRC-32."""
+    """The size of a file in bytes, and its CRC-32."""
 
     size: int
     crc32: int
 
 
 class Writer:
-    """Adds up the files of a directory while others are still written; a context manager."""
+    """Computes the sums of files while others are still being written; a context manager."""
 
     def __init__(self, directory: Path):
         self._directory = directory
@@ -46,12 +46,12 @@ class Writer:
         self._pool.shutdown(cancel_futures=True)
 
     def add(self, path: Path) -> None:
-        """Begins with a file, or with all files below a directory."""
+        """Begins to read a file, or all files below a directory."""
         names = [_name(path, self._directory)] if path.is_file() else _files(self._directory, path)
         self._sums.append(self._pool.submit(_sums, self._directory, names))
 
     def write(self) -> None:
-        """Writes `checksums.json`, of all that was added."""
+        """Writes `checksums.json`, of all files that were added."""
         files = {}
         for sums in self._sums:
             for name, each in sums.result().items():
@@ -61,7 +61,7 @@ class Writer:
 
 
 def read(directory: Path) -> dict[str, Sum]:
-    """The sums that a directory has, by relative path.
+    """The checksums of a directory, by relative path.
 
     Raises `CheckpointError` if they are missing or damaged themselves.
     """
@@ -81,14 +81,14 @@ def read(directory: Path) -> dict[str, Sum]:
 
 
 def differences(directory: Path, sums: Mapping[str, Sum]) -> list[str]:
-    """Compares files with their sums; returns what is wrong with each that is not as it was."""
+    """Compares files with their checksums; returns what is wrong with each that differs."""
     with ThreadPoolExecutor() as pool:
         found = pool.map(lambda item: _fault(directory, *item), sums.items())
         return [fault for fault in found if fault is not None]
 
 
 def additions(directory: Path, sums: Mapping[str, Sum]) -> list[str]:
-    """What is wrong with files that have no sums, but should not be there without."""
+    """The files without a checksum that are not expected, as messages."""
     known = {FILE, *sums}
     names = (name for name in _files(directory) if name not in known and not _is_later(name))
     return [f"{name} is additional" for name in names]
@@ -123,7 +123,7 @@ def _crc32(path: Path) -> int:
 
 
 def _files(directory: Path, below: Path | None = None) -> list[str]:
-    """Relative paths of all that is no directory."""
+    """Relative paths of everything but directories."""
     found: list[str] = []
     for parent, _, names in os.walk(below or directory):
         found += [_name(Path(parent, name), directory) for name in names]

@@ -1,13 +1,14 @@
-"""Files and directories that appear whole or not at all, written by one process at a time.
+"""Atomic files and directories: written beside their place and renamed, by one process at a time.
 
-What becomes `NAME` is written beside it as `.NAME.RANDOM.partial` and renamed at the end. Its
-writer holds `.NAME.lock`, a file that says what the temporary one is called. The lock is the
-kernel's (`flock`), which frees it when its holder ends, however that happens; the next holder
-removes what a killed one has left. Process ids take no part in this: in two containers they name
-different processes, and process 1 of a container is always alive.
+This file alone renames, by one rule of names. What becomes `NAME` is written beside it as
+`.NAME.RANDOM.partial` and renamed at the end. Its writer holds `.NAME.lock`, a file that has the
+name of the temporary one in it. The lock is the kernel's (`flock`), which frees it when its holder
+ends, however that happens; the next holder removes what a killed one has left. Process ids are of
+no use here: in two containers they name different processes, and process 1 of a container is always
+alive.
 
-On a file system without `flock`, writes are still whole or not at all, because the temporary
-names are random; but a second writer goes unnoticed and what a killed one leaves stays.
+On a file system without `flock`, writes are still atomic, because the temporary names are random;
+but a second writer is not noticed, and what a killed one has left stays.
 """
 
 import contextlib
@@ -37,7 +38,7 @@ except ImportError:  # Windows
 PATIENCE, POLL = 10.0, 0.02
 _LONGEST_NAME = 100
 _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
-# Orbax and tensorstore wrap what the system said into errors of their own, as text.
+# Orbax and tensorstore quote the system's messages in errors of their own.
 _QUOTED = [os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)]
 _QUOTED += [os.strerror(code) for code in (errno.EACCES, errno.EPERM, errno.EIO)]
 
@@ -51,8 +52,8 @@ logger = logging.getLogger("csm_jax")
 def reporting(failure: str, way_out: str = WAY_OUT) -> Iterator[None]:
     """Turns a failed write in the block into an `OutputError`: "FAILURE (REASON): WAY OUT".
 
-    A write fails with an `OSError`, or with an error of another library that one lies under. All
-    other exceptions pass, and so do a closed pipe and what is meant for the user already.
+    A write fails with an `OSError`, or with an error of another library that has one as its cause.
+    All other exceptions pass, and so do a closed pipe and errors that are meant for the user.
     """
     try:
         yield
@@ -68,13 +69,13 @@ def reporting(failure: str, way_out: str = WAY_OUT) -> Iterator[None]:
 
 
 def _reason(error: BaseException | None) -> str | None:
-    """What the system said in an exception, or in one that caused it."""
+    """The system's message in an exception, or in one that caused it."""
     while error is not None:
         if isinstance(error, OSError) and error.strerror:
             return error.strerror
-        for said in _QUOTED:
-            if said in str(error):
-                return said
+        for message in _QUOTED:
+            if message in str(error):
+                return message
         for each in getattr(error, "exceptions", ()):
             if reason := _reason(each):
                 return reason
@@ -85,9 +86,9 @@ def _reason(error: BaseException | None) -> str | None:
 
 @contextlib.contextmanager
 def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
-    """Holds the lock of what is to be written, and gives its file; None where there are no locks.
+    """Holds the lock of a file to write, and gives the lock's file; None where there are no locks.
 
-    Removes what a holder has left that was killed.
+    Removes what a killed holder has left.
 
     Args:
       wait: seconds to wait for another holder.
@@ -104,7 +105,7 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
         yield file
     finally:
         if file is not None:
-            # Removed before it is free: who gets it afterwards sees that its name is gone.
+            # Removed before it is freed: a waiting process that gets it sees that its name is gone.
             if _is_at(file, path):
                 path.unlink(missing_ok=True)
             fcntl.flock(file, fcntl.LOCK_UN)  # a forked process may have inherited it
@@ -112,7 +113,7 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
 
 
 def is_locked(target: Path) -> bool:
-    """Whether a process is writing something."""
+    """Whether a process holds the lock of a file or directory."""
     try:
         with open(_beside(target, "lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -168,7 +169,7 @@ def _open_lock(path: Path) -> io.FileIO:
 
 
 def _is_at(file: io.FileIO, path: Path) -> bool:
-    """Whether an open file is the one that has the name."""
+    """Whether an open file is the one at a path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
     except OSError:
@@ -183,7 +184,7 @@ def _warn_without_locks(directory: Path) -> None:
 
 
 def _beside(target: Path, suffix: str) -> Path:
-    """`.NAME.SUFFIX`; a digest stands for a name that would become too long."""
+    """The path `.NAME.SUFFIX`; a digest replaces a name that would become too long."""
     name = os.fsencode(target.name)
     if len(name) > _LONGEST_NAME:
         name = hashlib.sha256(name).hexdigest()[:32].encode()
@@ -191,7 +192,7 @@ def _beside(target: Path, suffix: str) -> Path:
 
 
 def _temporary(target: Path, lock: io.FileIO | None) -> Path:
-    """A new name for what is to become `target`, kept in its lock."""
+    """A new temporary path for `target`, written into its lock."""
     temporary = _beside(target, f"{secrets.token_hex(8)}.partial")
     if lock is not None:
         lock.seek(0)
@@ -201,7 +202,7 @@ def _temporary(target: Path, lock: io.FileIO | None) -> Path:
 
 
 def _remove_left(target: Path, name: str) -> None:
-    """Removes what the last holder of a lock called its temporary file, if that is its name."""
+    """Removes the temporary file of the last holder of a lock, if `name` can be one."""
     pattern = rf"{re.escape(_beside(target, '').name)}[0-9a-f]{{16}}\.partial"
     if re.fullmatch(pattern, name):
         _remove(target.parent / name)
@@ -222,8 +223,8 @@ def _remove(path: Path) -> None:
 def new_file(path: Path, wait: float = 0.0) -> Iterator[Path]:
     """Gives an empty file to fill, which replaces `path` when the block ends without an error.
 
-    After an error what stood at `path` is still there, unchanged. A symbolic link stays, and what
-    it points to is replaced.
+    After an error the file at `path` is unchanged. A symbolic link stays, and its target is
+    replaced.
 
     Raises `OSError` as the file system does, and as `locked` does.
     """
@@ -246,7 +247,7 @@ def _partial_file(path: Path, wait: float) -> Iterator[Path]:
 
 
 def _destination(path: Path) -> Path:
-    """The file that a path leads to, there or not; raises `OSError` if it is no regular one."""
+    """The target of a path, there or not; raises `OSError` if it is not a regular file."""
     path = Path(os.path.realpath(path))
     try:
         mode = path.stat().st_mode
@@ -277,13 +278,13 @@ def check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def new_directory(directory: Path, size: int = 0, replace: bool = False) -> Iterator[Path]:
-    """A directory to fill, which gets its name when the block ends without an error.
+    """Gives a directory to fill, which gets its name when the block ends without an error.
 
     Args:
       directory: must not exist, or be empty.
-      size: bytes that will be written, at the least.
-      replace: whether a directory that is there may be replaced. Should the process be killed
-        between the two renames that this takes, neither is there.
+      size: the least number of bytes that will be written.
+      replace: whether an existing directory may be replaced. If the process is killed between the
+        two renames that this takes, neither directory is there.
 
     Raises:
       BusyError: another process is writing it.
@@ -327,7 +328,7 @@ def _check_room(directory: Path, size: int) -> None:
 
 
 def make_once(target: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Makes what several processes want but one has to make; the others wait, and use it too.
+    """Makes a directory that several processes need: one of them makes it, the others wait.
 
     Args:
       make: creates `target` by `new_directory`.
@@ -339,7 +340,7 @@ def make_once(target: Path, is_there: Callable[[], bool], make: Callable[[], Non
             logger.warning("waiting for another process, which is making %s", target)
             _wait_for(target)
         except OutputError:
-            # It was made after we had looked.
+            # Another process has made it since.
             if not is_there():
                 raise
 
@@ -350,7 +351,11 @@ def _wait_for(target: Path) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """A directory that can be written to, with its parents; raises `OutputError`."""
+    """Makes a directory and its parents, and checks that it can be written to.
+
+    Raises:
+      OutputError: it cannot.
+    """
     try:
         path.mkdir(parents=True, exist_ok=True)
         check_file(path / secrets.token_hex(8))

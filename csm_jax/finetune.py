@@ -14,26 +14,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
 from csm_jax import cli, model_flags, processes
 from csm_jax.errors import InputError
+from csm_jax.generator import Generator
 from csm_jax.hub import cache_directory
+from csm_jax.layers import Params
 from csm_jax.lora import DEFAULT_TARGETS, LoRAConfig
-from csm_jax.precision import resolve
+from csm_jax.precision import Precision, resolve
 from csm_jax.request import Request
-from csm_jax.train import placement
-from csm_jax.train.base import Base, load_base, new_adapters
+from csm_jax.train import fsdp
 from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, split_holdout
 from csm_jax.train.codes import CodeCache
 from csm_jax.train.data import ON_BAD, read_conversations, report
 from csm_jax.train.examples import TURNS, Example, Selection, make_examples
 from csm_jax.train.log import plot_losses
-from csm_jax.train.loop import Run, Schedule, evaluate
-from csm_jax.train.optimiser import KINDS, OptimiserConfig
-from csm_jax.train.result import Sampler, claimed, write_result
-from csm_jax.train.step import Recipe, init_state
+from csm_jax.train.loop import Run, RunConfig, evaluate
+from csm_jax.train.optimizer import KINDS, OptimizerConfig
+from csm_jax.train.pretrained import PretrainedModel, load_pretrained, new_adapters
+from csm_jax.train.result import SampleWriter, Speak, run_directory, write_result
+from csm_jax.train.step import TrainStepConfig, init_state
 
 PROGRAM = "csm_jax.finetune"
 # Flags that may change when a run is resumed: they do not affect what is trained.
@@ -101,7 +104,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _check(values: flags.FlagValues) -> None:
-    """What can be said before anything is loaded."""
+    """Raises `InputError` for flags that are wrong, before anything is loaded."""
     if values.data is None:
         raise InputError("--data is missing: name a file of conversations, a JSON list a line")
     if values.out is None and not values.eval_only:
@@ -124,112 +127,126 @@ def _check(values: flags.FlagValues) -> None:
 
 
 def _print_losses(values: flags.FlagValues) -> None:
-    recipe, base = _prepare(values, trains_all=True)
-    examples = _read_examples(values, base, Path(values.data))
-    losses = evaluate(base.params, None, _evaluated(examples, recipe), recipe)
+    config, pretrained = _prepare(values, trains_all=True)
+    examples = _read_examples(values, pretrained, Path(values.data))
+    losses = evaluate(pretrained.params, None, _batches_to_evaluate(examples, config), config)
     if jax.process_index() == 0:
         cli.show(json.dumps(losses))
 
 
 def _train(values: flags.FlagValues) -> None:
-    recipe, base = _prepare(values, trains_all=not values.lora_rank)
-    placement.check_rows(values.batch_size, recipe.accumulate, recipe.mesh)
-    learnt, held_out = _read_data(values, base)
-    with claimed(Path(values.out), _settings(values)):
-        _train_in(Path(values.out), values, recipe, base, learnt, held_out)
+    config, pretrained = _prepare(values, trains_all=not values.lora_rank)
+    fsdp.check_batch_size(values.batch_size, config.accumulate, config.mesh)
+    train, held_out = _read_data(values, pretrained)
+    with run_directory(Path(values.out), _settings(values)):
+        _train_in(Path(values.out), values, config, pretrained, train, held_out)
 
 
 def _train_in(
     out: Path,
     values: flags.FlagValues,
-    recipe: Recipe,
-    base: Base,
-    learnt: list[Example],
+    config: TrainStepConfig,
+    pretrained: PretrainedModel,
+    train: list[Example],
     held_out: list[Example],
 ) -> None:
-    params, frozen = base.params, None
-    if recipe.lora:
-        params, frozen = new_adapters(base, recipe.lora, values.seed, recipe.mesh), base.params
+    params, frozen = pretrained.params, None
+    if config.lora:
+        params = new_adapters(pretrained, config.lora, values.seed, config.mesh)
+        frozen = pretrained.params
+    speak = _speak(pretrained, config.precision, _request(train, held_out))
     run = Run(
         out=out,
-        recipe=recipe,
-        schedule=_schedule(values),
-        state=init_state(params, recipe),
+        step_config=config,
+        run_config=_run_config(values),
+        state=init_state(params, config),
         frozen=frozen,
-        batches=shuffled_batches(learnt, values.batch_size, values.seed),
-        held_out=_evaluated(held_out, recipe),
+        batches=shuffled_batches(train, values.batch_size, values.seed),
+        held_out=_batches_to_evaluate(held_out, config),
         seed=values.seed,
-        sample=Sampler(out, base, recipe.lora, recipe.precision, _request(learnt, held_out)),
+        sample=SampleWriter(out, pretrained, config.lora, config.precision, speak),
     )
-    del params  # the run uses them up
+    del params  # the run donates them
     is_over = run.train()
     if not is_over:
         cli.warn(f"stopped after step {int(run.state.step)}: the same command goes on from there")
         return
-    trained = placement.gather(run.averaged)
+    trained = fsdp.gather(run.averaged)
     if jax.process_index() == 0:
         plot_losses(out)
-        result = write_result(out, base, trained, recipe.lora, recipe.precision)
-        cli.warn(f"{result} is the result of {recipe.optimiser.steps} steps")
+        result = write_result(out, pretrained, trained, config.lora, config.precision)
+        cli.warn(f"{result} is the result of {config.optimizer.steps} steps")
 
 
-def _read_data(values: flags.FlagValues, base: Base) -> tuple[list[Example], list[Example]]:
-    """What to learn from, and what to evaluate on."""
-    examples = _read_examples(values, base, Path(values.data))
+def _read_data(
+    values: flags.FlagValues, pretrained: PretrainedModel
+) -> tuple[list[Example], list[Example]]:
+    """Examples to train on, and examples to evaluate on."""
+    examples = _read_examples(values, pretrained, Path(values.data))
     if values.eval_data is not None:
-        return examples, _read_examples(values, base, Path(values.eval_data))
+        return examples, _read_examples(values, pretrained, Path(values.eval_data))
     return split_holdout(examples, values.holdout, values.seed)
 
 
-def _read_examples(values: flags.FlagValues, base: Base, path: Path) -> list[Example]:
-    """The conversations of a file; all that is wrong with it is said before."""
+def _read_examples(
+    values: flags.FlagValues, pretrained: PretrainedModel, path: Path
+) -> list[Example]:
+    """The conversations of a file; all its problems are printed before."""
     conversations, problems = read_conversations(path)
     directory = Path(values.codes_cache or cache_directory() / "codes")
-    cache = CodeCache(directory, base.codec, base.config.num_codebooks)
-    recordings = {turn.audio: None for each in conversations for turn in each.turns}
+    cache = CodeCache(directory, pretrained.codec, pretrained.config.num_codebooks)
+    recordings = list(dict.fromkeys(turn.audio for each in conversations for turn in each.turns))
     with tqdm(total=len(recordings), unit="recording", disable=None, leave=False) as bar:
-        codes = cache.codes(list(recordings), bar.update)
+        codes = cache.codes(recordings, bar.update)
+    selection = _selection(values, pretrained)
     made, more = make_examples(
-        conversations, codes, base.config, base.tokenizer, _selection(values, base)
+        conversations, codes, pretrained.config, pretrained.tokenizer, selection
     )
-    report(path, [*problems, *more], len(made), values.on_bad_data)
+    report(path, [*problems, *more], len(made), values.on_bad_data, cli.warn)
     return made
 
 
-def _selection(values: flags.FlagValues, base: Base) -> Selection:
+def _selection(values: flags.FlagValues, pretrained: PretrainedModel) -> Selection:
     speakers = [int(speaker) for speaker in values.speakers] or None
-    max_len = min(values.max_len, base.config.backbone.max_seq_len)
+    max_len = min(values.max_len, pretrained.config.backbone.max_seq_len)
     return Selection(speakers, values.turns, max_len)
 
 
-def _evaluated(examples: Sequence[Example], recipe: Recipe) -> list[Batch]:
-    # With every frame in the depth decoder, a row a device is all that memory should hold.
-    return ordered_batches(examples, recipe.mesh.size if recipe.mesh else 1)
+def _batches_to_evaluate(examples: Sequence[Example], config: TrainStepConfig) -> list[Batch]:
+    # All frames go through the depth decoder: there may be memory for no more than a row a device.
+    return ordered_batches(examples, config.mesh.size if config.mesh else 1)
 
 
-def _request(learnt: Sequence[Example], held_out: Sequence[Example]) -> Request:
-    """What samples say: the last turn of a conversation that was held out, after the others."""
-    *context, turn = (held_out or learnt)[0].segments
+def _request(train: Sequence[Example], held_out: Sequence[Example]) -> Request:
+    """What samples say: the last turn of a held-out conversation, with the others as context."""
+    *context, turn = (held_out or train)[0].segments
     return Request(turn.text, turn.speaker, tuple(context))
 
 
-def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[Recipe, Base]:
-    """How to train, and what."""
-    mesh = placement.make_mesh(values.fsdp) if jax.device_count() > 1 or values.fsdp > 1 else None
+def _speak(pretrained: PretrainedModel, precision: Precision, request: Request) -> Speak:
+    def speak(params: Params) -> np.ndarray:
+        model = Generator.from_params(pretrained.config, params, pretrained.tokenizer, precision)
+        return model.generate(request, notify=lambda notice: None)
+
+    return speak
+
+
+def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[TrainStepConfig, PretrainedModel]:
+    """The config of the step, and the checkpoint to train."""
+    is_alone = jax.device_count() == 1 and values.fsdp == 1
+    mesh = None if is_alone else fsdp.make_fsdp_mesh(values.fsdp)
     precision = resolve(values.dtype)
-    adapters = values.adapters and Path(values.adapters)
-    scratch_seed = values.seed if values.from_scratch else None
-    base = load_base(
+    pretrained = load_pretrained(
         values.checkpoint,
         precision,
         mesh,
         frozen=not trains_all,
-        adapters=adapters,
-        scratch_seed=scratch_seed,
+        adapters=Path(values.adapters) if values.adapters else None,
+        scratch_seed=values.seed if values.from_scratch else None,
     )
-    recipe = Recipe(
-        config=base.config,
-        optimiser=_optimiser(values),
+    config = TrainStepConfig(
+        model=pretrained.config,
+        optimizer=_optimizer(values),
         precision=precision,
         lora=None if trains_all else _lora(values),
         depth_share=values.depth_share,
@@ -239,14 +256,14 @@ def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[Recipe, Base]:
         ema=values.ema,
         mesh=mesh,
     )
-    return recipe, base
+    return config, pretrained
 
 
-def _optimiser(values: flags.FlagValues) -> OptimiserConfig:
+def _optimizer(values: flags.FlagValues) -> OptimizerConfig:
     rate = values.learning_rate
     if rate is None:
         rate = ADAPTER_RATE if values.lora_rank else WHOLE_RATE
-    return OptimiserConfig(
+    return OptimizerConfig(
         kind=values.optimizer,
         learning_rate=rate,
         steps=values.steps,
@@ -261,8 +278,8 @@ def _lora(values: flags.FlagValues) -> LoRAConfig:
     return LoRAConfig(values.lora_rank, alpha, tuple(values.lora_targets))
 
 
-def _schedule(values: flags.FlagValues) -> Schedule:
-    return Schedule(
+def _run_config(values: flags.FlagValues) -> RunConfig:
+    return RunConfig(
         save_every=values.save_every,
         eval_every=values.eval_every,
         sample_every=values.sample_every,

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from csm_jax import checkpoint, lora
+from csm_jax import checkpoint, peft_files
 from csm_jax.checkpoint import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.decode_loop import run_alone
@@ -156,7 +156,7 @@ def load(
         codec is float32 always.
       quantize: "int8" or "none"; None is as the checkpoint is stored.
       mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
-      adapters: a directory of LoRA adapters (`lora.py`), which become part of the weights.
+      adapters: a directory of LoRA adapters (`peft_files.py`), which become part of the weights.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
@@ -168,7 +168,7 @@ def load(
         precision = _as_int8(str(name), dtype, quantize)
     tensors = source.tensors
     if adapters is not None:
-        tensors = lora.merged(tensors, source.config, Path(adapters), source.is_int8)
+        tensors = peft_files.merge_files(tensors, source.config, Path(adapters), source.is_int8)
     params = checkpoint.place_params(tensors, source.config, precision, _place(source.config, mesh))
     return Generator.from_params(source.config, params, source.tokenizer, precision, mesh)
 

@@ -15,14 +15,14 @@ from csm_jax.files import make_once
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
-# What is looked for in a repository: recordings of voices, and parameters.
+# Files of a repository: recordings of voices, and parameters.
 _PROMPTS = re.compile(r"^prompts/")
 _WEIGHTS = re.compile(r"\.(safetensors|pt)$")
 _NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def cache_directory() -> Path:
-    """Where this package keeps files: $CSM_JAX_CACHE, or csm-jax in the user's own cache."""
+    """The directory of this package's cache: $CSM_JAX_CACHE, or csm-jax in the user's own cache."""
     if "CSM_JAX_CACHE" in os.environ:
         return Path(os.environ["CSM_JAX_CACHE"])
     root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
@@ -41,7 +41,7 @@ def native_copy(repository: str) -> Path:
     token and its cache. Remove the returned directory to follow a repository that has changed.
 
     Raises:
-      CheckpointError: a file cannot be had, named with what to do about it.
+      CheckpointError: a file cannot be downloaded; the message says which and what to do.
     """
     native = cache_directory() / "checkpoints" / repository.replace("/", "--")
     make_once(native, lambda: checkpoint.is_native(native), lambda: _convert(repository, native))
@@ -73,7 +73,7 @@ def download_prompts(repository: str) -> list[Path]:
 
 
 def _list(repository: str, snapshot: Path, wanted: re.Pattern) -> list[str]:
-    """The files of a repository; offline those in the cache, if what is wanted is among them."""
+    """The files of a repository; offline those in the cache, if any of them matches `wanted`."""
     try:
         return huggingface_hub.HfApi().list_repo_files(repository)
     except Exception as error:
@@ -84,7 +84,7 @@ def _list(repository: str, snapshot: Path, wanted: re.Pattern) -> list[str]:
 
 
 def _wanted(repository: str, snapshot: Path) -> list[str]:
-    """The files of a repository that this package reads: of two checkpoints side by side, one."""
+    """The files of a repository that this package reads, of only one checkpoint if it has two."""
     files = _list(repository, snapshot, _WEIGHTS)
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     split = [file for file in weights if file.startswith("transformers")]

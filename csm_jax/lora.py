@@ -1,47 +1,38 @@
 """Low-rank adapters (LoRA, Hu et al., 2021): small updates of some projections.
 
-They are named and stored as Hugging Face's PEFT does with transformers' CSM, so that what is
-trained on one side runs on the other. PEFT knows q, k and v as three projections, where this
-model has one (`llama.Attention`): an adapter belongs to one of theirs.
+Adapters are those of Hugging Face's PEFT (`peft_files.py` reads and writes its files). PEFT knows
+q, k and v as three projections, where this model has one (`qkv.py`): an adapter belongs to one of
+the three.
 """
 
-import json
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from safetensors.numpy import load_file, save
 
-from csm_jax.config import CSMConfig, LlamaConfig, read_json
-from csm_jax.convert.csm import fused_qkv
-from csm_jax.errors import CheckpointError, InputError, first_line
-from csm_jax.files import new_directory
+from csm_jax import qkv
+from csm_jax.config import CSMConfig, LlamaConfig
+from csm_jax.errors import InputError
 from csm_jax.layers import LowRank
 from csm_jax.model import CSM
 
-Array = jax.Array
 Adapters = dict[str, LowRank]  # by path, such as "backbone/layers/0/attn/q"
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projection", "codebook0_head")
 DEFAULT_TARGETS = TARGETS[:7]
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-_STACKS = {"backbone": "backbone_model", "depth_decoder": "depth_decoder.model"}
+_STACKS = ("backbone", "depth_decoder")
 _QKV = ("q", "k", "v")
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which projections get adapters, and of what kind.
+    """The projections that get adapters, and their size.
 
     Attributes:
-      rank: of the updates.
+      rank: of every update.
       alpha: updates are multiplied by `alpha / rank`.
       targets: of `TARGETS`, in both stacks.
     """
@@ -97,7 +88,7 @@ def _layer_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
 
 
 def init_adapters(config: CSMConfig, lora: LoRAConfig, seed: int = 0) -> Adapters:
-    """New adapters, float32: `down` is random and `up` zero, so that nothing is changed yet."""
+    """New adapters, float32: `down` is random and `up` zero, so that the model is unchanged."""
     random = np.random.default_rng(seed)
     adapters = {}
     for path, (out, width) in adapter_shapes(config, lora.targets).items():
@@ -109,7 +100,7 @@ def init_adapters(config: CSMConfig, lora: LoRAConfig, seed: int = 0) -> Adapter
 
 
 def attach(model: CSM, adapters: Adapters, scale: float) -> None:
-    """Lets the projections of a bound model (`model.bind`) add their updates."""
+    """Adds the updates to the projections of a bound model (`model.bind`)."""
     for path, update in _fused(model.config, adapters).items():
         down, up = update
         module = _module(model, path)
@@ -126,7 +117,7 @@ def _module(model: CSM, path: str) -> Any:
 
 
 def _fused(config: CSMConfig, adapters: Adapters) -> Adapters:
-    """The same updates for the projections that this model has."""
+    """The same updates, those of q, k and v joined into updates of the fused projection."""
     fused = {path: low for path, low in adapters.items() if path.rpartition("/")[2] not in _QKV}
     layers = {path.rpartition("/")[0] for path in adapters.keys() - fused.keys()}
     for layer in sorted(layers):
@@ -145,7 +136,8 @@ def _fuse_qkv(config: LlamaConfig, parts: Mapping[str, LowRank | None]) -> LowRa
         up = jnp.zeros((rows, 0)) if low is None else low.up
         ups.append(jnp.pad(up, ((0, 0), (before, total - before - rank))))
         before += rank
-    (up,) = fused_qkv(config, interleaved=False).forward(*ups)
+    query, key, value = ups
+    up = qkv.fuse(query, key, value, config)
     return LowRank(jnp.concatenate([low.down for low in there]), up)
 
 
@@ -159,121 +151,3 @@ def merge(
             down, up = (np.asarray(array, np.float32) for array in updates[path])
             tensor = (np.asarray(tensor, np.float32) + scale * (up @ down)).astype(tensor.dtype)
         yield path, tensor
-
-
-def merged(
-    tensors: Iterable[tuple[str, np.ndarray]], config: CSMConfig, directory: Path, is_int8: bool
-) -> Iterator[tuple[str, np.ndarray]]:
-    """`merge` of the adapters in a directory.
-
-    Raises `CheckpointError` as `read_adapters` does, and for parameters that are int8.
-    """
-    if is_int8:
-        raise CheckpointError(
-            f"{directory} cannot be added to weights that are stored as int8: use the checkpoint "
-            "that they were made from, and --quantize=int8"
-        )
-    return merge(tensors, config, *read_adapters(directory, config))
-
-
-def write_adapters(
-    directory: Path, adapters: Adapters, lora: LoRAConfig, base: str, replace: bool = False
-) -> None:
-    """Writes a directory that PEFT loads too, whole or not at all.
-
-    Args:
-      directory, replace: as in `files.new_directory`.
-      base: name of the checkpoint that was adapted.
-
-    Raises:
-      OutputError: it exists or cannot be written.
-    """
-    tensors = {}
-    for path, low in adapters.items():
-        tensors[f"{_PEFT_PREFIX}{_peft_name(path)}.lora_A.weight"] = np.asarray(low.down)
-        tensors[f"{_PEFT_PREFIX}{_peft_name(path)}.lora_B.weight"] = np.asarray(low.up)
-    values = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": sorted({_peft_name(path) for path in adapters}),
-    }
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    with new_directory(directory, size, replace) as partial:
-        (partial / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
-        (partial / CONFIG).write_text(json.dumps(values, indent=2) + "\n")
-
-
-def read_adapters(directory: Path, config: CSMConfig) -> tuple[Adapters, float]:
-    """Reads what `write_adapters` or PEFT wrote: adapters, and the scale of their updates.
-
-    Raises:
-      CheckpointError: they are not there, damaged, of another kind, or for another model.
-    """
-    values = read_json(directory / CONFIG)
-    _check_kind(values, directory)
-    try:
-        tensors = load_file(directory / WEIGHTS)
-    except Exception as error:
-        raise CheckpointError(f"{directory / WEIGHTS}: {first_line(error)}") from error
-    paths = {_peft_name(path): path for path in adapter_shapes(config, TARGETS)}
-    adapters = _pair(tensors, paths, directory)
-    _check_shapes(adapters, config, directory)
-    rank, alpha = values.get("r"), values.get("lora_alpha")
-    return adapters, alpha / (rank**0.5 if values.get("use_rslora") else rank)
-
-
-def _pair(tensors: Mapping[str, np.ndarray], paths: Mapping[str, str], directory: Path) -> Adapters:
-    halves: dict[str, dict[str, np.ndarray]] = {}
-    for name, tensor in tensors.items():
-        # PEFT copies the heads that it adapts, as they are in the base, next to their adapters.
-        if name.endswith(".base_layer.weight"):
-            continue
-        match = re.fullmatch(rf"{re.escape(_PEFT_PREFIX)}(.+)\.lora_([AB])\.weight", name)
-        if match is None or match[1] not in paths or tensor.ndim != 2:
-            raise CheckpointError(
-                f"{directory}: {name} is no adapter of a projection of this model"
-            )
-        halves.setdefault(paths[match[1]], {})[match[2]] = tensor.astype(np.float32)
-    for path, pair in halves.items():
-        if len(pair) < 2:
-            raise CheckpointError(f"{directory}: half of the adapter of {path} is missing")
-    return {path: LowRank(pair["A"], pair["B"]) for path, pair in halves.items()}
-
-
-def _check_shapes(adapters: Adapters, config: CSMConfig, directory: Path) -> None:
-    shapes = adapter_shapes(config, TARGETS)
-    for path, (down, up) in adapters.items():
-        if (len(up), down.shape[1]) != shapes[path] or up.shape[1] != len(down):
-            raise CheckpointError(
-                f"{directory}: the adapter of {path} is {up.shape} by {down.shape}, but its "
-                f"projection is {shapes[path]}: it is for another model"
-            )
-
-
-def _check_kind(values: Mapping[str, Any], directory: Path) -> None:
-    """Refuses what would be dropped in silence."""
-    refused = ("use_dora", "alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
-    for name in refused:
-        if values.get(name):
-            raise CheckpointError(f"{directory} has {name}, which is not supported")
-    numbers = values.get("r"), values.get("lora_alpha")
-    is_plain = values.get("peft_type") == "LORA" and values.get("bias", "none") == "none"
-    if not is_plain or not all(
-        isinstance(number, int | float) and number > 0 for number in numbers
-    ):
-        raise CheckpointError(f"{directory / CONFIG} does not describe plain LoRA adapters")
-
-
-def _peft_name(path: str) -> str:
-    """The module of transformers' CSM that a path is."""
-    if path == "projection":
-        return "depth_decoder.model.inputs_embeds_projector"
-    if path == "codebook0_head":
-        return "lm_head"
-    stack, _, layer, block, name = path.split("/")
-    block = {"attn": "self_attn", "mlp": "mlp"}[block]
-    return f"{_STACKS[stack]}.layers.{layer}.{block}.{name}_proj"

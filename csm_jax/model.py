@@ -12,7 +12,7 @@ from flax import nnx
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.layers import Linear, Params, Rngs, linear_float32, lookup, normal, pack
+from csm_jax.layers import PACKED, Linear, Params, Rngs, linear_float32, lookup, normal, pack
 from csm_jax.llama import Llama
 from csm_jax.precision import FLOAT32, Precision, Role
 from csm_jax.sampling import SamplingParams, penalize_repetition, sample
@@ -182,6 +182,18 @@ def bind(config: CSMConfig, params: Params) -> CSM:
 def _graph(config: CSMConfig, int8: bool) -> nnx.GraphDef[CSM]:
     """The module tree without parameters: of a precision, only whether it is int8 matters here."""
     return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8)))
+
+
+def precision_of(params: Params) -> Precision:
+    """The types that parameters (or their shapes) are in."""
+    table = params["text_embedding"]
+    is_packed = table.dtype == PACKED
+    return Precision(
+        weights=jnp.dtype(jnp.bfloat16) if is_packed else table.dtype,
+        activations=params["backbone"]["norm"]["scale"].dtype,
+        int8="weight_scale" in params["projection"],
+        packs_tables=is_packed,
+    )
 
 
 @functools.cache

@@ -4,8 +4,9 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from csm_jax.checkpoint import Params, Place, flatten, on_default_device, param_shapes, place_params
+from csm_jax.checkpoint import Place, flatten, on_default_device, param_shapes, place_params
 from csm_jax.config import CSMConfig
+from csm_jax.layers import Params
 from csm_jax.precision import FLOAT32, Precision
 
 
@@ -20,10 +21,10 @@ def random_params(
 
 
 def random_tensors(config: CSMConfig, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of all parameters, float32, drawn as they are asked for.
+    """(path, array) of all parameters, float32, each drawn when the iterator gets to it.
 
-    Drawn by numpy: 1.6 G of them take seconds, and a minute from `jax.random` on a CPU. The
-    modules' own initialisers are for training.
+    They are numpy's: 1.6 G of them take seconds, and a minute from `jax.random` on a CPU. The
+    modules' own initializers are for training.
     """
     random = np.random.default_rng(seed)
 
@@ -41,10 +42,10 @@ def random_tensors(config: CSMConfig, seed: int = 0) -> Iterator[tuple[str, np.n
 
 
 def _fan_in(path: str, shape: tuple[int, ...]) -> float:
-    """How many inputs make one output of a layer, by the shape of its weight."""
+    """The number of inputs of an output of a layer, from the shape of its weight."""
     if not path.startswith("codec/") or len(shape) < 3:
         return shape[-1]
     taps, inputs, *_, outputs = shape
     is_depthwise = len(shape) == 4 and outputs == 1
-    # As many again: residual branches add up, and the sound should stay under full scale.
+    # Twice as many: residual branches add up, and the audio should stay under full scale.
     return 2 * taps * (1 if is_depthwise else inputs)

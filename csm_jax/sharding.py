@@ -1,15 +1,18 @@
 """Which device holds what: one table from parameter path to PartitionSpec, and the rest by rule.
 
-A mesh has two axes. "data" splits the rows of a batch. "model" splits every attention by kv heads
-and every MLP by its hidden dimension (Megatron: Shoeybi et al., 2019), so that a block costs two
-sums over the axis, of [B, T, D] each. Modules know nothing of it: parameters and state lie where
-this file says, and XLA divides the work accordingly. Without a mesh nothing here has an effect.
+A mesh for generation has two axes. "data" splits the rows of a batch. "model" splits every
+attention by kv heads and every MLP by its hidden dimension (Megatron: Shoeybi et al., 2019), so
+that a block costs two sums over the axis, of [B, T, D] each. Modules know nothing of it: parameters
+and state lie where this file says, and XLA divides the work accordingly. Without a mesh nothing
+here has an effect. Training divides its parameters in another way (`train/fsdp.py`), its rows as
+here.
 
 What an axis does not divide is replicated on it. The depth decoder's 2 kv heads, for one, are on
 every chip of a model axis of 4, and its MLP, which is most of it, is split. The codec, a twentieth
 of the work, is on one device.
 """
 
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -49,11 +52,11 @@ TABLE: tuple[tuple[str, P | None], ...] = (
 
 
 def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of `data` x `model` devices.
+    """A mesh of `data` x `model` devices to generate on.
 
     Args:
-      data: rows of a batch are divided by it; what a batch says is the same.
-      model: every device holds and reads this fraction of most weights.
+      data: parts that the rows of a batch are divided into; what is generated is the same.
+      model: parts that most weights are divided into; every device holds and reads one.
       devices: None is those of this process. Several processes share no mesh: they share out
         requests.
 
@@ -90,9 +93,9 @@ def place_on(mesh: Mesh, config: CSMConfig) -> Callable[[str, Any], jax.Array]:
 
 
 def check_rows(size: int, mesh: Mesh | None) -> None:
-    """Raises `InputError` for a batch that the data axis does not divide.
+    """Raises `InputError` for a batch to generate that the data axis does not divide.
 
-    One row alone is on all devices: whoever asks for one thing gets it at the speed of one.
+    One row alone is allowed: it is computed on all devices.
     """
     axis = mesh.shape["data"] if mesh else 1
     if size > 1 and size % axis:
@@ -103,19 +106,30 @@ def check_rows(size: int, mesh: Mesh | None) -> None:
 
 
 def place_rows(rows: Tree, mesh: Mesh | None) -> Tree:
-    """Puts host arrays that start with the batch axis on the devices of their rows."""
+    """Puts host arrays [B, ...], the same in every process, on the devices of their rows."""
     if mesh is None:
         return jax.device_put(rows)
-    return jax.device_put(rows, rows_sharding(rows, mesh))
+    return jax.tree.map(put, rows, rows_sharding(rows, mesh))
+
+
+def put(leaf: Any, sharding: NamedSharding) -> jax.Array:
+    """Puts a host array, the same in every process, or one that lies on the mesh already."""
+    is_here = sharding.is_fully_addressable
+    if is_here or (isinstance(leaf, jax.Array) and not leaf.is_fully_addressable):
+        return jax.device_put(leaf, sharding)
+    # Every process has the whole, and gives its devices their part.
+    array = np.asarray(leaf)
+    return jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
 
 
 def rows_sharding(rows: Any, mesh: Mesh) -> Any:
-    """Where arrays [B, ...] (or their shapes) lie."""
-    return jax.tree.map(lambda leaf: _sharding(P("data"), leaf, mesh), rows)
+    """Where arrays [B, ...] (or their shapes) lie: rows over all axes but "model"."""
+    axes = tuple(name for name in mesh.axis_names if name != "model")
+    return jax.tree.map(lambda leaf: _sharding(P(axes), leaf, mesh), rows)
 
 
 def state_sharding(state: Any, mesh: Mesh) -> Any:
-    """Where a `GenerationState` (or its shapes) lies: rows over data, kv heads over model."""
+    """Where a `GenerationState` (or its shapes) lies: rows over "data", kv heads over "model"."""
     heads = P("data", "model")
     layers = jax.tree.map(lambda leaf: _sharding(heads, leaf, mesh), state.cache.layers)
     sharding = rows_sharding(state, mesh)
@@ -142,8 +156,13 @@ def _counts(path: str, shape: tuple[int, ...], config: CSMConfig) -> Sequence[in
 
 def _fitting(wanted: P, counts: Sequence[int], mesh: Mesh) -> P:
     """`wanted`, without the axes that do not divide what they would split."""
+
+    def divides(axes: str | tuple[str, ...], count: int) -> bool:
+        names = (axes,) if isinstance(axes, str) else axes
+        return count % math.prod(mesh.shape[name] for name in names) == 0
+
     named = zip(wanted, counts, strict=False)  # dimensions at the end need not be named
-    return P(*(axis if axis and count % mesh.shape[axis] == 0 else None for axis, count in named))
+    return P(*(axes if axes and divides(axes, count) else None for axes, count in named))
 
 
 def _sharding(wanted: P, leaf: Any, mesh: Mesh) -> NamedSharding:

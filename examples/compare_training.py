@@ -45,19 +45,19 @@ def our_step(length: int, dtype: str) -> Step:
     from csm_jax.lora import LoRAConfig, init_adapters
     from csm_jax.precision import resolve
     from csm_jax.random_weights import random_params
-    from csm_jax.train.optimiser import OptimiserConfig
-    from csm_jax.train.step import Recipe, init_state, train_step
+    from csm_jax.train.optimizer import OptimizerConfig
+    from csm_jax.train.step import TrainStepConfig, init_state, train_step
 
-    config, precision = csm_jax.csm_1b(), resolve(dtype)
+    model, precision = csm_jax.csm_1b(), resolve(dtype)
     lora = LoRAConfig(RANK, ALPHA, PROJECTIONS)
-    recipe = Recipe(config, OptimiserConfig(), precision, lora=lora, depth_share=SHARE)
-    frozen = random_params(config, precision)["csm"]
-    state = init_state(jax.device_put(init_adapters(config, lora)), recipe)
-    batch = jax.device_put(conversation(config, length))
+    config = TrainStepConfig(model, OptimizerConfig(), precision, lora=lora, depth_share=SHARE)
+    frozen = random_params(model, precision)["csm"]
+    state = init_state(jax.device_put(init_adapters(model, lora)), config)
+    batch = jax.device_put(conversation(model, length))
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, frozen, batch, np.uint32(SEED), recipe=recipe)
+        state, metrics = train_step(state, frozen, batch, np.uint32(SEED), config=config)
         return float(metrics.loss)
 
     return step
@@ -91,24 +91,24 @@ def their_step(length: int, dtype: str) -> Step:
     model.disable_input_require_grads()
     adapted.train()
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=1e-4)
+    optimizer = torch.optim.AdamW(trained, lr=1e-4)
     batch = conversation(config, length)
     codes = torch.from_numpy(batch.frames[..., :-1]).long()
-    labels = torch.where(torch.from_numpy(batch.targets)[..., None], codes, -100)
+    labels = torch.where(torch.from_numpy(batch.loss_mask)[..., None], codes, -100)
     for row in range(1, length):
         if row % round(1 / SHARE):
             labels[:, row, 1:] = -100
     with torch.no_grad():
         text = model.embed_text_tokens(torch.from_numpy(batch.frames[..., -1]).long())
         audio = model.backbone_model.embed_tokens(codes)
-        embeds = torch.where(torch.from_numpy(batch.targets)[..., None], audio, text)
+        embeds = torch.where(torch.from_numpy(batch.loss_mask)[..., None], audio, text)
 
     def step() -> float:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         loss = model(inputs_embeds=embeds, labels=labels, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimiser.step()
+        optimizer.step()
         return loss.item()
 
     return step

@@ -15,16 +15,15 @@ import json
 
 import jax
 import jax.numpy as jnp
+from ahead_of_time import Target, lower_train_step, measure, tpu_devices
 
 import csm_jax
-from csm_jax.ahead_of_time import Target, measure, tpu_devices
 from csm_jax.lora import LoRAConfig
 from csm_jax.precision import DTYPES, QUANTIZE, Precision, resolve
 from csm_jax.sharding import make_mesh
-from csm_jax.train import placement
-from csm_jax.train.ahead_of_time import lower_step
-from csm_jax.train.optimiser import OptimiserConfig
-from csm_jax.train.step import Recipe
+from csm_jax.train.fsdp import make_fsdp_mesh
+from csm_jax.train.optimizer import OptimizerConfig
+from csm_jax.train.step import TrainStepConfig
 
 PROGRAMS = ("prefill", "frame_loop", "codec_step")
 
@@ -63,8 +62,8 @@ def main() -> None:
         else resolve(flags.dtype, flags.quantize)
     )
     programs = inference(flags, precision, devices) | {
-        "train_step": lambda: lower_step(
-            recipe(flags, precision, devices), flags.batch, flags.length
+        "train_step": lambda: lower_train_step(
+            step_config(flags, precision, devices), flags.batch, flags.length
         )
     }
     for program in flags.programs:
@@ -80,10 +79,12 @@ def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax
     }
 
 
-def recipe(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> Recipe:
+def step_config(
+    flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]
+) -> TrainStepConfig:
     lora = LoRAConfig(rank=flags.lora_rank) if flags.lora_rank else None
-    mesh = placement.make_mesh(flags.fsdp, devices)
-    return Recipe(csm_jax.csm_1b(), OptimiserConfig(), precision, lora=lora, mesh=mesh)
+    mesh = make_fsdp_mesh(flags.fsdp, devices)
+    return TrainStepConfig(csm_jax.csm_1b(), OptimizerConfig(), precision, lora=lora, mesh=mesh)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
 """Mimi (Defossez et al., 2024): 24 kHz speech to 12.5 code frames a second, and back.
 
-`Mimi` is the network, `Codec` what users call. Order of layers and padding:
+`Mimi` is the network, `Codec` its interface for numpy arrays. Order of layers and padding:
 kyutai-labs/moshi `models/compression.py`.
 """
 
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import overload
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,13 @@ from flax import nnx
 from csm_jax.compiling import Program, shape_of
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.layers import Rngs
+from csm_jax.layers import Params, Rngs
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
     ReplicateConv1d,
     State,
+    StreamingLayer,
     init_states,
     step_all,
 )
@@ -43,12 +44,15 @@ class Mimi(nnx.Module):
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
         dim, stride = config.embed_dim, config.downsample_stride
-        resampling = dict(stride=stride, use_bias=False, rngs=rngs)
         self.encoder = Encoder(config, rngs=rngs)
         self.encoder_transformer = Transformer(config, rngs=rngs)
-        self.downsample = ReplicateConv1d(dim, dim, 2 * stride, **resampling)
+        self.downsample = ReplicateConv1d(
+            dim, dim, 2 * stride, stride=stride, use_bias=False, rngs=rngs
+        )
         self.quantizer = SplitQuantizer(config, rngs=rngs)
-        self.upsample = ConvTranspose1d(dim, dim, 2 * stride, depthwise=True, **resampling)
+        self.upsample = ConvTranspose1d(
+            dim, dim, 2 * stride, stride=stride, depthwise=True, use_bias=False, rngs=rngs
+        )
         self.decoder_transformer = Transformer(config, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
@@ -61,38 +65,40 @@ class Mimi(nnx.Module):
         return self.decode_step(codes, self.init_decode_state(codes.shape[0]))[0]
 
     def init_encode_state(self, batch: int) -> State:
+        """What `encode_step` starts from."""
         return init_states(self._encode_layers, batch)
 
     def init_decode_state(self, batch: int) -> State:
+        """What `decode_step` starts from."""
         return init_states(self._decode_layers, batch)
 
     def encode_step(self, audio: Array, state: State, num_codebooks: int) -> tuple[Array, State]:
-        """`encode` of the next samples of recordings of which `state` has seen the beginning."""
+        """Encodes the next samples of streams that have come to `state`."""
         if audio.ndim == 2:
             audio = audio[..., None]
         latent, state = step_all(self._encode_layers, audio, state)
         return self.quantizer.encode(latent, num_codebooks), state
 
     def decode_step(self, codes: Array, state: State) -> tuple[Array, State]:
-        """`decode` of the next frames of recordings of which `state` has seen the beginning."""
+        """Decodes the next frames of streams that have come to `state`."""
         return step_all(self._decode_layers, self.quantizer.decode(codes), state)
 
     @property
-    def _encode_layers(self):
+    def _encode_layers(self) -> tuple[StreamingLayer, ...]:
         return self.encoder, self.encoder_transformer, self.downsample
 
     @property
-    def _decode_layers(self):
+    def _decode_layers(self) -> tuple[StreamingLayer, ...]:
         return self.upsample, self.decoder_transformer, self.decoder
 
 
 @functools.cache
 def abstract(config: MimiConfig) -> Mimi:
-    """The network with shapes for parameters: it allocates nothing."""
+    """The network with shapes for parameters: nothing is allocated."""
     return nnx.eval_shape(lambda: Mimi(config, rngs=None))
 
 
-def bind(config: MimiConfig, params: dict[str, Any]) -> Mimi:
+def bind(config: MimiConfig, params: Params) -> Mimi:
     """The network over a pure dictionary of parameters, for use inside a jitted function."""
     return nnx.merge(nnx.graphdef(abstract(config)), params)
 
@@ -110,14 +116,14 @@ def _init_decode_state(*, config: MimiConfig, batch: int) -> State:
 
 @functools.partial(jax.jit, static_argnames=("config", "num_codebooks"), donate_argnames=("state",))
 def _encode_step(
-    params: dict[str, Any], audio: Array, state: State, *, config: MimiConfig, num_codebooks: int
+    params: Params, audio: Array, state: State, *, config: MimiConfig, num_codebooks: int
 ) -> tuple[Array, State]:
     return bind(config, params).encode_step(audio, state, num_codebooks)
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def _decode_step(
-    params: dict[str, Any], codes: Array, state: State, *, config: MimiConfig
+    params: Params, codes: Array, state: State, *, config: MimiConfig
 ) -> tuple[Array, State]:
     audio, state = bind(config, params).decode_step(codes, state)
     return audio[..., 0], state
@@ -125,7 +131,7 @@ def _decode_step(
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
 def _decode_rows(
-    params: dict[str, Any],
+    params: Params,
     codes: Array,
     state: State,
     active: Array,
@@ -140,7 +146,7 @@ def _decode_rows(
 
 
 def _select(rows: Array, state: State, otherwise: State) -> State:
-    """One state for the rows [B] that are True, another for the rest."""
+    """`state` in the rows [B] that are True, `otherwise` in the rest."""
 
     def select(leaf: Array, other: Array) -> Array:
         return jnp.where(jax.lax.expand_dims(rows, range(1, leaf.ndim)), leaf, other)
@@ -156,7 +162,8 @@ class Codec:
       params: its parameters, a pure nested dictionary; floats of other widths become float32.
     """
 
-    def __init__(self, config: MimiConfig, params: dict[str, Any]):
+    def __init__(self, config: MimiConfig, params: Params):
+        """Raises `CheckpointError` for a network of more than one audio channel."""
         if config.channels != 1:
             raise CheckpointError(f"the codec has {config.channels} channels; only 1 is supported")
         self.config = config
@@ -179,21 +186,27 @@ class Codec:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Hexadecimal digest of the weights: the same codec makes the same codes."""
+        """Hexadecimal digest of the weights: codecs with the same one make the same codes."""
         digest = hashlib.sha256(repr(self.config).encode())
         for path, leaf in jax.tree.leaves_with_path(self._params):
             digest.update(repr(path).encode())
             digest.update(np.asarray(leaf).data)
         return digest.hexdigest()
 
+    @overload
+    def encode(self, audio: np.ndarray, num_codebooks: int | None = None) -> np.ndarray: ...
+    @overload
+    def encode(
+        self, audio: Sequence[np.ndarray], num_codebooks: int | None = None
+    ) -> list[np.ndarray]: ...
     def encode(
         self, audio: np.ndarray | Sequence[np.ndarray], num_codebooks: int | None = None
     ) -> np.ndarray | list[np.ndarray]:
         """Codes of one waveform, or of a list of waveforms of any lengths as one batch.
 
         A waveform is padded with zeros on the right to whole frames, once, before the first
-        layer, as kyutai's implementation does. Hugging Face's pads within every layer instead, so
-        that the last frame of a length that is not a multiple of the frame size may differ.
+        layer, as kyutai's implementation does. Hugging Face's pads in every layer instead, so that
+        the last frame of a length that is not a multiple of the frame size may differ.
 
         Args:
           audio: float [num_samples] at `sample_rate`, or a list of these.
@@ -203,7 +216,7 @@ class Codec:
           int32 [ceil(num_samples / frame_size), num_codebooks], or a list of these.
 
         Raises:
-          InputError: for another number of axes or of codebooks.
+          InputError: another number of axes or of codebooks.
         """
         count = self.num_codebooks if num_codebooks is None else num_codebooks
         self._check_num_codebooks(count)
@@ -221,6 +234,10 @@ class Codec:
         codes = np.concatenate(blocks, axis=1)
         return _like(audio, [row[:length] for row, length in zip(codes, lengths, strict=True)])
 
+    @overload
+    def decode(self, codes: np.ndarray) -> np.ndarray: ...
+    @overload
+    def decode(self, codes: Sequence[np.ndarray]) -> list[np.ndarray]: ...
     def decode(self, codes: np.ndarray | Sequence[np.ndarray]) -> np.ndarray | list[np.ndarray]:
         """The waveform of one array of codes, or those of a list of any lengths as one batch.
 
@@ -232,7 +249,7 @@ class Codec:
           float32 [num_frames * frame_size] at `sample_rate`, or a list of these.
 
         Raises:
-          InputError: for another shape or value.
+          InputError: another shape or value.
         """
         rows = [self._check_codes(np.asarray(row)) for row in _as_list(codes)]
         if len({row.shape[1] for row in rows}) > 1:
@@ -271,8 +288,8 @@ class Codec:
     ) -> tuple[Array, State]:
         """Continues `batch` streams: float32 [batch, F * frame_size] to int32 [batch, F, Q].
 
-        The state's buffers are used up: only the returned state may be used again. Every F is
-        compiled once. The codes may still be being computed on return.
+        The state is donated: use the one returned. Every F is compiled once. The codes may still be
+        being computed on return.
         """
         return _encode_step(
             self._params, audio, state, config=self.config, num_codebooks=num_codebooks
@@ -291,14 +308,15 @@ class Codec:
         """`decode_frames` for some of the rows of a batch of unrelated streams.
 
         Args:
-          active: bool [batch]; the other rows' streams stand still, and their audio means nothing.
+          active: bool [batch]; the streams of the other rows stay as they are, and their audio is
+            arbitrary.
           restart: bool [batch], rows that begin a new stream.
         """
         codes = self.clamp(codes)
         return _decode_rows(self._params, codes, state, active, restart, config=self.config)
 
     def programs(self, num_codebooks: int) -> Iterator[Program]:
-        """All programs that encoding and decoding one recording of any length needs."""
+        """All programs for encoding and decoding one recording of any length."""
         encoding, decoding = (
             jax.tree.map(shape_of, state)
             for state in (self.encode_stream_state(), self.decode_stream_state())
@@ -306,17 +324,17 @@ class Codec:
         size = 1
         while size <= MAX_BLOCK_FRAMES:
             audio = np.zeros((1, size * self.frame_size), np.float32)
-            more = dict(config=self.config, num_codebooks=num_codebooks)
+            more = {"config": self.config, "num_codebooks": num_codebooks}
             yield _encode_step, (self._params, audio, encoding), more
             codes = np.zeros((1, size, num_codebooks), np.int32)
-            yield _decode_step, (self._params, codes, decoding), dict(config=self.config)
+            yield _decode_step, (self._params, codes, decoding), {"config": self.config}
             size *= 2
 
     def rows_program(self, num_frames: int, num_codebooks: int, state: State) -> Program:
-        """The program of `decode_rows` for so many frames; `state` may be shapes."""
+        """The program of `decode_rows` for `num_frames`; `state` may be shapes."""
         batch = jax.tree.leaves(state)[0].shape[0]
         codes, rows = np.zeros((batch, num_frames, num_codebooks), np.int32), np.zeros(batch, bool)
-        return _decode_rows, (self._params, codes, state, rows, rows), dict(config=self.config)
+        return _decode_rows, (self._params, codes, state, rows, rows), {"config": self.config}
 
     def _check_num_codebooks(self, count: int) -> None:
         if not 1 <= count <= self.num_codebooks:
@@ -339,20 +357,22 @@ def _as_list(value: np.ndarray | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _like(value: np.ndarray | Sequence[np.ndarray], rows: list) -> np.ndarray | list[np.ndarray]:
-    """`rows` the way they came: a list for a list, the only one for an array."""
+def _like(
+    value: np.ndarray | Sequence[np.ndarray], rows: list[np.ndarray]
+) -> np.ndarray | list[np.ndarray]:
+    """`rows` in the form of `value`: a list for a list, the only row for an array."""
     return rows if isinstance(value, list | tuple) else rows[0]
 
 
 def _blocks(num_frames: int) -> Iterator[tuple[int, int]]:
-    """Start and size of the blocks that cover `num_frames`: full ones, then a power of two."""
+    """Start and size of the blocks for `num_frames`: full ones, then a power of two."""
     for start in range(0, num_frames, MAX_BLOCK_FRAMES):
         left = min(MAX_BLOCK_FRAMES, num_frames - start)
         yield start, 1 << (left - 1).bit_length()
 
 
 def _cut(rows: Sequence[np.ndarray], start: int, size: int) -> np.ndarray:
-    """[B, size, ...] of rows of any lengths from `start` on, zeros after a row's end."""
+    """A block [B, size, ...] of rows of any lengths from `start` on, zeros after a row's end."""
     block = np.zeros((len(rows), size, *rows[0].shape[1:]), rows[0].dtype)
     for i, row in enumerate(rows):
         part = row[start : start + size]

@@ -1,11 +1,11 @@
 """The streaming contract of the codec, and its causal convolutions.
 
 Everything is channels last, [B, T, C], the layout that XLA lowers best on a CPU, and causal: an
-output depends on inputs up to its own time only. So what a layer must remember between two calls
-is a few past inputs, and one method, `step`, serves both streams and whole recordings.
+output depends on inputs up to its own time only. So the state of a layer is a few past inputs, and
+one method, `step`, serves both streams and whole recordings.
 
-What each layer keeps follows kyutai-labs/moshi `modules/conv.py`, except that a transposed
-convolution keeps inputs here, where moshi keeps half-finished outputs.
+States are those of kyutai-labs/moshi `modules/conv.py`, except that a transposed convolution keeps
+inputs here, where moshi keeps partial outputs.
 """
 
 from collections.abc import Iterable
@@ -22,10 +22,10 @@ State = Any  # a pytree whose leaves start with the batch axis
 
 
 class StreamingLayer(nnx.Module):
-    """A causal layer that runs over an endless sequence, a block at a time.
+    """A causal layer over a sequence of any length, a block at a time.
 
-    `step` over consecutive blocks, each state handed to the next call, gives what one call over
-    all of them gives, and a state's shapes never change.
+    `step` over consecutive blocks, with the state of one call passed to the next, equals one call
+    over all of them, and the shapes of a state never change.
     """
 
     def init_state(self, batch: int) -> State:
@@ -37,15 +37,17 @@ class StreamingLayer(nnx.Module):
         raise NotImplementedError
 
     def __call__(self, x: Array) -> Array:
+        """The output for whole sequences, [B, T, C]."""
         return self.step(x, self.init_state(x.shape[0]))[0]
 
 
 def init_states(layers: Iterable[StreamingLayer], batch: int) -> State:
+    """The states of several layers, as a tuple."""
     return tuple(layer.init_state(batch) for layer in layers)
 
 
 def step_all(layers: Iterable[StreamingLayer], x: Array, states: State) -> tuple[Array, State]:
-    """Steps `x` through layers that follow one another; their states are a tuple."""
+    """`step` of consecutive layers; their states are a tuple."""
     next_states = []
     for layer, state in zip(layers, states, strict=True):
         x, state = layer.step(x, state)
@@ -54,7 +56,7 @@ def step_all(layers: Iterable[StreamingLayer], x: Array, states: State) -> tuple
 
 
 class Chain(StreamingLayer):
-    """Layers that follow one another."""
+    """Consecutive layers."""
 
     def __init__(self, layers: Iterable[StreamingLayer]):
         self.layers = nnx.List(layers)
@@ -67,7 +69,7 @@ class Chain(StreamingLayer):
 
 
 class Elu(StreamingLayer):
-    """The exponential linear unit, which has nothing to remember."""
+    """The exponential linear unit, without a state."""
 
     def init_state(self, batch: int) -> State:
         return ()
@@ -77,7 +79,7 @@ class Elu(StreamingLayer):
 
 
 class Conv1d(StreamingLayer):
-    """A causal convolution that takes the time before the first input for zero.
+    """A causal convolution, padded on the left with zeros.
 
     A block's length must be a multiple of the stride. The state is the last
     `(kernel_size - 1) * dilation + 1 - stride` inputs.
@@ -132,7 +134,7 @@ class ReplicateState(NamedTuple):
 
 
 class ReplicateConv1d(Conv1d):
-    """A causal convolution that takes the time before the first input for equal to it."""
+    """A causal convolution, padded on the left with copies of the first input."""
 
     def init_state(self, batch: int) -> ReplicateState:
         return ReplicateState(super().init_state(batch), jnp.zeros((batch,), bool))
@@ -144,12 +146,12 @@ class ReplicateConv1d(Conv1d):
 
 
 class ConvTranspose1d(StreamingLayer):
-    """A causal transposed convolution: the overhang on the right is cut off.
+    """A causal transposed convolution, without the overhang on the right.
 
     With a kernel of M strides, output `t * stride + s` is the sum over m of input `t - m` times
     kernel entry `m * stride + s`. That is an ordinary convolution of M taps with `stride` outputs
-    per input, laid out one after the other (sub-pixel convolution, Shi et al., 2016). So the state
-    is the last M - 1 inputs, and the bias cannot be added twice.
+    per input, side by side (sub-pixel convolution, Shi et al., 2016). So the state is the last
+    M - 1 inputs, and the bias is added once.
 
     Attributes:
       weight: [M, in_channels, stride, out_channels], the oldest input first; when depthwise, each
@@ -198,12 +200,12 @@ class ConvTranspose1d(StreamingLayer):
 
 def _init_weight(shape: tuple[int, ...], fan_in: int, rngs: Rngs) -> Array:
     # Less than LeCun's variance, because residual blocks add some: random weights then decode to
-    # noise as loud as speech, where they would clip.
+    # noise as loud as speech, which does not clip.
     return normal(rngs, shape, (0.7 / fan_in) ** 0.5, jnp.float32)
 
 
 def _with_past(x: Array, past: Array) -> tuple[Array, Array]:
-    """`x` with its past in front, and the past of what follows `x`."""
+    """`x` with its past in front, and the past of the next block."""
     joined = jnp.concatenate([past, x], axis=1)
     return joined, joined[:, joined.shape[1] - past.shape[1] :]
 

@@ -1,4 +1,4 @@
-"""Split residual vector quantisation (Mimi, Defossez et al., 2024, section 3.2)."""
+"""Split residual vector quantization (Mimi, Defossez et al., 2024, section 3.2)."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ Array = jax.Array
 
 
 class ResidualQuantizer(nnx.Module):
-    """Codebooks that each quantise what those before them left over.
+    """Codebooks that each quantize the residual of those before.
 
     Attributes:
       codebooks: one float32 [V, C] per codebook. Separate arrays, as checkpoints have them:
@@ -31,7 +31,7 @@ class ResidualQuantizer(nnx.Module):
         )
 
     def encode(self, latent: Array, num_codebooks: int) -> Array:
-        """[B, T, D] to int32 [B, T, num_codebooks]."""
+        """Quantizes [B, T, D] to int32 [B, T, num_codebooks]."""
         residual = self.in_proj(latent)
         codes = []
         for codebook in self.codebooks[:num_codebooks]:
@@ -40,7 +40,7 @@ class ResidualQuantizer(nnx.Module):
         return jnp.stack(codes, axis=-1)
 
     def decode(self, codes: Array) -> Array:
-        """int32 [B, T, Q] to [B, T, D], from as many codebooks as there are codes."""
+        """Latents [B, T, D] of codes, int32 [B, T, Q], from the first Q codebooks."""
         used = self.codebooks[: codes.shape[-1]]
         entries = [codebook[...][codes[..., i]] for i, codebook in enumerate(used)]
         return self.out_proj(sum(entries[1:], entries[0]))
@@ -49,8 +49,8 @@ class ResidualQuantizer(nnx.Module):
 class SplitQuantizer(nnx.Module):
     """Semantic and acoustic codebooks side by side.
 
-    Both groups quantise the same latent, and their outputs are added: the acoustic codebooks do
-    not see what the semantic ones left over.
+    Both groups quantize the same latent, and their outputs are added: the acoustic codebooks do not
+    get the residual of the semantic ones.
     """
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
@@ -60,7 +60,7 @@ class SplitQuantizer(nnx.Module):
         self.acoustic = ResidualQuantizer(config, num_acoustic, rngs=rngs)
 
     def encode(self, latent: Array, num_codebooks: int) -> Array:
-        """[B, T, D] to int32 [B, T, num_codebooks], the semantic codes first."""
+        """Quantizes [B, T, D] to int32 [B, T, num_codebooks], the semantic codes first."""
         semantic = self.semantic.encode(latent, min(num_codebooks, self.num_semantic))
         if num_codebooks <= self.num_semantic:
             return semantic
@@ -68,7 +68,7 @@ class SplitQuantizer(nnx.Module):
         return jnp.concatenate([semantic, acoustic], axis=-1)
 
     def decode(self, codes: Array) -> Array:
-        """int32 [B, T, Q] to [B, T, D], for any Q from 1 to all."""
+        """Latents [B, T, D] of codes, int32 [B, T, Q] for any Q from 1 to all."""
         latent = self.semantic.decode(codes[..., : self.num_semantic])
         if codes.shape[-1] <= self.num_semantic:
             return latent

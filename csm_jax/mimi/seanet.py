@@ -6,7 +6,15 @@ activations counted, so that checkpoints of any number of strides map by number.
 
 from csm_jax.config import MimiConfig
 from csm_jax.layers import Rngs
-from csm_jax.mimi.conv import Array, Chain, Conv1d, ConvTranspose1d, Elu, State
+from csm_jax.mimi.conv import (
+    Array,
+    Chain,
+    Conv1d,
+    ConvTranspose1d,
+    Elu,
+    State,
+    StreamingLayer,
+)
 
 
 class ResidualBlock(Chain):
@@ -30,11 +38,13 @@ class ResidualBlock(Chain):
 
 
 class Encoder(Chain):
-    """Waveform [B, T * hop_length, channels] to latents [B, T, D]."""
+    """The encoder: waveform [B, T * hop_length, channels] to latents [B, T, D]."""
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
         channels = config.num_filters
-        layers = [Conv1d(config.channels, channels, config.kernel_size, rngs=rngs)]
+        layers: list[StreamingLayer] = [
+            Conv1d(config.channels, channels, config.kernel_size, rngs=rngs)
+        ]
         for ratio in config.ratios:
             layers += _residual_blocks(config, channels, rngs)
             layers += [
@@ -47,11 +57,13 @@ class Encoder(Chain):
 
 
 class Decoder(Chain):
-    """Latents [B, T, D] to a waveform [B, T * hop_length, channels]: the encoder's mirror image."""
+    """The mirror image of `Encoder`: latents [B, T, D] to [B, T * hop_length, channels]."""
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
         channels = config.num_filters * 2 ** len(config.ratios)
-        layers = [Conv1d(config.embed_dim, channels, config.kernel_size, rngs=rngs)]
+        layers: list[StreamingLayer] = [
+            Conv1d(config.embed_dim, channels, config.kernel_size, rngs=rngs)
+        ]
         for ratio in reversed(config.ratios):
             layers += [
                 Elu(),

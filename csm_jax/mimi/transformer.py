@@ -1,4 +1,4 @@
-"""The codec's two transformers, between the convolutions and the quantiser, at 25 Hz.
+"""The codec's two transformers, between the convolutions and the quantizer, at 25 Hz.
 
 Sizes and order of operations: kyutai-labs/moshi `modules/transformer.py` and `models/loaders.py`.
 """
@@ -21,7 +21,7 @@ from csm_jax.layers import (
 from csm_jax.mimi.conv import Array, Chain, StreamingLayer
 from csm_jax.precision import FLOAT32
 
-# Where training starts (moshi `loaders.py`): residual branches that hardly count.
+# The initial scale of residual branches (moshi `loaders.py`).
 LAYER_SCALE = 0.01
 
 
@@ -29,7 +29,7 @@ class TransformerLayer(StreamingLayer):
     """Attention over the last `attention_window` positions, then an MLP; both scaled per channel.
 
     Layer norm comes first (pre-norm), projections have no biases, and each branch is multiplied
-    by a learnt vector (LayerScale, Touvron et al., 2021).
+    by a learned vector (LayerScale, Touvron et al., 2021).
     """
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
@@ -53,8 +53,8 @@ class TransformerLayer(StreamingLayer):
         )
 
     def step(self, x: Array, state: WindowCache) -> tuple[Array, WindowCache]:
-        attended, state = self._attend(self.attn_norm(x), state)
-        x = x + attended * per_channel(self.attn_scale[...], x)
+        mixed, state = self._attend(self.attn_norm(x), state)
+        x = x + mixed * per_channel(self.attn_scale[...], x)
         hidden = jax.nn.gelu(self.up(self.mlp_norm(x)), approximate=False)
         return x + self.down(hidden) * per_channel(self.mlp_scale[...], x), state
 
@@ -71,7 +71,7 @@ class TransformerLayer(StreamingLayer):
         key = jnp.concatenate([cache.key, key.transpose(0, 2, 3, 1)], axis=3)  # [B, N, H, W + T]
         value = jnp.concatenate([cache.value, value.transpose(0, 2, 1, 3)], axis=2)
 
-        # Every head has keys of its own: groups of one query head.
+        # Every query head has its own keys: groups of one.
         visible = _visible(cache.length, length, window)
         mixed = attention(query[..., None, :], key, value, visible)
         cache = WindowCache(key[..., -window:], value[:, :, -window:], cache.length + length)
@@ -79,14 +79,14 @@ class TransformerLayer(StreamingLayer):
 
 
 class Transformer(Chain):
-    """A stack of `TransformerLayer`, [B, T, D] to [B, T, D]. There is no norm at its end."""
+    """A stack of `TransformerLayer`, [B, T, D] to [B, T, D], without a norm at its end."""
 
     def __init__(self, config: MimiConfig, *, rngs: Rngs):
         super().__init__(TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers))
 
 
 def _visible(seen: Array, length: int, window: int) -> Array:
-    """Which of the `window` cached and `length` new keys each new query sees, bool [B, T, W + T].
+    """The mask of new queries over cached and new keys, bool [B, T, W + T].
 
     Args:
       seen: int32 [B], positions before this block; the cache ends with the last of them.

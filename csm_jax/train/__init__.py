@@ -1,1 +1,1 @@
-"""Training: loss, data, optimiser, the loop around them. `python -m csm_jax.finetune` runs it."""
+"""Training: data, loss, optimizer, step and loop. `python -m csm_jax.finetune` runs it."""

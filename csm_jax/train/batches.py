@@ -1,4 +1,4 @@
-"""Examples in batches of few lengths, shuffled, from a place that can be kept."""
+"""Batches of examples of similar lengths, in an order that can be saved and resumed."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -9,25 +9,25 @@ import numpy as np
 from csm_jax.train.examples import Example
 
 SHORTEST = 32
-# No number of an epoch: its draw is not one of theirs.
+# The seed's second number, which is the epoch elsewhere: no run has so many.
 _HOLDOUT = 2**31
 
 
 class Batch(NamedTuple):
-    """Rows of one length, padded on the right; rows without a target fill up the last of an epoch.
+    """Rows of one length, padded on the right; empty rows fill up the last batches of an epoch.
 
     Attributes:
       frames, mask: [B, T, Q + 1], int32 and bool.
-      targets: bool [B, T], what is to be learnt.
+      loss_mask: bool [B, T], the frames that count in the loss.
     """
 
     frames: np.ndarray
     mask: np.ndarray
-    targets: np.ndarray
+    loss_mask: np.ndarray
 
 
 def bucket(length: int) -> int:
-    """A power of two or three quarters of one, 32 at least: a shape is compiled for each."""
+    """The length that rows are padded to: a power of two or three quarters of one, at least 32."""
     above = max(SHORTEST, 1 << (length - 1).bit_length())
     between = above * 3 // 4
     return between if length <= between and between > SHORTEST else above
@@ -39,20 +39,20 @@ def make_batch(examples: Sequence[Example], num_rows: int) -> Batch:
     columns = examples[0].frames.shape[1]
     frames = np.zeros((num_rows, length, columns), np.int32)
     mask = np.zeros(frames.shape, bool)
-    targets = np.zeros(frames.shape[:2], bool)
+    loss_mask = np.zeros(frames.shape[:2], bool)
     for row, example in enumerate(examples):
         size = len(example.frames)
         frames[row, :size] = example.frames
         mask[row, :size] = example.mask
-        targets[row, :size] = example.targets
-    return Batch(frames, mask, targets)
+        loss_mask[row, :size] = example.loss_mask
+    return Batch(frames, mask, loss_mask)
 
 
 class ShuffledBatches:
-    """Batches of endless epochs, by their numbers: a data source of grain's.
+    """The batches of all epochs, by number: a random-access data source of grain's.
 
-    Every example is in one batch of an epoch, together with others of about its length. Which
-    ones, and in which order, is drawn anew for every epoch from the seed and its number alone.
+    Every example is in one batch of an epoch, together with others of about its length. The
+    batches of an epoch and their order are drawn from the seed and the number of the epoch alone.
     """
 
     def __init__(self, examples: Sequence[Example], num_rows: int, seed: int):
@@ -66,7 +66,7 @@ class ShuffledBatches:
 
     @property
     def num_batches(self) -> int:
-        """Of an epoch."""
+        """Batches of an epoch."""
         return sum(-(-len(indices) // self._num_rows) for indices in self._buckets.values())
 
     def __len__(self) -> int:
@@ -91,7 +91,7 @@ class ShuffledBatches:
 def shuffled_batches(
     examples: Sequence[Example], num_rows: int, seed: int
 ) -> grain.DatasetIterator:
-    """Batches without an end. `get_state` and `set_state` keep and restore the place."""
+    """An endless iterator of batches; `get_state` and `set_state` save and restore its position."""
     source = ShuffledBatches(examples, num_rows, seed)
     numbers = grain.MapDataset.range(0, 2**40)
     return iter(numbers.map(source.__getitem__).to_iter_dataset(_IN_ORDER))
@@ -102,7 +102,7 @@ _IN_ORDER = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
 
 
 def ordered_batches(examples: Sequence[Example], num_rows: int) -> list[Batch]:
-    """Batches of one pass, by length: every example once."""
+    """The batches of one pass, sorted by length: every example once."""
     by_length = sorted(examples, key=lambda example: len(example.frames))
     starts = range(0, len(by_length), num_rows)
     return [make_batch(by_length[start : start + num_rows], num_rows) for start in starts]
@@ -111,14 +111,16 @@ def ordered_batches(examples: Sequence[Example], num_rows: int) -> list[Batch]:
 def split_holdout(
     examples: Sequence[Example], share: float, seed: int
 ) -> tuple[list[Example], list[Example]]:
-    """What to learn from, and what to hold out: a share of it, rounded, but at least one.
+    """Examples to train on, and examples to hold out.
 
-    Nothing is held out of a single example.
+    Args:
+      share: of the examples, those to hold out; rounded, but at least one. Nothing is held out if
+        it is 0, or of a single example.
     """
     if share == 0 or len(examples) < 2:
         return list(examples), []
     count = min(max(1, round(share * len(examples))), len(examples) - 1)
     random = np.random.default_rng((seed, _HOLDOUT))
     held = set(random.permutation(len(examples))[:count].tolist())
-    learnt = [example for i, example in enumerate(examples) if i not in held]
-    return learnt, [example for i, example in enumerate(examples) if i in held]
+    train = [example for i, example in enumerate(examples) if i not in held]
+    return train, [example for i, example in enumerate(examples) if i in held]

@@ -1,26 +1,39 @@
-"""What a run goes on from after it was stopped, in the middle or not: Orbax checkpoints."""
+"""Orbax checkpoints of a run, from which it is resumed after it was stopped or killed."""
 
 import logging
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 
 from csm_jax.errors import CheckpointError, first_line
-from csm_jax.train.step import TrainState
+
+
+class State(Protocol):
+    """A NamedTuple with the number of its step, such as `step.TrainState`."""
+
+    @property
+    def step(self) -> jax.Array: ...
+    def _asdict(self) -> dict[str, Any]: ...
+
+
+S = TypeVar("S", bound=State)
+
+# Fields that have another name in the files, in which checkpoints of earlier versions have them.
+_STORED_NAMES = {"opt_state": "optimiser"}
 
 
 class Checkpoints:
-    """The last few states of a run, written while it goes on.
+    """The last few states of a run, written while it continues.
 
-    A checkpoint appears under its name when it is whole, so whatever kills the run leaves only
-    good ones.
+    A checkpoint gets its name when it is complete, so a run that is killed leaves only complete
+    ones.
     """
 
     def __init__(self, directory: Path, keep: int):
-        """Args: keep: how many of the latest."""
+        """Opens or makes the directory; the latest `keep` checkpoints stay in it."""
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )
@@ -29,7 +42,7 @@ class Checkpoints:
         self._hook = sys.unraisablehook
 
     def __enter__(self) -> "Checkpoints":
-        sys.unraisablehook = self._without_stragglers
+        sys.unraisablehook = self._ignore_closed_loops
         # Of writes that fail after the first, asyncio would print each, also when they are
         # collected long after the manager is closed: so the level stays.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -41,19 +54,23 @@ class Checkpoints:
         finally:
             sys.unraisablehook = self._hook
 
-    def _without_stragglers(self, caught: Any) -> None:
-        """The first array that cannot be written ends Orbax's event loop, and is an exception for
-        us. Threads of tensorstore that write the others each report that this loop is closed."""
+    def _ignore_closed_loops(self, caught: Any) -> None:
+        """Hides what follows a failed write.
+
+        The first array that cannot be written ends Orbax's event loop, and is raised as an
+        exception. Each of the threads of tensorstore that write the others then reports that this
+        loop is closed.
+        """
         if str(caught.exc_value) != "Event loop is closed":
             self._hook(caught)
 
     def latest(self) -> Path | None:
-        """The last one that is whole."""
+        """The last complete checkpoint."""
         self._manager.wait_until_finished()
         step = self._manager.latest_step()
         return None if step is None else self.directory / str(step)
 
-    def save(self, state: TrainState, position: dict[str, Any]) -> None:
+    def save(self, state: State, position: dict[str, Any]) -> None:
         """Begins to write a checkpoint; the state is copied before this returns.
 
         Args:
@@ -63,15 +80,15 @@ class Checkpoints:
         if step == self._manager.latest_step():
             return
         items = ocp.args.Composite(
-            state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position)
+            state=ocp.args.StandardSave(_as_stored(state)), data=ocp.args.JsonSave(position)
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]] | None:
+    def restore(self, like: S) -> tuple[S, dict[str, Any]] | None:
         """The last state and position, or None if there is none.
 
         Args:
-          like: a state of the same shapes, types and places.
+          like: a state of the same shapes, types and shardings.
 
         Raises:
           CheckpointError: it is damaged, or of another run.
@@ -79,7 +96,7 @@ class Checkpoints:
         step = self._manager.latest_step()
         if step is None:
             return None
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, _as_stored(like))
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(shapes), data=ocp.args.JsonRestore()
         )
@@ -88,10 +105,16 @@ class Checkpoints:
         except Exception as error:
             raise CheckpointError(
                 f"{self.directory / str(step)} cannot be read ({first_line(error)}): remove it to "
-                "go on from the one before"
+                "resume from the one before"
             ) from error
-        return restored["state"], restored["data"]
+        stored = restored["state"]
+        fields = {name: stored[_STORED_NAMES.get(name, name)] for name in like._asdict()}
+        return type(like)(**fields), restored["data"]
 
-    def was_told_to_stop(self, step: int) -> bool:
-        """Whether any process of several got a SIGTERM; they all learn of it at the same step."""
+    def is_preempted(self, step: int) -> bool:
+        """Whether any process of several got a SIGTERM; all of them see it at the same step."""
         return self._manager.reached_preemption(step)
+
+
+def _as_stored(state: State) -> dict[str, Any]:
+    return {_STORED_NAMES.get(name, name): leaf for name, leaf in state._asdict().items()}

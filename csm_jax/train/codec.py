@@ -1,10 +1,10 @@
-"""Training of the codec: it learns to give back what it hears, through its codebooks.
+"""Training of the codec: it reconstructs recordings from its own codes.
 
-The network learns by gradient, past the codebooks as if they were not there (straight-through,
-van den Oord et al., 2017). The codebooks follow the vectors that chose them as moving averages, and
-an entry that nobody chooses starts anew at a vector of the batch (as moshi
-`quantization/core_vq.py` does). There is no discriminator: spectra and the waveform itself are
-enough for speech that is understood, not for speech that is taken for a recording.
+The network is trained by gradients that pass the codebooks unchanged (straight-through, van den
+Oord et al., 2017). The entries of the codebooks are moving averages of the vectors that were
+quantized to them, and an unused entry is replaced by a vector of the batch (as in moshi
+`quantization/core_vq.py`). There is no discriminator: distances of spectra and waveforms make
+speech that is understood, but that nobody takes for a recording.
 """
 
 import functools
@@ -20,7 +20,7 @@ from csm_jax.config import MimiConfig
 from csm_jax.layers import linear_float32
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.mimi.quantizer import ResidualQuantizer, SplitQuantizer, nearest
-from csm_jax.train.optimiser import OptimiserConfig, make_optimiser
+from csm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from csm_jax.train.spectral import mel_distance
 
 Array = jax.Array
@@ -31,24 +31,27 @@ GROUPS = ("semantic", "acoustic")
 
 
 @dataclass(frozen=True)
-class CodecRecipe:
-    """All that a step is compiled for.
+class CodecStepConfig:
+    """Everything that a step is compiled for.
 
     Attributes:
+      codec: sizes of the network.
+      optimizer: the optimizer and its learning rate.
       wave_weight: of the distance of waveforms, where that of spectra has 1.
-      commitment: weight of the distance of latents from what they are quantised to.
-      decay: what a step keeps of the moving averages of the codebooks.
-      dead: an entry that is chosen by less than this share of what is chosen on average starts
-        anew.
-      dropout: share of the rows that make do with fewer codebooks, so that the first ones count.
-      average: what a step keeps of the moving average of the weights, later on.
-      num_labels: kinds of sounds (phonemes) that the first codebook has to tell apart; 0 without.
-      labels_per_frame: of them, evenly spaced.
-      label_weight: of their cross entropy.
+      commitment: weight of the distance of latents from what they are quantized to.
+      decay: of the moving averages that make the codebooks.
+      dead: an entry that is used less than this share of the average entry is replaced.
+      dropout: share of the rows that are quantized with fewer codebooks, which makes the first
+        codebooks the most important ones.
+      average: decay of the moving average of the weights, after the first steps.
+      num_labels: kinds of sounds (phonemes) that the first codebook is trained to tell apart; 0 is
+        without labels.
+      labels_per_frame: labels of a frame, evenly spaced.
+      label_weight: of the cross entropy of the labels.
     """
 
-    config: MimiConfig
-    optimiser: OptimiserConfig
+    codec: MimiConfig
+    optimizer: OptimizerConfig
     wave_weight: float = 1.0
     commitment: float = 0.25
     decay: float = 0.99
@@ -61,11 +64,11 @@ class CodecRecipe:
 
 
 class Usage(NamedTuple):
-    """Moving averages of who chose the entries of a codebook.
+    """Moving averages of the vectors that were quantized to the entries of a codebook.
 
     Attributes:
       count: float32 [V], vectors a step.
-      total: float32 [V, C], their sum.
+      total: float32 [V, C], sum of these vectors.
     """
 
     count: Array
@@ -73,14 +76,14 @@ class Usage(NamedTuple):
 
 
 class CodecState(NamedTuple):
-    """What a run goes on from.
+    """What a run is resumed from.
 
     Attributes:
       step: int32 [].
       params: float32, of `Mimi`.
-      average: their moving average, which is what to use.
+      average: their moving average, which is the result of a run.
       label_head: float32, the linear classifier of labels; empty without labels.
-      optimiser: optax's, of `params` and `label_head`.
+      opt_state: optax's, of `params` and `label_head`.
       usage: of the semantic and of the acoustic codebooks.
     """
 
@@ -88,19 +91,19 @@ class CodecState(NamedTuple):
     params: Params
     average: Params
     label_head: Params
-    optimiser: optax.OptState
+    opt_state: Any
     usage: tuple[list[Usage], list[Usage]]
 
 
 class CodecMetrics(NamedTuple):
-    """Float32 [] each.
+    """Measurements of a step, float32 [] each.
 
     Attributes:
       mel: distance of spectra, nepers.
       wave: mean absolute distance of waveforms.
-      commitment: mean square distance of latents from what they are quantised to.
-      perplexity: of the codes of this batch, the mean of the codebooks: how many entries are in
-        use, if each that is were chosen alike.
+      commitment: mean square distance of latents from what they are quantized to.
+      perplexity: of the codes of this batch, mean of the codebooks: the number of entries in use,
+        if all of these were used equally.
       labels: cross entropy of the labels, nats each; 0 without.
     """
 
@@ -112,17 +115,17 @@ class CodecMetrics(NamedTuple):
 
 
 class _Choice(NamedTuple):
-    """What a codebook was asked and what it said: residuals [M, C], codes int32 [M]."""
+    """The input and output of a codebook: residuals [M, C], codes int32 [M]."""
 
     residual: Array
     codes: Array
 
 
-def init_codec_state(recipe: CodecRecipe, seed: int) -> CodecState:
+def init_codec_state(config: CodecStepConfig, seed: int) -> CodecState:
     """The state before the first step, with weights drawn from `seed`."""
 
     def init() -> Params:
-        return nnx.to_pure_dict(nnx.state(Mimi(recipe.config, rngs=nnx.Rngs(seed))))
+        return nnx.to_pure_dict(nnx.state(Mimi(config.codec, rngs=nnx.Rngs(seed))))
 
     params = jax.jit(init)()
     quantizer = params["quantizer"]
@@ -131,32 +134,32 @@ def init_codec_state(recipe: CodecRecipe, seed: int) -> CodecState:
         [Usage(jnp.zeros(len(book)), jnp.zeros_like(book)) for _, book in _books(quantizer[group])]
         for group in GROUPS
     )
-    head = _init_label_head(recipe)
-    optimiser = make_optimiser(recipe.optimiser).init(_learnt(params, head))
+    head = _init_label_head(config)
+    opt_state = make_optimizer(config.optimizer).init(_trainable(params, head))
     average = jax.tree.map(jnp.copy, params)
-    return CodecState(jnp.zeros((), jnp.int32), params, average, head, optimiser, usage)
+    return CodecState(jnp.zeros((), jnp.int32), params, average, head, opt_state, usage)
 
 
-def _init_label_head(recipe: CodecRecipe) -> Params:
-    if not recipe.num_labels:
+def _init_label_head(config: CodecStepConfig) -> Params:
+    if not config.num_labels:
         return {}
-    outputs = recipe.labels_per_frame * recipe.num_labels
+    outputs = config.labels_per_frame * config.num_labels
     return {
-        "weight": jnp.zeros((outputs, recipe.config.codebook_dim)),
+        "weight": jnp.zeros((outputs, config.codec.codebook_dim)),
         "bias": jnp.zeros(outputs),
     }
 
 
-def _learnt(params: Params, label_head: Params) -> Params:
-    """What the optimiser updates, under the names that it knows matrices from tables by."""
+def _trainable(params: Params, label_head: Params) -> Params:
+    """What the optimizer updates, under names by which it tells matrices from tables."""
     return {"codec": params, "label_head": label_head}
 
 
 def with_weights(state: CodecState, params: Params) -> CodecState:
-    """A first state with other weights, whose codebooks' entries count as chosen alike.
+    """A first state with other weights; all entries of their codebooks count as used equally.
 
     Args:
-      params: float32, of `Mimi`; an entry is as old as if it had been chosen once a step.
+      params: float32, of `Mimi`; each entry counts as used by one vector a step.
     """
     params = jax.tree.map(lambda old, new: jnp.array(new, old.dtype), state.params, params)
     usage = tuple(
@@ -169,64 +172,69 @@ def with_weights(state: CodecState, params: Params) -> CodecState:
     return state._replace(params=params, average=jax.tree.map(jnp.copy, params), usage=usage)
 
 
-@functools.partial(jax.jit, static_argnames="recipe", donate_argnames="state")
+@functools.partial(jax.jit, static_argnames="config", donate_argnames="state")
 def codec_step(
     state: CodecState,
     audio: Array,
     seed: Array,
     labels: Array | None = None,
     *,
-    recipe: CodecRecipe,
+    config: CodecStepConfig,
 ) -> tuple[CodecState, CodecMetrics]:
-    """Learns from recordings. `state` is donated: use the one returned.
+    """Trains on recordings. `state` is donated: use the one returned.
 
     Args:
       audio: float32 [B, F * frame_size] at the codec's sample rate.
-      seed: uint32 []; with the step it chooses who makes do with fewer codebooks, and which
-        vectors entries start anew at.
-      labels: int32 [B, F, labels_per_frame], -1 where they are unknown; for recipes with labels.
+      seed: uint32 []; with the step it chooses the rows that are quantized with fewer codebooks,
+        and the vectors that replace unused entries.
+      labels: int32 [B, F, labels_per_frame], -1 where they are unknown; for configs with labels.
     """
+    if (labels is None) == bool(config.num_labels):
+        raise ValueError("labels are given if, and only if, the config has some")
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    drop, revive = jax.random.split(key)
-    kept = _draw_kept(drop, len(audio), recipe)
+    drop, replace = jax.random.split(key)
+    kept = _draw_kept(drop, len(audio), config)
 
-    def loss(learnt: Params) -> tuple[Array, tuple[CodecMetrics, Any]]:
-        mimi = bind(recipe.config, learnt["codec"])
-        heard, commitment, choices = reconstruct(mimi, audio, kept)
-        mel = mel_distance(heard, audio, recipe.config.sample_rate)
-        wave = jnp.mean(jnp.abs(heard - audio))
-        total = mel + recipe.wave_weight * wave + recipe.commitment * commitment
-        told = jnp.zeros(())
-        if recipe.num_labels:
-            told = _label_loss(mimi.quantizer.semantic, choices[0][0], learnt["label_head"], labels)
-            total = total + recipe.label_weight * told
-        return total, (CodecMetrics(mel, wave, commitment, jnp.zeros(()), told), choices)
+    def loss(trainable: Params) -> tuple[Array, tuple[CodecMetrics, Any]]:
+        mimi = bind(config.codec, trainable["codec"])
+        reconstructed, commitment, choices = reconstruct(mimi, audio, kept)
+        mel = mel_distance(reconstructed, audio, config.codec.sample_rate)
+        wave = jnp.mean(jnp.abs(reconstructed - audio))
+        total = mel + config.wave_weight * wave + config.commitment * commitment
+        label_loss = jnp.zeros(())
+        if labels is not None:
+            first, head = choices[0][0], trainable["label_head"]
+            label_loss = _label_loss(mimi.quantizer.semantic, first, head, labels)
+            total = total + config.label_weight * label_loss
+        return total, (CodecMetrics(mel, wave, commitment, jnp.zeros(()), label_loss), choices)
 
-    learnt = _learnt(state.params, state.label_head)
-    gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(learnt)
-    updates, optimiser = make_optimiser(recipe.optimiser).update(gradients, state.optimiser, learnt)
-    learnt = optax.apply_updates(learnt, updates)
-    params = learnt["codec"]
-    usage = _follow(params["quantizer"], state.usage, choices, revive, recipe)
-    metrics = metrics._replace(perplexity=jnp.mean(_perplexities(choices, recipe.config)))
-    average = _moved(state.average, params, state.step, recipe)
-    head = learnt["label_head"]
-    return CodecState(state.step + 1, params, average, head, optimiser, usage), metrics
+    trainable = _trainable(state.params, state.label_head)
+    gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(trainable)
+    updates, opt_state = make_optimizer(config.optimizer).update(
+        gradients, state.opt_state, trainable
+    )
+    trainable = optax.apply_updates(trainable, updates)
+    params = trainable["codec"]
+    usage = _follow(params["quantizer"], state.usage, choices, replace, config)
+    metrics = metrics._replace(perplexity=jnp.mean(_perplexities(choices, config.codec)))
+    average = _moved(state.average, params, state.step, config)
+    head = trainable["label_head"]
+    return CodecState(state.step + 1, params, average, head, opt_state, usage), metrics
 
 
-def _moved(average: Params, params: Params, step: Array, recipe: CodecRecipe) -> Params:
-    """The moving average after another step; over the first steps it forgets faster."""
-    keep = jnp.minimum(recipe.average, (1 + step) / (10 + step))
+def _moved(average: Params, params: Params, step: Array, config: CodecStepConfig) -> Params:
+    """The moving average after another step; its decay is faster over the first steps."""
+    keep = jnp.minimum(config.average, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
 
 
 def _label_loss(
     quantizer: ResidualQuantizer, choice: "_Choice", head: Params, labels: Array
 ) -> Array:
-    """Mean cross entropy [] of the labels that are known, told from the first codebook alone."""
+    """Mean cross entropy [] of the known labels, predicted from the first codebook alone."""
     entry = jax.lax.stop_gradient(quantizer.codebooks[0][...])[choice.codes]
-    quantised = choice.residual + jax.lax.stop_gradient(entry - choice.residual)
-    logits = linear_float32(quantised, head["weight"]) + head["bias"][None]
+    quantized = choice.residual + jax.lax.stop_gradient(entry - choice.residual)
+    logits = linear_float32(quantized, head["weight"]) + head["bias"][None]
     logits = logits.reshape(labels.size, -1)
     labels = labels.reshape(-1)
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
@@ -237,33 +245,33 @@ def _label_loss(
 def reconstruct(
     mimi: Mimi, audio: Array, kept: Array
 ) -> tuple[Array, Array, tuple[list[_Choice], list[_Choice]]]:
-    """What comes back of recordings, with a gradient.
+    """Encodes and decodes recordings, with a gradient.
 
     Args:
       audio: [B, F * frame_size].
-      kept: int32 [B], codebooks that count.
+      kept: int32 [B], how many codebooks are used.
 
     Returns:
       Audio [B, F * frame_size]; the commitment loss []; the choices of the codebooks.
     """
     latent = mimi.encoder_transformer(mimi.encoder(audio[..., None]))
-    latent, commitment, choices = _quantise_split(mimi.quantizer, mimi.downsample(latent), kept)
-    heard = mimi.decoder(mimi.decoder_transformer(mimi.upsample(latent)))
-    return heard[..., 0], commitment, choices
+    latent, commitment, choices = _quantize_split(mimi.quantizer, mimi.downsample(latent), kept)
+    reconstructed = mimi.decoder(mimi.decoder_transformer(mimi.upsample(latent)))
+    return reconstructed[..., 0], commitment, choices
 
 
-def _quantise_split(quantizer: SplitQuantizer, latent: Array, kept: Array):
-    semantic, loss, first = _quantise(quantizer.semantic, latent, kept)
-    acoustic, more, second = _quantise(quantizer.acoustic, latent, kept - quantizer.num_semantic)
+def _quantize_split(quantizer: SplitQuantizer, latent: Array, kept: Array):
+    semantic, loss, first = _quantize(quantizer.semantic, latent, kept)
+    acoustic, more, second = _quantize(quantizer.acoustic, latent, kept - quantizer.num_semantic)
     return semantic + acoustic, loss + more, (first, second)
 
 
-def _quantise(
+def _quantize(
     quantizer: ResidualQuantizer, latent: Array, kept: Array
 ) -> tuple[Array, Array, list[_Choice]]:
-    """Latents [B, T, D] as the codebooks say them, the commitment loss, and the choices."""
-    asked = quantizer.in_proj(latent)
-    residual, answer, loss = asked, jnp.zeros_like(asked), jnp.zeros(())
+    """Quantized latents [B, T, D], the commitment loss, and the choices of the codebooks."""
+    projected = quantizer.in_proj(latent)
+    residual, chosen, loss = projected, jnp.zeros_like(projected), jnp.zeros(())
     choices = []
     for i, codebook in enumerate(quantizer.codebooks):
         book = jax.lax.stop_gradient(codebook[...])
@@ -272,17 +280,17 @@ def _quantise(
         entry = book[codes]
         residual = residual - entry
         loss = loss + jnp.mean(jnp.square(residual))
-        answer = answer + jnp.where((i < kept)[:, None, None], entry, 0)
-    straight_through = asked + jax.lax.stop_gradient(answer - asked)
+        chosen = chosen + jnp.where((i < kept)[:, None, None], entry, 0)
+    straight_through = projected + jax.lax.stop_gradient(chosen - projected)
     return quantizer.out_proj(straight_through), loss, choices
 
 
-def _draw_kept(key: Array, rows: int, recipe: CodecRecipe) -> Array:
-    """How many codebooks count, int32 [rows]: all, or with `dropout` any number of them."""
-    all_of_them = recipe.config.num_codebooks
+def _draw_kept(key: Array, rows: int, config: CodecStepConfig) -> Array:
+    """How many codebooks are used, int32 [rows]: all, or with `dropout` any number of them."""
+    all_of_them = config.codec.num_codebooks
     first, second = jax.random.split(key)
-    some = jax.random.randint(first, (rows,), recipe.config.num_semantic_codebooks, all_of_them)
-    return jnp.where(jax.random.bernoulli(second, recipe.dropout, (rows,)), some, all_of_them)
+    some = jax.random.randint(first, (rows,), config.codec.num_semantic_codebooks, all_of_them)
+    return jnp.where(jax.random.bernoulli(second, config.dropout, (rows,)), some, all_of_them)
 
 
 def _books(group: Params) -> list[tuple[Any, Array]]:
@@ -295,35 +303,35 @@ def _follow(
     usage: tuple[list[Usage], list[Usage]],
     choices: tuple[list[_Choice], list[_Choice]],
     key: Array,
-    recipe: CodecRecipe,
+    config: CodecStepConfig,
 ) -> tuple[list[Usage], list[Usage]]:
-    """Moves the codebooks, in place of the dictionary, to the vectors that chose them."""
+    """Updates the codebooks in the dictionary by the vectors that were quantized to them."""
     followed = []
     for group, before, chosen in zip(GROUPS, usage, choices, strict=True):
         books = quantizer[group]["codebooks"]
         followed.append([])
         for i, (name, _) in enumerate(_books(quantizer[group])):
             key, draw = jax.random.split(key)
-            now, books[name] = _follow_one(before[i], chosen[i], draw, recipe)
+            now, books[name] = _follow_one(before[i], chosen[i], draw, config)
             followed[-1].append(now)
     return tuple(followed)
 
 
 def _follow_one(
-    usage: Usage, choice: _Choice, key: Array, recipe: CodecRecipe
+    usage: Usage, choice: _Choice, key: Array, config: CodecStepConfig
 ) -> tuple[Usage, Array]:
-    """The averages after another step, and the codebook [V, C] that they make."""
+    """The moving averages after another step, and the codebook [V, C] that they make."""
     size, num_vectors = len(usage.count), len(choice.residual)
     residual = jax.lax.stop_gradient(choice.residual)
     chosen = jax.nn.one_hot(choice.codes, size)  # [M, V]
-    count = recipe.decay * usage.count + (1 - recipe.decay) * jnp.sum(chosen, axis=0)
-    total = recipe.decay * usage.total + (1 - recipe.decay) * (chosen.T @ residual)
+    count = config.decay * usage.count + (1 - config.decay) * jnp.sum(chosen, axis=0)
+    total = config.decay * usage.total + (1 - config.decay) * (chosen.T @ residual)
     average = num_vectors / size
-    is_dead = count < recipe.dead * average
-    anew = residual[jax.random.randint(key, (size,), 0, num_vectors)]
-    # As if chosen like the average, so that it is not dead again at once.
-    count = jnp.where(is_dead, average, count)
-    total = jnp.where(is_dead[:, None], anew * average, total)
+    is_unused = count < config.dead * average
+    replacements = residual[jax.random.randint(key, (size,), 0, num_vectors)]
+    # It counts as used like the average entry, so that it is not replaced again at once.
+    count = jnp.where(is_unused, average, count)
+    total = jnp.where(is_unused[:, None], replacements * average, total)
     return Usage(count, total), total / count[:, None]
 
 

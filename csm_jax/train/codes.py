@@ -1,10 +1,10 @@
-"""Codes of recordings: computed once, many at a time, and kept on disk."""
+"""Codes of recordings: computed once, many at a time, and cached on disk."""
 
 import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,15 +16,15 @@ from csm_jax.mimi.codec import Codec
 # Seconds of audio that are read before they are sorted and encoded, and, padding included, that
 # are encoded at once.
 READ_SECONDS, BATCH_SECONDS = 1200.0, 120.0
-# Quieter than this all through (-60 dBFS) is no speech.
+# A recording whose peak is lower than this (-60 dBFS) has no speech in it.
 SILENT_PEAK = 1e-3
 
 
 class CodeCache:
-    """Codes by the content of recordings and the weights of the codec.
+    """Codes on disk, by the content of recordings and the weights of the codec.
 
     Args:
-      directory: where they are kept; made if need be.
+      directory: where they are; made when it is needed.
       num_codebooks: codes a frame.
     """
 
@@ -39,10 +39,10 @@ class CodeCache:
         """Codes int32 [num_frames, Q] of every recording, or what is wrong with it.
 
         Args:
-          progress: told of files as they are done.
+          progress: called with the number of files that are done since the last call.
 
         Raises:
-          OutputError: the codes cannot be kept.
+          OutputError: the codes cannot be written.
         """
         found: dict[Path, np.ndarray | InputError] = {}
         missing: list[_Recording] = []
@@ -76,40 +76,44 @@ class CodeCache:
         return codes
 
     def _read(self, path: Path) -> "np.ndarray | _Recording":
-        """The codes that are kept of a recording, or what to encode."""
+        """The cached codes of a recording, or the recording, which is to be encoded."""
         # Read once: were it read again for its name, it could have changed since.
         data = read_recording(path)
         # The same bytes are other samples where the suffix says so.
         kind = "-headerless" if is_headerless(path) else ""
         file = self._directory / f"{hashlib.sha256(data).hexdigest()}{kind}.npy"
-        kept = self._kept(file)
-        if kept is not None:
-            return kept
+        cached = self._load(file)
+        if cached is not None:
+            return cached
         return _Recording(
             path, file, _speech(decode_audio(data, path, self._codec.sample_rate), path)
         )
 
-    def _kept(self, file: Path) -> np.ndarray | None:
+    def _load(self, file: Path) -> np.ndarray | None:
         try:
             content = file.read_bytes()
             codes = np.load(io.BytesIO(content), allow_pickle=False)
         except Exception:
             return None  # not there, or damaged, for which numpy has a dozen kinds of exceptions
-        is_right = isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.size
-        is_right = is_right and codes.shape[1] == self._num_codebooks and _content(codes) == content
-        if not is_right or not 0 <= codes.min() <= codes.max() < self._codec.config.codebook_size:
-            return None
-        return codes.astype(np.int32)
+        return codes.astype(np.int32) if self._are_intact(codes, content) else None
+
+    def _are_intact(self, codes: Any, content: bytes) -> bool:
+        """Whether an array, and its file, could have been written here."""
+        if not isinstance(codes, np.ndarray) or codes.ndim != 2 or not codes.size:
+            return False
+        if codes.shape[1] != self._num_codebooks or _content(codes) != content:
+            return False
+        return bool(0 <= codes.min() <= codes.max() < self._codec.config.codebook_size)
 
     def _write(self, file: Path, codes: np.ndarray) -> None:
         way_out = "choose a directory that is writable and has space with --codes_cache"
-        with reporting(f"codes cannot be kept in {self._directory}", way_out):
+        with reporting(f"codes cannot be written to {self._directory}", way_out):
             self._directory.mkdir(parents=True, exist_ok=True)
             replace_file(file, _content(codes))
 
 
 class _Recording(NamedTuple):
-    """What is to be encoded, and the file that its codes go to."""
+    """Samples to encode, and the file for their codes."""
 
     path: Path
     file: Path

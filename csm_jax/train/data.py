@@ -1,4 +1,4 @@
-"""Manifests of conversations: JSON lines in, what can be learnt from out, and what is wrong."""
+"""Manifests of conversations: JSON lines in, conversations and the problems of the others out."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,12 +6,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from csm_jax import cli
 from csm_jax.errors import InputError
-from csm_jax.script import Turn, parse_turn
+from csm_jax.script import parse_turn
 
 ON_BAD = ("fail", "skip")
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RecordedTurn:
+    """A turn of a conversation, with its recording.
+
+    Attributes:
+      text: transcript of `audio`.
+      is_trainable: whether its audio may count in the loss; otherwise it is only context.
+    """
+
+    speaker: int
+    text: str
+    audio: Path
+    is_trainable: bool
 
 
 @dataclass(frozen=True)
@@ -20,13 +34,10 @@ class Conversation:
 
     Attributes:
       line: its number in the file, from 1.
-      turns: each with its recording.
-      learnt: whether each turn is to be learnt; the others are only heard.
     """
 
     line: int
-    turns: tuple[Turn, ...]
-    learnt: tuple[bool, ...]
+    turns: tuple[RecordedTurn, ...]
 
 
 @dataclass(frozen=True)
@@ -40,10 +51,10 @@ class Problem:
 def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
     """Reads `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`, a conversation a line.
 
-    Audio is relative to the file. A turn with `"train": false` is heard, but not learnt.
+    Audio is relative to the file. A turn with `"train": false` is only context.
 
     Returns:
-      The conversations without a fault, and the faults of the others.
+      The conversations without a problem, and the problems of the others.
 
     Raises:
       InputError: the file cannot be read, or is empty.
@@ -54,7 +65,7 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data {path} cannot be read: {error}") from error
     found: list[Conversation] = []
-    problems = []
+    problems: list[Problem] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -74,57 +85,63 @@ def _parse(text: str, line: int, directory: Path) -> Conversation:
         raise InputError(f"not JSON: {error}") from error
     if not isinstance(values, list) or not values:
         raise InputError("not a list of turns")
-    parsed = each_or_all_faults(
+    turns = collect_or_fail(
         lambda i: _parse_turn(values[i], f"turn {i + 1}", directory), len(values)
     )
-    turns, learnt = zip(*parsed, strict=True)
-    return Conversation(line, turns, learnt)
+    return Conversation(line, tuple(turns))
 
 
-def each_or_all_faults(make: Callable[[int], T], count: int) -> list[T]:
-    """What `make` makes of every turn, or one `InputError` with the faults of all."""
-    made, faults = [], []
+def collect_or_fail(make: Callable[[int], T], count: int) -> list[T]:
+    """`make` of every index, or one `InputError` with the messages of all that fail."""
+    made: list[T] = []
+    messages: list[str] = []
     for index in range(count):
         try:
             made.append(make(index))
         except InputError as error:
-            faults.append(str(error))
-    if faults:
-        raise InputError("; ".join(faults))
+            messages.append(str(error))
+    if messages:
+        raise InputError("; ".join(messages))
     return made
 
 
-def _parse_turn(values: Any, where: str, directory: Path) -> tuple[Turn, bool]:
-    learnt = True
+def _parse_turn(values: Any, where: str, directory: Path) -> RecordedTurn:
+    is_trainable = True
     if isinstance(values, dict):
         values = dict(values)
-        learnt = values.pop("train", True)
-    if not isinstance(learnt, bool):
-        raise InputError(f"{where}: train is {learnt!r}, expected true or false")
+        is_trainable = values.pop("train", True)
+    if not isinstance(is_trainable, bool):
+        raise InputError(f"{where}: train is {is_trainable!r}, expected true or false")
     turn = parse_turn(values, where, directory)
     if not turn.text.strip():
         raise InputError(f"{where}: the text is empty, so the recording has no transcript")
     if turn.audio is None:
         raise InputError(f"{where}: field audio is missing")
-    return turn, learnt
+    return RecordedTurn(turn.speaker, turn.text, turn.audio, is_trainable)
 
 
-def report(path: Path, problems: Sequence[Problem], num_good: int, on_bad: str) -> None:
-    """Says what is wrong with the data, a line each.
+def report(
+    path: Path,
+    problems: Sequence[Problem],
+    num_good: int,
+    on_bad: str,
+    warn: Callable[[str], object],
+) -> None:
+    """Passes every problem to `warn` as a line, in the order of the file.
 
     Args:
-      num_good: conversations that can be learnt from.
+      num_good: conversations without a problem.
       on_bad: of `ON_BAD`.
 
     Raises:
-      InputError: something is, and may not be left out; or nothing is left.
+      InputError: there are problems and `on_bad` is "fail", or no conversation is left.
     """
     for problem in sorted(problems, key=lambda problem: problem.line):
-        cli.warn(f"{path}, line {problem.line}: {problem.message}")
+        warn(f"{path}, line {problem.line}: {problem.message}")
     if problems and on_bad == "fail":
         raise InputError(
             f"{len(problems)} of {num_good + len(problems)} conversations of {path} cannot be "
-            "learnt from, see above: mend them, or leave them out with --on_bad_data=skip"
+            "trained on, see above: correct them, or leave them out with --on_bad_data=skip"
         )
     if not num_good:
-        raise InputError(f"{path} has nothing that can be learnt from, see above")
+        raise InputError(f"{path} has no conversation to train on, see above")

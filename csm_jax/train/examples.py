@@ -1,4 +1,4 @@
-"""Conversations as rows: what the backbone reads, and which rows of it are to be learnt."""
+"""Conversations as rows: what the backbone reads, and which of its positions count in the loss."""
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,9 +11,11 @@ from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.prompt import Segment, join_rows, turn_rows
 from csm_jax.tokenizer import Tokenizer
-from csm_jax.train.data import Conversation, Problem, each_or_all_faults
+from csm_jax.train.data import Conversation, Problem, RecordedTurn, collect_or_fail
 
 TURNS = ("all", "last")
+# Of every recording its codes, int32 [num_frames, Q], or what is wrong with it.
+Codes = Mapping[Path, np.ndarray | InputError]
 
 
 class Example(NamedTuple):
@@ -21,23 +23,23 @@ class Example(NamedTuple):
 
     Attributes:
       frames, mask: [T, Q + 1], int32 and bool, as `prompt.join_rows` makes them.
-      targets: bool [T], rows of audio to be learnt, the end of speech among them.
+      loss_mask: bool [T], the audio frames that count in the loss, ends of speech among them.
       segments: the turns that it was made of.
     """
 
     frames: np.ndarray
     mask: np.ndarray
-    targets: np.ndarray
+    loss_mask: np.ndarray
     segments: tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What of the conversations is to be learnt.
+    """The turns that count in the loss; the others are context.
 
     Attributes:
-      speakers: whose turns; None is everybody's.
-      turns: of `TURNS`; those with `"train": false` never.
+      speakers: whose turns; None is those of all speakers.
+      turns: of `TURNS`; turns that are not trainable never count.
       max_len: positions of a conversation, at most.
     """
 
@@ -45,17 +47,23 @@ class Selection:
     turns: str = "all"
     max_len: int = 2048
 
+    def has(self, turn: RecordedTurn, is_last: bool) -> bool:
+        """Whether a turn counts."""
+        is_wanted = self.turns == "all" or is_last
+        is_speaker = self.speakers is None or turn.speaker in self.speakers
+        return turn.is_trainable and is_wanted and is_speaker
+
 
 def make_examples(
     conversations: Sequence[Conversation],
-    codes: Mapping[Path, np.ndarray | InputError],
+    codes: Codes,
     config: CSMConfig,
     tokenizer: Tokenizer,
     selection: Selection,
 ) -> tuple[list[Example], list[Problem]]:
-    """The conversations that can be learnt from, and what is wrong with the others."""
-    examples = []
-    problems = []
+    """The conversations that can be trained on, and the problems of the others."""
+    examples: list[Example] = []
+    problems: list[Problem] = []
     for conversation in conversations:
         try:
             examples.append(_make(conversation, codes, config, tokenizer, selection))
@@ -66,38 +74,35 @@ def make_examples(
 
 def _make(
     conversation: Conversation,
-    codes: Mapping[Path, np.ndarray | InputError],
+    codes: Codes,
     config: CSMConfig,
     tokenizer: Tokenizer,
     selection: Selection,
 ) -> Example:
-    def heard(index: int) -> Segment:
+    segments = _segments(conversation, codes)
+    parts, counts = [], []
+    for i, (turn, segment) in enumerate(zip(conversation.turns, segments, strict=True)):
+        text, audio = turn_rows(segment, config, tokenizer)
+        parts += [text, audio]
+        is_selected = selection.has(turn, is_last=i == len(segments) - 1)
+        counts += [np.zeros(len(text[0]), bool), np.full(len(audio[0]), is_selected)]
+    example = Example(*join_rows(parts), np.concatenate(counts), tuple(segments))
+    if len(example.frames) > selection.max_len:
+        raise InputError(
+            f"{len(example.frames)} positions of text and audio, but at most {selection.max_len} "
+            "fit: cut it into shorter conversations"
+        )
+    if not example.loss_mask.any():
+        raise InputError("nothing in it to train on: it has no turn of the selected ones")
+    return example
+
+
+def _segments(conversation: Conversation, codes: Codes) -> list[Segment]:
+    def segment(index: int) -> Segment:
         turn = conversation.turns[index]
         found = codes[turn.audio]
         if isinstance(found, InputError):
             raise InputError(f"turn {index + 1}: {found}")
         return Segment(turn.speaker, turn.text, codes=found)
 
-    segments = each_or_all_faults(heard, len(conversation.turns))
-    parts, targets = [], []
-    for i, segment in enumerate(segments):
-        text, audio = turn_rows(segment, config, tokenizer)
-        parts += [text, audio]
-        is_learnt = _is_learnt(conversation, i, selection)
-        targets += [np.zeros(len(text[0]), bool), np.full(len(audio[0]), is_learnt)]
-    example = Example(*join_rows(parts), np.concatenate(targets), tuple(segments))
-    if len(example.frames) > selection.max_len:
-        raise InputError(
-            f"{len(example.frames)} positions of text and audio, but at most {selection.max_len} "
-            "fit: cut it into shorter conversations"
-        )
-    if not example.targets.any():
-        raise InputError("nothing in it is to be learnt: no turn of the speakers and turns wanted")
-    return example
-
-
-def _is_learnt(conversation: Conversation, turn: int, selection: Selection) -> bool:
-    is_wanted = selection.turns == "all" or turn == len(conversation.turns) - 1
-    speaker = conversation.turns[turn].speaker
-    is_speaker = selection.speakers is None or speaker in selection.speakers
-    return conversation.learnt[turn] and is_wanted and is_speaker
+    return collect_or_fail(segment, len(conversation.turns))

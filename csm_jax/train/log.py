@@ -1,4 +1,4 @@
-"""What a run says of itself: JSON lines, TensorBoard, a plot."""
+"""The metrics of a run: JSON lines, TensorBoard and a plot."""
 
 import io
 import json
@@ -13,21 +13,21 @@ METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
 
 
 class Log:
-    """Figures of a run, in `DIR/metrics.jsonl` and for TensorBoard.
+    """Writes the metrics of a run to `DIR/metrics.jsonl` and for TensorBoard.
 
-    Whatever was written of steps that are run again is dropped, so that a run that was killed
-    reads like one that was not.
+    What was written of steps that are run again is dropped, so that the files of a run that was
+    killed are those of one that was not.
     """
 
     def __init__(self, directory: Path, step: int):
-        """Args: step: the last one that counts."""
+        """Opens the files and drops what follows `step`, the last step that was completed."""
         self._path = directory / METRICS
         lines = [line for line in read_metrics(directory) if line["step"] <= step]
         replace_file(self._path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
         self._events = _Events(directory / TENSORBOARD, step + 1)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
-        """Adds a line. Numbers go to TensorBoard too, those that are not finite are null."""
+        """Adds a line. Numbers go to TensorBoard too; those that are not finite become null."""
         finite = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in figures.items()
@@ -42,14 +42,14 @@ class Log:
 
 
 class _Events:
-    """Numbers for TensorBoard, written at once.
+    """Writes numbers for TensorBoard, without a thread.
 
-    tensorboardX's `SummaryWriter` writes in a thread, which dies of a full disk: the next figures
-    would wait for it for ever.
+    tensorboardX's `SummaryWriter` has one, which dies of a full disk: the next call would then wait
+    for it forever.
     """
 
     def __init__(self, directory: Path, first: int):
-        """Args: first: step from which on older events do not count any more."""
+        """Makes a new file of events, which replaces older events from step `first` on."""
         # Hundreds of milliseconds of imports that only a run needs.
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -76,7 +76,7 @@ class _Events:
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run so far, without one that was cut off."""
+    """The lines of a run so far, without an incomplete one at the end."""
     path = directory / METRICS
     lines = []
     for text in path.read_text().splitlines() if path.is_file() else []:
@@ -88,7 +88,7 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
 
 
 def plot_losses(directory: Path) -> None:
-    """Draws `DIR/loss.png`: what was learnt from and what was held out, step by step."""
+    """Draws `DIR/loss.png`: the losses of training and of evaluation, by step."""
     from matplotlib.figure import Figure
 
     lines = read_metrics(directory)

@@ -1,4 +1,4 @@
-"""A run: steps, and between them checkpoints, figures, evaluation and samples."""
+"""The training loop: steps, and between them checkpoints, metrics, evaluation and samples."""
 
 import contextlib
 import signal
@@ -14,18 +14,17 @@ import numpy as np
 from tqdm import tqdm
 
 from csm_jax.errors import CSMError
+from csm_jax.layers import Params
+from csm_jax.sharding import place_rows
 from csm_jax.train.batches import Batch
 from csm_jax.train.checkpoints import Checkpoints
 from csm_jax.train.log import Log
-from csm_jax.train.optimiser import learning_rate
-from csm_jax.train.placement import place_rows
-from csm_jax.train.step import Metrics, Recipe, TrainState, eval_step, train_step
-
-Params = dict[str, Any]
+from csm_jax.train.optimizer import learning_rate
+from csm_jax.train.step import Metrics, TrainState, TrainStepConfig, eval_step, train_step
 
 
 class Batches(Protocol):
-    """An endless iterator whose place can be kept, as grain's are."""
+    """An endless iterator whose position can be saved and restored, as grain's can."""
 
     def __next__(self) -> Batch: ...
     def get_state(self) -> dict[str, Any]: ...
@@ -33,12 +32,12 @@ class Batches(Protocol):
 
 
 @dataclass(frozen=True)
-class Schedule:
-    """When what happens, in steps; 0 is never.
+class RunConfig:
+    """How often a run does what, in steps; 0 is never.
 
     Attributes:
-      keep: checkpoints that are kept.
-      patience: steps in a row without a finite gradient after which a run gives up.
+      keep: how many of the latest checkpoints stay.
+      patience: a run ends after so many steps in a row without a finite gradient.
     """
 
     save_every: int = 200
@@ -50,31 +49,33 @@ class Schedule:
 
 
 class Run:
-    """Training from wherever it was stopped to its last step.
+    """Training from the last checkpoint, if there is one, to the last step.
 
     Args:
       out: the directory of the run.
-      state: as it begins; where there is a checkpoint, that is gone on from instead.
+      step_config: what the step is compiled for; it has the number of steps.
+      run_config: when to save, evaluate, log and sample.
+      state: before the first step; a checkpoint in `out` replaces it.
       frozen, seed: as for `train_step`.
       held_out: batches to evaluate on.
-      sample: writes what the model says, called with the step and the parameters.
+      sample: writes speech of the model, called with the step and the trainable parameters.
     """
 
     def __init__(
         self,
         out: Path,
-        recipe: Recipe,
-        schedule: Schedule,
+        step_config: TrainStepConfig,
+        run_config: RunConfig,
         state: TrainState,
         frozen: Params | None,
         batches: Batches,
         held_out: Sequence[Batch] = (),
         seed: int = 0,
-        sample: Callable[[int, Any], None] | None = None,
+        sample: Callable[[int, Params], None] | None = None,
     ):
         self.out = out
-        self.recipe = recipe
-        self.schedule = schedule
+        self.step_config = step_config
+        self.run_config = run_config
         self.state = state
         self._frozen = frozen
         self._batches = batches
@@ -82,7 +83,7 @@ class Run:
         self._seed = np.uint32(seed % 2**32)
         self._sample = sample
         self._stop = threading.Event()
-        self._rate = learning_rate(recipe.optimiser)
+        self._rate = learning_rate(step_config.optimizer)
 
     def train(self) -> bool:
         """Runs to the end, or to a SIGTERM; returns whether it is the end.
@@ -91,8 +92,8 @@ class Run:
           CSMError: too many steps in a row had no finite gradient.
         """
         with (
-            Checkpoints(self.out / "checkpoints", self.schedule.keep) as checkpoints,
-            _listening(self._stop),
+            Checkpoints(self.out / "checkpoints", self.run_config.keep) as checkpoints,
+            _stopping_on_signals(self._stop),
         ):
             if restored := checkpoints.restore(self.state):
                 self.state, position = restored
@@ -101,34 +102,38 @@ class Run:
                 return self._run_steps(checkpoints, log, bar)
 
     def _run_steps(self, checkpoints: Checkpoints, log: Log | None, bar: tqdm) -> bool:
-        last = self.recipe.optimiser.steps
+        when, last = self.run_config, self.step_config.optimizer.steps
         for step in range(int(self.state.step) + 1, last + 1):
-            started = time.perf_counter()
-            batch = place_rows(next(self._batches), self.recipe.mesh)
-            self.state, metrics = train_step(
-                self.state, self._frozen, batch, self._seed, recipe=self.recipe
-            )
-            metrics = jax.device_get(metrics)
-            figures = self._describe(step, metrics, time.perf_counter() - started)
+            metrics, figures = self._run_step(step)
             bar.update(1)
             bar.set_postfix_str(f"loss {metrics.loss:.3f}")
             self._check_patience(metrics, checkpoints)
-            if _is_due(step, self.schedule.eval_every, last) and self._held_out:
+            if _is_due(step, when.eval_every, last) and self._held_out:
                 figures |= self._evaluate()
-            is_logged = step == 1 or _is_due(step, self.schedule.log_every, last)
+            is_logged = step == 1 or _is_due(step, when.log_every, last)
             if log and (is_logged or "eval_loss" in figures):
                 log.write(step, figures)
-            if self._sample and _is_due(step, self.schedule.sample_every, last):
+            if self._sample and _is_due(step, when.sample_every, last):
                 self._sample(step, self.averaged)
-            is_stopped = self._stop.is_set() or checkpoints.was_told_to_stop(step)
-            if is_stopped or _is_due(step, self.schedule.save_every, last):
+            is_stopped = self._stop.is_set() or checkpoints.is_preempted(step)
+            if is_stopped or _is_due(step, when.save_every, last):
                 self._save(metrics, checkpoints)
             if is_stopped and step < last:
                 return False
         return True
 
+    def _run_step(self, step: int) -> tuple[Metrics, dict[str, Any]]:
+        """Trains on the next batch; returns the metrics, and the figures to log."""
+        started = time.perf_counter()
+        batch = place_rows(next(self._batches), self.step_config.mesh)
+        self.state, metrics = train_step(
+            self.state, self._frozen, batch, self._seed, config=self.step_config
+        )
+        metrics = jax.device_get(metrics)
+        return metrics, self._describe(step, metrics, time.perf_counter() - started)
+
     @property
-    def averaged(self) -> Any:
+    def averaged(self) -> Params:
         """The parameters to use: their moving average, where there is one."""
         return self.state.params if self.state.ema is None else self.state.ema
 
@@ -141,7 +146,7 @@ class Run:
         }
 
     def _check_patience(self, metrics: Metrics, checkpoints: Checkpoints) -> None:
-        if metrics.skipped_in_a_row >= self.schedule.patience:
+        if metrics.skipped_in_a_row >= self.run_config.patience:
             good = checkpoints.latest()
             where = f"the last good checkpoint is {good}" if good else "there is no checkpoint yet"
             raise CSMError(
@@ -150,18 +155,14 @@ class Run:
             )
 
     def _save(self, metrics: Metrics, checkpoints: Checkpoints) -> None:
-        # Parameters are good even after a step that was skipped, but a run should not be
-        # resumed in the middle of its trouble.
+        # Parameters are good even after a skipped step, but a run should not be resumed in the
+        # middle of several.
         if metrics.skipped_in_a_row == 0:
             checkpoints.save(self.state, self._batches.get_state())
 
     def _evaluate(self) -> dict[str, Any]:
-        return {
-            f"eval_{name}": value
-            for name, value in evaluate(
-                self.averaged, self._frozen, self._held_out, self.recipe
-            ).items()
-        }
+        losses = evaluate(self.averaged, self._frozen, self._held_out, self.step_config)
+        return {f"eval_{name}": value for name, value in losses.items()}
 
     @contextlib.contextmanager
     def _open_log(self) -> Iterator[Log | None]:
@@ -173,7 +174,7 @@ class Run:
 
     def _open_bar(self) -> tqdm:
         quiet = True if jax.process_index() > 0 else None
-        done, total = int(self.state.step), self.recipe.optimiser.steps
+        done, total = int(self.state.step), self.step_config.optimizer.steps
         return tqdm(initial=done, total=total, unit="step", disable=quiet, leave=False)
 
 
@@ -182,11 +183,13 @@ def _is_due(step: int, every: int, last: int) -> bool:
 
 
 @contextlib.contextmanager
-def _listening(stop: threading.Event) -> Iterator[None]:
-    """SIGTERM, which a preempted machine sends, ends the run after the step at hand; so does
-    SIGHUP, of a terminal that closes, unless it is ignored."""
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Sets `stop` on SIGTERM and SIGHUP, so that the run ends after the current step.
+
+    A preempted machine sends SIGTERM; a terminal that closes, SIGHUP, which may be ignored.
+    """
     is_main = threading.current_thread() is threading.main_thread()
-    # Of several processes all must stop at the same step: jax has a handler for that.
+    # Several processes must all stop at the same step: jax has a handler for that.
     if not is_main or jax.process_count() > 1:
         yield
         return
@@ -202,24 +205,24 @@ def _listening(stop: threading.Event) -> Iterator[None]:
 
 
 def evaluate(
-    params: Any, frozen: Params | None, batches: Sequence[Batch], recipe: Recipe
+    params: Params, frozen: Params | None, batches: Sequence[Batch], config: TrainStepConfig
 ) -> dict[str, Any]:
     """Losses with every frame counted, in nats a code.
 
     Returns:
       loss, backbone_loss, depth_decoder_loss; num_frames; by_codebook, a list of Q losses.
     """
-    backbone, depth, num_frames = 0.0, np.zeros(recipe.config.num_codebooks - 1), 0
+    backbone, depth, num_frames = 0.0, np.zeros(config.model.num_codebooks - 1), 0
     for batch in batches:
-        rows = place_rows(batch, recipe.mesh)
-        sums = jax.device_get(eval_step(params, frozen, rows, recipe=recipe))
+        rows = place_rows(batch, config.mesh)
+        sums = jax.device_get(eval_step(params, frozen, rows, config=config))
         backbone += float(sums.backbone)
         depth += np.asarray(sums.depth, np.float64)
         num_frames += int(sums.num_frames)
     by_codebook = [float(value) / max(num_frames, 1) for value in [backbone, *depth]]
     means = by_codebook[0], float(np.mean(by_codebook[1:]))
     return {
-        "loss": means[0] + recipe.depth_weight * means[1],
+        "loss": means[0] + config.depth_weight * means[1],
         "backbone_loss": means[0],
         "depth_decoder_loss": means[1],
         "num_frames": num_frames,

@@ -1,11 +1,12 @@
-"""What training minimises: cross entropy of every code, given all codes before it.
+"""The loss: cross entropy of every code, given all codes before it.
 
 Frame t is predicted from the backbone's state at row t - 1, its other codebooks by the depth
 decoder from that state and the codebooks before. The frame of zeros that ends a turn is a frame
 like the others. It is the loss of transformers' `CsmForConditionalGeneration(labels=...)`.
 
-The depth decoder sees a random share of the frames only (compute amortisation, as the authors of
-CSM describe it): it would take more memory than the backbone, and learns as well from a sixteenth.
+The depth decoder is trained on a random share of the frames only (compute amortization, as the
+authors of CSM describe it): it would take more memory than the backbone, and a sixteenth of the
+frames trains it as well.
 """
 
 import math
@@ -19,14 +20,14 @@ from csm_jax.model import CSM
 Array = jax.Array
 
 
-class Sums(NamedTuple):
-    """Losses as sums and what to divide them by, so that parts of a batch add up.
+class LossSums(NamedTuple):
+    """Summed losses and what to divide them by, so that parts of a batch can be added.
 
     Attributes:
       backbone: float32 [], summed over frames.
       depth: float32 [Q - 1], of codebooks 1 and up, summed over the chosen frames.
-      num_frames: int32 [], frames that count.
-      num_depth_frames: int32 [], of these the frames that the depth decoder saw.
+      num_frames: int32 [], frames of the loss mask.
+      num_depth_frames: int32 [], those of them that the depth decoder is trained on.
     """
 
     backbone: Array
@@ -39,74 +40,74 @@ def summed_losses(
     model: CSM,
     frames: Array,
     mask: Array,
-    targets: Array,
+    loss_mask: Array,
     keys: Array,
     *,
     depth_share: float,
     remat: bool = False,
-) -> Sums:
+) -> LossSums:
     """Teacher-forced losses of a batch.
 
     Args:
       frames, mask: [B, T, Q + 1], int32 and bool, padded on the right.
-      targets: bool [B, T], rows of audio that are to be learnt; never the first of a row.
+      loss_mask: bool [B, T], the audio frames that count; never the first position of a row.
       keys: PRNG keys [B], which choose the frames for the depth decoder.
-      depth_share: of the targets, 0 to 1.
+      depth_share: share of these frames that the depth decoder is trained on, 0 to 1.
       remat: as for `Llama.__call__`.
     """
     hidden = model.hidden(frames, mask, remat)
     logits = model.backbone_logits(hidden[:, :-1])  # [B, T - 1, V]
     entropy = cross_entropy(logits, frames[:, 1:, 0])
-    chosen, counts = choose_frames(targets, depth_share, keys)  # [B, K]
+    chosen, counts = choose_frames(loss_mask, depth_share, keys)  # [B, K]
     by_codebook = _depth_entropy(model, hidden, frames, chosen, remat)  # [B, K, Q - 1]
-    return Sums(
-        backbone=jnp.sum(jnp.where(targets[:, 1:], entropy, 0)),
+    return LossSums(
+        backbone=jnp.sum(jnp.where(loss_mask[:, 1:], entropy, 0)),
         depth=jnp.sum(jnp.where(counts[..., None], by_codebook, 0), axis=(0, 1)),
-        num_frames=jnp.sum(targets, dtype=jnp.int32),
+        num_frames=jnp.sum(loss_mask, dtype=jnp.int32),
         num_depth_frames=jnp.sum(counts, dtype=jnp.int32),
     )
 
 
 def cross_entropy(logits: Array, codes: Array) -> Array:
     """Float32 [...] of float32 logits [..., V] and int32 codes [...]."""
-    said = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - said
+    chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def choose_frames(targets: Array, share: float, keys: Array) -> tuple[Array, Array]:
-    """A random share of the targets of each row, rounded up.
+def choose_frames(loss_mask: Array, share: float, keys: Array) -> tuple[Array, Array]:
+    """Chooses a random share of the frames in the loss mask of each row, rounded up.
 
-    Row by row, so that what is chosen does not depend on how a batch is cut into pieces.
+    It does so row by row, so that the choice does not depend on how a batch is divided.
 
     Args:
-      targets: bool [B, T].
+      loss_mask: bool [B, T].
       keys: [B].
 
     Returns:
-      Positions, int32 [B, K]; and bool [B, K], which of them count.
+      Positions, int32 [B, K]; and bool [B, K], those of them that count.
     """
-    length = targets.shape[1]
+    length = loss_mask.shape[1]
     scores = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
-    _, chosen = jax.lax.top_k(jnp.where(targets, scores, -1), num_chosen(length, share))
-    wanted = num_depth_frames(targets, share)  # [B]
+    _, chosen = jax.lax.top_k(jnp.where(loss_mask, scores, -1), num_chosen(length, share))
+    wanted = num_depth_frames(loss_mask, share)  # [B]
     return chosen, jnp.arange(chosen.shape[1])[None] < wanted[:, None]
 
 
 def num_chosen(length: int, share: float) -> int:
-    """Frames to make room for in rows of `length`."""
+    """The largest number of frames that may be chosen in rows of `length`."""
     return max(1, math.ceil(share * length))
 
 
-def num_depth_frames(targets: Array, share: float) -> Array:
-    """How many frames of each row the depth decoder sees, int32 [...] of targets [..., T]."""
-    count = jnp.sum(targets, axis=-1, dtype=jnp.int32)
-    # Float32 knows no sixteenth of 16 that is a little more than 1; a tenth of 10 it does.
+def num_depth_frames(loss_mask: Array, share: float) -> Array:
+    """How many frames are chosen in each row, int32 [...], of a loss mask [..., T]."""
+    count = jnp.sum(loss_mask, axis=-1, dtype=jnp.int32)
+    # In float32, a tenth of 10 is a little more than 1, and would be rounded up.
     return jnp.ceil(count.astype(jnp.float32) * share - 1e-4).astype(jnp.int32)
 
 
 def _depth_entropy(model: CSM, hidden: Array, frames: Array, chosen: Array, remat: bool) -> Array:
     """Float32 [B, K, Q - 1] of the frames at positions `chosen` [B, K]."""
-    # Where there are too few targets, any position serves: it does not count.
+    # Where the mask has fewer frames than K, any position will do: it does not count.
     before = jnp.maximum(chosen - 1, 0)
     states = jnp.take_along_axis(hidden, before[..., None], axis=1)  # [B, K, D]
     codes = jnp.take_along_axis(frames[..., :-1], chosen[..., None], axis=1)  # [B, K, Q]

@@ -1,8 +1,8 @@
-"""What comes of a run: checkpoints to use, and samples on the way there."""
+"""The directory of a run, the checkpoint or adapters at its end, and samples on the way there."""
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +10,29 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from csm_jax import checkpoint, lora
+from csm_jax import checkpoint, peft_files
 from csm_jax.audio import save_audio
 from csm_jax.config import read_json
 from csm_jax.errors import CSMError, InputError, OutputError
 from csm_jax.files import locked, replace_file, reporting
-from csm_jax.generator import Generator
+from csm_jax.layers import Params
 from csm_jax.lora import LoRAConfig
 from csm_jax.precision import Precision
-from csm_jax.request import Request
-from csm_jax.train import placement
-from csm_jax.train.base import Base, whole_model
+from csm_jax.train import fsdp
+from csm_jax.train.pretrained import PretrainedModel, merge_trained
 from csm_jax.train.step import compute_params
 
 SETTINGS, MODEL, ADAPTERS, SAMPLES = "run.json", "model", "adapters", "samples"
+_NEW_NAMES = {"optimiser": "optimizer"}
 _WAY_OUT = "make room, and the same command goes on from its last checkpoint"
+
+# Speech of a model with these parameters (its codec's included): float32 [num_samples].
+Speak = Callable[[Params], np.ndarray]
 
 
 @contextlib.contextmanager
-def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Holds the directory of a run, which is made, or found to be one with the same settings.
+def run_directory(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Holds the directory of a run, a new one or one with the same settings.
 
     Of several processes that train together the first one holds it, for all. What cannot be
     written in the block is reported in one line.
@@ -37,7 +40,7 @@ def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     Raises:
       BusyError: another run holds it.
       InputError: it belongs to a run with other settings.
-      OutputError: it cannot be written, or has other things in it.
+      OutputError: it cannot be written, or has other files in it.
     """
     with reporting(f"{out} could not be written", _WAY_OUT), contextlib.ExitStack() as held:
         refusal = None
@@ -54,7 +57,7 @@ def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
 
 def _check_is_run(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    # A run that was killed while it began has left its lock, or half of its settings.
+    # A run that was killed in its beginning has left its lock, or a part of its settings.
     others = (path for path in out.iterdir() if not path.name.startswith(".run."))
     if not (out / SETTINGS).is_file() and any(others):
         raise OutputError(f"{out} is not empty, and no run: choose another --out")
@@ -62,9 +65,14 @@ def _check_is_run(out: Path) -> None:
 
 def _check_or_write(path: Path, settings: dict[str, Any]) -> None:
     if path.is_file():
-        _check_same(read_json(path), settings, path.parent)
+        _check_same(_renamed(read_json(path)), _renamed(settings), path.parent)
     else:
         replace_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def _renamed(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with the present names of flags; runs of earlier versions have older ones."""
+    return {_NEW_NAMES.get(name, name): value for name, value in settings.items()}
 
 
 def _agree(refusal: Exception | None, out: Path) -> None:
@@ -81,58 +89,67 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> None:
     for name in sorted(before.keys() | now.keys()):
         if before.get(name) != now.get(name):
             raise InputError(
-                f"{out} is a run with --{name}={before.get(name)}, not {now.get(name)}: say the "
+                f"{out} is a run with --{name}={before.get(name)}, not {now.get(name)}: give the "
                 "same to go on with it, or choose another --out"
             )
 
 
 def write_result(
-    out: Path, base: Base, trained: Any, config: LoRAConfig | None, precision: Precision
+    out: Path,
+    pretrained: PretrainedModel,
+    trained: Params,
+    config: LoRAConfig | None,
+    precision: Precision,
 ) -> Path:
     """Writes what was trained: a native checkpoint, or adapters alone. Returns its directory.
 
     Args:
-      trained: as of `base.whole_model`.
+      trained, config: as for `pretrained.merge_trained`.
+      precision: its weights' type is the checkpoint's.
     """
-    # A run that is gone on with after its end has a result already, which is replaced.
+    # A run that is resumed after its end has a result already, which is replaced.
     if config is not None:
-        lora.write_adapters(out / ADAPTERS, trained, config, base.name, replace=True)
-        return out / ADAPTERS
+        directory = out / ADAPTERS
+        peft_files.write_adapters(directory, trained, config, pretrained.name, replace=True)
+        return directory
     checkpoint.save(
         out / MODEL,
-        base.config,
-        whole_model(base, trained, None),
-        base.tokenizer,
-        base.small_files,
+        pretrained.config,
+        merge_trained(pretrained, trained, None),
+        pretrained.tokenizer,
+        pretrained.small_files,
         precision.weights,
         replace=True,
     )
     return out / MODEL
 
 
-class Sampler:
-    """Lets a model speak on its way through a run, the same request every time."""
+class SampleWriter:
+    """Writes speech of the model during a run, of the same request every time."""
 
     def __init__(
-        self, out: Path, base: Base, config: LoRAConfig | None, precision: Precision, say: Request
+        self,
+        out: Path,
+        pretrained: PretrainedModel,
+        config: LoRAConfig | None,
+        precision: Precision,
+        speak: Speak,
     ):
         self._out = out / SAMPLES
-        self._base = base
+        self._pretrained = pretrained
         self._config = config
         self._precision = precision
-        self._say = say
+        self._speak = speak
 
-    def __call__(self, step: int, params: Any) -> None:
-        """Writes `samples/step-000100.wav`."""
-        flat = dict(whole_model(self._base, placement.gather(params), self._config))
+    def __call__(self, step: int, params: Params) -> None:
+        """Writes `samples/step-000100.wav`; `params` are the trainable ones, on any devices."""
+        flat = dict(merge_trained(self._pretrained, fsdp.gather(params), self._config))
         if jax.process_index() > 0:
             return
-        whole = checkpoint.unflatten(flat, checkpoint.param_shapes(self._base.config))
+        model = self._pretrained.config
+        merged = checkpoint.unflatten(flat, checkpoint.param_shapes(model))
         if self._config is None:
-            whole["csm"] = compute_params(whole["csm"], self._precision)
-        model = Generator.from_params(
-            self._base.config, jax.device_put(whole), self._base.tokenizer, self._precision
-        )
-        audio = model.generate(self._say, notify=lambda notice: None)
+            merged["csm"] = compute_params(merged["csm"], self._precision)
+        audio = self._speak(jax.device_put(merged))
         self._out.mkdir(exist_ok=True)
-        save_audio(self._out / f"step-{step:06}.wav", audio, model.sample_rate)
+        save_audio(self._out / f"step-{step:06}.wav", audio, model.codec.sample_rate)

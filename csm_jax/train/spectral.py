@@ -1,8 +1,8 @@
-"""Spectra as the ear hears them, and how far two sounds are from each other in these.
+"""Mel spectra, and the distance of two recordings in them.
 
 Mel filters: Stevens, Volkmann and Newman (1937) in O'Shaughnessy's form, triangles of height 1.
-Several windows at once, after Yamamoto et al. (2020) and Kumar et al. (2023): a short one hears
-when, a long one hears which pitch.
+Several windows at once, after Yamamoto et al. (2020) and Kumar et al. (2023): a short one resolves
+time, a long one pitch.
 """
 
 import functools
@@ -15,14 +15,14 @@ Array = jax.Array
 
 # Samples a window, and mel bands. At 24 kHz: 85 ms to 3 ms. As many bands as there are bins for.
 SCALES = ((2048, 128), (1024, 80), (512, 40), (256, 20), (128, 10), (64, 5))
-# Windows a window is shifted by a quarter of.
+# Consecutive windows are a quarter of a window apart.
 OVERLAP = 4
-# What is fainter than this is silence, as a magnitude.
+# Smaller magnitudes count as this.
 FLOOR = 1e-3
 
 
 def mel_distance(audio: Array, reference: Array, sample_rate: int) -> Array:
-    """Mean distance of log-mel spectra, over `SCALES`.
+    """The mean distance of log-mel spectra, over `SCALES`.
 
     Args:
       audio, reference: float32 [B, num_samples].
@@ -40,11 +40,11 @@ def mel_distance(audio: Array, reference: Array, sample_rate: int) -> Array:
         )
         for window, num_mels in SCALES
     ]
-    return sum(distances) / len(distances)
+    return sum(distances[1:], distances[0]) / len(distances)
 
 
 def log_mel(audio: Array, sample_rate: int, window: int, num_mels: int) -> Array:
-    """Log-mel spectrum, float32 [B, F, num_mels] of [B, num_samples]; a frame is whole."""
+    """The log-mel spectrum [B, F, num_mels] of whole windows of [B, num_samples], float32."""
     # Scaled so that the magnitude of a sine is its amplitude.
     hann = np.hanning(window + 1)[:-1] * (4 / window)
     frames = _frames(audio, window) * jnp.asarray(hann, jnp.float32)[None, None]
@@ -53,9 +53,9 @@ def log_mel(audio: Array, sample_rate: int, window: int, num_mels: int) -> Array
 
 
 def _frames(audio: Array, window: int) -> Array:
-    """[B, num_samples] to [B, F, window], a quarter of a window apart.
+    """Cuts [B, num_samples] into windows [B, F, window], a quarter of a window apart.
 
-    Of slices that lie side by side: to gather them would be slow in the backward pass.
+    They are made of adjacent slices: gathering them would be slow in the backward pass.
     """
     hop = window // OVERLAP
     hops = audio[:, : audio.shape[1] // hop * hop].reshape(len(audio), -1, hop)
@@ -77,7 +77,7 @@ def mel_filters(sample_rate: int, window: int, num_mels: int) -> np.ndarray:
     return np.maximum(0, np.minimum(rising, falling)).astype(np.float32)
 
 
-def _to_mel(hertz: float | np.ndarray) -> float | np.ndarray:
+def _to_mel(hertz: float) -> float:
     return 2595 * np.log10(1 + hertz / 700)
 
 

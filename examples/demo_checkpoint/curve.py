@@ -17,7 +17,7 @@ from judge import draw_requests, speak, word_error_rate
 
 from csm_jax.generator import Generator
 from csm_jax.precision import FLOAT32
-from csm_jax.train.base import Base, load_base
+from csm_jax.train.pretrained import PretrainedModel, load_pretrained
 
 RUN = flags.DEFINE_string("run", "demo/run", "directory of csm_jax.finetune")
 BASE = flags.DEFINE_string("base", "demo/untrained", "checkpoint that the run started from")
@@ -30,7 +30,7 @@ def read_average(checkpoint: Path) -> dict[str, Any]:
         return checkpointer.restore((checkpoint / "state").absolute())["ema"]
 
 
-def rate(base: Base, params: dict[str, Any]) -> float:
+def rate(base: PretrainedModel, params: dict[str, Any]) -> float:
     params = jax.tree.map(jnp.asarray, {"csm": params, "codec": base.codec_params})
     model = Generator.from_params(base.config, params, base.tokenizer, FLOAT32)
     return word_error_rate(speak(model, draw_requests(STRINGS.value, seed=1), batch=16))
@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     run = Path(RUN.value)
     start = (run / "run.json").stat().st_mtime
-    base = load_base(BASE.value, FLOAT32, None, frozen=False)
+    base = load_pretrained(BASE.value, FLOAT32, None, frozen=False)
     kept = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
     print(f"{'step':>6}{'minutes':>9}{'word error rate':>17}")
     for checkpoint in kept:

@@ -5,6 +5,8 @@ import subprocess
 import tarfile
 from pathlib import Path
 
+from csm_jax.files import new_directory
+
 
 def npm_package(name: str, directory: Path) -> Path:
     """The directory of an npm package below `directory`; npm downloads it if it is missing."""
@@ -14,11 +16,9 @@ def npm_package(name: str, directory: Path) -> Path:
         command = ["npm", "pack", "--silent", name]
         packed = subprocess.run(command, cwd=directory, check=True, capture_output=True, text=True)
         archive = directory / packed.stdout.strip()
-        partial = unpacked.with_suffix(".partial")
-        with tarfile.open(archive) as tar:
+        with new_directory(unpacked) as partial, tarfile.open(archive) as tar:
             tar.extractall(partial, filter="data")
         archive.unlink()
-        partial.rename(unpacked)
     return unpacked / "package"
 
 

@@ -26,6 +26,8 @@ from plan import Job, plan
 from speech_set import read_lines
 from tqdm import tqdm
 
+from csm_jax.files import replace_file
+
 OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
 CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for npm packages")
 COUNT = flags.DEFINE_integer("count", 40_000, "utterances to plan, about three hours of 2400")
@@ -50,9 +52,8 @@ def make_plan(out: Path) -> list[Job]:
         }
         parts = {part for paragraph in paragraphs for part in books.parts(paragraph)}
         jobs = plan(COUNT.value, list(sentences - spoken), list(parts), SEED.value)
-        partial = path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(dataclasses.asdict(job)) + "\n" for job in jobs))
-        partial.rename(path)
+        lines = "".join(json.dumps(dataclasses.asdict(job)) + "\n" for job in jobs)
+        replace_file(path, lines.encode())
     return [Job(**line) for line in read_lines(path)]
 
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 from csm_jax.audio import load_audio, save_audio
 from csm_jax.checkpoint import flatten, unflatten
 from csm_jax.mimi.codec import Codec, abstract
-from csm_jax.train.codec import CodecRecipe, codec_step, init_codec_state, with_weights
-from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.codec import CodecStepConfig, codec_step, init_codec_state, with_weights
+from csm_jax.train.optimizer import OptimizerConfig
 
 SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesize.py")
 OUT = flags.DEFINE_string("out", "demo/codec", "directory for the weights and metrics")
@@ -62,7 +62,7 @@ def cut(audio: np.ndarray, size: int, random: np.random.Generator) -> np.ndarray
 def main(_: list[str]) -> None:
     out = Path(OUT.value)
     out.mkdir(parents=True, exist_ok=True)
-    optimiser = OptimiserConfig(
+    optimizer = OptimizerConfig(
         kind="muon",
         learning_rate=RATE.value,
         steps=STEPS.value,
@@ -70,8 +70,8 @@ def main(_: list[str]) -> None:
         final_rate=0.02,
         weight_decay=0.0,
     )
-    recipe = CodecRecipe(CODEC, optimiser)
-    state = init_codec_state(recipe, SEED.value)
+    config = CodecStepConfig(CODEC, optimizer)
+    state = init_codec_state(config, SEED.value)
     if INIT.value:
         state = with_weights(state, read_weights(Path(INIT.value)))
     speech = load_speech(Path(SPEECH.value), RECORDINGS.value)
@@ -79,7 +79,7 @@ def main(_: list[str]) -> None:
     start = time.monotonic()
     with (out / "metrics.jsonl").open("w") as log:
         for step in tqdm(range(1, (STOP.value or STEPS.value) + 1), unit="step", disable=None):
-            state, metrics = codec_step(state, next(batches), np.uint32(SEED.value), recipe=recipe)
+            state, metrics = codec_step(state, next(batches), np.uint32(SEED.value), config=config)
             if step % 50 == 0:
                 figures = {name: float(value) for name, value in metrics._asdict().items()}
                 line = {"step": step, "seconds": round(time.monotonic() - start, 1), **figures}

@@ -29,14 +29,14 @@ from csm_jax.errors import InputError
 from csm_jax.mimi.codec import bind
 from csm_jax.train.checkpoints import Checkpoints
 from csm_jax.train.codec import (
-    CodecRecipe,
     CodecState,
+    CodecStepConfig,
     codec_step,
     init_codec_state,
     with_weights,
 )
 from csm_jax.train.log import Log
-from csm_jax.train.optimiser import OptimiserConfig
+from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.spectral import mel_distance
 
 SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
@@ -46,7 +46,7 @@ STEPS = flags.DEFINE_integer("steps", 100_000, "training steps, until --final_ra
 STOP = flags.DEFINE_integer("stop", None, "stop at this step; the run can be resumed")
 BATCH = flags.DEFINE_integer("batch_size", 8, "pieces of recordings in a batch")
 FRAMES = flags.DEFINE_integer("frames", 16, "frames of 80 ms in a piece")
-OPTIMISER = flags.DEFINE_enum("optimiser", "muon", ["adamw", "muon"], "see BUILD.md")
+OPTIMIZER = flags.DEFINE_enum("optimizer", "muon", ["adamw", "muon"], "see BUILD.md")
 RATE = flags.DEFINE_float("learning_rate", 4e-3, "highest learning rate")
 FINAL_RATE = flags.DEFINE_float("final_rate", 1.0, "share of the highest rate at the end")
 WAVE = flags.DEFINE_float("wave_weight", 1.0, "weight of the distance of waveforms")
@@ -63,7 +63,7 @@ SETTINGS = (
     "steps",
     "batch_size",
     "frames",
-    "optimiser",
+    "optimizer",
     "learning_rate",
     "final_rate",
     "wave_weight",
@@ -76,18 +76,18 @@ SETTINGS = (
 EVALUATED = 4
 
 
-def make_recipe() -> CodecRecipe:
-    optimiser = OptimiserConfig(
-        kind=OPTIMISER.value,
+def make_config() -> CodecStepConfig:
+    optimizer = OptimizerConfig(
+        kind=OPTIMIZER.value,
         learning_rate=RATE.value,
         steps=STEPS.value,
         warmup=min(50, STEPS.value - 1),
         final_rate=FINAL_RATE.value,
         weight_decay=0.0,
     )
-    return CodecRecipe(
+    return CodecStepConfig(
         VOICE_CODEC,
-        optimiser,
+        optimizer,
         wave_weight=WAVE.value,
         average=AVERAGE.value,
         num_labels=len(SOUNDS),
@@ -101,14 +101,18 @@ def check_settings(out: Path) -> None:
     path = out / "run.json"
     if not path.exists():
         path.write_text(json.dumps(settings, indent=2) + "\n")
-    before = json.loads(path.read_text())
+    # Runs of earlier versions have an optimiser.
+    before = {
+        name.replace("optimiser", "optimizer"): value
+        for name, value in json.loads(path.read_text()).items()
+    }
     changed = sorted(name for name in SETTINGS if before.get(name) != settings[name])
     if changed:
         raise InputError(f"{path} was begun with another --{changed[0]}: choose another --out")
 
 
-def first_state(recipe: CodecRecipe) -> CodecState:
-    state = init_codec_state(recipe, SEED.value)
+def first_state(config: CodecStepConfig) -> CodecState:
+    state = init_codec_state(config, SEED.value)
     if INIT.value is None:
         return state
     return with_weights(state, read_weights(Path(INIT.value)))
@@ -118,18 +122,18 @@ def first_state(recipe: CodecRecipe) -> CodecState:
 def held_out_distance(params: dict[str, Any], audio: jax.Array) -> jax.Array:
     """Mel distance [] between recordings and their reconstructions."""
     mimi = bind(VOICE_CODEC, params)
-    heard = mimi.decode(mimi.encode(audio, VOICE_CODEC.num_codebooks))
-    return mel_distance(heard[..., 0], audio, VOICE_CODEC.sample_rate)
+    decoded = mimi.decode(mimi.encode(audio, VOICE_CODEC.num_codebooks))
+    return mel_distance(decoded[..., 0], audio, VOICE_CODEC.sample_rate)
 
 
 class Run:
     """The state of a run, and its output files."""
 
-    def __init__(self, out: Path, recipe: CodecRecipe, checkpoints: Checkpoints):
+    def __init__(self, out: Path, config: CodecStepConfig, checkpoints: Checkpoints):
         self.out = out
-        self.recipe = recipe
+        self.config = config
         self.checkpoints = checkpoints
-        state = first_state(recipe)
+        state = first_state(config)
         restored = checkpoints.restore(state)
         # Restored arrays may use buffers that jax does not own and cannot take as donated: copy.
         self.state = state if restored is None else jax.tree.map(jnp.copy, restored[0])
@@ -138,10 +142,10 @@ class Run:
         self.log = Log(out, self.step)
         self._sums: list[list[float]] = []
 
-    def learn(self, batch: Batch) -> None:
+    def train(self, batch: Batch) -> None:
         start = time.monotonic()
         self.state, metrics = codec_step(
-            self.state, batch.audio, np.uint32(SEED.value), batch.labels, recipe=self.recipe
+            self.state, batch.audio, np.uint32(SEED.value), batch.labels, config=self.config
         )
         self._sums.append([float(value) for value in metrics])
         self.step += 1
@@ -162,7 +166,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def told_to_stop() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """A list that is empty until the process receives SIGTERM."""
     stopped: list[int] = []
     before = signal.signal(signal.SIGTERM, lambda number, _: stopped.append(number))
@@ -179,18 +183,25 @@ def main(_: list[str]) -> None:
     check_settings(out)
     utterances = read_manifests(Path(each) for each in SPEECH.value)
     held = [each for each in utterances if is_held_out_text(each.text)]
-    learnt = [each for each in utterances if not is_held_out_text(each.text)]
+    trained = [each for each in utterances if not is_held_out_text(each.text)]
     cache = Path(CACHE.value)
-    make = dict(config=VOICE_CODEC, rows=BATCH.value, frames=FRAMES.value)
-    batches = CodecBatches(Packed(cache, learnt), seed=SEED.value, **make)
-    held_out = CodecBatches(Packed(cache, held), seed=1, **make)
+    batches, held_out = (
+        CodecBatches(
+            Packed(cache, chosen),
+            config=VOICE_CODEC,
+            rows=BATCH.value,
+            frames=FRAMES.value,
+            seed=seed,
+        )
+        for chosen, seed in ((trained, SEED.value), (held, 1))
+    )
     evaluated = [held_out.batch(i) for i in range(EVALUATED)]
-    recipe = make_recipe()
-    with Checkpoints(out / "checkpoints", keep=2) as checkpoints, told_to_stop() as stopped:
-        run = Run(out, recipe, checkpoints)
+    config = make_config()
+    with Checkpoints(out / "checkpoints", keep=2) as checkpoints, stop_signals() as stopped:
+        run = Run(out, config, checkpoints)
         saved = time.monotonic()
         while run.step < (STOP.value or STEPS.value) and not stopped:
-            run.learn(batches.batch(run.step))
+            run.train(batches.batch(run.step))
             if time.monotonic() - saved > 60 * SAVE.value:
                 run.save(evaluated)
                 saved = time.monotonic()

@@ -14,7 +14,7 @@ import transformers
 
 import csm_jax
 import oracles
-from csm_jax import checkpoint, finetune, lora
+from csm_jax import checkpoint, finetune, lora, peft_files
 from csm_jax.convert import __main__ as convert
 from csm_jax.convert import csm
 from csm_jax.convert.layouts import open_checkpoint
@@ -24,8 +24,8 @@ from csm_jax.prompt import text_rows
 from csm_jax.sampling import Sampling
 from csm_jax.train.batches import Batch
 from csm_jax.train.loss import choose_frames
-from csm_jax.train.optimiser import OptimiserConfig
-from csm_jax.train.step import Recipe, losses, mean_losses
+from csm_jax.train.optimizer import OptimizerConfig
+from csm_jax.train.step import TrainStepConfig, losses, mean_losses
 
 CONFIG = csm_jax.tiny()
 TABLE = csm.huggingface_table(CONFIG.backbone, CONFIG.depth_decoder)
@@ -48,25 +48,27 @@ def params(reference, tmp_path_factory):
     return fixtures.params_of(open_checkpoint(directory), FLOAT32)["csm"]
 
 
-def padded_batch(learnt: str) -> Batch:
-    """The prompts, padded; what is learnt is all audio, or in the first row its second turn."""
+def padded_batch(trained: str) -> Batch:
+    """The prompts, padded; the loss counts all audio, or in the first row only its second turn."""
     length = max(len(frames) for frames, _ in PROMPTS) + 3
     rows = [
         [np.pad(np.asarray(x), ((0, length - len(x)), (0, 0))) for x in prompt]
         for prompt in PROMPTS
     ]
     frames, mask = (np.stack(arrays) for arrays in zip(*rows, strict=True))
-    targets = mask[..., 0].copy()
-    if learnt == "one turn":
-        first = np.flatnonzero(targets[0])
-        targets[0, first[first < first[0] + 12]] = False
-    return Batch(frames.astype(np.int32), mask, targets)
+    loss_mask = mask[..., 0].copy()
+    if trained == "one turn":
+        first = np.flatnonzero(loss_mask[0])
+        loss_mask[0, first[first < first[0] + 12]] = False
+    return Batch(frames.astype(np.int32), mask, loss_mask)
 
 
-def recipe_of(share: float, weight: float = 1.0, adapters: LoRAConfig | None = None) -> Recipe:
-    return Recipe(
+def config_of(
+    share: float, weight: float = 1.0, adapters: LoRAConfig | None = None
+) -> TrainStepConfig:
+    return TrainStepConfig(
         CONFIG,
-        OptimiserConfig(),
+        OptimizerConfig(),
         FLOAT32,
         lora=adapters,
         depth_share=share,
@@ -79,21 +81,21 @@ def keys_of(batch: Batch):
     return jax.vmap(jax.random.key)(jnp.arange(len(batch.frames), dtype=jnp.uint32))
 
 
-def our_loss(params, batch, recipe, frozen=None):
+def our_loss(params, batch, config, frozen=None):
     """Loss, its two parts, and gradients."""
 
     def loss(params):
-        backbone, depth = mean_losses(losses(params, frozen, batch, keys_of(batch), recipe=recipe))
-        return backbone + recipe.depth_weight * depth, (backbone, depth)
+        backbone, depth = mean_losses(losses(params, frozen, batch, keys_of(batch), config=config))
+        return backbone + config.depth_weight * depth, (backbone, depth)
 
     (whole, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
     return whole, parts, gradients
 
 
 def their_loss(model, batch: Batch, share: float):
-    """transformers' loss of the same rows: its labels say which frames count, and for what."""
-    chosen, counts = choose_frames(jnp.asarray(batch.targets), share, keys_of(batch))
-    labels = np.where(batch.targets[..., None], batch.frames[..., :-1], IGNORED)
+    """transformers' loss of the same rows, whose labels are the frames that count."""
+    chosen, counts = choose_frames(jnp.asarray(batch.loss_mask), share, keys_of(batch))
+    labels = np.where(batch.loss_mask[..., None], batch.frames[..., :-1], IGNORED)
     for row, (positions, count) in enumerate(zip(chosen, counts, strict=True)):
         others = np.setdiff1d(np.arange(labels.shape[1]), np.asarray(positions)[np.asarray(count)])
         labels[row, others, 1:] = IGNORED
@@ -108,11 +110,11 @@ def relative_error(ours, theirs) -> float:
     return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
 
 
-@pytest.mark.parametrize("learnt", ["everything", "one turn"])
+@pytest.mark.parametrize("trained", ["everything", "one turn"])
 @pytest.mark.parametrize("share", [1.0, 0.25])
-def test_losses_and_gradients(reference, params, learnt, share):
-    batch = padded_batch(learnt)
-    whole, (backbone, depth), gradients = our_loss(params, batch, recipe_of(share))
+def test_losses_and_gradients(reference, params, trained, share):
+    batch = padded_batch(trained)
+    whole, (backbone, depth), gradients = our_loss(params, batch, config_of(share))
     reference.zero_grad()
     theirs = their_loss(reference, batch, share)
     theirs.loss.backward()
@@ -133,7 +135,7 @@ def test_losses_and_gradients(reference, params, learnt, share):
 def test_the_weight_of_the_depth_decoder(reference, params):
     batch = padded_batch("everything")
     theirs = their_loss(reference, batch, 1.0)
-    whole, _, _ = our_loss(params, batch, recipe_of(1.0, weight=0.3))
+    whole, _, _ = our_loss(params, batch, config_of(1.0, weight=0.3))
     want = theirs.backbone_loss + 0.3 * theirs.depth_decoder_loss
     assert whole == pytest.approx(want.item(), rel=1e-4)
 
@@ -156,20 +158,20 @@ def peft_model(model, config: LoRAConfig):
 
 @pytest.fixture(params=[lora.TARGETS, ("q", "v")], ids="-".join)
 def adapted(request, tmp_path):
-    """A PEFT model with random adapters, saved; and what we read of it."""
+    """A saved PEFT model with random adapters, and the adapters that are read from its files."""
     config = LoRAConfig(rank=3, alpha=5.0, targets=request.param)
     model = peft_model(oracles.hf_model(CONFIG, seed=3), config)
     model.save_pretrained(tmp_path)
-    adapters, scale = lora.read_adapters(tmp_path, CONFIG)
+    adapters, scale = peft_files.read_adapters(tmp_path, CONFIG)
     assert scale == pytest.approx(config.scale)
     assert adapters.keys() == lora.adapter_shapes(CONFIG, config.targets).keys()
     return model, adapters, config, tmp_path
 
 
-def test_adapters_learn_what_peft_learns(adapted, params):
+def test_gradients_of_adapters_equal_those_of_peft(adapted, params):
     model, adapters, config, _ = adapted
     batch = padded_batch("everything")
-    whole, _, gradients = our_loss(adapters, batch, recipe_of(0.5, adapters=config), params)
+    whole, _, gradients = our_loss(adapters, batch, config_of(0.5, adapters=config), params)
     theirs = their_loss(model.base_model.model, batch, 0.5)
     theirs.loss.backward()
     assert whole == pytest.approx(theirs.loss.item(), rel=1e-4)
@@ -184,7 +186,7 @@ def test_adapters_learn_what_peft_learns(adapted, params):
 def test_merged_adapters_are_the_adapted_model(adapted, params):
     """PEFT's own merge, read as any checkpoint, is ours."""
     model, _, _, directory = adapted
-    ours = dict(lora.merged(flat_items(params), CONFIG, directory, is_int8=False))
+    ours = dict(peft_files.merge_files(flat_items(params), CONFIG, directory, is_int8=False))
     merged = model.merge_and_unload()
     for name, tensor in fixtures.written(TABLE, fixtures.section("csm/", ours)).items():
         theirs = merged.get_parameter(name).detach().numpy()
@@ -196,10 +198,10 @@ def flat_items(params):
     return ((path, np.asarray(array)) for path, array in flat.items())
 
 
-def test_peft_reads_what_we_write(adapted, tmp_path):
+def test_peft_loads_written_adapters(adapted, tmp_path):
     peft = pytest.importorskip("peft")
     model, adapters, config, _ = adapted
-    lora.write_adapters(tmp_path / "ours", adapters, config, "base")
+    peft_files.write_adapters(tmp_path / "ours", adapters, config, "base")
     fresh = oracles.hf_model(CONFIG, seed=3)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
     batch = padded_batch("everything")
@@ -211,8 +213,8 @@ def test_peft_reads_what_we_write(adapted, tmp_path):
     assert abs(before - theirs) > 1e-3
 
 
-def test_what_was_tuned_says_the_same_there(tmp_path):
-    """It goes through the converter, and speaks greedily in transformers."""
+def test_a_finetuned_model_generates_the_same_codes_in_transformers(tmp_path):
+    """It is converted, and sampled greedily on both sides."""
     data, out, exported = fixtures.write_conversations(tmp_path), tmp_path / "run", tmp_path / "hf"
     flags = ["--checkpoint=random:tiny", f"--data={data}", f"--out={out}", "--max_len=512"]
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):

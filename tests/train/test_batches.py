@@ -1,4 +1,4 @@
-"""Batches: every example once an epoch, in few shapes, and on from any place as if never left."""
+"""Batches: every example once an epoch, in few shapes, and resumable at any position."""
 
 import itertools
 import json
@@ -26,15 +26,15 @@ LENGTHS = [5, 31, 32, 33, 40, 48, 49, 64, 64, 64, 65, 70, 90, 96, 97, 100, 20, 2
 
 
 def example(number: int, length: int) -> Example:
-    """One that is known by its first code; no position of it looks like padding."""
+    """An example whose first code is its number; no position of it looks like padding."""
     random = np.random.default_rng(number)
     frames = random.integers(1, 1000, (length, COLUMNS), np.int32)
     frames[0, 0] = 1000 + number
     mask = random.random(frames.shape) < 0.5
     mask[:, 0] = True
-    targets = random.random(length) < 0.5
-    targets[-1] = True
-    return Example(frames, mask, targets, ())
+    loss_mask = random.random(length) < 0.5
+    loss_mask[-1] = True
+    return Example(frames, mask, loss_mask, ())
 
 
 EXAMPLES = [example(number, length) for number, length in enumerate(LENGTHS)]
@@ -61,24 +61,24 @@ def assert_same(one: Batch, other: Batch) -> None:
 
 
 def assert_right(batch: Batch, num_rows: int) -> None:
-    """Rows are examples as they were, then padding that says and teaches nothing."""
-    frames, mask, targets = batch
-    assert (frames.dtype, mask.dtype, targets.dtype) == (np.int32, bool, bool)
+    """Rows are unchanged examples, then padding that is masked and not in the loss."""
+    frames, mask, loss_mask = batch
+    assert (frames.dtype, mask.dtype, loss_mask.dtype) == (np.int32, bool, bool)
     assert frames.shape == mask.shape == (num_rows, frames.shape[1], COLUMNS)
-    assert targets.shape == frames.shape[:2]
+    assert loss_mask.shape == frames.shape[:2]
     numbers = members(batch)
     for row, number in itertools.zip_longest(range(num_rows), numbers):
         size = 0 if number is None else LENGTHS[number]
         if number is not None:
             np.testing.assert_array_equal(frames[row, :size], EXAMPLES[number].frames)
             np.testing.assert_array_equal(mask[row, :size], EXAMPLES[number].mask)
-            np.testing.assert_array_equal(targets[row, :size], EXAMPLES[number].targets)
+            np.testing.assert_array_equal(loss_mask[row, :size], EXAMPLES[number].loss_mask)
         assert not frames[row, size:].any()
         assert not mask[row, size:].any()
-        assert not targets[row, size:].any()
+        assert not loss_mask[row, size:].any()
 
 
-def test_the_shortest_bucket_that_holds_it():
+def test_bucket_is_the_shortest_that_fits():
     for length in range(1, 2049):
         assert bucket(length) == min(size for size in BUCKETS if size >= length)
 
@@ -107,8 +107,8 @@ def test_every_example_is_in_every_epoch_once(num_rows, seed):
             assert {bucket(LENGTHS[i]) for i in members(batch)} == {batch.frames.shape[1]}
 
 
-def test_an_epoch_is_known_from_its_number_and_the_seed():
-    """Whatever was asked for before; so every process of several has the same."""
+def test_an_epoch_depends_on_its_number_and_the_seed_alone():
+    """The order of access does not matter; so all processes of several have the same batches."""
     source, other = ShuffledBatches(EXAMPLES, 3, 7), ShuffledBatches(EXAMPLES, 3, 7)
     in_order = [epoch(source, number) for number in range(3)]
     for number in (2, 0, 1):
@@ -119,7 +119,7 @@ def test_an_epoch_is_known_from_its_number_and_the_seed():
     assert all(one != other for one, other in itertools.combinations(orders, 2))
 
 
-def test_company_and_order_are_drawn_evenly():
+def test_the_composition_and_order_of_batches_are_uniform():
     """600 epochs of 4 examples of one bucket, in batches of 2: 0 is in the first of the two in
     half of them, and with each of the others in a third (4 deviations: 49 and 46)."""
     source = ShuffledBatches([example(i, 10) for i in range(4)], 2, seed=0)
@@ -135,7 +135,7 @@ def test_company_and_order_are_drawn_evenly():
     assert (abs(company[1:] - 200) < 46).all()
 
 
-def test_lengths_are_mixed():
+def test_batches_of_all_lengths_come_first_equally_often():
     """Every bucket comes first in as many of 600 epochs as it has batches (5 deviations)."""
     source = ShuffledBatches(EXAMPLES, 4, seed=0)
     lengths = [[batch.frames.shape[1] for batch in epoch(source, i)] for i in range(600)]
@@ -151,8 +151,8 @@ def test_lengths_are_mixed():
 NUM_BATCHES = ShuffledBatches(EXAMPLES, 4, 3).num_batches
 
 
-def test_batches_without_an_end():
-    """Those of the source, in their order, over the ends of epochs."""
+def test_batches_continue_over_the_ends_of_epochs():
+    """They are those of the source, in its order."""
     source = ShuffledBatches(EXAMPLES, 4, 3)
     batches = shuffled_batches(EXAMPLES, 4, 3)
     for number in range(3 * NUM_BATCHES + 1):
@@ -160,9 +160,8 @@ def test_batches_without_an_end():
 
 
 @pytest.mark.parametrize("taken", [0, 1, NUM_BATCHES - 1, NUM_BATCHES, 2 * NUM_BATCHES + 3])
-def test_a_place_is_kept(taken):
-    """In another process, which knows it from JSON, the next batch is the one that would have been
-    next here, be others read ahead or not."""
+def test_a_saved_position_restores_the_same_batches(taken):
+    """Also from JSON and in another iterator, whether batches were read ahead or not."""
     batches = shuffled_batches(EXAMPLES, 4, 3)
     for _ in range(taken):
         next(batches)
@@ -177,7 +176,7 @@ def test_a_place_is_kept(taken):
         assert_same(next(batches), batch)
 
 
-def test_a_kept_place_does_not_move():
+def test_a_saved_position_does_not_change():
     batches = shuffled_batches(EXAMPLES, 4, 3)
     next(batches)
     position = batches.get_state()
@@ -191,7 +190,7 @@ def test_a_kept_place_does_not_move():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 8, 50])
-def test_one_pass_by_length(num_rows):
+def test_ordered_batches_are_one_pass_sorted_by_length(num_rows):
     batches = ordered_batches(EXAMPLES, num_rows)
     assert len(batches) == -(-len(EXAMPLES) // num_rows)
     order = all_members(batches)
@@ -202,7 +201,7 @@ def test_one_pass_by_length(num_rows):
         assert batch.frames.shape[1] == bucket(max(LENGTHS[i] for i in members(batch)))
 
 
-def test_no_examples_are_no_batches():
+def test_without_examples_there_are_no_batches():
     assert ordered_batches([], 4) == []
 
 
@@ -223,14 +222,14 @@ HELD_OUT = {
 @pytest.mark.parametrize(("count", "share"), HELD_OUT)
 @pytest.mark.parametrize("seed", [0, 3])
 def test_a_share_is_held_out(count, share, seed):
-    learnt, held = split_holdout(list(range(count)), share, seed)
+    train, held = split_holdout(list(range(count)), share, seed)
     assert len(held) == HELD_OUT[count, share]
-    assert sorted(learnt + held) == list(range(count))
-    assert (learnt, held) == split_holdout(list(range(count)), share, seed)
-    assert (learnt, held) == (sorted(learnt), sorted(held)), "in the order of the file"
+    assert sorted(train + held) == list(range(count))
+    assert (train, held) == split_holdout(list(range(count)), share, seed)
+    assert (train, held) == (sorted(train), sorted(held)), "in the order of the file"
 
 
-def test_what_is_held_out_is_drawn():
+def test_held_out_examples_are_drawn_uniformly():
     """Each of 10 examples in a tenth of 400 draws (5 deviations: 30)."""
     drawn = [split_holdout(range(10), 0.1, seed)[1][0] for seed in range(400)]
     assert (abs(np.bincount(drawn, minlength=10) - 40) < 30).all()

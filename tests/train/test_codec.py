@@ -1,4 +1,4 @@
-"""Training of the codec: spectra, what comes back, and codebooks that follow what chooses them."""
+"""Training of the codec: spectra, reconstruction, and codebooks that are moving averages."""
 
 import dataclasses
 
@@ -12,16 +12,16 @@ from flax import nnx
 import csm_jax
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.train import codec
-from csm_jax.train.codec import CodecRecipe, Usage, codec_step, init_codec_state, reconstruct
-from csm_jax.train.optimiser import OptimiserConfig, make_optimiser
+from csm_jax.train.codec import CodecStepConfig, Usage, codec_step, init_codec_state, reconstruct
+from csm_jax.train.optimizer import OptimizerConfig, make_optimizer
 from csm_jax.train.spectral import SCALES, log_mel, mel_distance, mel_filters
 
-CONFIG = csm_jax.tiny().codec
+CODEC = csm_jax.tiny().codec
 STEPS = 40
-RECIPE = CodecRecipe(
-    CONFIG, OptimiserConfig(kind="muon", learning_rate=1e-2, steps=STEPS, warmup=4)
+CONFIG = CodecStepConfig(
+    CODEC, OptimizerConfig(kind="muon", learning_rate=1e-2, steps=STEPS, warmup=4)
 )
-LABELLED = dataclasses.replace(RECIPE, num_labels=5, label_weight=1.0)
+LABELLED = dataclasses.replace(CONFIG, num_labels=5, label_weight=1.0)
 SEED = np.uint32(3)
 
 
@@ -30,19 +30,19 @@ pytestmark = pytest.mark.usefixtures("lenient")
 
 @pytest.fixture(scope="module")
 def mimi():
-    return Mimi(CONFIG, rngs=nnx.Rngs(0))
+    return Mimi(CODEC, rngs=nnx.Rngs(0))
 
 
 def tones(rows: int, num_frames: int) -> np.ndarray:
     """A buzz of another pitch in every row, [rows, samples]."""
-    time = np.arange(num_frames * CONFIG.frame_size) / CONFIG.sample_rate
+    time = np.arange(num_frames * CODEC.frame_size) / CODEC.sample_rate
     pitches = 90 + 37 * np.arange(rows)[:, None]
     buzz = sum(np.sin(2 * np.pi * k * pitches * time) / k for k in range(1, 12))
     return (0.2 * buzz * np.sin(2 * np.pi * 3 * time) ** 2).astype(np.float32)
 
 
 @pytest.mark.parametrize(("window", "num_mels"), SCALES)
-def test_the_spectrum_is_that_of_transformers(window, num_mels):
+def test_log_mel_spectra_equal_those_of_transformers(window, num_mels):
     audio_utils = pytest.importorskip("transformers.audio_utils")
     audio = tones(1, 3)[0]
     filters = audio_utils.mel_filter_bank(
@@ -64,41 +64,41 @@ def test_the_spectrum_is_that_of_transformers(window, num_mels):
     np.testing.assert_allclose(ours, theirs.T, atol=1e-3)
 
 
-def test_sounds_are_as_far_apart_as_they_differ_in_loudness():
+def test_mel_distance_is_the_logarithm_of_a_change_in_loudness():
     audio = tones(2, 3) + 0.5  # loud enough to be over the floor nowhere but in a few bands
     loud = np.random.default_rng(0).standard_normal(audio.shape).astype(np.float32)
     assert mel_distance(loud, loud, 24_000) == 0
     assert mel_distance(loud, 2 * loud, 24_000) == pytest.approx(np.log(2), rel=1e-2)
 
 
-def test_what_comes_back_in_training_is_what_the_codec_gives_back(mimi):
+def test_reconstruct_equals_encode_and_decode(mimi):
     audio = tones(2, 5)
-    heard, _, _ = reconstruct(mimi, audio, jnp.array([CONFIG.num_codebooks, 3]))
-    codes = mimi.encode(audio, CONFIG.num_codebooks)
+    heard, _, _ = reconstruct(mimi, audio, jnp.array([CODEC.num_codebooks, 3]))
+    codes = mimi.encode(audio, CODEC.num_codebooks)
     np.testing.assert_allclose(heard[:1], mimi.decode(codes[:1])[..., 0], atol=1e-5)
     np.testing.assert_allclose(heard[1:], mimi.decode(codes[1:, :, :3])[..., 0], atol=1e-5)
 
 
-def test_the_gradient_passes_the_codebooks_as_if_they_were_not_there(mimi):
+def test_the_gradient_passes_the_codebooks_unchanged(mimi):
     quantizer = mimi.quantizer.acoustic
     random = np.random.default_rng(0)
-    latent = random.standard_normal((2, 3, CONFIG.embed_dim)).astype(np.float32)
+    latent = random.standard_normal((2, 3, CODEC.embed_dim)).astype(np.float32)
     weight = random.standard_normal(latent.shape).astype(np.float32)
     kept = jnp.array([6, 2])
 
-    through = jax.grad(lambda x: jnp.sum(codec._quantise(quantizer, x, kept)[0] * weight))(latent)
+    through = jax.grad(lambda x: jnp.sum(codec._quantize(quantizer, x, kept)[0] * weight))(latent)
     around = jax.grad(lambda x: jnp.sum(quantizer.out_proj(quantizer.in_proj(x)) * weight))(latent)
     np.testing.assert_allclose(through, around, rtol=1e-4, atol=1e-5)
 
 
-def test_codebooks_follow_as_those_of_moshi():
+def test_codebooks_are_updated_as_in_moshi():
     torch = pytest.importorskip("torch")
     core_vq = pytest.importorskip("moshi.quantization.core_vq")
-    size, dim = CONFIG.codebook_size, CONFIG.codebook_dim
+    size, dim = CODEC.codebook_size, CODEC.codebook_dim
     random = np.random.default_rng(1)
     count = random.uniform(1, 3, size).astype(np.float32)
     book = random.standard_normal((size, dim)).astype(np.float32)
-    theirs = core_vq.EuclideanCodebook(dim, size, decay=RECIPE.decay, check_unused_every=10**6)
+    theirs = core_vq.EuclideanCodebook(dim, size, decay=CONFIG.decay, check_unused_every=10**6)
     theirs._initialized.fill_(1)
     theirs.cluster_usage.copy_(torch.tensor(count))
     theirs.embedding_sum.copy_(torch.tensor(book * count[:, None]))
@@ -109,7 +109,7 @@ def test_codebooks_follow_as_those_of_moshi():
         vectors = random.standard_normal((50, dim)).astype(np.float32)
         codes = codec.nearest(vectors[None], jnp.array(book))[0]
         usage, book = codec._follow_one(
-            usage, codec._Choice(jnp.array(vectors), codes), jax.random.key(step), RECIPE
+            usage, codec._Choice(jnp.array(vectors), codes), jax.random.key(step), CONFIG
         )
         with torch.no_grad():
             theirs(torch.tensor(vectors)[None])
@@ -117,36 +117,36 @@ def test_codebooks_follow_as_those_of_moshi():
     np.testing.assert_allclose(book, theirs.embedding.numpy(), atol=1e-5)
 
 
-def test_an_entry_that_nobody_chooses_starts_anew_at_a_vector_of_the_batch():
-    size, dim = CONFIG.codebook_size, CONFIG.codebook_dim
+def test_an_unused_entry_is_replaced_by_a_vector_of_the_batch():
+    size, dim = CODEC.codebook_size, CODEC.codebook_dim
     vectors = np.random.default_rng(0).standard_normal((40, dim)).astype(np.float32)
     count = np.full(size, 2.0, np.float32)
     count[[4, 9]] = 0.2 * 40 / size * 0.99  # after another step without a vector, too few
     usage = Usage(jnp.array(count), jnp.zeros((size, dim)))
     choice = codec._Choice(jnp.array(vectors), jnp.zeros(40, jnp.int32))
-    _, book = codec._follow_one(usage, choice, jax.random.key(0), RECIPE)
+    _, book = codec._follow_one(usage, choice, jax.random.key(0), CONFIG)
     is_vector = np.isclose(book[:, None], vectors[None], atol=1e-5).all(axis=-1).any(axis=-1)
     assert is_vector.nonzero()[0].tolist() == [4, 9]
 
 
 @pytest.mark.long
-def test_it_learns():
+def test_training_lowers_the_losses():
     audio = tones(4, 4)
-    # What is heard at a time depends on the row only: it has a pitch of its own.
+    # The label depends on the row only: it has a pitch of its own.
     labels = np.broadcast_to(np.arange(4, dtype=np.int32)[:, None, None], (4, 4, 2))
     state = init_codec_state(LABELLED, 0)
     before = state.params["quantizer"]["acoustic"]["codebooks"][5].copy()
     distances, compiled = [], codec_step._cache_size()
     for _ in range(STEPS):
-        state, metrics = codec_step(state, audio, SEED, labels, recipe=LABELLED)
+        state, metrics = codec_step(state, audio, SEED, labels, config=LABELLED)
         distances.append(float(metrics.mel))
     assert codec_step._cache_size() == compiled + 1
-    everything = jnp.full(len(audio), CONFIG.num_codebooks)
+    everything = jnp.full(len(audio), CODEC.num_codebooks)
     for params in (state.params, state.average):
-        heard, _, _ = reconstruct(bind(CONFIG, params), audio, everything)
+        heard, _, _ = reconstruct(bind(CODEC, params), audio, everything)
         assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
     assert not np.array_equal(before, state.params["quantizer"]["acoustic"]["codebooks"][5])
-    assert 1 < metrics.perplexity <= CONFIG.codebook_size
+    assert 1 < metrics.perplexity <= CODEC.codebook_size
     # The classifier begins at zero, where all kinds are as likely, and its steps are Adam's: small.
     assert metrics.labels < np.log(LABELLED.num_labels) - 0.03
 
@@ -156,15 +156,15 @@ def known_labels(rows: int, num_frames: int) -> np.ndarray:
     return random.integers(-1, 5, (rows, num_frames, LABELLED.labels_per_frame)).astype(np.int32)
 
 
-def test_labels_cost_what_torch_says(mimi):
+def test_the_label_loss_equals_that_of_torch(mimi):
     torch = pytest.importorskip("torch")
     random = np.random.default_rng(0)
     labels = known_labels(2, 3)
     head = {
-        "weight": random.standard_normal((2 * 5, CONFIG.codebook_dim)).astype(np.float32),
+        "weight": random.standard_normal((2 * 5, CODEC.codebook_dim)).astype(np.float32),
         "bias": random.standard_normal(2 * 5).astype(np.float32),
     }
-    everything = jnp.full(2, CONFIG.num_codebooks)
+    everything = jnp.full(2, CODEC.num_codebooks)
     _, _, (first, _) = reconstruct(mimi, tones(2, 3), everything)
     loss = codec._label_loss(mimi.quantizer.semantic, first[0], head, labels)
     codes = mimi.encode(tones(2, 3), 1)[..., 0]
@@ -178,9 +178,9 @@ def test_labels_cost_what_torch_says(mimi):
     assert float(loss) == pytest.approx(theirs.item(), rel=1e-4)
 
 
-def test_labels_that_are_unknown_teach_nothing(mimi):
-    head = {"weight": jnp.ones((2 * 5, CONFIG.codebook_dim)), "bias": jnp.arange(10.0)}
-    choice = codec._Choice(jnp.ones((6, CONFIG.codebook_dim)), jnp.zeros(6, jnp.int32))
+def test_unknown_labels_have_no_gradient(mimi):
+    head = {"weight": jnp.ones((2 * 5, CODEC.codebook_dim)), "bias": jnp.arange(10.0)}
+    choice = codec._Choice(jnp.ones((6, CODEC.codebook_dim)), jnp.zeros(6, jnp.int32))
 
     def gradients(labels):
         def loss(residual, head):
@@ -194,19 +194,19 @@ def test_labels_that_are_unknown_teach_nothing(mimi):
     assert all(np.any(leaf) for leaf in gradients(known_labels(2, 3)))
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (40, 41 / 50), (10**6, RECIPE.average)])
-def test_the_average_follows_the_weights_fast_at_first(step, kept):
+@pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (40, 41 / 50), (10**6, CONFIG.average)])
+def test_the_average_follows_the_weights_faster_at_first(step, kept):
     zeros, ones = {"weight": jnp.zeros(3)}, {"weight": jnp.ones(3)}
-    average = codec._moved(zeros, ones, jnp.int32(step), RECIPE)
+    average = codec._moved(zeros, ones, jnp.int32(step), CONFIG)
     np.testing.assert_allclose(average["weight"], 1 - kept, rtol=1e-3)
 
 
-def test_a_run_that_begins_with_weights_keeps_their_codebooks():
-    state = init_codec_state(RECIPE, 0)
-    params = nnx.to_pure_dict(nnx.state(Mimi(CONFIG, rngs=nnx.Rngs(5))))
+def test_given_weights_keep_their_codebooks():
+    state = init_codec_state(CONFIG, 0)
+    params = nnx.to_pure_dict(nnx.state(Mimi(CODEC, rngs=nnx.Rngs(5))))
     state = codec.with_weights(state, params)
     semantic, acoustic = state.usage
-    assert (len(semantic), len(acoustic)) == (1, CONFIG.num_codebooks - 1)
+    assert (len(semantic), len(acoustic)) == (1, CODEC.num_codebooks - 1)
     for usage, book in zip(
         acoustic, params["quantizer"]["acoustic"]["codebooks"].values(), strict=True
     ):
@@ -215,14 +215,14 @@ def test_a_run_that_begins_with_weights_keeps_their_codebooks():
     jax.tree.map(np.testing.assert_array_equal, state.average, params)
 
 
-def test_rows_make_do_with_fewer_codebooks_as_often_as_they_should():
-    recipe = dataclasses.replace(RECIPE, dropout=0.3)
-    kept = np.asarray(codec._draw_kept(jax.random.key(0), 4000, recipe))
-    assert set(kept) == set(range(1, CONFIG.num_codebooks + 1))
-    assert np.mean(kept < CONFIG.num_codebooks) == pytest.approx(0.3, abs=0.04)
+def test_dropout_is_the_share_of_rows_with_fewer_codebooks():
+    config = dataclasses.replace(CONFIG, dropout=0.3)
+    kept = np.asarray(codec._draw_kept(jax.random.key(0), 4000, config))
+    assert set(kept) == set(range(1, CODEC.num_codebooks + 1))
+    assert np.mean(kept < CODEC.num_codebooks) == pytest.approx(0.3, abs=0.04)
 
 
-def test_muon_updates_matrices_by_orthogonal_ones_and_leaves_tables_to_adam():
+def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_tables_to_adam():
     random = np.random.default_rng(0)
 
     def draw(*shape):
@@ -238,11 +238,11 @@ def test_muon_updates_matrices_by_orthogonal_ones_and_leaves_tables_to_adam():
         "norm": {"scale": draw(12)},
     }
     gradients = jax.tree.map(lambda leaf: draw(*leaf.shape), params)
-    config = OptimiserConfig(
+    config = OptimizerConfig(
         learning_rate=1e-2, steps=10, warmup=0, weight_decay=0.0, clip=1e9, kind="muon"
     )
-    optimiser = make_optimiser(config)
-    update, _ = optimiser.update(gradients, optimiser.init(params), params)
+    optimizer = make_optimizer(config)
+    update, _ = optimizer.update(gradients, optimizer.init(params), params)
     nadam = optax.nadamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0)
     by_adam, _ = nadam.update(gradients, nadam.init(params), params)
     matrices = {"linear": (12, 20), "conv": (24, 10), "transposed": (16, 20)}

@@ -1,7 +1,8 @@
-"""Conversations from a manifest: what is learnt of them, and every fault of a file at once."""
+"""Conversations from a manifest: the frames that count in the loss, and all problems at once."""
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def write(directory: Path, *lines: object) -> Path:
 def read(
     codec: Codec, path: Path, selection: Selection | None = None
 ) -> tuple[list[Example], list[Problem]]:
-    """All that happens to a manifest before training."""
+    """The examples and problems of a manifest."""
     conversations, problems = read_conversations(path)
     cache = CodeCache(path.parent / "cache", codec, Q)
     codes = cache.codes([turn.audio for each in conversations for turn in each.turns])
@@ -52,9 +53,9 @@ def read(
     return made, problems + more
 
 
-# --- Faults -------------------------------------------------------------------------------------
+# --- Problems -------------------------------------------------------------------------------------
 
-# What is wrong with the lines of one file, in their order; None is nothing.
+# The lines of one file and the problem of each, or None.
 LINES = [
     ([TURN], None),
     ("  ", None),
@@ -77,14 +78,14 @@ LINES = [
     ([TURN, TURN | {"audio": "silent.wav"}], "turn 2: {}/silent.wav: silent, its peak of 0.0e+00"),
     # BOS, "[0]", 55 letters, EOS, 3 frames and the end of speech.
     ([TURN | {"text": 55 * "a"}], "64 positions of text and audio, but at most 63 fit"),
-    ([TURN | {"train": False}], "nothing in it is to be learnt"),
+    ([TURN | {"train": False}], "nothing in it to train on"),
     ("[" * 100_000, "not JSON"),
     ([TURN | {"text": 54 * "a"}], None),
 ]
 
 
-def test_every_line_with_a_fault_is_named(codec, tmp_path):
-    """One call finds what is wrong with text, files, sound and lengths; the rest is kept."""
+def test_every_line_with_a_problem_is_named(codec, tmp_path):
+    """One pass finds problems of text, files, audio and lengths; the other lines are used."""
     (tmp_path / "note.txt").write_text("this is not a recording")
     soundfile.write(tmp_path / "empty.wav", np.zeros(0), 24_000)
     soundfile.write(tmp_path / "silent.wav", np.zeros(FRAME), 24_000)
@@ -104,7 +105,7 @@ def test_every_line_with_a_fault_is_named(codec, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b" \n\n", b"[\xff]"])
-def test_a_manifest_without_lines(content, tmp_path):
+def test_a_manifest_without_lines_is_refused(content, tmp_path):
     path = tmp_path / "data.jsonl"
     if content is not None:
         path.write_bytes(content)
@@ -113,7 +114,7 @@ def test_a_manifest_without_lines(content, tmp_path):
 
 
 @pytest.mark.parametrize(("level", "is_speech"), [(32, False), (33, True), (-33, True)])
-def test_silence_ends_at_a_thousandth(codec, level, is_speech, tmp_path):
+def test_a_peak_under_a_thousandth_is_silence(codec, level, is_speech, tmp_path):
     """Of full scale, 32.768 of 16-bit samples; a peak downwards is as loud."""
     samples = np.zeros(FRAME, np.int16)
     samples[100] = level
@@ -139,34 +140,38 @@ PROBLEMS = [Problem(12, "b is bad"), Problem(3, "a is bad")]
 BOTH = "data.jsonl, line 3: a is bad\ndata.jsonl, line 12: b is bad\n"
 
 
-def test_faults_are_told_in_the_order_of_the_lines(capsys):
+def print_error(message: str) -> None:
+    print(message, file=sys.stderr)
+
+
+def test_problems_are_reported_in_the_order_of_the_lines(capsys):
     with pytest.raises(InputError, match="2 of 7 conversations") as caught:
-        report(Path("data.jsonl"), PROBLEMS, 5, "fail")
+        report(Path("data.jsonl"), PROBLEMS, 5, "fail", print_error)
     assert capsys.readouterr().err == BOTH
     assert str(caught.value).endswith("leave them out with --on_bad_data=skip")
 
 
-def test_faults_may_be_left_out(capsys):
-    report(Path("data.jsonl"), PROBLEMS, 5, "skip")
+def test_lines_with_problems_may_be_left_out(capsys):
+    report(Path("data.jsonl"), PROBLEMS, 5, "skip", print_error)
     assert capsys.readouterr().err == BOTH
 
 
 @pytest.mark.parametrize("on_bad", ["fail", "skip"])
-def test_nothing_wrong_is_nothing_said(on_bad, capsys):
-    report(Path("data.jsonl"), [], 1, on_bad)
+def test_without_problems_nothing_is_reported(on_bad, capsys):
+    report(Path("data.jsonl"), [], 1, on_bad, print_error)
     assert capsys.readouterr().err == ""
 
 
-def test_nothing_left_is_an_error_also_if_faults_may_be_left_out(capsys):
-    with pytest.raises(InputError, match="nothing that can be learnt from"):
-        report(Path("data.jsonl"), PROBLEMS, 0, "skip")
+def test_it_is_an_error_if_no_conversation_is_left(capsys):
+    with pytest.raises(InputError, match="no conversation to train on"):
+        report(Path("data.jsonl"), PROBLEMS, 0, "skip", print_error)
     assert capsys.readouterr().err == BOTH
 
 
 # --- Examples -----------------------------------------------------------------------------------
 
 
-def test_an_example_is_made_of_text_sound_and_its_end(codec, tmp_path):
+def test_an_example_has_the_rows_of_the_reference(codec, tmp_path):
     """Row by row, as generator.py of SesameAILabs/csm lays them out."""
     turns = [TURN | {"train": False}, {"speaker": 12, "text": "Yes", "audio": "reply.wav"}]
     ((example,), problems) = read(codec, write(tmp_path, turns))
@@ -187,52 +192,52 @@ def test_an_example_is_made_of_text_sound_and_its_end(codec, tmp_path):
     np.testing.assert_array_equal(
         example.mask[:, :-1], ~np.array(is_text)[:, None] & np.ones(Q, bool)
     )
-    np.testing.assert_array_equal(example.targets, 21 * [False] + 6 * [True])
-    assert (example.frames.dtype, example.mask.dtype, example.targets.dtype) == (
+    np.testing.assert_array_equal(example.loss_mask, 21 * [False] + 6 * [True])
+    assert (example.frames.dtype, example.mask.dtype, example.loss_mask.dtype) == (
         np.int32,
         bool,
         bool,
     )
-    said = [(segment.speaker, segment.text) for segment in example.segments]
-    assert said == [(0, "Hi."), (12, "Yes")]
+    turns = [(segment.speaker, segment.text) for segment in example.segments]
+    assert turns == [(0, "Hi."), (12, "Yes")]
 
 
-# Of turns of the speakers 0, 1, 0, 1, of which the third is only heard, those that are learnt.
+# Of turns of the speakers 0, 1, 0, 1, of which the third is only context, those in the loss.
 SELECTIONS = {
     "all": (Selection(), [0, 1, 3]),
     "one speaker": (Selection(speakers=[0]), [0]),
     "both speakers": (Selection(speakers=[1, 0, 5]), [0, 1, 3]),
     "the last": (Selection(turns="last"), [3]),
     "the last of a speaker": (Selection(speakers=[1], turns="last"), [3]),
-    "nobody": (Selection(speakers=[]), None),
+    "no speaker": (Selection(speakers=[]), None),
     "another's last": (Selection(speakers=[0], turns="last"), None),
 }
 
 
 @pytest.mark.parametrize("name", SELECTIONS)
-def test_what_is_learnt_is_chosen(codec, name, tmp_path):
-    selection, learnt = SELECTIONS[name]
+def test_the_selected_turns_count_in_the_loss(codec, name, tmp_path):
+    selection, trained = SELECTIONS[name]
     turns = [TURN | {"speaker": i % 2, "train": i != 2} for i in range(4)]
     made, problems = read(codec, write(tmp_path, turns), selection)
-    if learnt is None:
+    if trained is None:
         assert made == []
         (problem,) = problems
         assert problem.line == 1
-        assert "nothing in it is to be learnt" in problem.message
+        assert "nothing in it to train on" in problem.message
         return
     assert problems == []
     # BOS, "[0]Hi.", EOS; 3 frames and the end of speech.
-    wanted = [value for i in range(4) for value in 8 * [False] + 4 * [i in learnt]]
-    np.testing.assert_array_equal(made[0].targets, wanted)
+    wanted = [value for i in range(4) for value in 8 * [False] + 4 * [i in trained]]
+    np.testing.assert_array_equal(made[0].loss_mask, wanted)
 
 
-def test_the_last_turn_may_be_one_that_is_only_heard(codec, tmp_path):
+def test_a_last_turn_that_is_only_context_does_not_count(codec, tmp_path):
     path = write(tmp_path, [TURN, TURN | {"train": False}])
     assert read(codec, path, Selection(turns="last"))[0] == []
 
 
-def test_recordings_lie_beside_the_file(codec, tmp_path, monkeypatch):
-    """Wherever the program was started."""
+def test_paths_of_recordings_are_relative_to_the_file(codec, tmp_path, monkeypatch):
+    """Not to the working directory."""
     (tmp_path / "elsewhere").mkdir()
     path = write(tmp_path, [TURN])
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -240,7 +245,7 @@ def test_recordings_lie_beside_the_file(codec, tmp_path, monkeypatch):
     assert (len(made), problems) == (1, [])
 
 
-def test_every_fault_of_a_line_is_told(codec, tmp_path):
+def test_all_problems_of_a_line_are_reported(codec, tmp_path):
     missing = [{**TURN, "audio": name} for name in ("one.wav", "two.wav")]
     unspoken = [{**TURN, "text": ""}, TURN, {**TURN, "loud": 1}]
     _, problems = read(codec, write(tmp_path, [*missing, TURN], unspoken))

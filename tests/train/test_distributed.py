@@ -21,7 +21,7 @@ def data(tmp_path_factory):
 
 
 def start(data: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """A run whose process has so many CPU devices."""
+    """A run in a process with so many CPU devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
     common = ["--checkpoint=random:tiny", "--batch_size=8", "--max_len=512", "--log_every=1"]
     common += ["--depth_share=0.3", "--eval_every=3", "--learning_rate=1e-3", f"--steps={STEPS}"]
@@ -68,12 +68,12 @@ def assert_same(ours: dict[str, list[float]], theirs: dict[str, list[float]]) ->
 
 
 @pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.long), 8])
-def test_eight_devices(data, alone, tmp_path, fsdp):
+def test_eight_devices_have_the_losses_of_one(data, alone, tmp_path, fsdp):
     out = tmp_path / "run"
     assert_same(curve(start(data, out, f"--fsdp={fsdp}", devices=8), out=out), alone)
 
 
-def test_two_processes(data, alone, tmp_path):
+def test_two_processes_have_the_losses_of_one(data, alone, tmp_path):
     """Each has two devices and half of every batch; the parameters are divided by four."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -86,7 +86,7 @@ def test_two_processes(data, alone, tmp_path):
 
 
 @pytest.mark.long
-def test_gone_on_with_on_other_devices(data, alone, tmp_path):
+def test_a_run_can_be_resumed_on_other_devices(data, alone, tmp_path):
     """A checkpoint of eight devices is one for any number."""
     out = tmp_path / "run"
     process = start(data, out, "--fsdp=4", "--save_every=1", devices=8)

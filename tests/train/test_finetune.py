@@ -1,4 +1,4 @@
-"""`python -m csm_jax.finetune`, from recordings to a model that says them."""
+"""`python -m csm_jax.finetune`, from recordings to a model that generates them."""
 
 import errno
 import fcntl
@@ -25,7 +25,7 @@ from csm_jax.convert import __main__ as convert
 from csm_jax.sampling import Sampling
 
 CONFIG = csm_jax.tiny()
-# Short runs of a tiny model; every test says what it needs beside.
+# Short runs of a tiny model; every test adds its own flags.
 COMMON = ["--checkpoint=random:tiny", "--batch_size=2", "--max_len=512", "--log_every=1"]
 
 
@@ -64,14 +64,14 @@ def assert_same_runs(one: Path, other: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole_run(data, tmp_path_factory):
-    """6 steps without an interruption, and the flags that made them."""
+    """6 steps without an interruption, and the flags of the run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     flags = [f"--data={data}", "--steps=6", "--save_every=2", "--eval_every=3", "--ema=0.5"]
     assert run(*flags, f"--out={out}") == 0
     return out, flags
 
 
-def test_a_run_leaves_what_it_says(whole_run):
+def test_a_run_writes_metrics_checkpoints_and_a_model(whole_run):
     out, _ = whole_run
     assert [line["step"] for line in metrics(out)] == [1, 2, 3, 4, 5, 6]
     evaluated = [line for line in metrics(out) if "eval_loss" in line]
@@ -85,11 +85,11 @@ def test_a_run_leaves_what_it_says(whole_run):
 
 
 def test_the_result_is_the_moving_average(whole_run):
-    """Not what the last step left; with 0.5, they are half a step apart at the least."""
+    """They are not the parameters after the last step, from which a decay of 0.5 tells them."""
     out, _ = whole_run
-    kept = state(out, 6)
+    stored = state(out, 6)
     result = dict(checkpoint.read_params(out / "model", CONFIG))["csm/projection/weight"]
-    same = [leaf for leaf in kept if leaf.shape == result.shape and np.array_equal(leaf, result)]
+    same = [leaf for leaf in stored if leaf.shape == result.shape and np.array_equal(leaf, result)]
     assert len(same) == 1, "the checkpoint has parameters, moments and averages of this shape"
 
 
@@ -113,8 +113,8 @@ def has_step(out: Path, step: int) -> bool:
 @pytest.mark.parametrize(
     "step", [1, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 5))]
 )
-def test_killed_and_started_again(whole_run, tmp_path, step):
-    """At any moment: before the first checkpoint, between two, while one is written."""
+def test_a_killed_run_is_resumed_with_equal_results(whole_run, tmp_path, step):
+    """Before the first checkpoint, between two, while one is written."""
     whole, flags = whole_run
     out = tmp_path / "run"
     process = subprocess.Popen(command(out, flags), stderr=subprocess.DEVNULL)
@@ -126,15 +126,15 @@ def test_killed_and_started_again(whole_run, tmp_path, step):
     assert_same_runs(out, whole, 6)
 
 
-def test_told_to_stop_it_saves_and_leaves(whole_run, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(whole_run, tmp_path):
     whole, flags = whole_run
     out = tmp_path / "run"
     process = subprocess.Popen(command(out, flags), stderr=subprocess.PIPE, text=True)
     wait_for(lambda: has_step(out, 1), process)
     process.terminate()
-    _, said = process.communicate()
+    _, stderr = process.communicate()
     assert process.returncode == 0
-    assert "goes on from there" in said
+    assert "goes on from there" in stderr
     stopped = metrics(out)[-1]["step"]
     assert 1 <= stopped < 6
     assert str(stopped) in [path.name for path in (out / "checkpoints").iterdir()]
@@ -143,7 +143,7 @@ def test_told_to_stop_it_saves_and_leaves(whole_run, tmp_path):
 
 
 def test_a_directory_has_one_run_at_a_time(whole_run, tmp_path, capsys):
-    """The lock is held here as another process would hold it, and free when its holder is gone."""
+    """The lock is held here as another process would hold it, and free afterwards."""
     whole, flags = whole_run
     out = tmp_path / "run"
     out.mkdir()
@@ -162,8 +162,8 @@ def test_a_directory_has_one_run_at_a_time(whole_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "size", [200, 20_000, *(pytest.param(n, marks=pytest.mark.long) for n in (2000, 50_000))]
 )
-def test_a_run_on_a_full_disk_ends_with_a_line_and_goes_on(whole_run, tmp_path, size):
-    """Files cannot grow beyond so many bytes: the settings, the figures, or a checkpoint fail."""
+def test_a_run_on_a_full_disk_ends_with_a_line_and_can_be_resumed(whole_run, tmp_path, size):
+    """Files cannot grow beyond `size` bytes: the settings, the metrics, or a checkpoint fail."""
     whole, flags = whole_run
     out = tmp_path / "run"
     limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size}, r.RLIM_INFINITY)); "
@@ -180,7 +180,7 @@ def test_a_run_on_a_full_disk_ends_with_a_line_and_goes_on(whole_run, tmp_path, 
     assert_same_runs(out, whole, 6)
 
 
-def test_a_result_is_replaced_only_by_a_whole_one(whole_run, tmp_path, monkeypatch, capsys):
+def test_a_result_is_replaced_only_by_a_complete_one(whole_run, tmp_path, monkeypatch, capsys):
     whole, flags = whole_run
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -201,14 +201,14 @@ def test_a_result_is_replaced_only_by_a_whole_one(whole_run, tmp_path, monkeypat
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_other_settings_are_another_run(whole_run, capsys):
+def test_a_run_cannot_be_resumed_with_other_settings(whole_run, capsys):
     out, flags = whole_run
     assert run(*flags, f"--out={out}", "--learning_rate=0.5") == 2
     assert "--learning_rate" in capsys.readouterr().err
 
 
-def test_what_is_said_does_not_matter_for_what_is_learnt(whole_run, tmp_path):
-    """How often a run saves, evaluates and samples; and the parts of a batch, up to rounding."""
+def test_saving_evaluating_and_sampling_do_not_change_the_losses(whole_run, tmp_path):
+    """Nor do the parts of a batch, up to rounding."""
     whole, flags = whole_run
     out = tmp_path / "run"
     more = ["--accumulate=2", "--save_every=5", "--eval_every=0", "--sample_every=3"]
@@ -221,8 +221,8 @@ def test_what_is_said_does_not_matter_for_what_is_learnt(whole_run, tmp_path):
     }
 
 
-def test_a_conversation_by_heart(tmp_path, capsys):
-    """It is learnt until greedy speech is its codes, and goes to the Hugging Face layout."""
+def test_a_memorized_conversation_is_generated_to_the_code(tmp_path, capsys):
+    """It is trained on until greedy sampling gives its codes."""
     data = fixtures.write_conversations(tmp_path, lengths=[(7,)])
     out = tmp_path / "run"
     flags = [f"--data={data}", "--depth_share=0.5", "--learning_rate=1e-2", "--weight_decay=0"]
@@ -235,12 +235,12 @@ def test_a_conversation_by_heart(tmp_path, capsys):
     assert losses["loss"] == pytest.approx(losses["backbone_loss"] + losses["depth_decoder_loss"])
     model = csm_jax.load(out / "model")
     codes = model.codec.encode(load_audio(tmp_path / "0-0.wav", 24_000), CONFIG.num_codebooks)
-    spoken = model.generate_codes("0 0", speaker=0, sampling=Sampling(greedy=True))
-    np.testing.assert_array_equal(spoken, codes)
+    generated = model.generate_codes("0 0", speaker=0, sampling=Sampling(greedy=True))
+    np.testing.assert_array_equal(generated, codes)
 
 
-def test_a_run_that_has_lost_its_mind_ends(data, tmp_path, capsys):
-    """After a step of 1e30 nothing is finite any more; the checkpoint before is named."""
+def test_a_run_without_finite_gradients_ends(data, tmp_path, capsys):
+    """After a step of 1e30 nothing is finite any more; the error names the checkpoint before."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=20", "--save_every=1", "--warmup=0"]
     assert run(*flags, "--learning_rate=1e30", "--patience=3", f"--out={out}") == 2
@@ -250,8 +250,8 @@ def test_a_run_that_has_lost_its_mind_ends(data, tmp_path, capsys):
     assert [line["skipped"] for line in metrics(out)][:3] == [0, 1, 2]
 
 
-def test_adapters_alone(data, tmp_path):
-    """They are stored alone, small, and merged on loading; the base is left as it was."""
+def test_a_run_with_adapters_writes_them_alone(data, tmp_path):
+    """They are merged when they are loaded; the base stays as it was."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=4", "--learning_rate=0.05", "--lora_targets=q,v,down"]
     assert run(*flags, "--lora_rank=3", f"--out={out}") == 0
@@ -267,7 +267,7 @@ def test_adapters_alone(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "says"),
+    ("flags", "message"),
     [
         (["--data=nowhere.jsonl"], "nowhere.jsonl"),
         (["--data={data}", "--depth_share=0"], "--depth_share is 0.0"),
@@ -287,24 +287,24 @@ def test_adapters_alone(data, tmp_path):
         ([], "--data is missing"),
     ],
 )
-def test_bad_flags(flags, says, data, tmp_path, capsys):
+def test_wrong_flags_are_one_line(flags, message, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(*(flag.format(data=data) for flag in flags), f"--out={out}") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("csm_jax.finetune: error: ")
-    assert says in error
+    assert message in error
     assert not out.exists()
 
 
-def test_a_directory_that_is_no_run(data, tmp_path, capsys):
+def test_a_directory_with_other_files_is_refused(data, tmp_path, capsys):
     (tmp_path / "precious").write_text("mine")
     assert run(f"--data={data}", f"--out={tmp_path}") == 2
     assert "no run" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["precious"]
 
 
-def test_merged_once_or_on_every_loading(data, tmp_path):
-    """`convert --adapters` writes what `load(adapters=)` makes, and speaks like `--adapters`."""
+def test_convert_with_adapters_equals_loading_with_adapters(data, tmp_path):
+    """`convert --adapters` writes the weights of `load(adapters=)`, with the same codes."""
     adapters, merged = tmp_path / "run" / "adapters", tmp_path / "merged"
     flags = [f"--data={data}", "--steps=2", "--learning_rate=0.05", f"--out={tmp_path / 'run'}"]
     assert run(*flags, "--lora_rank=2") == 0
@@ -326,8 +326,8 @@ def test_merged_once_or_on_every_loading(data, tmp_path):
     np.testing.assert_array_equal(*codes)
 
 
-def test_from_scratch(data, tmp_path):
-    """Only the language model is new, and knows nothing: its loss is that of a guess, or more."""
+def test_from_scratch_initializes_the_language_model_alone(data, tmp_path):
+    """Its loss is at first that of a guess, or more."""
     out = tmp_path / "run"
     assert run(f"--data={data}", "--steps=2", "--from_scratch", f"--out={out}") == 0
     guess = 2 * np.log(CONFIG.audio_vocab_size)
@@ -339,23 +339,23 @@ def test_from_scratch(data, tmp_path):
     assert csm_jax.load(out / "model").codec.fingerprint == codec.fingerprint
 
 
-def test_bad_data_ends_it_or_is_left_out(data, tmp_path, capsys):
+def test_lines_with_problems_end_the_run_or_are_left_out(data, tmp_path, capsys):
     mixed = data.with_name("mixed.jsonl")
     mixed.write_text(
         "{\n" + data.read_text() + '[{"speaker": 0, "text": "", "audio": "0-0.wav"}]\n'
     )
     out = tmp_path / "run"
     assert run(f"--data={mixed}", "--steps=1", f"--out={out}") == 2
-    said = capsys.readouterr().err
-    assert f"{mixed}, line 1: not JSON" in said
-    assert f"{mixed}, line 6: turn 1: the text is empty" in said
-    assert "2 of 6 conversations" in said
+    error = capsys.readouterr().err
+    assert f"{mixed}, line 1: not JSON" in error
+    assert f"{mixed}, line 6: turn 1: the text is empty" in error
+    assert "2 of 6 conversations" in error
     assert not out.exists()
     assert run(f"--data={mixed}", "--steps=1", f"--out={out}", "--on_bad_data=skip") == 0
 
 
-def test_losses_of_chosen_turns_add_up(data, capsys):
-    """Frames of all turns are those of each speaker; so are their losses, weighed by frames."""
+def test_losses_of_each_speaker_add_up_to_those_of_all(data, capsys):
+    """Weighed by the numbers of their frames."""
 
     def losses(*flags: str) -> dict:
         capsys.readouterr()

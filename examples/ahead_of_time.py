@@ -1,7 +1,7 @@
-"""Compiling without weights, and for chips that are not there: a compiler wants shapes only.
+"""The model's programs, lowered without weights: a compiler needs shapes and shardings only.
 
-The compiler of `jax[tpu]` (libtpu) runs on any Linux machine. What it proves is that a program
-lowers, compiles and fits; it proves nothing about speed.
+The compiler of `jax[tpu]` (libtpu) runs on any Linux machine. It shows that a program lowers,
+compiles and fits into memory; it shows nothing about speed.
 """
 
 import functools
@@ -17,16 +17,21 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.stages import Lowered
 
-from csm_jax.checkpoint import Params, flatten, param_shapes, unflatten
+from csm_jax.checkpoint import flatten, param_shapes, unflatten
 from csm_jax.config import CSMConfig
 from csm_jax.decode_step import GenerationState, init_state, prefill, run_frames
+from csm_jax.layers import LowRank, Params
+from csm_jax.lora import Adapters, LoRAConfig, adapter_shapes
 from csm_jax.mimi import codec
 from csm_jax.precision import Precision
 from csm_jax.sampling import Sampling, SamplingParams
 from csm_jax.sharding import param_sharding, rows_sharding, state_sharding
+from csm_jax.train import step
+from csm_jax.train.batches import Batch
+from csm_jax.train.fsdp import fsdp_sharding
 
-# What libtpu would ask the cloud machine for that it takes this one to be; without a lock and
-# logs in /tmp, which chips need that are there.
+# What libtpu would ask the metadata server of a cloud machine for. Locks and logs are off, which
+# only real chips need.
 _ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -38,7 +43,7 @@ _ENVIRONMENT = {
 
 
 def tpu_devices(topology: str = "v5e:1x1") -> list[jax.Device]:
-    """Chips to compile for; nothing is asked of the machine this runs on.
+    """Chips to compile for; this machine needs none.
 
     Args:
       topology: generation and chips, such as "v5e:2x2" or "v6e:1x1"; one host has them all.
@@ -58,7 +63,7 @@ def tpu_devices(topology: str = "v5e:1x1") -> list[jax.Device]:
 class Target:
     """A model on a mesh, of which only the shapes are known.
 
-    Every method lowers a program as a generator would run it; `.compile()` is left to do.
+    Every method lowers a program as a generator runs it; its `.compile()` compiles it.
     """
 
     config: CSMConfig
@@ -76,7 +81,7 @@ class Target:
         return unflatten(placed, shapes)
 
     def prefill(self, batch: int, max_seq_len: int, length: int) -> Lowered:
-        """Reading a prompt of `length` positions into a row."""
+        """Prefill of a prompt of `length` positions."""
         columns = self.config.num_codebooks + 1
         return prefill.lower(
             self.params["csm"],
@@ -89,7 +94,7 @@ class Target:
         )
 
     def frame_loop(self, batch: int, max_seq_len: int) -> Lowered:
-        """Frames of all rows, when at least one of them needs the whole cache."""
+        """The frame loop, where at least one row needs the whole cache."""
         sampling = SamplingParams.stack([Sampling()] * batch)
         return run_frames.lower(
             self.params["csm"],
@@ -103,7 +108,7 @@ class Target:
         )
 
     def codec_step(self, batch: int, num_frames: int) -> Lowered:
-        """Decoding the next frames of all rows, on the codec's device."""
+        """Decoding of the next frames of all rows, on the codec's device."""
         config = self.config.codec
         state = jax.eval_shape(lambda: codec.abstract(config).init_decode_state(batch))
         codes = jax.ShapeDtypeStruct((batch, num_frames, self.config.num_codebooks), jnp.int32)
@@ -137,6 +142,42 @@ class Target:
 
 def _placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def lower_train_step(config: step.TrainStepConfig, rows: int, length: int) -> Lowered:
+    """The training step on `config.mesh`, for batches of `rows` x `length` positions."""
+    mesh = config.mesh
+    if mesh is None:
+        raise ValueError("a step is lowered for the devices of a mesh, and the config has none")
+    frozen = None
+    trainable: Params = param_shapes(config.model)["csm"]
+    if config.lora is not None:
+        frozen = _placed_to_train(param_shapes(config.model, config.precision)["csm"], mesh)
+        trainable = _adapters(config.model, config.lora)
+    state = jax.eval_shape(functools.partial(step.init_state, config=config), trainable)
+    columns = config.model.num_codebooks + 1
+    batch = Batch(
+        frames=jax.ShapeDtypeStruct((rows, length, columns), jnp.int32),
+        mask=jax.ShapeDtypeStruct((rows, length, columns), bool),
+        loss_mask=jax.ShapeDtypeStruct((rows, length), bool),
+    )
+    batch = jax.tree.map(_placed, batch, rows_sharding(batch, mesh))
+    state = _placed_to_train(state, mesh)
+    return step.train_step.lower(state, frozen, batch, np.uint32(0), config=config)
+
+
+def _adapters(config: CSMConfig, lora: LoRAConfig) -> Adapters:
+    return {
+        path: LowRank(
+            jax.ShapeDtypeStruct((lora.rank, width), jnp.float32),
+            jax.ShapeDtypeStruct((out, lora.rank), jnp.float32),
+        )
+        for path, (out, width) in adapter_shapes(config, lora.targets).items()
+    }
+
+
+def _placed_to_train(shapes: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(lambda leaf: _placed(leaf, fsdp_sharding(leaf.shape, mesh)), shapes)
 
 
 def measure(lower: Callable[[], Lowered]) -> dict[str, float | int]:

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up and cosine, clipped, and deaf to gradients that are not finite."""
+"""AdamW or Muon with warm-up and cosine decay; gradients are clipped, and skipped if not finite."""
 
 import functools
 from dataclasses import dataclass
@@ -14,15 +14,17 @@ KINDS = ("adamw", "muon")
 
 
 @dataclass(frozen=True)
-class OptimiserConfig:
-    """Attributes:
-    kind: of `KINDS`. Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, and
-      leaves what is no matrix to AdamW with Nesterov's momentum; from scratch it needs fewer steps.
-    learning_rate: the highest.
-    steps: of the whole run; the rate falls along half a cosine to `final_rate` of the highest.
-    warmup: steps over which it rises from zero.
-    weight_decay: of matrices; norms are left alone.
-    clip: largest norm of a gradient.
+class OptimizerConfig:
+    """The optimizer and the learning rate of a run.
+
+    Attributes:
+      learning_rate: the highest.
+      steps: of the whole run; the rate falls along half a cosine to `final_rate` of the highest.
+      warmup: steps over which the rate rises from zero.
+      weight_decay: of matrices; norms have none.
+      clip: largest norm of a gradient.
+      kind: of `KINDS`. Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, and
+        leaves everything else to AdamW with Nesterov's momentum; from scratch it needs fewer steps.
     """
 
     learning_rate: float = 1e-4
@@ -35,7 +37,7 @@ class OptimiserConfig:
 
     def __post_init__(self):
         if self.kind not in KINDS:
-            raise InputError(f"the optimiser is {self.kind}, but must be {' or '.join(KINDS)}")
+            raise InputError(f"the optimizer is {self.kind}, but must be {' or '.join(KINDS)}")
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}, but must be at least 1")
         if not 0 <= self.warmup < self.steps:
@@ -45,25 +47,25 @@ class OptimiserConfig:
                 raise InputError(f"{name} is {getattr(self, name)}, but must be more than 0")
 
 
-# Skipped steps are counted, and it is the loop that loses patience.
+# Skipped steps are counted; the loop decides when there are too many in a row.
 _ALWAYS = 2**31 - 1
 
 
 @functools.cache
-def make_optimiser(config: OptimiserConfig) -> optax.GradientTransformation:
-    """The optimiser of a run. Its state counts the steps it has skipped (`ApplyIfFiniteState`)."""
+def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
+    """The optimizer of a run. Its state counts the skipped steps (`optax.ApplyIfFiniteState`)."""
     make = {"adamw": _adamw, "muon": _muon}[config.kind]
     chain = optax.chain(optax.clip_by_global_norm(config.clip), make(config))
     return optax.apply_if_finite(chain, max_consecutive_errors=_ALWAYS)
 
 
-def _adamw(config: OptimiserConfig) -> optax.GradientTransformation:
+def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.adamw(
         learning_rate(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_decays
     )
 
 
-def _muon(config: OptimiserConfig) -> optax.GradientTransformation:
+def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
     return muon(
         learning_rate(config),
         weight_decay=config.weight_decay,
@@ -74,8 +76,8 @@ def _muon(config: OptimiserConfig) -> optax.GradientTransformation:
     )
 
 
-def learning_rate(config: OptimiserConfig) -> optax.Schedule:
-    """Of a step, counted from 0."""
+def learning_rate(config: OptimizerConfig) -> optax.Schedule:
+    """The learning rate by step, counted from 0."""
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (config.warmup + 1),
         peak_value=config.learning_rate,
@@ -94,9 +96,9 @@ _MUON_RMS = 0.2
 
 
 def _as_matrices(params: optax.Params) -> Any:
-    """Which axes of a parameter are inputs and outputs of a matrix; None for what is none.
+    """Which axes of a parameter are the inputs and outputs of a matrix; None if it is not one.
 
-    Embeddings, codebooks and heads, whose rows are entries of a table, are none.
+    Embeddings, codebooks and heads are not, because their rows are entries of a table.
     """
 
     def axes(path: tuple[Any, ...], leaf: jax.Array) -> MuonDimensionNumbers | None:
@@ -107,7 +109,7 @@ def _as_matrices(params: optax.Params) -> Any:
             return MuonDimensionNumbers((1,), (0,))
         if leaf.ndim == 3:  # a convolution, [K, in, out]
             return MuonDimensionNumbers((0, 1), (2,))
-        # Transposed, [M, in, stride, out]; depthwise it is no matrix.
+        # Transposed, [M, in, stride, out]; a depthwise one is not a matrix.
         return None if leaf.shape[-1] == 1 else MuonDimensionNumbers((0, 1), (2, 3))
 
     return jax.tree.map_with_path(axes, params)

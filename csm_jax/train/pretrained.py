@@ -1,0 +1,120 @@
+"""The checkpoint that training starts from, with its parameters in the types that a step needs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from csm_jax import checkpoint, lora, peft_files
+from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
+from csm_jax.layers import Params
+from csm_jax.loading import open_source
+from csm_jax.lora import Adapters, LoRAConfig
+from csm_jax.mimi.codec import Codec
+from csm_jax.model import CSM
+from csm_jax.precision import FLOAT32, Precision
+from csm_jax.tokenizer import Tokenizer
+from csm_jax.train import fsdp
+
+
+@dataclass(frozen=True)
+class PretrainedModel:
+    """A checkpoint that is loaded for training.
+
+    Attributes:
+      name: what it was loaded by.
+      params: of the language model, on the mesh; in the types to compute in if they are frozen,
+        else float32.
+      codec_params: of the codec, in host memory.
+      small_files: files beside the weights, which are copied to the result.
+    """
+
+    name: str
+    config: CSMConfig
+    tokenizer: Tokenizer
+    codec: Codec
+    params: Params
+    codec_params: Params
+    small_files: list[Path]
+
+
+def load_pretrained(
+    name: str,
+    precision: Precision,
+    mesh: Mesh | None,
+    *,
+    frozen: bool,
+    adapters: Path | None = None,
+    scratch_seed: int | None = None,
+) -> PretrainedModel:
+    """Loads a checkpoint to train.
+
+    Args:
+      frozen: whether its parameters stay as they are, as with new adapters.
+      adapters: older ones, which are merged into the weights first.
+      scratch_seed: initializes the language model anew; None keeps the checkpoint's weights.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+      InputError: its weights are int8, which have no gradient.
+    """
+    source = open_source(name)
+    if source.is_int8:
+        raise InputError(
+            f"{name} is stored as int8, which cannot be trained: use the checkpoint it was made of"
+        )
+    tensors = source.tensors
+    if adapters is not None:
+        tensors = peft_files.merge_files(tensors, source.config, adapters, is_int8=False)
+
+    def place(path: str, tensor: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
+        # The codec's go to the device when the codec is made.
+        return np.asarray(tensor) if path.startswith("codec/") else fsdp.shard(tensor, mesh)
+
+    held = precision if frozen else FLOAT32
+    params = checkpoint.place_params(tensors, source.config, held, place)
+    if scratch_seed is not None:
+        params["csm"] = fsdp.shard(_initialize(source.config, scratch_seed), mesh)
+    return PretrainedModel(
+        name=name,
+        config=source.config,
+        tokenizer=source.tokenizer,
+        codec=Codec(source.config.codec, params["codec"]),
+        params=params["csm"],
+        codec_params=params["codec"],
+        small_files=checkpoint.small_files(source.directory) if source.directory else [],
+    )
+
+
+def _initialize(config: CSMConfig, seed: int) -> Params:
+    def init() -> Params:
+        return nnx.to_pure_dict(nnx.state(CSM(config, rngs=nnx.Rngs(seed))))
+
+    return jax.device_get(jax.jit(init)())
+
+
+def new_adapters(
+    pretrained: PretrainedModel, config: LoRAConfig, seed: int, mesh: Mesh | None
+) -> Adapters:
+    """Adapters that change nothing yet, on the mesh."""
+    return fsdp.shard(lora.init_adapters(pretrained.config, config, seed), mesh)
+
+
+def merge_trained(
+    pretrained: PretrainedModel, trained: Params, config: LoRAConfig | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """(path, host array) of every parameter of the trained model and of its codec.
+
+    Args:
+      trained: in host memory: the model's parameters, or adapters of the kind `config`.
+    """
+    csm = trained if config is None else fsdp.gather(pretrained.params)
+    tensors = sorted(checkpoint.flatten({"csm": csm, "codec": pretrained.codec_params}).items())
+    if config is None:
+        return iter(tensors)
+    return lora.merge(tensors, pretrained.config, trained, config.scale)
