@@ -2,8 +2,8 @@
 
 python -m csm_jax.convert --source=DIR_OR_HUB_NAME --out=DIR              any layout to native
 python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back
-python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with LoRA adapters in it
-python -m csm_jax.convert --verify=DIR                                    looks for damage
+python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with LoRA adapters merged
+python -m csm_jax.convert --verify=DIR                                    checks for damage
 """
 
 import sys

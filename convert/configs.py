@@ -20,7 +20,7 @@ from csm_jax.errors import CheckpointError
 
 Json = dict[str, Any]
 
-# The flavours that the original `config.json` names instead of sizes.
+# The flavors that the original `config.json` names instead of sizes.
 _FLAVORS = {"llama-1B": csm_1b().backbone, "llama-100M": csm_1b().depth_decoder}
 
 
@@ -30,7 +30,7 @@ def csm_from_flavors(values: Json) -> CSMConfig:
     unknown = [str(name) for name in names if name not in _FLAVORS]
     if unknown:
         raise CheckpointError(
-            f"config.json names the flavour {unknown[0]}, but only {', '.join(_FLAVORS)} have "
+            f"config.json names the flavor {unknown[0]}, but only {', '.join(_FLAVORS)} have "
             "known sizes: give the sizes with --config"
         )
     return CSMConfig(

@@ -104,7 +104,7 @@ def huggingface_table(backbone: LlamaConfig, depth_decoder: LlamaConfig) -> Tabl
         *_transformers_stack("backbone_model.", "backbone/", backbone),
         *_transformers_stack("depth_decoder.model.", "depth_decoder/", depth_decoder),
     ]
-    # Index buffers that older versions of transformers saved.
+    # Index buffers that older versions of transformers save.
     ignore = ("backbone_model.embed_tokens.audio_tokens_offsets",)
     return Table("Hugging Face", tuple(rules), ignore)
 

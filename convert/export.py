@@ -1,9 +1,12 @@
 """Native checkpoints back to the layout of transformers, so that what is tuned here runs there."""
 
+import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
@@ -12,7 +15,7 @@ from csm_jax import checkpoint
 from csm_jax.config import CSMConfig
 from csm_jax.convert import csm, mimi
 from csm_jax.convert.configs import csm_to_huggingface
-from csm_jax.convert.rules import Table, invert
+from csm_jax.convert.rules import Shape, Table, invert
 from csm_jax.errors import CheckpointError
 from csm_jax.files import new_directory
 from csm_jax.tokenizer import load_tokenizer
@@ -49,9 +52,17 @@ def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) 
         checkpoint.write_beside_weights(partial, values, tokenizer, small)
 
 
+class _Tensor(NamedTuple):
+    """A tensor of the layout, made when it is written."""
+
+    name: str
+    num_bytes: int
+    make: Callable[[], np.ndarray]
+
+
 def _tensors(
     config: CSMConfig, params: Mapping[str, np.ndarray], dtype: jnp.dtype | None
-) -> Iterator[tuple[str, np.ndarray]]:
+) -> Iterator[_Tensor]:
     codec = mimi.huggingface_table(config.codec).prefixed("codec_model.", "")
     sections: list[tuple[str, Table, jnp.dtype | None]] = [
         ("csm/", csm.huggingface_table(config.backbone, config.depth_decoder), dtype),
@@ -59,42 +70,47 @@ def _tensors(
     ]
     for prefix, table, section_dtype in sections:
         own = {p.removeprefix(prefix): a for p, a in params.items() if p.startswith(prefix)}
+        shapes = _shapes(table, own)
         for name, make in invert(table, own, own.__getitem__):
-            yield name, np.ascontiguousarray(make(), section_dtype)
+            num_bytes = shapes[name].size * np.dtype(section_dtype or shapes[name].dtype).itemsize
+            yield _Tensor(name, num_bytes, functools.partial(_made, make, section_dtype))
 
 
-def _write_shards(directory: Path, tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+def _shapes(table: Table, params: Mapping[str, np.ndarray]) -> Mapping[str, Shape]:
+    """Shapes of the tensors of a layout by name, without making them."""
+
+    def make_all(params: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: make() for name, make in invert(table, params, params.__getitem__)}
+
+    shapes = {path: jax.ShapeDtypeStruct(a.shape, a.dtype) for path, a in params.items()}
+    return jax.eval_shape(make_all, shapes)
+
+
+def _made(make: Callable[[], np.ndarray], dtype: jnp.dtype | None) -> np.ndarray:
+    return np.ascontiguousarray(make(), dtype)
+
+
+def _write_shards(directory: Path, tensors: Iterable[_Tensor]) -> None:
     """Shards of at most `SHARD_BYTES` (or one tensor), and the index that transformers reads."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in _shards(tensors):
-        save_file(shard, directory / _shard_name(len(shards), None), {"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-    for index in range(len(shards)):
-        old, new = _shard_name(index, None), _shard_name(index, len(shards))
-        (directory / old).rename(directory / new)
-    weight_map = {
-        name: _shard_name(index, len(shards))
-        for index, names in enumerate(shards)
-        for name in names
-    }
+    shards = _group(tensors)
+    weight_map: dict[str, str] = {}
+    for index, shard in enumerate(shards, 1):
+        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        save_file({each.name: each.make() for each in shard}, directory / file, {"format": "pt"})
+        weight_map |= {each.name: file for each in shard}
+    total = sum(each.num_bytes for shard in shards for each in shard)
     values = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _shard_name(index: int, count: int | None) -> str:
-    return f"model-{index + 1:05}-of-{count or 0:05}.safetensors"
-
-
-def _shards(tensors: Iterator[tuple[str, np.ndarray]]) -> Iterator[dict[str, np.ndarray]]:
-    shard: dict[str, np.ndarray] = {}
+def _group(tensors: Iterable[_Tensor]) -> list[list[_Tensor]]:
+    """The tensors of every shard, in order."""
+    shards: list[list[_Tensor]] = []
     size = 0
-    for name, tensor in tensors:
-        if shard and size + tensor.nbytes > SHARD_BYTES:
-            yield shard
-            shard, size = {}, 0
-        shard[name] = tensor
-        size += tensor.nbytes
-    if shard:
-        yield shard
+    for tensor in tensors:
+        if not shards or size + tensor.num_bytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards

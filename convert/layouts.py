@@ -1,4 +1,4 @@
-"""Which layout a directory holds, and what it takes to read it."""
+"""Finds out the layout of a checkpoint, and opens it."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping
@@ -14,7 +14,7 @@ from csm_jax.convert.rules import Shape, Table, TensorSource, convert
 from csm_jax.convert.sources import SafetensorsSource, TorchSource, shard_groups
 from csm_jax.errors import CheckpointError
 
-# What a tensor is called in each layout, and in no other.
+# The name of a tensor in each layout, which no other layout has.
 _HUGGINGFACE_KEY = "backbone_model.layers.0.input_layernorm.weight"
 _SESAME_KEY = "backbone.layers.0.sa_norm.scale"
 _HUGGINGFACE_CODEC_KEY = "encoder.layers.0.conv.weight"
@@ -57,9 +57,9 @@ def open_checkpoint(
 
     Args:
       source: a directory in the Sesame or the Hugging Face layout, or both side by side (then
-        the Hugging Face one is read, which brings its codec along); or one file of them.
+        the Hugging Face one is read, which has a codec); or one file of them.
       codec: Mimi in the kyutai or the Hugging Face layout; the Sesame layout has no codec inside.
-      config: sizes, where the layout's own config does not tell them.
+      config: sizes, if the layout's own config does not have them.
 
     Raises:
       CheckpointError: nothing known is there, or the codec is missing.
@@ -71,14 +71,14 @@ def open_checkpoint(
 
 
 def needs_codec(source: Path) -> bool:
-    """Whether the checkpoint in a directory has to be given a codec."""
+    """Whether the checkpoint in a directory has no codec of its own."""
     return _HUGGINGFACE_KEY not in _find_model(source).shapes
 
 
 def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
     """Opens Mimi alone: a directory, or one safetensors file.
 
-    The Hugging Face layout tells its sizes itself, kyutai's is read in those of `config`.
+    The Hugging Face layout has its own sizes; kyutai's is read with those of `config`.
     """
     for tensors in candidates(source):
         if _HUGGINGFACE_CODEC_KEY in tensors.shapes:

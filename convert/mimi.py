@@ -70,8 +70,8 @@ def kyutai_table(config: MimiConfig, names: Collection[str] = ()) -> Table:
     """Layout 3: `tokenizer-e351c8d8-checkpoint125.safetensors` and what moshi saves.
 
     Args:
-      names: the tensors of the file, to recognise codebooks in their older spelling; the newer
-        one is expected without them.
+      names: the tensors of the file, which tell the older spellings of codebooks; the newer one is
+        expected without them.
     """
 
     def spelt(*spellings: str) -> str:

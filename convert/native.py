@@ -1,4 +1,4 @@
-"""Published layouts to native checkpoints: what the command line and the hub both do."""
+"""Published layouts to native checkpoints, for the command line and the hub."""
 
 from pathlib import Path
 

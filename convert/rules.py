@@ -1,14 +1,13 @@
-"""The strict engine behind every conversion table.
+"""Conversion by tables of rules, which are checked in full before a tensor is read.
 
-A table is a list of rules. A rule pairs names of a checkpoint with parameter paths and says how
-the tensors differ; both are templates with `{placeholders}` for numbers, so that the same table
-reads a layout and writes it. Nothing is skipped in silence: every tensor must match exactly one
-rule or the table's explicit ignore list, every parameter must be filled, every shape must fit,
-and all that is wrong is said in one error, before any tensor is read.
+A table is a list of rules. A rule pairs names of a checkpoint with parameter paths and a transform
+of the tensors; both are templates with `{placeholders}` for numbers, so that the same table reads a
+layout and writes it. Every tensor must match exactly one rule or the table's explicit ignore list,
+every parameter must be filled, every shape must fit, and one error lists all problems.
 """
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,6 +36,7 @@ class Transform:
 
 
 def one_to_one(forward: Callable[[Any], Any], inverse: Callable[[Any], Any]) -> Transform:
+    """A transform of one tensor to one parameter."""
     return Transform(lambda x: (forward(x),), lambda x: (inverse(x),))
 
 
@@ -67,14 +67,14 @@ class Rule:
 
 @dataclass(frozen=True)
 class Table:
-    """The rules of one layout; `ignore` are templates of tensors that are not parameters."""
+    """The rules of one layout; `ignore` has templates of tensors that are not parameters."""
 
     name: str
     rules: tuple[Rule, ...]
     ignore: tuple[str, ...] = ()
 
     def prefixed(self, source: str, target: str) -> "Table":
-        """The same table for tensors and parameters that live under a prefix."""
+        """The same table for tensors and parameters under a prefix."""
         rules = tuple(
             Rule(
                 tuple(source + t for t in rule.source_templates),
@@ -88,17 +88,18 @@ class Table:
 
 
 class TensorSource(Protocol):
-    """Where tensors come from: their shapes at once, their values one at a time."""
+    """A source of tensors: their shapes at once, their values one at a time."""
 
-    name: str
-    shapes: Mapping[str, Shape]
-
+    @property
+    def name(self) -> str: ...
+    @property
+    def shapes(self) -> Mapping[str, Shape]: ...
     def read(self, key: str) -> np.ndarray: ...
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """One application of a rule: which tensors make which parameters."""
+    """One application of a rule: the tensors, and the parameters that they make."""
 
     rule: Rule
     keys: tuple[str, ...]
@@ -114,7 +115,7 @@ def convert(
       targets: shape of every parameter by its '/'-separated path.
 
     Raises:
-      CheckpointError: listing every tensor and parameter that does not fit, before reading.
+      CheckpointError: some tensors or parameters do not fit; it lists them, before any is read.
     """
     assignments = plan(table, source, targets)
     return (
@@ -127,7 +128,7 @@ def convert(
 def plan(table: Table, source: TensorSource, targets: Mapping[str, Shape]) -> list[Assignment]:
     """Matches every tensor with its rule and checks the whole, without reading any.
 
-    Assignments come in the order of their paths, so that a layer's parameters stand together.
+    Assignments are in the order of their paths, so that those of a layer are adjacent.
     """
     grouped, problems = _match_keys(table, source.shapes)
     assignments = []
@@ -148,9 +149,9 @@ def plan(table: Table, source: TensorSource, targets: Mapping[str, Shape]) -> li
 
 
 def invert(
-    table: Table, params: Mapping[str, Shape], read: Callable[[str], np.ndarray]
-) -> Iterator[tuple[str, Callable[[], np.ndarray]]]:
-    """The way back: yields every tensor name of the layout with a function that makes it.
+    table: Table, params: Mapping[str, Any], read: Callable[[str], Any]
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The reverse of `convert`: yields every tensor name of the layout with a function to make it.
 
     Where a layout has alternative names for one tensor, the first is written.
     """
@@ -168,7 +169,7 @@ def invert(
 def _match_keys(
     table: Table, shapes: Mapping[str, Shape]
 ) -> tuple[dict[tuple[Rule, Numbers], set[str]], list[str]]:
-    """Groups the keys that belong to one application of a rule; and lists those of none."""
+    """The keys of every application of a rule, and the problems of all other keys."""
     patterns = [(_pattern(t), rule) for rule in table.rules for t in rule.source_templates]
     ignored = [_pattern(t) for t in table.ignore]
     grouped: dict[tuple[Rule, Numbers], set[str]] = {}
@@ -230,7 +231,7 @@ def _check_filled(
     ]
 
 
-def _rules_of_paths(table: Table, paths: Mapping[str, Shape]) -> Iterator[tuple[Rule, Numbers]]:
+def _rules_of_paths(table: Table, paths: Iterable[str]) -> Iterator[tuple[Rule, Numbers]]:
     """Each application of a rule that makes some of these parameters, once."""
     patterns = [(_pattern(t), rule) for rule in table.rules for t in rule.target_templates]
     seen = set()
@@ -258,7 +259,7 @@ def _read(assignment: Assignment, source: TensorSource) -> Sequence[np.ndarray]:
 
 
 def _groups(rule: Rule, tensors: Sequence[Any]) -> list[Sequence[Any]]:
-    """What the transform takes: all tensors together, or any one of the alternatives."""
+    """The inputs of the transform: all tensors together, or each of the alternatives."""
     return [[tensor] for tensor in tensors] if rule.alternatives else [tensors]
 
 

@@ -1,4 +1,4 @@
-"""Looks for damage in a checkpoint: with checksums where it has some, else by what it holds."""
+"""Checks a checkpoint for damage: with its checksums, or without them by its tensors."""
 
 import os
 from collections.abc import Iterator
@@ -13,11 +13,10 @@ from csm_jax.files import is_locked
 
 
 def verify(directory: Path) -> str:
-    """Reads a whole checkpoint, in any layout; returns a line about what is known of it now.
+    """Reads a whole checkpoint, in any layout; returns a line with the result.
 
-    A native checkpoint is compared with the checksums that were written with it. Other layouts,
-    and native ones of older versions, have none: then their files must have the tensors that
-    their headers name, whole, and only finite values.
+    A native checkpoint is compared with its checksums. Other layouts, and native ones of older
+    versions, have none: their files must have all tensors of their headers, with finite values.
 
     Raises:
       BusyError: another process is writing it.

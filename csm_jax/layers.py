@@ -240,9 +240,9 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         x32 = x.astype(jnp.float32)
-        centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        normed = (centred * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
+        centered = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(centered), axis=-1, keepdims=True)
+        normed = (centered * jax.lax.rsqrt(variance + self.eps)).astype(x.dtype)
         return normed * per_channel(self.scale[...], x) + per_channel(self.bias[...], x)
 
 

@@ -180,7 +180,7 @@ def test_flavors_are_read():
         "audio_num_codebooks": 32,
     }
     assert configs.csm_from_flavors(values) == csm_1b()
-    with pytest.raises(CheckpointError, match=r"flavour llama-7B.*llama-1B.*--config"):
+    with pytest.raises(CheckpointError, match=r"flavor llama-7B.*llama-1B.*--config"):
         configs.csm_from_flavors(values | {"backbone_flavor": "llama-7B"})
     del values["audio_num_codebooks"]
     with pytest.raises(CheckpointError, match="lacks audio_num_codebooks"):
