@@ -6,6 +6,7 @@ tests show that the tables are right.
 
 import functools
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from csm_jax import checkpoint
 from csm_jax.audio import save_audio
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
-from csm_jax.convert.layouts import Checkpoint
+from csm_jax.convert.layouts import Checkpoint, open_checkpoint
 from csm_jax.convert.rules import Table, invert
 from csm_jax.decode_batch import DecodeBatch, Utterance, bucket
 from csm_jax.decode_step import CHUNK_FRAMES
@@ -31,6 +32,9 @@ CONFIG = tiny()
 TOKENIZER = byte_tokenizer(CONFIG)
 
 Tensors = dict[str, np.ndarray]
+
+# The command in a process of its own.
+CONVERT = [sys.executable, "-m", "csm_jax.convert"]
 
 TABLES = {
     "sesame": ("csm/", csm.sesame_table(CONFIG.backbone, CONFIG.depth_decoder)),
@@ -144,6 +148,11 @@ def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
     """All parameters of a published layout."""
     tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
     return checkpoint.place_params(tensors, opened.config, precision)
+
+
+def tensors_of(directory: Path, codec: Path | None = None) -> Tensors:
+    """All parameters of a published layout by their paths, in the types of its files."""
+    return dict(open_checkpoint(directory, codec).tensors(shapes()))
 
 
 def write_conversations(
