@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from csm_jax.config import LlamaConfig
 
@@ -38,7 +39,7 @@ class KVCache(NamedTuple):
 
     @staticmethod
     def create(
-        config: LlamaConfig, batch: int, max_seq_len: int, dtype: jnp.dtype, num_lengths: int
+        config: LlamaConfig, batch: int, max_seq_len: int, dtype: DTypeLike, num_lengths: int
     ) -> "KVCache":
         """An empty cache; `num_lengths` is the batch size, or 1 if all rows grow together."""
         heads = batch, config.num_kv_heads
@@ -93,8 +94,9 @@ class WindowCache(NamedTuple):
 
     @staticmethod
     def create(
-        batch: int, window: int, num_heads: int, head_dim: int, dtype: jnp.dtype
+        batch: int, window: int, num_heads: int, head_dim: int, dtype: DTypeLike
     ) -> "WindowCache":
+        """A cache before the first position."""
         heads = batch, num_heads
         return WindowCache(
             key=jnp.zeros((*heads, head_dim, window), dtype),

@@ -48,7 +48,7 @@ class LlamaConfig:
 
 @dataclass(frozen=True)
 class MimiConfig:
-    """The Mimi codec. `ratios` are the encoder's strides in order, from the waveform inwards."""
+    """The Mimi codec. `ratios` are the strides of the encoder, from the waveform on."""
 
     sample_rate: int = 24_000
     channels: int = 1
@@ -90,10 +90,10 @@ class MimiConfig:
 
 @dataclass(frozen=True)
 class TextTokenIds:
-    """Ids of the text vocabulary that the prompt format gives a meaning to.
+    """Ids of special tokens of the text vocabulary.
 
-    `audio` and `audio_eos` stand for audio frames in the Hugging Face chat template; the model
-    itself never embeds them, they are kept so that a checkpoint can be written back.
+    `audio` and `audio_eos` stand for audio frames in the Hugging Face chat template. The model
+    never embeds them; they are kept so that a checkpoint can be exported.
     """
 
     bos: int = 128_000

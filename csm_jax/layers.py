@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from csm_jax.config import RopeScaling
 from csm_jax.precision import Precision, Role
@@ -91,7 +92,7 @@ def quantize_int8(x: Array) -> tuple[Array, Array]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _product(rows: Array, weight: Array, accumulator: jnp.dtype) -> Array:
+def _product(rows: Array, weight: Array, accumulator: DTypeLike) -> Array:
     """[M, in] by [out, in] to [M, out], the way that the platform is fast at."""
     plain = functools.partial(_dot, axes=(1, 1), accumulator=accumulator)
 
@@ -108,14 +109,14 @@ def _product(rows: Array, weight: Array, accumulator: jnp.dtype) -> Array:
 
 
 def _product_forward(
-    rows: Array, weight: Array, accumulator: jnp.dtype
+    rows: Array, weight: Array, accumulator: DTypeLike
 ) -> tuple[Array, tuple[Array, Array]]:
     # With the many rows of training it is as fast either way, and columns slow down what follows.
     return _dot(rows, weight, (1, 1), accumulator), (rows, weight)
 
 
 def _product_backward(
-    accumulator: jnp.dtype, saved: tuple[Array, Array], gradient: Array
+    accumulator: DTypeLike, saved: tuple[Array, Array], gradient: Array
 ) -> tuple[Array, Array]:
     rows, weight = saved
     # In the type of the forward product: as float32 it would be one of wide types, which takes
@@ -129,7 +130,7 @@ def _product_backward(
 _product.defvjp(_product_forward, _product_backward)
 
 
-def _dot(left: Array, right: Array, axes: tuple[int, int], accumulator: jnp.dtype) -> Array:
+def _dot(left: Array, right: Array, axes: tuple[int, int], accumulator: DTypeLike) -> Array:
     """The product of two matrices over an axis of each."""
     # HIGHEST keeps float32 products in float32 on TPU and GPU, which would round the inputs to
     # bfloat16 or TF32; it does nothing for narrower types.
@@ -158,7 +159,7 @@ def per_channel(vector: Array, x: Array) -> Array:
     return jax.lax.expand_dims(vector, range(x.ndim - 1))
 
 
-def normal(rngs: Rngs, shape: tuple[int, ...], std: float, dtype: jnp.dtype) -> Array:
+def normal(rngs: Rngs, shape: tuple[int, ...], std: float, dtype: DTypeLike) -> Array:
     """Initial values of a weight.
 
     Zeros without `rngs`, where the shape alone is needed: tracing random numbers for every weight
@@ -217,7 +218,7 @@ class Linear(nnx.Module):
 class RMSNorm(nnx.Module):
     """Root-mean-square norm (Zhang and Sennrich, 2019)."""
 
-    def __init__(self, dim: int, eps: float, *, dtype: jnp.dtype):
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((dim,), dtype))
 
@@ -233,7 +234,7 @@ class RMSNorm(nnx.Module):
 class LayerNorm(nnx.Module):
     """Layer norm with bias (Ba et al., 2016), in float32."""
 
-    def __init__(self, dim: int, eps: float, *, dtype: jnp.dtype):
+    def __init__(self, dim: int, eps: float, *, dtype: DTypeLike):
         self.eps = eps
         self.scale = nnx.Param(jnp.ones((dim,), dtype))
         self.bias = nnx.Param(jnp.zeros((dim,), dtype))

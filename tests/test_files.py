@@ -1,5 +1,6 @@
 """Files and directories are complete or absent, have one writer, and leave no partial files."""
 
+import ast
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -275,3 +277,22 @@ def test_codes_to_a_full_disk_are_an_error_of_one_line(tmp_path, full_disk):
     with pytest.raises(OutputError, match=full_disk):
         output.save_codes(tmp_path / "a.npy", np.zeros((100, 32), np.int32))
     assert names(tmp_path) == []
+
+
+# --- One way to write ---------------------------------------------------------------------------
+
+RENAMES = {"os.rename", "os.renames", "os.replace", "shutil.move"}
+
+
+def renaming_calls(path: Path) -> list[str]:
+    """The calls of a module that rename files."""
+    calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+    names = [ast.unparse(call.func) for call in calls]
+    return [name for name in names if name in RENAMES or name.endswith(".rename")]
+
+
+def test_only_the_module_of_atomic_files_renames():
+    root = Path(__file__).parents[1]
+    modules = [path for folder in ("csm_jax", "convert") for path in (root / folder).rglob("*.py")]
+    renaming = [path.name for path in modules if renaming_calls(path)]
+    assert renaming == ["files.py"]
