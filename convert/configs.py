@@ -26,8 +26,8 @@ _FLAVORS = {"llama-1B": csm_1b().backbone, "llama-100M": csm_1b().depth_decoder}
 
 def csm_from_flavors(values: Json) -> CSMConfig:
     """The original layout's config, which names `llama-1B` and `llama-100M`."""
-    names = values.get("backbone_flavor"), values.get("decoder_flavor")
-    unknown = [str(name) for name in names if name not in _FLAVORS]
+    names = [str(values.get(name)) for name in ("backbone_flavor", "decoder_flavor")]
+    unknown = [name for name in names if name not in _FLAVORS]
     if unknown:
         raise CheckpointError(
             f"config.json names the flavor {unknown[0]}, but only {', '.join(_FLAVORS)} have "

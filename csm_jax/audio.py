@@ -9,7 +9,7 @@ import os
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -203,7 +203,7 @@ class _Sink(io.FileIO):
 
     _error: OSError | None = None
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: Any, /) -> int:
         left = memoryview(data)
         try:
             while left:

@@ -104,7 +104,7 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
             _remove_left(target, os.fsdecode(file.read()))
         yield file
     finally:
-        if file is not None:
+        if file is not None and fcntl is not None:
             # Removed before it is freed: a waiting process that gets it sees that its name is gone.
             if _is_at(file, path):
                 path.unlink(missing_ok=True)
@@ -114,12 +114,14 @@ def locked(target: Path, wait: float = 0.0) -> Iterator[io.FileIO | None]:
 
 def is_locked(target: Path) -> bool:
     """Whether a process holds the lock of a file or directory."""
+    if fcntl is None:
+        return False
     try:
         with open(_beside(target, "lock"), "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except (OSError, AttributeError):  # there is none, or there are no locks
+    except OSError:  # there is none, or there are no locks
         pass
     return False
 

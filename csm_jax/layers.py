@@ -10,7 +10,7 @@ and the one in which XLA finds its fast narrow-type products on a CPU.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,8 @@ from csm_jax.config import RopeScaling
 from csm_jax.precision import Precision, Role
 
 Array = jax.Array
+# On the host or on a device; jitted functions take both.
+AnyArray = jax.Array | np.ndarray
 # A nested dictionary of parameters, by the names of modules and their attributes.
 Params = dict[str, Any]
 Rngs = nnx.Rngs | None
@@ -40,18 +42,18 @@ class Int8Weight(NamedTuple):
 class LowRank(NamedTuple):
     """An update `up @ down` of a matrix [out, in] (LoRA, Hu et al., 2021), scale included."""
 
-    down: Array  # [R, in]
-    up: Array  # [out, R]
+    down: AnyArray  # [R, in]
+    up: AnyArray  # [out, R]
 
 
 class Adapted(NamedTuple):
     """A matrix and its update, kept apart so that the matrix needs no gradient of its own."""
 
-    base: "Array | Int8Weight"
+    base: AnyArray | Int8Weight
     update: LowRank
 
 
-Weight = Array | Int8Weight | Adapted
+Weight = AnyArray | Int8Weight | Adapted
 
 
 def linear(x: Array, weight: Weight) -> Array:
@@ -75,10 +77,10 @@ def linear_float32(x: Array, weight: Weight) -> Array:
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
     if isinstance(weight, Int8Weight):
         values, scale = quantize_int8(rows)
-        sums = _product(values, weight.values, jnp.int32).astype(jnp.float32)
+        sums = _multiply(values, weight.values, jnp.int32).astype(jnp.float32)
         product = sums * scale[:, None] * per_channel(weight.scale, sums)
     else:
-        product = _product(rows.astype(weight.dtype), weight, jnp.float32)
+        product = _multiply(rows.astype(weight.dtype), weight, jnp.float32)
     return product.reshape(*x.shape[:-1], -1)
 
 
@@ -89,6 +91,11 @@ def quantize_int8(x: Array) -> tuple[Array, Array]:
     # A row of zeros is zeros times anything.
     divisor = jnp.where(scale > 0, scale, 1)[..., None]
     return jnp.round(x / divisor).astype(jnp.int8), scale
+
+
+def _multiply(rows: Array, weight: AnyArray, accumulator: DTypeLike) -> Array:
+    # To a type checker, what `custom_vjp` returns is any object.
+    return cast(Array, _product(rows, weight, accumulator))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -143,7 +150,7 @@ def _dot(left: Array, right: Array, axes: tuple[int, int], accumulator: DTypeLik
     )
 
 
-def lookup(table: Array, index: Array) -> Array:
+def lookup(table: AnyArray, index: AnyArray) -> Array:
     """`table[index]`, of an embedding or of a stack of matrices, packed (`pack`) or not."""
     rows = table[index]
     return jax.lax.bitcast_convert_type(rows, jnp.bfloat16) if rows.dtype == PACKED else rows

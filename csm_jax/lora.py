@@ -109,8 +109,7 @@ def attach(model: CSM, adapters: Adapters, scale: float) -> None:
         )
 
 
-def _module(model: CSM, path: str) -> Any:
-    module = model
+def _module(module: Any, path: str) -> Any:
     for name in path.split("/"):
         module = module[int(name)] if name.isdigit() else getattr(module, name)
     return module

@@ -12,12 +12,20 @@ from flax import nnx
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.layers import PACKED, Linear, Params, Rngs, linear_float32, lookup, normal, pack
+from csm_jax.layers import (
+    AnyArray,
+    Array,
+    Linear,
+    Params,
+    Rngs,
+    linear_float32,
+    lookup,
+    normal,
+    pack,
+)
 from csm_jax.llama import Llama
 from csm_jax.precision import FLOAT32, Precision, Role
 from csm_jax.sampling import SamplingParams, penalize_repetition, sample
-
-Array = jax.Array
 
 
 class CSM(nnx.Module):
@@ -55,7 +63,7 @@ class CSM(nnx.Module):
         """The type of activations."""
         return self.backbone.norm.scale.dtype
 
-    def embed(self, frames: Array, mask: Array) -> Array:
+    def embed(self, frames: AnyArray, mask: AnyArray) -> Array:
         """Sums the embeddings of the columns that count.
 
         Args:
@@ -137,7 +145,7 @@ class CSM(nnx.Module):
         _, rest = jax.lax.scan(body, (second, cache), codebooks[1:])
         return jnp.concatenate([first[None], second[None], rest]).T
 
-    def hidden(self, frames: Array, mask: Array, remat: bool = False) -> Array:
+    def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.
 
         Args:
@@ -148,7 +156,7 @@ class CSM(nnx.Module):
         cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)
         return self.backbone(self.embed(frames, mask), cache, remat=remat)[0]
 
-    def depth_logits(self, hidden: Array, codes: Array, remat: bool = False) -> Array:
+    def depth_logits(self, hidden: Array, codes: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced depth decoder.
 
         Args:
@@ -182,18 +190,6 @@ def bind(config: CSMConfig, params: Params) -> CSM:
 def _graph(config: CSMConfig, int8: bool) -> nnx.GraphDef[CSM]:
     """The module tree without parameters: of a precision, only whether it is int8 matters here."""
     return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8)))
-
-
-def precision_of(params: Params) -> Precision:
-    """The types that parameters (or their shapes) are in."""
-    table = params["text_embedding"]
-    is_packed = table.dtype == PACKED
-    return Precision(
-        weights=jnp.dtype(jnp.bfloat16) if is_packed else table.dtype,
-        activations=params["backbone"]["norm"]["scale"].dtype,
-        int8="weight_scale" in params["projection"],
-        packs_tables=is_packed,
-    )
 
 
 @functools.cache

@@ -11,6 +11,9 @@ from jax.typing import DTypeLike
 
 from csm_jax.errors import InputError
 
+# A `jax.Device`, an alias in jax that type checkers do not resolve.
+Device = Any
+
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE = ("none", "int8")
 
@@ -111,7 +114,7 @@ def _name(dtype: Any) -> str:
         return str(dtype)
 
 
-def _best_dtype(device: jax.Device, int8: bool) -> str:
+def _best_dtype(device: Device, int8: bool) -> str:
     if device.platform == "cpu":
         return "bfloat16" if int8 else "float32"
     capability = getattr(device, "compute_capability", None)

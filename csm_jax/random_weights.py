@@ -43,9 +43,10 @@ def random_tensors(config: CSMConfig, seed: int = 0) -> Iterator[tuple[str, np.n
 
 def _fan_in(path: str, shape: tuple[int, ...]) -> float:
     """The number of inputs of an output of a layer, from the shape of its weight."""
-    if not path.startswith("codec/") or len(shape) < 3:
-        return shape[-1]
-    taps, inputs, *_, outputs = shape
-    is_depthwise = len(shape) == 4 and outputs == 1
+    sizes = list(shape)
+    if not path.startswith("codec/") or len(sizes) < 3:
+        return sizes[-1]
+    taps, inputs, *_, outputs = sizes
+    is_depthwise = len(sizes) == 4 and outputs == 1
     # Twice as many: residual branches add up, and the audio should stay under full scale.
     return 2 * taps * (1 if is_depthwise else inputs)

@@ -14,8 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.errors import InputError
-
-Array = jax.Array
+from csm_jax.layers import AnyArray, Array
 
 _POSITIVE = "over 0 (1e-30 to 1e30)"
 
@@ -77,11 +76,11 @@ def _require(ok: bool, name: str, value: float, limit: str, greedy_hint: bool = 
 class LogitFilter(NamedTuple):
     """Temperature and filters of one distribution, each [B]."""
 
-    temperature: Array  # float32
-    top_k: Array  # int32
-    top_p: Array  # float32
-    min_p: Array  # float32
-    greedy: Array  # bool
+    temperature: AnyArray  # float32
+    top_k: AnyArray  # int32
+    top_p: AnyArray  # float32
+    min_p: AnyArray  # float32
+    greedy: AnyArray  # bool
 
 
 class SamplingParams(NamedTuple):
@@ -89,7 +88,7 @@ class SamplingParams(NamedTuple):
 
     backbone: LogitFilter
     depth_decoder: LogitFilter
-    repetition_penalty: Array  # float32 [B]
+    repetition_penalty: AnyArray  # float32 [B]
 
     @staticmethod
     def stack(rows: list[Sampling]) -> "SamplingParams":
@@ -163,7 +162,7 @@ def filter_logits(logits: Array, values: LogitFilter) -> Array:
     return _min_p(_top_p(kept, values.top_p), values.min_p)
 
 
-def penalize_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
+def penalize_repetition(logits: Array, seen: AnyArray, penalty: AnyArray) -> Array:
     """Makes ids less likely that were used before (Keskar et al., 2019, CTRL).
 
     Args:
@@ -176,7 +175,7 @@ def penalize_repetition(logits: Array, seen: Array, penalty: Array) -> Array:
     return jnp.where(seen, penalized, logits)
 
 
-def _top_k(logits: Array, k: Array) -> Array:
+def _top_k(logits: Array, k: AnyArray) -> Array:
     kept = jax.lax.platform_dependent(
         logits, k, cuda=_top_k_by_comparison, default=_top_k_by_search
     )
@@ -195,7 +194,7 @@ def _top_k_by_comparison(logits: Array, k: Array) -> Array:
     return larger < k[:, None].astype(jnp.float32)
 
 
-def _top_p(logits: Array, p: Array) -> Array:
+def _top_p(logits: Array, p: AnyArray) -> Array:
     kept = jax.lax.platform_dependent(
         logits, p, cuda=_top_p_by_comparison, default=_top_p_by_search
     )
@@ -220,7 +219,7 @@ def _top_p_by_comparison(logits: Array, p: Array) -> Array:
     return (likelier < p[:, None]) | (likelier == 0) | (p[:, None] >= 1)
 
 
-def _min_p(logits: Array, min_p: Array) -> Array:
+def _min_p(logits: Array, min_p: AnyArray) -> Array:
     # p_i < min_p * p_max, without leaving the log domain; log(0) = -inf keeps everything.
     limit = jnp.max(logits, axis=-1) + jnp.log(min_p)
     return jnp.where(logits < limit[:, None], -jnp.inf, logits)

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
+from csm_jax.precision import Device
 
 Tree = TypeVar("Tree")
 
@@ -51,7 +52,7 @@ TABLE: tuple[tuple[str, P | None], ...] = (
 )
 
 
-def make_mesh(data: int = 1, model: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(data: int = 1, model: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh of `data` x `model` devices to generate on.
 
     Args:

@@ -7,7 +7,7 @@ kyutai-labs/moshi `models/compression.py`.
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import overload
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
@@ -353,7 +353,7 @@ class Codec:
         return codes.astype(np.int32)
 
 
-def _as_list(value: np.ndarray | Sequence[np.ndarray]) -> Sequence[np.ndarray]:
+def _as_list(value: Any) -> Sequence[np.ndarray]:
     return value if isinstance(value, list | tuple) else [value]
 
 

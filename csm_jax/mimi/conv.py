@@ -136,10 +136,10 @@ class ReplicateState(NamedTuple):
 class ReplicateConv1d(Conv1d):
     """A causal convolution, padded on the left with copies of the first input."""
 
-    def init_state(self, batch: int) -> ReplicateState:
+    def init_state(self, batch: int) -> State:
         return ReplicateState(super().init_state(batch), jnp.zeros((batch,), bool))
 
-    def step(self, x: Array, state: ReplicateState) -> tuple[Array, ReplicateState]:
+    def step(self, x: Array, state: State) -> tuple[Array, State]:
         previous = jnp.where(state.started[:, None, None], state.previous, x[:, :1])
         y, previous = super().step(x, previous)
         return y, ReplicateState(previous, jnp.ones_like(state.started))

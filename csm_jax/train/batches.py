@@ -6,6 +6,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from csm_jax.layers import AnyArray
 from csm_jax.train.examples import Example
 
 SHORTEST = 32
@@ -21,9 +22,9 @@ class Batch(NamedTuple):
       loss_mask: bool [B, T], the frames that count in the loss.
     """
 
-    frames: np.ndarray
-    mask: np.ndarray
-    loss_mask: np.ndarray
+    frames: AnyArray
+    mask: AnyArray
+    loss_mask: AnyArray
 
 
 def bucket(length: int) -> int:

@@ -8,6 +8,7 @@ speech that is understood, but that nobody takes for a recording.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,15 +18,11 @@ import optax
 from flax import nnx
 
 from csm_jax.config import MimiConfig
-from csm_jax.layers import linear_float32
+from csm_jax.layers import Array, Params, linear_float32
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.mimi.quantizer import ResidualQuantizer, SplitQuantizer, nearest
-from csm_jax.train.optimizer import OptimizerConfig, make_optimizer
+from csm_jax.train.optimizer import OptimizerConfig, make_optimizer, update
 from csm_jax.train.spectral import mel_distance
-
-Array = jax.Array
-Params = dict[str, Any]
-
 
 GROUPS = ("semantic", "acoustic")
 
@@ -71,7 +68,7 @@ class Usage(NamedTuple):
       total: float32 [V, C], sum of these vectors.
     """
 
-    count: Array
+    count: Array  # pyright: ignore[reportIncompatibleMethodOverride] (its name in checkpoints)
     total: Array
 
 
@@ -129,15 +126,18 @@ def init_codec_state(config: CodecStepConfig, seed: int) -> CodecState:
 
     params = jax.jit(init)()
     quantizer = params["quantizer"]
-    usage = tuple(
-        # A count of zero: every entry starts at a vector of the first batch.
-        [Usage(jnp.zeros(len(book)), jnp.zeros_like(book)) for _, book in _books(quantizer[group])]
-        for group in GROUPS
-    )
+    # A count of zero: every entry starts at a vector of the first batch.
+    usage = _usage(quantizer, lambda book: Usage(jnp.zeros(len(book)), jnp.zeros_like(book)))
     head = _init_label_head(config)
     opt_state = make_optimizer(config.optimizer).init(_trainable(params, head))
     average = jax.tree.map(jnp.copy, params)
     return CodecState(jnp.zeros((), jnp.int32), params, average, head, opt_state, usage)
+
+
+def _usage(quantizer: Params, make: Callable[[Array], Usage]) -> tuple[list[Usage], list[Usage]]:
+    """What `make` returns for every codebook [V, C]."""
+    semantic, acoustic = ([make(book) for _, book in _books(quantizer[group])] for group in GROUPS)
+    return semantic, acoustic
 
 
 def _init_label_head(config: CodecStepConfig) -> Params:
@@ -162,13 +162,8 @@ def with_weights(state: CodecState, params: Params) -> CodecState:
       params: float32, of `Mimi`; each entry counts as used by one vector a step.
     """
     params = jax.tree.map(lambda old, new: jnp.array(new, old.dtype), state.params, params)
-    usage = tuple(
-        [
-            Usage(jnp.ones(len(book)), jnp.array(book))
-            for _, book in _books(params["quantizer"][group])
-        ]
-        for group in GROUPS
-    )
+    quantizer = params["quantizer"]
+    usage = _usage(quantizer, lambda book: Usage(jnp.ones(len(book)), jnp.array(book)))
     return state._replace(params=params, average=jax.tree.map(jnp.copy, params), usage=usage)
 
 
@@ -210,10 +205,7 @@ def codec_step(
 
     trainable = _trainable(state.params, state.label_head)
     gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(trainable)
-    updates, opt_state = make_optimizer(config.optimizer).update(
-        gradients, state.opt_state, trainable
-    )
-    trainable = optax.apply_updates(trainable, updates)
+    trainable, opt_state = update(config.optimizer, gradients, state.opt_state, trainable)
     params = trainable["codec"]
     usage = _follow(params["quantizer"], state.usage, choices, replace, config)
     metrics = metrics._replace(perplexity=jnp.mean(_perplexities(choices, config.codec)))
@@ -314,7 +306,8 @@ def _follow(
             key, draw = jax.random.split(key)
             now, books[name] = _follow_one(before[i], chosen[i], draw, config)
             followed[-1].append(now)
-    return tuple(followed)
+    semantic, acoustic = followed
+    return semantic, acoustic
 
 
 def _follow_one(

@@ -16,13 +16,14 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from csm_jax.errors import InputError
+from csm_jax.precision import Device
 from csm_jax.sharding import put
 
 Tree = TypeVar("Tree")
 AXES = "data", "fsdp"
 
 
-def make_fsdp_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_fsdp_mesh(fsdp: int = 1, devices: Sequence[Device] | None = None) -> Mesh:
     """A mesh of all devices of all processes.
 
     Args:

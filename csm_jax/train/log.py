@@ -4,6 +4,7 @@ import io
 import json
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,12 @@ class _Events:
         """Makes a new file of events, which replaces older events from step `first` on."""
         # Hundreds of milliseconds of imports that only a run needs.
         from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+        # protobuf makes the classes when the module is imported, where no type checker sees them.
+        from tensorboardX.proto.event_pb2 import (
+            Event,  # pyright: ignore[reportAttributeAccessIssue]
+            SessionLog,  # pyright: ignore[reportAttributeAccessIssue]
+        )
         from tensorboardX.summary import scalar
 
         self._event, self._scalar = Event, scalar
@@ -65,7 +71,7 @@ class _Events:
         )
         self._writer.flush()
 
-    def write(self, step: int, numbers: dict[str, float]) -> None:
+    def write(self, step: int, numbers: Mapping[str, float]) -> None:
         for name, value in numbers.items():
             summary = self._scalar(name, value)
             self._writer.write_event(self._event(wall_time=time.time(), step=step, summary=summary))

@@ -139,7 +139,7 @@ class Run:
 
     def _describe(self, step: int, metrics: Metrics, seconds: float) -> dict[str, Any]:
         figures = {name: value.item() for name, value in metrics._asdict().items()}
-        rate = float(self._rate(step - 1 - figures["skipped"]))
+        rate = float(np.asarray(self._rate(step - 1 - figures["skipped"])))
         return figures | {
             "learning_rate": rate,
             "frames_per_second": figures["num_frames"] / seconds,

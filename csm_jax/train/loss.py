@@ -15,9 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from csm_jax.layers import AnyArray, Array
 from csm_jax.model import CSM
-
-Array = jax.Array
 
 
 class LossSums(NamedTuple):
@@ -38,9 +37,9 @@ class LossSums(NamedTuple):
 
 def summed_losses(
     model: CSM,
-    frames: Array,
-    mask: Array,
-    loss_mask: Array,
+    frames: AnyArray,
+    mask: AnyArray,
+    loss_mask: AnyArray,
     keys: Array,
     *,
     depth_share: float,
@@ -68,13 +67,13 @@ def summed_losses(
     )
 
 
-def cross_entropy(logits: Array, codes: Array) -> Array:
+def cross_entropy(logits: Array, codes: AnyArray) -> Array:
     """Float32 [...] of float32 logits [..., V] and int32 codes [...]."""
     chosen = jnp.take_along_axis(logits, codes[..., None], axis=-1)[..., 0]
     return jax.nn.logsumexp(logits, axis=-1) - chosen
 
 
-def choose_frames(loss_mask: Array, share: float, keys: Array) -> tuple[Array, Array]:
+def choose_frames(loss_mask: AnyArray, share: float, keys: Array) -> tuple[Array, Array]:
     """Chooses a random share of the frames in the loss mask of each row, rounded up.
 
     It does so row by row, so that the choice does not depend on how a batch is divided.
@@ -98,14 +97,16 @@ def num_chosen(length: int, share: float) -> int:
     return max(1, math.ceil(share * length))
 
 
-def num_depth_frames(loss_mask: Array, share: float) -> Array:
+def num_depth_frames(loss_mask: AnyArray, share: float) -> Array:
     """How many frames are chosen in each row, int32 [...], of a loss mask [..., T]."""
     count = jnp.sum(loss_mask, axis=-1, dtype=jnp.int32)
     # In float32, a tenth of 10 is a little more than 1, and would be rounded up.
     return jnp.ceil(count.astype(jnp.float32) * share - 1e-4).astype(jnp.int32)
 
 
-def _depth_entropy(model: CSM, hidden: Array, frames: Array, chosen: Array, remat: bool) -> Array:
+def _depth_entropy(
+    model: CSM, hidden: Array, frames: AnyArray, chosen: Array, remat: bool
+) -> Array:
     """Float32 [B, K, Q - 1] of the frames at positions `chosen` [B, K]."""
     # Where the mask has fewer frames than K, any position will do: it does not count.
     before = jnp.maximum(chosen - 1, 0)

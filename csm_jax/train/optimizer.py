@@ -2,13 +2,14 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import jax
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from csm_jax.errors import InputError
+from csm_jax.layers import Params
 
 KINDS = ("adamw", "muon")
 
@@ -57,6 +58,15 @@ def make_optimizer(config: OptimizerConfig) -> optax.GradientTransformation:
     make = {"adamw": _adamw, "muon": _muon}[config.kind]
     chain = optax.chain(optax.clip_by_global_norm(config.clip), make(config))
     return optax.apply_if_finite(chain, max_consecutive_errors=_ALWAYS)
+
+
+def update(
+    config: OptimizerConfig, gradients: Params, opt_state: Any, params: Params
+) -> tuple[Params, Any]:
+    """A step of the optimizer: the next parameters, and the next state of the optimizer."""
+    updates, opt_state = make_optimizer(config).update(gradients, opt_state, params)
+    # optax's type is that of any pytree.
+    return cast(Params, optax.apply_updates(params, updates)), opt_state
 
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:

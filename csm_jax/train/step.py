@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,16 +11,14 @@ import optax
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
-from csm_jax.layers import Params
+from csm_jax.layers import Array, Params
 from csm_jax.lora import LoRAConfig, attach
 from csm_jax.model import CSM, bind
 from csm_jax.precision import Precision, role_of
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import keep_divided, keep_replicated
 from csm_jax.train.loss import LossSums, num_depth_frames, summed_losses
-from csm_jax.train.optimizer import OptimizerConfig, make_optimizer
-
-Array = jax.Array
+from csm_jax.train.optimizer import OptimizerConfig, make_optimizer, update
 
 
 @dataclass(frozen=True)
@@ -112,13 +110,10 @@ def train_step(
       seed: uint32 []; with the step it chooses the frames for the depth decoder.
     """
     gradients, sums = _gradients(state, frozen, batch, seed, config)
-    updates, opt_state = make_optimizer(config.optimizer).update(
-        gradients, state.opt_state, state.params
-    )
-    params = optax.apply_updates(state.params, updates)
+    params, opt_state = update(config.optimizer, gradients, state.opt_state, state.params)
     ema = state.ema
-    if config.ema:
-        ema = optax.incremental_update(params, ema, 1 - config.ema)
+    if ema is not None:
+        ema = cast(Params, optax.incremental_update(params, ema, 1 - config.ema))
     state = keep_divided(TrainState(state.step + 1, params, opt_state, ema), config.mesh)
     backbone, depth = mean_losses(sums)
     metrics = Metrics(
