@@ -7,7 +7,7 @@ share one step.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +16,12 @@ from jax.typing import ArrayLike
 
 from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
+from csm_jax.layers import Params
 from csm_jax.model import CSM, bind
 from csm_jax.sampling import SamplingParams
 from csm_jax.sharding import keep_sharded
 
 Array = jax.Array
-Params = dict[str, Any]
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25

@@ -2,7 +2,7 @@
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Self
 
 import jax
 import numpy as np
@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
 from csm_jax.inference_config import DEFAULT_INFERENCE, InferenceConfig
+from csm_jax.layers import Params
 from csm_jax.mimi.codec import Codec
 from csm_jax.precision import Precision
 from csm_jax.tokenizer import Tokenizer
-
-Params = dict[str, Any]
 
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
