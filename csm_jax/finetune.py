@@ -297,7 +297,7 @@ def _settings(values: flags.FlagValues) -> dict[str, object]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    return cli.run(PROGRAM, __doc__ or "", define_flags, main, argv)
+    return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 
 if __name__ == "__main__":
