@@ -42,11 +42,15 @@ class Metrics:
             Histogram, "real_time_factor", "seconds of work a second of speech", buckets=_FACTORS
         )
         self.stages = make(
-            Histogram, "stage_seconds", "what requests spend time on", ("stage",), buckets=_SECONDS
+            Histogram,
+            "stage_seconds",
+            "seconds of each stage of a request",
+            ("stage",),
+            buckets=_SECONDS,
         )
-        self._queue = make(Gauge, "queue_length", "requests that wait for a row of the batch")
-        self._speaking = make(Gauge, "batch_occupancy", "rows of the batch that speak")
-        self._rows = make(Gauge, "batch_size", "rows of the batch")
+        self._queue = make(Gauge, "queue_length", "requests that wait for a slot of the batch")
+        self._speaking = make(Gauge, "batch_occupancy", "slots of the batch in use")
+        self._rows = make(Gauge, "batch_size", "slots of the batch")
 
         self._storage_full = make(
             Gauge, "storage_full", "1 while the disk has no room for what is to be stored"

@@ -87,7 +87,7 @@ async def read_turn(
       ApiError, InputError: there is no transcript, or the recording cannot be used.
     """
     if not turn.text.strip():
-        message = f"{name} needs {transcript_name}, what is said in it"
+        message = f"{name} needs {transcript_name}, its transcript"
         raise ApiError(400, message, param=transcript_name)
     return await read_context(service, caller, [turn], name)
 

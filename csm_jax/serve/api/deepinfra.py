@@ -40,7 +40,7 @@ class Inference(Options):
     speaker_audio: Recording | None = Field(
         None, description="a voice to speak in: a file, or base64 in JSON"
     )
-    speaker_transcript: str | None = Field(None, description="what is said in it")
+    speaker_transcript: str | None = Field(None, description="its transcript")
     webhook: str | None = Field(
         None, max_length=2048, description="URL that the response is posted to"
     )

@@ -48,7 +48,7 @@ class SceneTurn(BaseModel):
 
 
 class ContextTurn(BaseModel):
-    prompt: Text = Field(description="what is said in the recording")
+    prompt: Text = Field(description="transcript of the recording")
     audio_url: str = Field(description="http(s), where the server allows that, or a data: URI")
     speaker_id: Speaker = 0
 

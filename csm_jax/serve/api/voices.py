@@ -37,7 +37,7 @@ class VoiceList(BaseModel):
 class NewVoice(BaseModel):
     name: str = Field(max_length=64)
     speaker: Speaker = 0
-    text: Text = Field(description="what is said in the recording")
+    text: Text = Field(description="transcript of the recording")
     audio: Recording = Field(description="the recording: a file, or base64 in JSON")
 
 

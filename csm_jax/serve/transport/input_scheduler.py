@@ -56,7 +56,7 @@ class InputScheduler:
                     break
                 self._feed_next()
         finally:
-            # What goes wrong with one connection is no matter of the others.
+            # An error of one connection must not affect the others.
             self._schedule()
 
     def _feed_next(self) -> None:

@@ -57,7 +57,7 @@ TAG = b"ID3\x04\x00\x00\x00\x00\x00\x0a" + bytes(10)
 
 
 @pytest.mark.parametrize("form", ["AU", "AIFF", "WAV"])
-def test_other_formats_behind_a_tag_are_not_given_to_their_readers(form, monkeypatch):
+def test_rare_formats_behind_a_tag_are_refused_before_libsndfile_opens_them(form, monkeypatch):
     data = TAG + as_file(tone(0.3), form=form)
     assert soundfile.info(io.BytesIO(data)).frames
     monkeypatch.setattr(soundfile, "SoundFile", None)
@@ -144,7 +144,7 @@ def assert_no_decoder_opens(data: bytes, monkeypatch) -> None:
 def test_vorbis_codebooks_that_unpack_to_much_are_not_unpacked(
     books, bits, dimensions, monkeypatch
 ):
-    """libvorbis would make 256 tables of 4 million entries of 3 kB."""
+    """libvorbis would build 256 tables of 4 million entries from 3 kB."""
     data = vorbis.file(books, bits, dimensions)
     assert len(data) < 4000
     assert_no_decoder_opens(data, monkeypatch)
@@ -164,8 +164,8 @@ def test_vorbis_codebooks_are_found_in_the_pages_that_libogg_reads(monkeypatch):
 
 
 @pytest.mark.parametrize("coding", ["VORBIS", "OPUS"])
-def test_libogg_is_not_let_to_look_for_pages(coding):
-    """It would add up 64 kB at each byte that seems to begin one; junk at the end is cut off."""
+def test_files_with_junk_between_pages_are_refused_before_libogg_opens_them(coding):
+    """libogg would compute a checksum at each possible page; junk at the end is cut off."""
     good = as_file(tone(1), form="OGG", coding=coding)
     junk = (b"OggS" + b"\xff" * 23) * 100_000 + bytes(66_000)
     limits = Limits(audio_seconds=2.0)
@@ -179,7 +179,7 @@ def test_libogg_is_not_let_to_look_for_pages(coding):
         check_head(good + vorbis.page() * 20_000, limits)
 
 
-def test_an_ogg_file_may_be_cut_off():
+def test_a_truncated_ogg_file_is_decoded():
     data = as_file(tone(1.5), form="OGG", coding="OPUS")
     assert 0 < len(decode_recording(data[:-10], LIMITS)) < 1.5 * RATE
 
@@ -197,7 +197,7 @@ def test_small_vorbis_codebooks_are_opened():
 def test_files_of_encoders_have_small_codebooks(rate, channels, level):
     file = io.BytesIO()
     form = dict(format="OGG", subtype="VORBIS", compression_level=level)
-    with contextlib.suppress(soundfile.LibsndfileError):  # libvorbis has not all combinations
+    with contextlib.suppress(soundfile.LibsndfileError):  # unsupported combination
         with soundfile.SoundFile(file, "w", rate, channels, **form) as written:
             written.write(tone(0.2, rate, channels))
         decode_recording(file.getvalue(), Limits())

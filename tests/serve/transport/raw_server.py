@@ -113,7 +113,7 @@ class Running:
 
     @property
     def protocols(self) -> int:
-        """What uvicorn waits for when it stops."""
+        """The number of protocols for which uvicorn waits when it stops."""
         return len(self.server.server_state.connections)
 
     def open(self, data: bytes = b"") -> socket.socket:

@@ -9,7 +9,7 @@ from csm_jax.serve.transport.input_scheduler import InputScheduler
 
 @dataclass(eq=False)
 class Receiver:
-    """Hands on pieces, each of which takes so many seconds, and notes whose they were."""
+    """A fake connection with pieces of so many seconds, which records its turns."""
 
     share: str | None
     name: str
@@ -54,7 +54,7 @@ def test_clients_take_turns_and_so_do_the_connections_of_each():
     assert asyncio.run(work()) == "axbxcabc"
 
 
-def test_connections_of_a_proxy_are_those_of_many_clients():
+def test_each_connection_of_a_proxy_has_its_own_turns():
     async def work() -> str:
         made = Scheduled()
         made.add(None, "a", pieces=2)
@@ -66,8 +66,8 @@ def test_connections_of_a_proxy_are_those_of_many_clients():
     assert asyncio.run(work()) == "abxabx"
 
 
-def test_a_round_of_the_event_loop_has_an_end():
-    """However many connections have something; what is quick is handed on in one round."""
+def test_the_turns_in_one_round_of_the_event_loop_are_limited():
+    """Even if many connections have input; quick input is handed on in one round."""
 
     async def work() -> tuple[int, int]:
         slow, quick = Scheduled(), Scheduled()
@@ -87,7 +87,7 @@ def test_a_round_of_the_event_loop_has_an_end():
     assert quick == 10
 
 
-def test_an_error_of_one_connection_does_not_hold_up_the_others():
+def test_an_error_of_one_connection_does_not_stop_the_others():
     async def work() -> list[str]:
         asyncio.get_running_loop().set_exception_handler(lambda *_: None)
         made = Scheduled()
