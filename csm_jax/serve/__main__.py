@@ -86,7 +86,7 @@ def main(values: flags.FlagValues) -> None:
 
 
 def _end_by(deadline: "Deadline") -> None:
-    """Ends the process at the deadline, whatever a thread of it is doing then."""
+    """Ends the process at the deadline, even if a thread of it is stuck."""
 
     def end() -> None:
         logging.getLogger("csm_jax.serve").error(
@@ -162,7 +162,7 @@ def _some_keys(lines: list[str], source: str) -> list[str]:
 
 
 def _check(values: flags.FlagValues) -> None:
-    """What can be said before the model is loaded."""
+    """Checks the flags before the model is loaded. Raises `InputError`."""
     from csm_jax.serve.middleware.host_and_origin import check_names, check_origins
     from csm_jax.serve.network.addresses import check_proxies
 

@@ -28,7 +28,7 @@ Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})
 _DESCRIPTIONS = field_descriptions(Sampling)
 
 
-def _sampling_field(name: str, **limits: float) -> Any:
+def _sampling_field(name: str, **limits: Any) -> Any:
     """A field of `Sampling` with its description; None is the server's default."""
     return Field(default=None, description=_DESCRIPTIONS.get(name), **limits)
 
@@ -44,7 +44,7 @@ class Options(BaseModel):
     min_p: float | None = _sampling_field("min_p", ge=0, lt=1)
     repetition_penalty: float | None = _sampling_field("repetition_penalty", gt=0.01, le=100)
     seed: Seed | None = Field(
-        default=None, description="the same seed says the same; default: random"
+        default=None, description="the same seed gives the same speech; default: random"
     )
     max_audio_length_ms: float | None = Field(default=None, ge=80, le=86_400_000)
 
