@@ -185,7 +185,7 @@ def test_names_sort_as_the_lines_do(tmp_path):
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85", "\x0b"])
 def test_only_a_line_feed_ends_a_line(tmp_path, character):
-    """JSON allows other line ends of Unicode within a text."""
+    """JSON allows other line ends of Unicode in a string."""
     line = json.dumps({"text": f"One.{character}Two."}, ensure_ascii=False)
     (tmp_path / "lines.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8")
     lines = read_manifest(tmp_path / "lines.jsonl", DEFAULT)

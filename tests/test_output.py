@@ -34,7 +34,7 @@ def offline():
 
 
 def assert_is(pcm: bytes, offline: np.ndarray) -> None:
-    """The codec rounds a frame by itself a little differently."""
+    """Checks up to rounding: the codec rounds single frames slightly differently."""
     samples = np.frombuffer(pcm, "<i2").astype(int)
     assert len(samples) == len(offline)
     assert np.abs(samples - offline).max() <= 1

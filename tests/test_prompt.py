@@ -13,7 +13,7 @@ BOS, EOS = 256, 257
 TOKENIZER = SimpleNamespace(encode=lambda text: [BOS, *text.encode(), EOS])
 AUDIO = np.zeros(4000, np.float32)
 CODES = np.array([[1, 2, 3], [4, 5, 6]])
-# What the audio of every turn is encoded to.
+# The codes of the audio of every turn.
 ENCODED = np.array([[7, 8, 9], [0, 0, 1], [34, 0, 2]], np.int32)
 
 
@@ -50,13 +50,13 @@ def test_a_prompt_without_context_row_by_row():
     assert mask.tolist() == [[False, False, False, True]] * 7
 
 
-def test_a_turn_with_codes_row_by_row():
+def test_the_rows_of_a_turn_with_codes():
     frames, mask = build("b", context=[Segment(1, "a", codes=CODES)])
     assert frames.tolist() == [
         *expected_text("[1]a"),
         [1, 2, 3, 0],
         [4, 5, 6, 0],
-        [0, 0, 0, 0],  # the end of the audio: zeros that count
+        [0, 0, 0, 0],  # the end of the audio: a frame of zeros with a mask
         *expected_text("[0]b"),
     ]
     assert mask.tolist() == [TEXT] * 6 + [SOUND] * 3 + [TEXT] * 6
@@ -111,7 +111,7 @@ def test_the_codec_gets_the_audio_of_the_turn():
         np.testing.assert_array_equal(got, expected)
 
 
-def test_codes_may_be_empty():
+def test_empty_codes_are_accepted():
     frames, _ = build("b", context=[Segment(0, "a", codes=np.zeros((0, 3), np.int32))])
     assert frames.tolist() == [*expected_text("[0]a"), [0, 0, 0, 0], *expected_text("[0]b")]
 
@@ -126,7 +126,7 @@ def test_empty_text_is_refused(text):
 
 
 def test_joined_turns_keep_their_types():
-    """And a turn alone is itself."""
+    """A single turn is not changed."""
     parts = turn_rows(Segment(1, "a", codes=CODES), CONFIG, TOKENIZER)
     assert [len(frames) for frames, _ in parts] == [6, 3]
     for joined in (join_rows(parts), join_rows(parts[:1])):
@@ -155,5 +155,5 @@ def test_bad_turns_are_refused(values, message):
     assert "\n" not in str(error.value)
 
 
-def test_the_largest_codes_of_the_vocabulary_are_allowed():
+def test_the_largest_codes_of_the_vocabulary_are_accepted():
     build(context=[Segment(0, "a", codes=np.full((1, 3), 34))])

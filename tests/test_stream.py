@@ -48,7 +48,7 @@ def test_blocks_make_the_file_of_their_concatenation(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm"])
-def test_no_blocks_make_an_empty_recording(tmp_path, suffix):
+def test_without_blocks_the_recording_is_empty(tmp_path, suffix):
     with audio.open_audio(tmp_path / f"a{suffix}", RATE):
         pass
     audio.save_audio(tmp_path / f"b{suffix}", np.zeros(0, np.float32), RATE)
@@ -58,7 +58,7 @@ def test_no_blocks_make_an_empty_recording(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("error", [InputError, KeyboardInterrupt])
-def test_a_block_that_fails_leaves_the_old_file(tmp_path, error):
+def test_an_error_keeps_the_old_file(tmp_path, error):
     (tmp_path / "a.wav").write_bytes(b"old")
 
     def fail():

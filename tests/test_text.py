@@ -74,14 +74,14 @@ def test_runs_of_white_space_are_shortened_in_a_text_that_is_split():
 
 
 def test_parts_hold_as_many_sentences_as_fit():
-    parts = split_text(" ".join([SENTENCE] * 15))  # five are 254 characters, six are 305
+    parts = split_text(" ".join([SENTENCE] * 15))  # five have 254 characters, six have 305
     assert parts == [" ".join([SENTENCE] * 5)] * 3
 
 
 def test_the_last_two_parts_are_about_equally_long():
     parts = split_text(" ".join([SENTENCE] * 11))
     assert [part.count(SENTENCE) for part in parts] == [5, 3, 3]
-    words = split_text(" ".join(["word"] * 21), 100)  # 104 characters without a mark
+    words = split_text(" ".join(["word"] * 21), 100)  # 104 characters without punctuation
     assert [part.count("word") for part in words] == [10, 11]
 
 
@@ -117,7 +117,7 @@ WHOLE = [
 
 @pytest.mark.parametrize("phrase", WHOLE)
 def test_some_full_stops_do_not_end_a_sentence(phrase):
-    """With any limit that a sentence fits, cuts are before and after it, and not in it."""
+    """With every limit that the sentence fits, the text is cut only before and after it."""
     before, after = "Aa aa aa aa aa aa.", "Bb bb bb bb bb bb."
     sentence = f"Cc cc {phrase} cc cc."
     allowed = {before, sentence, after, f"{before} {sentence}", f"{sentence} {after}"}
@@ -177,8 +177,8 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize(("text", "characters"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_time_grows_with_the_text_and_not_with_its_square(text, characters):
-    """In squares these are a minute and more each."""
+def test_splitting_takes_linear_time(text, characters):
+    """Quadratic time would be a minute or more for each."""
     start = time.process_time()
     parts = split_text(text)
     assert time.process_time() - start < 10
@@ -194,7 +194,7 @@ def test_a_limit_below_one_is_refused(limit):
 # --- Length -------------------------------------------------------------------------------------
 
 
-def test_letters_take_a_quarter_of_a_second():
+def test_needed_seconds_has_a_quarter_of_a_second_for_a_letter():
     assert needed_seconds("") == 6.0
     assert needed_seconds("abcdefgh") == 8.0
     assert needed_seconds("abcd, efg.") == 8.25
@@ -225,14 +225,14 @@ SPOKEN = {
 
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_bound_is_twice_as_long_as_slow_speech(text):
-    """Of all that is said, digits and symbols too: at 8 letters a second, twice, and 3 s."""
+    """The bound is over 3 s and twice the spoken text, symbols included, at 8 letters a second."""
     spoken = dense(SPOKEN.get(text, text))
     assert needed_seconds(text) > 2 * len(spoken) / 8 + 3
 
 
 @pytest.mark.parametrize("text", [SENTENCE, "x" * 300, " ".join(["lorem ipsum"] * 20)])
 def test_the_bound_is_not_too_loose(text):
-    """Less than four times as long as ordinary speech, 14 letters a second, and the 6 s."""
+    """The limit is four times the time at 14 letters a second, and 6 s."""
     assert needed_seconds(text) <= 6 + 4 * len(dense(text)) / 14
 
 
@@ -250,7 +250,7 @@ def test_the_parts_may_take_as_long_as_the_text():
 
 @given(st.lists(st.text("aB5.!。…\"' \n", max_size=6), max_size=30))
 def test_sentences_do_not_depend_on_the_pieces(pieces):
-    """Compared with a search of all that is left, each time."""
+    """The result is compared with a search of the whole rest."""
     stored, rest = Sentences(), ""
     for piece in pieces:
         fresh = Sentences()

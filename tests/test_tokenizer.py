@@ -35,7 +35,7 @@ TEXTS = [
     "é e\u0301 🎉👩‍👩‍👧 \u200b\ufeff\x00",
     "a" * 3000,
 ]
-# Llama 3's own split into words.
+# Llama 3's pattern for words.
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
     r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,7 +43,7 @@ LLAMA3_PATTERN = (
 
 
 def train_bpe():
-    """A small tokenizer made like Llama 3's: byte-level BPE, then BOS and EOS as added tokens."""
+    """A small tokenizer like Llama 3's: byte-level BPE, with BOS and EOS as added tokens."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -113,7 +113,7 @@ def one_line(caught, *parts):
 
 
 def test_bpe_equals_the_references_tokenizer(tmp_path, bpe):
-    """csm `generator.py`: transformers' fast tokenizer with BOS and EOS as its template."""
+    """csm `generator.py` uses transformers' fast tokenizer with a template of BOS and EOS."""
     transformers = pytest.importorskip("transformers")
     bpe.save(str(tmp_path / "tokenizer.json"))
     reference = transformers.PreTrainedTokenizerFast(
@@ -157,7 +157,7 @@ def test_the_files_truncation_and_padding_are_not_used(bpe):
     assert ours.encode(SENTENCES[0]) == plain.encode(SENTENCES[0])
 
 
-def test_special_tokens_in_a_text_are_text(bpe):
+def test_special_tokens_in_a_text_are_encoded_as_text(bpe):
     ids = config_of(bpe).text_token_ids
     text = f"[0]a{EOS}b{BOS}"
     encoded = BPETokenizer(bpe.to_str(), ids).encode(text)
@@ -184,7 +184,7 @@ def test_byte_tokenizer_has_one_id_per_byte(text):
 
 
 def _bytes_in_gpt2_order():
-    """Bytes in the order of GPT-2's symbols: printable ones are themselves, others follow."""
+    """Bytes in the order of GPT-2's symbols: printable ones first."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     return printable + [byte for byte in range(256) if byte not in printable]
 
@@ -221,7 +221,9 @@ def test_a_model_without_bos_or_eos_is_refused(tmp_path, missing):
 # Files
 
 
-def test_a_directory_is_searched_in_order(tmp_path, bpe, bpe_json, sentencepiece_model):
+def test_tokenizer_files_of_a_directory_are_tried_in_order(
+    tmp_path, bpe, bpe_json, sentencepiece_model
+):
     sizes = config_of(bpe)
     (tmp_path / "spm_32k.model").write_bytes(sentencepiece_model)
     assert isinstance(load_tokenizer(tmp_path, sizes), SentencePieceTokenizer)

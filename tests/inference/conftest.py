@@ -11,7 +11,7 @@ import csm_jax
 
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
-    # Other files of the same worker may have an engine that lives longer.
+    # Tests in other files of the same worker may still have an engine.
     before = set(threading.enumerate())
     yield
     left = [thread.name for thread in threading.enumerate() if thread not in before]
@@ -25,7 +25,7 @@ def model():
 
 @pytest.fixture(scope="session")
 def alone(model):
-    """Codes and notices of each request without an engine."""
+    """The codes and notices of each request without an engine."""
     outcomes = {}
     for name, request in REQUESTS.items():
         notices = []

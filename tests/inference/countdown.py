@@ -17,7 +17,7 @@ GREEDY = Sampling(greedy=True)
 
 
 def make_prompt(length: int, seed: int = 0, tiny: config.CSMConfig = CONFIG):
-    """Some text, some audio, and text."""
+    """A prompt of text, audio and text."""
     rng = np.random.default_rng(seed)
     is_audio = (np.arange(length) > length // 3) & (np.arange(length) < length - 2)
     columns = np.arange(tiny.num_codebooks + 1) < tiny.num_codebooks

@@ -41,7 +41,7 @@ def new_batch(params=None, max_seq_len: int = 64) -> DecodeBatch:
 
 
 def run_on(batch: DecodeBatch, num_frames: int) -> np.ndarray:
-    """Codes [B, num_frames, Q], however many runs it takes."""
+    """Codes [B, num_frames, Q] of as many runs as necessary."""
     codes = np.zeros((batch.size, 0, NUM_CODEBOOKS), np.int32)
     while codes.shape[1] < num_frames:
         codes = np.concatenate([codes, batch.run(num_frames - codes.shape[1])[0]], axis=1)
@@ -168,7 +168,7 @@ def test_rewinding_after_the_end_of_speech():
 # --- How far a run goes -------------------------------------------------------------------------
 
 
-def test_a_run_pauses_when_a_row_ends():
+def test_a_run_with_pause_stops_when_a_row_ends():
     """Rows that had ended before, and free ones, do not pause it."""
     batch = new_batch(countdown())
     batch.join(0, Utterance(count_from(3), GREEDY, 0, 30))

@@ -43,7 +43,7 @@ from csm_jax.tokenizer import byte_tokenizer
 
 
 def start(params, prompts, state: GenerationState | None = None) -> GenerationState:
-    """The state after the prompts, made by the compiled functions themselves."""
+    """The state after prefill of the prompts, by the compiled functions."""
     if state is None:
         state = empty_state(len(prompts))
     for index, (frames, mask) in enumerate(prompts):
@@ -72,7 +72,7 @@ def run_state(params, state, sampling, num_frames: int, kv_length: int = 64):
 
 
 def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
-    """Greedy codes [n, Q] by one pass over prompt and codes, every choice given all before it."""
+    """Greedy codes [n, Q] by one teacher-forced pass over prompt and codes."""
     frames, mask = prompt
     size = len(frames) + len(codes)
     rows, kept = np.zeros((2, 96, NUM_CODEBOOKS + 1), np.int32)
@@ -84,7 +84,7 @@ def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:
 
 @jax.jit
 def _one_pass(params, rows, mask):
-    """Codes [T, Q] of the frame after each row, codebooks 1 and up given those in the next row."""
+    """Codes [T, Q] of the frame after each row; codebooks 1 and up are given the next row."""
     model = bind(CONFIG, params)
     cache = KVCache.create(CONFIG.backbone, 1, len(rows), jnp.float32, num_lengths=1)
     hidden, _ = model.backbone(model.embed(rows[None], mask[None]), cache)
@@ -98,7 +98,7 @@ def _one_pass(params, rows, mask):
 
 
 def test_greedy_codes_are_the_argmax_of_a_teacher_forced_pass():
-    """The whole loop at once: prefill, cache, feeding, and a depth decoder that starts empty."""
+    """This tests the whole loop: prefill, cache, feeding back, and the depth decoder."""
     codes = generate(CONFIG, random_weights(), PROMPTS, [GREEDY] * 3, [0] * 3, max_frames=30)
     for prompt, row in zip(PROMPTS, codes, strict=True):
         assert row.shape == (30, NUM_CODEBOOKS)
@@ -118,7 +118,7 @@ def test_a_frame_depends_on_all_frames_before_it():
 
 
 def test_rows_may_fill_the_cache_to_the_last_position():
-    """8 and 25 need 33 positions, one more than the smallest cache has; 60 is no power of two."""
+    """8 and 25 need 33 positions, one more than the smallest cache; 60 is not a power of two."""
     limit = 60
     backbone = dataclasses.replace(CONFIG.backbone, max_seq_len=limit)
     short = dataclasses.replace(CONFIG, backbone=backbone)
@@ -162,7 +162,7 @@ def test_equal_seeds_give_equal_codes_and_others_do_not():
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**70])
-def test_any_whole_number_is_a_seed(seed):
+def test_any_integer_is_a_seed(seed):
     first, second = (
         generate(CONFIG, random_weights(), PROMPTS[:1], [Sampling()], [seed], max_frames=2)
         for _ in range(2)
@@ -170,7 +170,7 @@ def test_any_whole_number_is_a_seed(seed):
     np.testing.assert_array_equal(first, second)
 
 
-def test_frames_draw_from_different_keys():
+def test_frames_and_rows_use_different_random_keys():
     """With heads of zeros, pairs of frames and pairs of rows are uniform."""
     params = blank_heads(random_weights())
     sampling = [Sampling(temperature=1.0, top_k=VOCAB)] * 64
@@ -201,7 +201,7 @@ def test_leftovers_in_the_cache_have_no_effect():
 
 
 def test_reading_the_filled_part_of_the_cache_equals_reading_all():
-    """The longest row comes to 51 of 64 positions."""
+    """The longest row reaches 51 of 64 positions."""
     codes = []
     for kv_length in (51, 64):
         state = start(random_weights(), PROMPTS)
@@ -214,7 +214,7 @@ def test_reading_the_filled_part_of_the_cache_equals_reading_all():
 
 @pytest.mark.parametrize("counts", [(1, 1, 1), (1, 7, 34), (34, 2, 1), (26, 27, 28), (3, 3, 5)])
 def test_every_row_ends_at_its_own_frame_of_zeros(counts):
-    """At once (1), and around the end of a chunk of 25 frames."""
+    """The ends are immediate (1), and around the end of a chunk of 25 frames."""
     rows = generate(
         CONFIG, countdown(), [count_from(n) for n in counts], [GREEDY] * 3, [0] * 3, max_frames=60
     )
@@ -237,7 +237,7 @@ def test_the_loop_stops_when_all_rows_have_ended(count, progress):
 @pytest.mark.parametrize("chunk", [5, CHUNK_FRAMES, 1000])
 @pytest.mark.parametrize("max_frames", [1, 5, 7, 25, 26, 60])
 def test_no_more_than_max_frames_are_generated(max_frames, chunk):
-    """However many frames are asked for at a time; a run makes no more than `CHUNK_FRAMES`."""
+    """This holds for any number of frames at a time; a run has at most `CHUNK_FRAMES`."""
     frames_run = []
     forever = countdown(first={1: 34})
     watch = frames_run.append
@@ -249,7 +249,7 @@ def test_no_more_than_max_frames_are_generated(max_frames, chunk):
 
 
 @pytest.mark.parametrize("max_frames", [3, 4, 5])
-def test_an_end_at_the_last_frame_allowed(max_frames):
+def test_an_end_of_speech_at_the_last_frame_is_recognized(max_frames):
     (codes,) = generate(CONFIG, countdown(), [count_from(5)], [GREEDY], [0], max_frames)
     np.testing.assert_array_equal(codes, counted(5)[:max_frames])
 
@@ -263,7 +263,7 @@ ALMOST_ENDS = {
 
 
 @pytest.mark.parametrize(("first", "depth", "frame"), ALMOST_ENDS.values(), ids=ALMOST_ENDS.keys())
-def test_some_zeros_are_not_the_end(first, depth, frame):
+def test_a_frame_with_some_zeros_is_not_the_end_of_speech(first, depth, frame):
     (codes,) = generate(
         CONFIG, countdown(first, depth), [count_from(3)], [GREEDY], [0], max_frames=10
     )
@@ -296,8 +296,8 @@ def test_ended_rows_do_not_advance():
     np.testing.assert_array_equal(state.cache.lengths, [2 + 3, 2 + 13, 2 + 1])
 
 
-def test_sampled_rows_end_too():
-    """At a temperature that leaves no doubt."""
+def test_rows_end_with_sampling_too():
+    """The temperature is so low that the result is certain."""
     sampling = [Sampling(temperature=0.1)] * 3
     rows = generate(
         CONFIG, countdown(), [count_from(n) for n in (4, 1, 9)], sampling, [1, 2, 3], max_frames=60
@@ -306,7 +306,7 @@ def test_sampled_rows_end_too():
         np.testing.assert_array_equal(row, counted(count))
 
 
-def test_an_end_at_once_is_empty_audio():
+def test_an_immediate_end_of_speech_is_empty_audio():
     params = random_params(CONFIG)
     params["csm"] = blank_heads(params["csm"])
     model = Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
@@ -336,7 +336,7 @@ def test_with_a_huge_penalty_every_id_comes_once():
     assert sorted(rows[0][:, 0]) == list(range(VOCAB))
     assert len(set(rows[1][:, 0])) < VOCAB / 2
     depth_ids = [len(set(rows[0][:, codebook])) for codebook in range(1, NUM_CODEBOOKS)]
-    assert min(depth_ids) < VOCAB  # the penalty is for codebook 0 alone
+    assert min(depth_ids) < VOCAB  # the penalty applies to codebook 0 only
 
 
 def test_few_shapes_are_compiled():
@@ -346,7 +346,7 @@ def test_few_shapes_are_compiled():
     values += [Sampling(repetition_penalty=1.3, depth_temperature=0.5, depth_top_k=2)]
     for length in (5, 12, 16, 23, 31):
         value = values[length % len(values)]
-        prompts = [make_prompt(length)] * 2  # no other test has two rows
+        prompts = [make_prompt(length)] * 2  # no other test has a batch of two rows
         generate(CONFIG, random_weights(), prompts, [value] * 2, [length] * 2, 33 - length % 2)
     assert [
         function._cache_size() - before
@@ -357,7 +357,7 @@ def test_few_shapes_are_compiled():
 @pytest.mark.parametrize("weights", ["bfloat16", "float16"])
 @pytest.mark.parametrize("activations", ["float32", "weights"])
 def test_codes_are_generated_in_narrow_types(weights, activations):
-    """Activations are float32 on a CPU and of the weights' type elsewhere; here both are tried."""
+    """Activations are float32 on a CPU and of the weights' type elsewhere; both are tested."""
     activations = weights if activations == "weights" else activations
     precision = Precision(jnp.dtype(weights), jnp.dtype(activations))
     params = random_params(CONFIG, precision)["csm"]

@@ -74,7 +74,7 @@ def test_generate_batch_equals_its_requests_alone(model, alone):
 
 
 @pytest.mark.parametrize("together", [1, 3])
-def test_a_ticket_streams_what_is_generated(model, alone, together, monkeypatch):
+def test_chunks_of_a_ticket_equal_its_decoded_codes(model, alone, together, monkeypatch):
     """However many rows the codec decodes in one call."""
     monkeypatch.setattr(engine_core, "rows_together", lambda num_rows: together)
     names = ["short", "greedy", "parts", "recording"]
@@ -120,11 +120,11 @@ def test_listeners_get_all_chunks_and_the_end(model, alone):
         np.testing.assert_allclose(np.concatenate(chunks), whole, atol=1e-5)
 
 
-def test_chunks_are_not_kept_without_keep(model, alone):
+def test_chunks_are_not_kept_with_keep_false(model, alone):
     received = []
     with Engine(model, max_batch=1) as engine:
         ticket = engine.submit(REQUESTS["short"], keep=False)
-        ticket.codes()  # some chunks are there before the listener
+        ticket.codes()  # some chunks exist before the listener
         ticket.add_listener(received.append)
         assert received.pop() is None
         assert not ticket._chunks

@@ -31,7 +31,7 @@ def test_cancel_frees_the_slot_at_the_next_step(model, alone):
                 end()
 
 
-def test_a_cancelled_request_that_waits_never_runs(model, alone, monkeypatch):
+def test_a_cancelled_waiting_request_never_runs(model, alone, monkeypatch):
     joined, join = [], DecodeBatch.join
 
     def note(self, index, utterance):
@@ -78,7 +78,7 @@ def test_submit_to_a_full_queue_raises_or_waits(model, alone):
     np.testing.assert_array_equal(codes, alone["greedy"][0])
 
 
-def test_a_bad_request_is_refused_at_once(model):
+def test_submit_refuses_a_bad_request(model):
     with Engine(model, max_batch=1) as engine:
         with pytest.raises(InputError, match="the text is empty"):
             engine.submit(" ")
@@ -239,7 +239,7 @@ def test_close_keeps_its_time_limit(model, alone):
 
 
 def test_a_process_can_exit_while_an_engine_runs(own_cache):
-    """Without `close`, and in the middle of a computation, which crashes Python."""
+    """It ends without `close` and during a computation, which could crash Python."""
     program = """
 import csm_jax
 engine = csm_jax.Engine(csm_jax.load("random:tiny"), max_batch=1)

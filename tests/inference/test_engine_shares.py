@@ -74,7 +74,7 @@ def test_other_requests_go_before_a_background_request(model):
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_long_text_yields_between_its_parts(model, stream):
+def test_a_long_text_frees_its_slot_between_its_parts_and_has_equal_codes(model, stream):
     """To requests of shares with fewer slots, and its codes are the same."""
     long = [Request(LONG_TEXT, seed=seed) for seed in range(2)]
     alone = [model.generate_codes(request) for request in long]
@@ -98,7 +98,7 @@ def test_a_long_text_yields_between_its_parts(model, stream):
 
 
 @pytest.mark.parametrize("together", [1, 2])
-def test_yielding_does_not_change_a_sample(model, together, monkeypatch):
+def test_freeing_the_slot_between_parts_changes_no_sample(model, together, monkeypatch):
     """The codec continues its stream in another row."""
     monkeypatch.setattr(engine_core, "rows_together", lambda num_rows: together)
     monkeypatch.setattr(Pace, "next_chunk", lambda self: 1)

@@ -54,7 +54,7 @@ def test_a_running_stream_waits_for_one_prefill_at_most(model, monkeypatch, stre
 
 
 def test_a_request_waits_one_frame_for_its_prefill(model, monkeypatch):
-    """Also when the others would have time for more."""
+    """This holds also if the running streams have enough to play."""
     monkeypatch.setattr(Pace, "next_chunk", lambda self: 8)
     model = with_inference(model, max_step_seconds=1e9)
     watched = Watched(monkeypatch)
@@ -68,7 +68,7 @@ def test_a_request_waits_one_frame_for_its_prefill(model, monkeypatch):
 
 
 def test_a_stream_with_enough_to_play_gets_long_chunks_beside_a_hasty_one(model, monkeypatch):
-    """The codec takes hardly longer for eight frames than for one."""
+    """The codec takes little longer for eight frames than for one."""
     monkeypatch.setattr(Pace, "next_chunk", lambda self: 1)
     monkeypatch.setattr(Pace, "can_wait", lambda self, _: self._num_played > 1)
     with Engine(model, max_batch=3) as engine:

@@ -58,8 +58,8 @@ def streamed(model, request: Request) -> tuple[list[np.ndarray], list]:
 
 @pytest.mark.parametrize("name", REQUESTS)
 @pytest.mark.parametrize("pace", [None, 1, 8])
-def test_a_stream_is_what_is_generated(short_parts, name, pace, monkeypatch):
-    """With the same notices, whatever the pace."""
+def test_a_stream_equals_generated_audio(short_parts, name, pace, monkeypatch):
+    """The notices are equal too, with every pace."""
     if pace is not None:
         monkeypatch.setattr(Pace, "next_chunk", lambda self: pace)
     whole, notices = with_notices(short_parts.generate, REQUESTS[name])
@@ -112,6 +112,6 @@ def test_equal_seeds_give_equal_codes_and_others_do_not(model):
 
 
 def test_stream_refuses_bad_input_at_the_call(model):
-    """Not when its first chunk is asked for."""
+    """The error does not wait for the first chunk."""
     with pytest.raises(InputError, match="the text is empty"):
         model.stream(" ")

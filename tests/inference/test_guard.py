@@ -96,7 +96,7 @@ def test_a_repeated_frame_is_a_fault_after_one_second(codebooks, start):
 
 @pytest.mark.parametrize("period", range(2, 26))
 def test_a_loop_is_a_fault_after_two_seconds_or_two_periods(period):
-    """The period itself, then 2 s or two periods of repetition."""
+    """The period is followed by 2 s or two periods of repetition."""
     needed = max(25, 2 * period)
     frames = join(speech(30, 1), loop(period, 100, 2))
     assert fires(frames) == (30 + period + needed - 1, 30 + period + 3, REPEATS)
@@ -121,20 +121,21 @@ def test_silence_before_speech_may_be_longer():
 def test_a_click_does_not_end_the_first_silence():
     """One frame does not, two do."""
     click = join(silence(5), speech(1), silence(60))
-    assert fires(click) == (5 + 1 + 45, 5 + 1 + 6, SILENT)  # one for the click, one off for it
+    # One frame is added for the click, one subtracted for it.
+    assert fires(click) == (5 + 1 + 45, 5 + 1 + 6, SILENT)
     word = join(silence(5), speech(2), silence(60))
     assert fires(word) == (5 + 2 + 30, 5 + 2 + 10, SILENT)
 
 
 def test_repeated_frames_of_silence_count_as_silence():
-    """Digital silence has equal frames; 2.4 s of it are a pause and no loop."""
+    """Digital silence has equal frames; 2.4 s of it are a pause, not a loop."""
     still = np.tile(silence(1), (60, 1))
     assert_undisturbed(join(speech(20), still[:30], speech(20)))
     assert fires(join(speech(20), still)) == (20 + 30, 20 + 10, SILENT)
 
 
 def test_pauses_in_a_loop_do_not_count():
-    """Silence in it does not count: 7 of each 10 frames do, until 25 have."""
+    """Of each 10 frames 7 count, until there are 25."""
     frames = join(*(join(speech(7), silence(3, i)) for i in range(10)))
     assert fires(frames) == (10 + 3 * 10 + 4 - 1, 10 + 3, REPEATS)
 
@@ -169,13 +170,13 @@ def test_at_full_size_the_fine_codebooks_may_vary():
     assert fires(frames) == (12, 4, REPEATS)
     frames[:, 6:8] = speech(40, 5, codebooks=32)[:, 6:8]
     assert fires(frames) == (12, 4, REPEATS)
-    frames[:, 5] = speech(40, 5, codebooks=32)[:, 5]  # 5 of 8 are no 3/4
+    frames[:, 5] = speech(40, 5, codebooks=32)[:, 5]  # 5 of 8 are less than 3/4
     assert fires(frames) is None
 
 
 @pytest.mark.parametrize("period", [2, 4, 9])
 def test_one_strange_frame_does_not_end_a_loop_and_two_do(period):
-    """It is strange twice, as itself and to its repetition, and costs two frames each time."""
+    """It deviates twice, itself and from its repetition, and costs two frames each time."""
     frames = join(speech(20), loop(period, 200))
     at = fires(frames)[0]
     frames[40] = speech(1, 5)
@@ -204,7 +205,7 @@ def test_speech_longer_than_its_text_is_cut(chunk):
     assert len(released) == 60
 
 
-def test_a_pause_at_the_end_of_what_the_text_needs_is_dropped():
+def test_a_pause_at_the_length_limit_is_dropped():
     _, events = play([join(speech(40), silence(25))], [1], max_frames=60)
     assert events == [(Action.CUT, TOO_LONG, 50)]
 
@@ -223,7 +224,7 @@ def test_random_speech_has_no_fault(seed, codebooks):
 
 @pytest.mark.parametrize("seed", range(20))
 def test_few_sounds_and_pauses_up_to_two_seconds_are_no_fault(seed):
-    """Twenty codes in codebook 0, as one voice has in a sentence."""
+    """Codebook 0 has twenty codes, like a sentence of one voice."""
     rng = np.random.default_rng(seed)
     parts = []
     for _ in range(10):
@@ -236,14 +237,14 @@ def test_few_sounds_and_pauses_up_to_two_seconds_are_no_fault(seed):
 @pytest.mark.parametrize("vowel_frames", [10, 100])
 @pytest.mark.parametrize("constant", [1, 3, 5])
 def test_a_held_vowel_is_no_fault(vowel_frames, constant):
-    """One semantic code and some coarse acoustic ones; the waveform moves on in the others."""
+    """The semantic code and some coarse acoustic codes are constant; the others vary."""
     frames = speech(20 + vowel_frames + 20, 3, 32)
     frames[20 : 20 + vowel_frames, :constant] = frames[20, :constant]
     assert_undisturbed(frames)
 
 
 def test_laughter_is_no_fault():
-    """ "Ha ha ha": codebook 0 has a period of 3 for 4 s, the acoustic codes have none."""
+    """In "ha ha ha", codebook 0 has a period of 3 for 4 s; the acoustic codes have none."""
     frames = speech(50, 4)
     frames[:, 0] = np.resize([100, 200, 300], 50)
     frames[:, 1] = np.resize([11, 12, 13], 50)
@@ -269,7 +270,7 @@ def test_a_run_is_held_and_released_when_it_ends(run, held_from):
     kept = [guard.accept(frames[i : i + 1]).kept for i in range(len(frames))]
     onset, end = 20 + held_from, 20 + len(run)
     assert kept[:onset] == list(range(1, onset + 1))
-    assert kept[onset : end + 1] == [onset] * (end + 1 - onset)  # one frame does not end it
+    assert kept[onset : end + 1] == [onset] * (end + 1 - onset)  # one frame does not end the run
     assert kept[end + 1 :] == list(range(end + 2, len(frames) + 1))
     assert len(guard.finish()) == 0
 
@@ -281,7 +282,7 @@ def test_ordinary_pauses_are_not_delayed():
         assert i < 50
 
 
-def test_finish_releases_what_is_held():
+def test_finish_releases_withheld_frames():
     frames = join(speech(20), silence(25))
     guard = Guard(ENDLESS, 7, SILENCE)
     assert len(guard.accept(frames).released) == 30
@@ -321,7 +322,7 @@ def test_a_draft_without_a_fault_is_released():
 
 
 def test_the_last_draft_is_cut_at_its_fault():
-    """The silence goes on in every draft, and is counted from its onset and not from the cut."""
+    """The silence continues in every draft, and is counted from its start and not from the cut."""
     runaway = join(speech(20), silence(100))
     guard = Guard(ENDLESS, 7, SILENCE)
     assert guard.accept(runaway[:51])[1:] == (Action.RESAMPLE, SILENT, 30)
@@ -340,7 +341,7 @@ def test_max_retries_is_the_number_of_drafts(retries):
 
 
 def test_retries_are_counted_for_the_whole_utterance():
-    """Different faults at different places share them."""
+    """Different faults at different frames share the limit."""
     first = join(speech(20), silence(60))
     second = join(first[:30], speech(20, 2), loop(3, 60))
     third = join(second[: 50 + 3 + 3], speech(20, 3), loop(1, 60, 4))
@@ -365,7 +366,7 @@ def test_dropped_frames_do_not_count_towards_the_length():
 
 
 def eventful(rng: np.random.Generator, kept: np.ndarray) -> np.ndarray:
-    """An utterance of runs and half-runs of all kinds, which begins with `kept`."""
+    """An utterance of complete and incomplete runs of all kinds, which begins with `kept`."""
     parts = [kept]
     for _ in range(rng.integers(1, 12)):
         seed, length = int(rng.integers(10**6)), int(rng.integers(1, 45))
@@ -383,7 +384,7 @@ def eventful(rng: np.random.Generator, kept: np.ndarray) -> np.ndarray:
 
 
 def drafts_of(rng: np.random.Generator) -> list[np.ndarray]:
-    """Drafts that agree as far as the guard keeps them, as generation from one state would."""
+    """Drafts that agree as far as the guard keeps them, like generation from one state."""
     drafts = [eventful(rng, speech(0))]
     for _ in range(2):
         events = play(drafts, [1])[1]
@@ -405,7 +406,7 @@ def test_the_outcome_does_not_depend_on_the_chunks():
             np.testing.assert_array_equal(again, released)
             assert same_events == events
         outcomes |= {event[:2] for event in events} | {len(events)}
-    # So that the drafts have had everything in them.
+    # The drafts contain all kinds of events.
     resampled = {(Action.RESAMPLE, SILENT), (Action.RESAMPLE, REPEATS)}
     cut = {(Action.CUT, SILENT), (Action.CUT, REPEATS), (Action.CUT, TOO_LONG)}
     assert outcomes == resampled | cut | {0, 1, 2, 3}

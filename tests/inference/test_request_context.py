@@ -33,8 +33,10 @@ def context(*lengths: int) -> list[Segment]:
 
 @pytest.mark.parametrize("spare", [0, 1, -1])
 @pytest.mark.parametrize("max_audio_length_ms", [None, 10 * FRAME_MS])
-def test_the_oldest_turns_make_room_for_half_of_what_the_text_can_need(max_audio_length_ms, spare):
-    """Or for all that is asked for, if that is less."""
+def test_the_oldest_turns_are_dropped_to_leave_half_of_the_longest_speech(
+    max_audio_length_ms, spare
+):
+    """They leave all of `max_audio_length_ms` if that is less."""
     turns = context(40, 20, 30)
     room = min(frames_for("Hi.") // 2, 10 if max_audio_length_ms else 125)
     text = 8  # BOS, "[0]Hi.", EOS
@@ -52,7 +54,7 @@ def test_the_oldest_turns_make_room_for_half_of_what_the_text_can_need(max_audio
 
 
 def test_no_more_turns_are_dropped_than_necessary():
-    # 8 for the text, 46 for its speech and one for its end; 20 for every turn.
+    # 8 positions for the text, 46 for its speech and one for its end; 20 for every turn.
     for window, kept in ((115, 3), (114, 2), (95, 2), (94, 1), (75, 1), (74, 0), (55, 0)):
         turns = context(20, 20, 20)
         state, notices = begin(Request("Hi.", 0, turns), max_seq_len=window)
@@ -102,7 +104,7 @@ def test_the_window_is_at_most_the_models():
 
 @given(st.lists(st.integers(8, 90), max_size=20), st.integers(60, 300))
 def test_the_newest_turns_that_fit_are_kept(lengths, window):
-    """As many as leave room for the text, for its speech and for its end."""
+    """They leave room for the text, its speech and its end."""
     kept = len(lengths)
     while kept and window - 1 - 8 - sum(lengths[-kept:]) < frames_for("Hi.") // 2:
         kept -= 1
@@ -136,7 +138,7 @@ def test_rows_are_only_made_of_turns_that_can_fit(monkeypatch):
 
 
 def recorded(frames: np.ndarray) -> np.ndarray:
-    """A stand-in for a recording, of a length that is no whole number of frames."""
+    """A recording whose length is not a whole number of frames."""
     return np.full(len(frames) * CONFIG.codec.frame_size - 7, frames.sum() / 1e6, np.float32)
 
 
@@ -156,7 +158,7 @@ def test_only_turns_that_fit_are_encoded(num_turns):
     notices = []
     request = Request("Hi.", 0, recordings)
     state = RequestState(StubModel(encode), request, notices.append)
-    assert state.num_turns == min(num_turns, 7)  # of 250 frames in 2048 positions
+    assert state.num_turns == min(num_turns, 7)  # recordings of 250 frames in 2048 positions
     for got, expected in zip(
         state.next_utterance().prompt, wanted.next_utterance().prompt, strict=True
     ):

@@ -110,7 +110,7 @@ def test_speech_is_cut_at_its_limit(num_frames):
 
 
 def test_the_default_limit_grows_with_the_text():
-    """10 s, or what a text can need if that is more."""
+    """It is 10 s, or the longest speech of the text if that is more."""
     long = "x" * 250
     for text, frames in (("Hi.", 125), (long, frames_for(long))):
         utterance = begin(Request(text, guard="off"))[0].next_utterance()

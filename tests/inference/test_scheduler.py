@@ -44,7 +44,7 @@ def test_every_item_is_served_once_in_the_order_of_its_share(events):
 @settings(deadline=None)
 @given(st.lists(NAMES, min_size=1, unique=True), st.integers(2, 20))
 def test_one_server_is_shared_by_weight(names, rounds):
-    """As long as all of them want more."""
+    """This holds while all of them have waiting items."""
     queue = FairQueue()
     total = sum(WEIGHTS[name] for name in names)
     served = Counter()
@@ -74,7 +74,7 @@ def test_slots_are_shared_by_weight(num_rows):
 @settings(deadline=None)
 @given(st.integers(0, 20), st.integers(1, 3))
 def test_endless_new_shares_starve_no_other(before, per_service):
-    """A share that waits is served although fresh shares come faster than they are served."""
+    """A waiting share is served although new shares arrive faster than they are served."""
     queue = FairQueue()
     for number in range(before):
         push(queue, "old", number)
@@ -92,7 +92,7 @@ def test_endless_new_shares_starve_no_other(before, per_service):
 
 
 def test_a_new_share_is_next():
-    """However long the queue of another share is, and however often that was served."""
+    """This holds for any queue and any history of another share."""
     queue = FairQueue()
     for number in range(50):
         push(queue, "a", number)
@@ -104,7 +104,7 @@ def test_a_new_share_is_next():
 
 
 def test_submitting_one_at_a_time_gains_nothing():
-    """A share that has one item at a time gets no more than one that has many."""
+    """A share with one item at a time gets no more than a share with many."""
     queue, served = FairQueue(), Counter()
     for number in range(100):
         push(queue, "many", number)
@@ -123,7 +123,7 @@ def test_a_yielded_item_goes_first_in_its_share():
     for number in range(3):
         push(queue, "a", number)
     first = queue.pop()
-    assert not queue.should_yield("a")  # its own share is no reason
+    assert not queue.should_yield("a")  # items of its own share do not count
     push(queue, "b", 0)
     assert queue.should_yield("a")
     queue.finish("a")
@@ -243,7 +243,7 @@ def test_a_slot_is_kept_while_several_shares_ask():
     assert run(*"aaaa") == "aa"
     now = 61.0
     assert run(*"aaaa") == "aaa"
-    # Requests in the background are no company.
+    # Background requests do not count as another share.
     fill(rows, "c", in_background=True)
     assert run(*"aaaa") == "aaa"
 
@@ -269,7 +269,7 @@ def test_a_slot_is_free_for_the_next_new_share():
     st.integers(1, 4),
 )
 def test_long_texts_that_yield_are_finished(texts, num_rows):
-    """All parts of all texts are spoken, and with rows for all of them none yields."""
+    """All parts of all texts are generated; with a slot for each text none yields."""
     rows = RowScheduler(num_rows)
     parts = {}
     for share, count in texts:

@@ -20,7 +20,7 @@ from csm_jax.train.batches import (
 from csm_jax.train.examples import Example
 
 COLUMNS = CONFIG.num_codebooks + 1
-# Powers of two and three quarters of them.
+# Powers of two, and three quarters of them.
 BUCKETS = sorted([2**k for k in range(5, 12)] + [3 * 2**k for k in range(4, 10)])
 LENGTHS = [5, 31, 32, 33, 40, 48, 49, 64, 64, 64, 65, 70, 90, 96, 97, 100, 20, 20, 20, 45, 60]
 
@@ -41,7 +41,7 @@ EXAMPLES = [example(number, length) for number, length in enumerate(LENGTHS)]
 
 
 def members(batch: Batch) -> list[int]:
-    """The numbers of the examples of a batch, none for rows that fill it up."""
+    """The numbers of the examples of a batch, without padding rows."""
     return [int(row[0, 0]) - 1000 for row in batch.frames if row.any()]
 
 
@@ -84,7 +84,7 @@ def test_bucket_is_the_shortest_that_fits():
 
 
 @pytest.mark.parametrize("num_rows", [1, 2, 4, 50])
-def test_a_batch_is_examples_and_padding(num_rows):
+def test_a_batch_has_examples_and_padding(num_rows):
     chosen = [3, 0, 8, 15][:num_rows]
     batch = make_batch([EXAMPLES[i] for i in chosen], num_rows)
     assert members(batch) == chosen
@@ -94,10 +94,10 @@ def test_a_batch_is_examples_and_padding(num_rows):
 
 @pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 50])
 @pytest.mark.parametrize("seed", [0, 9])
-def test_every_example_is_in_every_epoch_once(num_rows, seed):
+def test_every_epoch_has_every_example_once(num_rows, seed):
     source = ShuffledBatches(EXAMPLES, num_rows, seed)
     in_bucket = [sum(bucket(length) == size for length in LENGTHS) for size in BUCKETS]
-    # Only the last batch of a bucket may have rows to spare.
+    # Only the last batch of a bucket may have padding rows.
     assert source.num_batches == len(source) == sum(-(-n // num_rows) for n in in_bucket)
     for number in range(4):
         batches = epoch(source, number)
@@ -205,7 +205,7 @@ def test_without_examples_there_are_no_batches():
     assert ordered_batches([], 4) == []
 
 
-# Of so many examples and such a share, so many are held out.
+# Number of examples, share, number of held-out examples.
 HELD_OUT = {
     (20, 0.05): 1,
     (20, 0.25): 5,

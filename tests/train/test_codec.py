@@ -34,7 +34,7 @@ def mimi():
 
 
 def tones(rows: int, num_frames: int) -> np.ndarray:
-    """A buzz of another pitch in every row, [rows, samples]."""
+    """A buzz with another pitch in every row, [rows, samples]."""
     time = np.arange(num_frames * CODEC.frame_size) / CODEC.sample_rate
     pitches = 90 + 37 * np.arange(rows)[:, None]
     buzz = sum(np.sin(2 * np.pi * k * pitches * time) / k for k in range(1, 12))
@@ -65,7 +65,7 @@ def test_log_mel_spectra_equal_those_of_transformers(window, num_mels):
 
 
 def test_mel_distance_is_the_logarithm_of_a_change_in_loudness():
-    audio = tones(2, 3) + 0.5  # loud enough to be over the floor nowhere but in a few bands
+    audio = tones(2, 3) + 0.5  # loud enough to be above the floor in only a few bands
     loud = np.random.default_rng(0).standard_normal(audio.shape).astype(np.float32)
     assert mel_distance(loud, loud, 24_000) == 0
     assert mel_distance(loud, 2 * loud, 24_000) == pytest.approx(np.log(2), rel=1e-2)
@@ -121,7 +121,8 @@ def test_an_unused_entry_is_replaced_by_a_vector_of_the_batch():
     size, dim = CODEC.codebook_size, CODEC.codebook_dim
     vectors = np.random.default_rng(0).standard_normal((40, dim)).astype(np.float32)
     count = np.full(size, 2.0, np.float32)
-    count[[4, 9]] = 0.2 * 40 / size * 0.99  # after another step without a vector, too few
+    # After another step without a vector, the usage is too small.
+    count[[4, 9]] = 0.2 * 40 / size * 0.99
     usage = Usage(jnp.array(count), jnp.zeros((size, dim)))
     choice = codec._Choice(jnp.array(vectors), jnp.zeros(40, jnp.int32))
     _, book = codec._follow_one(usage, choice, jax.random.key(0), CONFIG)
@@ -147,7 +148,7 @@ def test_training_lowers_the_losses():
         assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
     assert not np.array_equal(before, state.params["quantizer"]["acoustic"]["codebooks"][5])
     assert 1 < metrics.perplexity <= CODEC.codebook_size
-    # The classifier begins at zero, where all kinds are as likely, and its steps are Adam's: small.
+    # The classifier starts at zero, with equal probabilities, and Adam takes small steps.
     assert metrics.labels < np.log(LABELLED.num_labels) - 0.03
 
 
@@ -249,7 +250,7 @@ def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_tables_to_adam():
     for name, shape in matrices.items():
         matrix = np.asarray(update[name]["weight"]).reshape(shape)
         values = np.linalg.svd(matrix, compute_uv=False)
-        # Five iterations make them one to within a third.
+        # Five iterations give singular values of one to within a third.
         assert values.max() / values.min() < 2
         assert np.sqrt(np.mean(matrix**2)) == pytest.approx(0.2 * 1e-2, rel=0.3)
     for name in params.keys() - matrices.keys():

@@ -36,7 +36,7 @@ def recordings(tmp_path):
 
 
 def write(directory: Path, *lines: object) -> Path:
-    """Each line as it is, or as JSON."""
+    """Writes each line unchanged or as JSON."""
     texts = [line if isinstance(line, str) else json.dumps(line) for line in lines]
     (directory / "data.jsonl").write_text("".join(f"{text}\n" for text in texts))
     return directory / "data.jsonl"
@@ -115,7 +115,7 @@ def test_a_manifest_without_lines_is_refused(content, tmp_path):
 
 @pytest.mark.parametrize(("level", "is_speech"), [(32, False), (33, True), (-33, True)])
 def test_a_peak_under_a_thousandth_is_silence(codec, level, is_speech, tmp_path):
-    """Of full scale, 32.768 of 16-bit samples; a peak downwards is as loud."""
+    """A thousandth of full scale is 32.768 in 16 bits; negative peaks count too."""
     samples = np.zeros(FRAME, np.int16)
     samples[100] = level
     soundfile.write(tmp_path / "voice.wav", samples, 24_000)
@@ -127,7 +127,7 @@ def test_a_peak_under_a_thousandth_is_silence(codec, level, is_speech, tmp_path)
 
 @pytest.mark.parametrize("character", ["\u2028", "\u2029", "\x85"])
 def test_only_a_line_feed_ends_a_line(character, tmp_path):
-    """JSON allows other line ends of Unicode within a text."""
+    """JSON allows other line ends of Unicode in a string."""
     line = json.dumps([TURN | {"text": f"One.{character}Two."}], ensure_ascii=False)
     (tmp_path / "data.jsonl").write_text(f"{line}\r\n{line}\n", encoding="utf-8")
     found, problems = read_conversations(tmp_path / "data.jsonl")
@@ -172,7 +172,7 @@ def test_it_is_an_error_if_no_conversation_is_left(capsys):
 
 
 def test_an_example_has_the_rows_of_the_reference(codec, tmp_path):
-    """Row by row, as generator.py of SesameAILabs/csm lays them out."""
+    """The rows equal those of generator.py of SesameAILabs/csm."""
     turns = [TURN | {"train": False}, {"speaker": 12, "text": "Yes", "audio": "reply.wav"}]
     ((example,), problems) = read(codec, write(tmp_path, turns))
     assert problems == []

@@ -74,7 +74,7 @@ def test_eight_devices_have_the_losses_of_one(data, alone, tmp_path, fsdp):
 
 
 def test_two_processes_have_the_losses_of_one(data, alone, tmp_path):
-    """Each has two devices and half of every batch; the parameters are divided by four."""
+    """Each process has two devices and half of every batch; parameters are divided over four."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -87,7 +87,7 @@ def test_two_processes_have_the_losses_of_one(data, alone, tmp_path):
 
 @pytest.mark.long
 def test_a_run_can_be_resumed_on_other_devices(data, alone, tmp_path):
-    """A checkpoint of eight devices is one for any number."""
+    """A checkpoint does not depend on the number of devices."""
     out = tmp_path / "run"
     process = start(data, out, "--fsdp=4", "--save_every=1", devices=8)
     while not (out / "checkpoints" / "2" / "commit_success.txt").exists():

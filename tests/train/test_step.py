@@ -67,7 +67,7 @@ def keys(count: int):
     loss_mask=st.lists(st.lists(st.booleans(), min_size=37, max_size=37), min_size=1, max_size=4),
     share=st.sampled_from([1 / 16, 0.1, 0.3, 0.5, 1.0]),
 )
-def test_a_share_of_each_row_is_chosen_once(loss_mask, share):
+def test_a_share_of_the_frames_of_each_row_is_chosen(loss_mask, share):
     loss_mask = np.array(loss_mask)
     chosen, counts = choose_frames(jnp.asarray(loss_mask), share, keys(len(loss_mask)))
     for row, positions, kept in zip(loss_mask, np.asarray(chosen), np.asarray(counts), strict=True):
@@ -78,7 +78,7 @@ def test_a_share_of_each_row_is_chosen_once(loss_mask, share):
 
 
 def test_all_frames_are_chosen_equally_often():
-    """A quarter of 20 frames, 4000 times: the counts are within five deviations of their mean."""
+    """A quarter of 20 frames, 4000 times: counts are within five deviations of the mean."""
     loss_mask = jnp.tile(jnp.arange(30)[None] >= 10, (4000, 1))
     chosen, counts = choose_frames(loss_mask, 0.25, keys(4000))
     histogram = np.bincount(np.asarray(chosen)[np.asarray(counts)], minlength=30)
@@ -112,7 +112,7 @@ def test_accumulation_and_remat_change_nothing(change):
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
-def test_the_gradient_is_that_of_the_mean_loss(accumulate):
+def test_the_gradient_equals_that_of_the_mean_loss(accumulate):
     """With every frame in the depth decoder, nothing is random."""
     config = dataclasses.replace(
         CONFIG, depth_share=1.0, depth_weight=0.7, accumulate=accumulate, remat=False
@@ -164,7 +164,7 @@ def test_evaluation_counts_every_frame():
     assert_close(mean_losses(sums), (metrics.backbone_loss, metrics.depth_loss))
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_counted():
+def test_a_step_with_a_gradient_that_is_not_finite_is_skipped_and_counted():
     """It changes nothing but the number of steps."""
     lora = LoRAConfig(rank=2)
     config = dataclasses.replace(CONFIG, lora=lora, depth_share=1.0)
@@ -186,7 +186,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted():
     assert_close(state.params, want.params, rtol=1e-6, atol=1e-9)
 
 
-def test_new_adapters_change_nothing_yet():
+def test_new_adapters_do_not_change_the_model():
     lora = LoRAConfig(rank=2)
     adapted = dataclasses.replace(CONFIG, lora=lora)
     _, metrics = after_a_step(CONFIG, random_batch())
@@ -213,7 +213,7 @@ def test_bfloat16_has_nearly_the_loss_of_float32():
 
 
 def test_weights_decay_and_norms_do_not():
-    """Without a gradient, a step is its decay alone."""
+    """Without a gradient, a step is only weight decay."""
     optimizer = OptimizerConfig(learning_rate=0.1, steps=10, warmup=0, weight_decay=0.5)
     config = dataclasses.replace(CONFIG, optimizer=optimizer)
     batch = random_batch()
