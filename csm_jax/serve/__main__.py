@@ -2,7 +2,7 @@
 
     python -m csm_jax.serve --checkpoint=demo --port=8000
     curl localhost:8000/v1/audio/speech -H "Content-Type: application/json" \\
-        -d '{"model": "csm-1b", "input": "one two three", "voice": "alloy"}' -o speech.mp3
+        -d '{"model": "csm-1b", "input": "three one four one five", "voice": "alloy"}' -o speech.mp3
 
 API keys are in CSM_JAX_API_KEYS, with commas between, or in --api_keys_file, one a line; the secret
 that signs webhooks is in CSM_JAX_WEBHOOK_SECRET. Without API keys requests need none.
