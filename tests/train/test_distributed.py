@@ -23,6 +23,7 @@ def data(tmp_path_factory):
 def start(data: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
     """A run in a process with so many CPU devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
+    xla_flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     common = ["--checkpoint=random:tiny", "--batch_size=8", "--max_len=512", "--log_every=1"]
     common += ["--depth_share=0.3", "--eval_every=3", "--learning_rate=1e-3", f"--steps={STEPS}"]
     return subprocess.Popen(
@@ -35,7 +36,7 @@ def start(data: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Po
             f"--out={out}",
             *flags,
         ],
-        env=os.environ | {"XLA_FLAGS": count, "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"XLA_FLAGS": xla_flags, "JAX_PLATFORMS": "cpu"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
