@@ -50,7 +50,7 @@ class SafetensorsSource:
                 self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
 
     def read(self, key: str) -> np.ndarray:
-        # The file is opened anew for every tensor: pages of a mapping that stays open count as
+        # The file is opened for every tensor again: pages of a mapping that stays open count as
         # memory of this process, and would add the size of the checkpoint to it.
         with _open(self._files[key]) as tensors:
             return tensors.get_tensor(key)

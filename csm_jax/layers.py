@@ -70,7 +70,7 @@ def linear(x: Array, weight: Weight) -> Array:
 
 
 def linear_float32(x: Array, weight: Weight) -> Array:
-    """Like `linear`, with the float32 accumulator returned unrounded, as sampling wants logits."""
+    """Like `linear`, with the float32 accumulator returned unrounded, for logits."""
     if isinstance(weight, Adapted):
         down, up = weight.update
         return linear_float32(x, weight.base) + linear_float32(linear(x, down), up)

@@ -140,7 +140,8 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
 def keep_sharded(state: Tree, mesh: Mesh | None) -> Tree:
     """The same `GenerationState` inside a jitted function, which will return it where it lay.
 
-    Otherwise XLA would choose: donated buffers would not fit, and the next call be compiled anew.
+    Otherwise XLA would choose: donated buffers would not fit, and the next call would be compiled
+    again.
     """
     if mesh is None:
         return state

@@ -4,7 +4,7 @@ The network is trained by gradients that pass the codebooks unchanged (straight-
 Oord et al., 2017). The entries of the codebooks are moving averages of the vectors that were
 quantized to them, and an unused entry is replaced by a vector of the batch (as in moshi
 `quantization/core_vq.py`). There is no discriminator: distances of spectra and waveforms make
-speech that is understood, but that nobody takes for a recording.
+speech that is understood, but is not mistaken for a recording.
 """
 
 import functools

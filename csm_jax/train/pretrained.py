@@ -57,7 +57,7 @@ def load_pretrained(
     Args:
       frozen: whether its parameters stay as they are, as with new adapters.
       adapters: older ones, which are merged into the weights first.
-      scratch_seed: initializes the language model anew; None keeps the checkpoint's weights.
+      scratch_seed: draws new weights for the language model; None keeps the checkpoint's weights.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
