@@ -13,14 +13,16 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
-from csm_jax import checkpoint, cli, hub, peft_files
+from csm_jax import hub
+from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.cli import flags as cli
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.loading import open_source
-from csm_jax.precision import DTYPES, QUANTIZE
+from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
 
@@ -68,7 +70,7 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
         _merge(values, out, dtype)
         return
     source = _source(values.source)
-    if checkpoint.is_native(source):
+    if native_format.is_native(source):
         raise CheckpointError(f"{source} is native already; --to=hf converts it back")
     codec = None if values.codec is None else Path(values.codec)
     config = None if values.config is None else _read_config(Path(values.config))
@@ -84,9 +86,9 @@ def _merge(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None
     source = open_source(values.source)
     adapters = Path(values.adapters)
     tensors = peft_files.merge_files(source.tensors, source.config, adapters, source.is_int8)
-    small = checkpoint.small_files(source.directory) if source.directory else []
+    small = native_format.small_files(source.directory) if source.directory else []
     int8 = values.quantize == "int8"
-    checkpoint.save(out, source.config, tensors, source.tokenizer, small, dtype, int8)
+    native_format.save(out, source.config, tensors, source.tokenizer, small, dtype, int8)
 
 
 def _source(name: str) -> Path:
@@ -96,7 +98,7 @@ def _source(name: str) -> Path:
 
 def _native(name: str) -> Path:
     directory = Path(name).expanduser()
-    if not checkpoint.is_native(directory):
+    if not native_format.is_native(directory):
         raise CheckpointError(f"{directory} is no native checkpoint: --to=hf starts from one")
     return directory
 

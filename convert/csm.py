@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from csm_jax import qkv
 from csm_jax.config import LlamaConfig
 from csm_jax.convert.rules import Rule, Table, Transform, one_to_one
+from csm_jax.model import qkv
 
 
 def fused_qkv(config: LlamaConfig, interleaved: bool) -> Transform:

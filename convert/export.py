@@ -11,14 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from csm_jax import checkpoint
+from csm_jax.checkpoints import native_format
 from csm_jax.config import CSMConfig
 from csm_jax.convert import csm, mimi
 from csm_jax.convert.configs import csm_to_huggingface
 from csm_jax.convert.rules import Shape, Table, invert
 from csm_jax.errors import CheckpointError
-from csm_jax.files import new_directory
-from csm_jax.tokenizer import load_tokenizer
+from csm_jax.io.files import new_directory
+from csm_jax.prompt.tokenizer import load_tokenizer
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 500_000_000
@@ -33,23 +33,23 @@ def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) 
       dtype: of the model's weights; None keeps them as stored. The codec stays float32.
 
     Raises:
-      CheckpointError, OutputError: as `checkpoint.load_config` and `checkpoint.save` do.
+      CheckpointError, OutputError: as `native_format.load_config` and `native_format.save` do.
     """
-    config = checkpoint.load_config(source)
-    if checkpoint.is_int8(source):
+    config = native_format.load_config(source)
+    if native_format.is_int8(source):
         raise CheckpointError(
             f"{source} is stored as int8, which this layout does not have: export the checkpoint "
             "that it was made from"
         )
     tokenizer = load_tokenizer(source, config)
-    params = dict(checkpoint.read_params(source, config))
+    params = dict(native_format.read_params(source, config))
     size = sum(array.nbytes for array in params.values())
     with new_directory(out, size) as partial:
         _write_shards(partial, _tensors(config, params, dtype))
         stored = params["csm/text_embedding"].dtype
         values = csm_to_huggingface(config) | {"dtype": str(np.dtype(dtype or stored))}
-        small = checkpoint.small_files(source)
-        checkpoint.write_beside_weights(partial, values, tokenizer, small)
+        small = native_format.small_files(source)
+        native_format.write_beside_weights(partial, values, tokenizer, small)
 
 
 class _Tensor(NamedTuple):

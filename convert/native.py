@@ -4,10 +4,10 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from csm_jax import checkpoint
+from csm_jax.checkpoints import native_format
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.tokenizer import load_tokenizer
+from csm_jax.prompt.tokenizer import load_tokenizer
 
 
 def write_native(
@@ -23,9 +23,9 @@ def write_native(
 
     Args:
       source, codec, config: as in `open_checkpoint`.
-      out: as in `checkpoint.save`.
+      out: as in `native_format.save`.
       tokenizer: a tokenizer file or a directory with one; None is the source's own.
-      dtype, int8: as in `checkpoint.save`.
+      dtype, int8: as in `native_format.save`.
 
     Raises:
       CheckpointError, OutputError: as those two do.
@@ -33,6 +33,6 @@ def write_native(
     opened = open_checkpoint(source, codec, config)
     directory = source if source.is_dir() else source.parent
     loaded = load_tokenizer(tokenizer or directory, opened.config)
-    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
-    small = checkpoint.small_files(directory)
-    checkpoint.save(out, opened.config, tensors, loaded, small, dtype, int8)
+    tensors = opened.tensors(native_format.flatten(native_format.param_shapes(opened.config)))
+    small = native_format.small_files(directory)
+    native_format.save(out, opened.config, tensors, loaded, small, dtype, int8)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from csm_jax import checkpoint, checksums
+from csm_jax.checkpoints import checksums, native_format
 from csm_jax.convert.layouts import candidates
 from csm_jax.errors import BusyError, CheckpointError
-from csm_jax.files import is_locked
+from csm_jax.io.files import is_locked
 
 
 def verify(directory: Path) -> str:
@@ -27,12 +27,12 @@ def verify(directory: Path) -> str:
         raise BusyError(f"{directory} is being written by another process: verify it afterwards")
     if not directory.exists():
         raise CheckpointError(f"{directory} does not exist")
-    is_native = checkpoint.is_native(directory) or (directory / checksums.FILE).exists()
-    if is_native and (count := checkpoint.check_files(directory, thorough=True)):
+    is_native = native_format.is_native(directory) or (directory / checksums.FILE).exists()
+    if is_native and (count := native_format.check_files(directory, thorough=True)):
         return f"{directory}: {count} files are as they were written"
     num_tensors = num_bytes = 0
     for path, array in _tensors(directory):
-        checkpoint.check_finite(f"{directory}: {path}", array)
+        native_format.check_finite(f"{directory}: {path}", array)
         num_tensors += 1
         num_bytes += array.nbytes
     return (
@@ -42,8 +42,8 @@ def verify(directory: Path) -> str:
 
 
 def _tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
-    if checkpoint.is_native(directory):
-        yield from checkpoint.read_params(directory, checkpoint.load_config(directory))
+    if native_format.is_native(directory):
+        yield from native_format.read_params(directory, native_format.load_config(directory))
         return
     is_empty = True
     for source in candidates(directory):

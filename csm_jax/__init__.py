@@ -1,8 +1,6 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
 from csm_jax.config import CSMConfig, csm_1b, tiny
-from csm_jax.conversation import Conversation
-from csm_jax.engine import Engine, Ticket
 from csm_jax.errors import (
     CancelledError,
     CheckpointError,
@@ -13,11 +11,13 @@ from csm_jax.errors import (
     QueueFullError,
     RequestCancelledError,
 )
-from csm_jax.generator import Generator, load
+from csm_jax.inference.conversation import Conversation
+from csm_jax.inference.engine import Engine, Ticket
+from csm_jax.inference.generator import Generator, load
+from csm_jax.inference.request import Notice, Request
 from csm_jax.mimi.codec import Codec
-from csm_jax.prompt import Segment
-from csm_jax.request import Notice, Request
-from csm_jax.sampling import Sampling
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment
 
 __all__ = [
     "CSMConfig",

@@ -22,15 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from csm_jax import cli, model_flags
-from csm_jax.decode_batch import DecodeBatch, Utterance
-from csm_jax.decode_step import CHUNK_FRAMES
+from csm_jax.cli import flags as cli
+from csm_jax.cli import model_flags
 from csm_jax.errors import InputError
-from csm_jax.generator import Generator, load
-from csm_jax.layers import linear_float32
-from csm_jax.prompt import Prompt, Segment
-from csm_jax.request import Request
-from csm_jax.sampling import Sampling
+from csm_jax.inference.decode_batch import DecodeBatch, Utterance
+from csm_jax.inference.decode_step import CHUNK_FRAMES
+from csm_jax.inference.generator import Generator, load
+from csm_jax.inference.request import Request
+from csm_jax.model.layers import linear_float32
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Prompt, Segment
 
 PROGRAM = "csm_jax.benchmark"
 TEXT = "The quick brown fox jumps over the lazy dog, and runs away."

@@ -18,14 +18,15 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from csm_jax import cli, model_flags, processes
+from csm_jax.cli import flags as cli
+from csm_jax.cli import model_flags, processes
 from csm_jax.errors import InputError
-from csm_jax.generator import Generator
 from csm_jax.hub import cache_directory
-from csm_jax.layers import Params
-from csm_jax.lora import DEFAULT_TARGETS, LoRAConfig
-from csm_jax.precision import Precision, resolve
-from csm_jax.request import Request
+from csm_jax.inference.generator import Generator
+from csm_jax.inference.request import Request
+from csm_jax.model.layers import Params
+from csm_jax.model.lora import DEFAULT_TARGETS, LoRAConfig
+from csm_jax.model.precision import Precision, resolve
 from csm_jax.train import fsdp
 from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, split_holdout
 from csm_jax.train.codes import CodeCache

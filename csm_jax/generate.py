@@ -16,20 +16,21 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
-from csm_jax import cli, dataclass_flags, model_flags, processes
-from csm_jax.audio import check_format, load_audio
-from csm_jax.conversation import Conversation
-from csm_jax.engine import Engine
+from csm_jax.cli import dataclass_flags, model_flags, processes
+from csm_jax.cli import flags as cli
+from csm_jax.cli.manifest import check_lines, read_manifest, speak_manifest
+from csm_jax.cli.output import check_codes_out, check_out, open_speech, save_codes, save_speech
+from csm_jax.cli.progress import Report, lines_bar
 from csm_jax.errors import CSMError, InputError
-from csm_jax.files import make_directory
-from csm_jax.generator import Generator
-from csm_jax.manifest import check_lines, read_manifest, speak_manifest
-from csm_jax.output import check_codes_out, check_out, open_speech, save_codes, save_speech
-from csm_jax.progress import Report, lines_bar
-from csm_jax.prompt import Segment, check_text
-from csm_jax.request import Notice, Request
-from csm_jax.sampling import Sampling
-from csm_jax.script import Turn, read_script
+from csm_jax.inference.conversation import Conversation
+from csm_jax.inference.engine import Engine
+from csm_jax.inference.generator import Generator
+from csm_jax.inference.request import Notice, Request
+from csm_jax.io.audio import check_format, load_audio
+from csm_jax.io.files import make_directory
+from csm_jax.io.script import Turn, read_script
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment, check_text
 
 PROGRAM = "csm_jax.generate"
 REQUEST_FLAGS = ("text", "speaker", "max_audio_length_ms", "seed", "guard")

@@ -7,11 +7,11 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-from csm_jax import checkpoint
+from csm_jax.checkpoints import native_format
 from csm_jax.convert.layouts import needs_codec
 from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, first_line
-from csm_jax.files import make_once
+from csm_jax.io.files import make_once
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
@@ -44,7 +44,7 @@ def native_copy(repository: str) -> Path:
       CheckpointError: a file cannot be downloaded; the message says which and what to do.
     """
     native = cache_directory() / "checkpoints" / repository.replace("/", "--")
-    make_once(native, lambda: checkpoint.is_native(native), lambda: _convert(repository, native))
+    make_once(native, lambda: native_format.is_native(native), lambda: _convert(repository, native))
     return native
 
 
@@ -89,7 +89,7 @@ def _wanted(repository: str, snapshot: Path) -> list[str]:
     weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
     split = [file for file in weights if file.startswith("transformers")]
     weights = split or weights or [file for file in files if file.endswith(".pt")]
-    small = checkpoint.TOKENIZER_FILES + checkpoint.SMALL_FILES
+    small = native_format.TOKENIZER_FILES + native_format.SMALL_FILES
     return [file for file in small if file in files] + sorted(weights)
 
 

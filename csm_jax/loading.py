@@ -6,13 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax import checkpoint, hub
 from csm_jax import config as presets
+from csm_jax import hub
+from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.errors import CheckpointError
-from csm_jax.random_weights import random_tensors
-from csm_jax.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
@@ -49,13 +50,16 @@ def open_source(name: str | Path) -> Source:
     if directory is None:
         config = RANDOM[str(name)]()
         return Source(config, byte_tokenizer(config), random_tensors(config), False, None)
-    if checkpoint.is_native(directory):
-        config = checkpoint.load_config(directory)
-        tensors, is_int8 = checkpoint.read_params(directory, config), checkpoint.is_int8(directory)
+    if native_format.is_native(directory):
+        config = native_format.load_config(directory)
+        tensors, is_int8 = (
+            native_format.read_params(directory, config),
+            native_format.is_int8(directory),
+        )
     else:
         opened = open_checkpoint(directory)
         config, is_int8 = opened.config, False
-        tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(config)))
+        tensors = opened.tensors(native_format.flatten(native_format.param_shapes(config)))
     return Source(config, load_tokenizer(directory, config), tensors, is_int8, directory)
 
 

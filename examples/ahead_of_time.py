@@ -17,15 +17,15 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 from jax.stages import Lowered
 
-from csm_jax.checkpoint import flatten, param_shapes, unflatten
+from csm_jax.checkpoints.native_format import flatten, param_shapes, unflatten
 from csm_jax.config import CSMConfig
-from csm_jax.decode_step import GenerationState, init_state, prefill, run_frames
-from csm_jax.layers import LowRank, Params
-from csm_jax.lora import Adapters, LoRAConfig, adapter_shapes
+from csm_jax.inference.decode_step import GenerationState, init_state, prefill, run_frames
 from csm_jax.mimi import codec
-from csm_jax.precision import Precision
-from csm_jax.sampling import Sampling, SamplingParams
-from csm_jax.sharding import param_sharding, rows_sharding, state_sharding
+from csm_jax.model.layers import LowRank, Params
+from csm_jax.model.lora import Adapters, LoRAConfig, adapter_shapes
+from csm_jax.model.precision import Precision
+from csm_jax.model.sampling import Sampling, SamplingParams
+from csm_jax.model.sharding import param_sharding, rows_sharding, state_sharding
 from csm_jax.train import step
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import fsdp_sharding

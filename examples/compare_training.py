@@ -42,9 +42,9 @@ def our_step(length: int, dtype: str) -> Step:
     import jax
 
     import csm_jax
-    from csm_jax.lora import LoRAConfig, init_adapters
-    from csm_jax.precision import resolve
-    from csm_jax.random_weights import random_params
+    from csm_jax.checkpoints.random_weights import random_params
+    from csm_jax.model.lora import LoRAConfig, init_adapters
+    from csm_jax.model.precision import resolve
     from csm_jax.train.optimizer import OptimizerConfig
     from csm_jax.train.step import TrainStepConfig, init_state, train_step
 

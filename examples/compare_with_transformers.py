@@ -35,9 +35,9 @@ import numpy as np
 
 import csm_jax
 from csm_jax.benchmark import frame_loop_timer
+from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.config import MimiConfig
 from csm_jax.convert.configs import csm_to_huggingface
-from csm_jax.random_weights import random_params
 
 CHECKPOINTS = {"random:csm_1b": csm_jax.csm_1b(), "random:tiny": csm_jax.tiny()}
 PROMPT_TOKENS, TEMPERATURE, TOP_K = 16, 0.9, 50

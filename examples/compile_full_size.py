@@ -18,9 +18,9 @@ import jax.numpy as jnp
 from ahead_of_time import Target, lower_train_step, measure, tpu_devices
 
 import csm_jax
-from csm_jax.lora import LoRAConfig
-from csm_jax.precision import DTYPES, QUANTIZE, Precision, resolve
-from csm_jax.sharding import make_mesh
+from csm_jax.model.lora import LoRAConfig
+from csm_jax.model.precision import DTYPES, QUANTIZE, Precision, resolve
+from csm_jax.model.sharding import make_mesh
 from csm_jax.train.fsdp import make_fsdp_mesh
 from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import TrainStepConfig

@@ -8,7 +8,7 @@ import argparse
 import numpy as np
 
 import csm_jax
-from csm_jax.audio import save_audio
+from csm_jax.io.audio import save_audio
 
 TURNS = [
     (0, "Did you hear the rain last night?"),

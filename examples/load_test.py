@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags, logging
 
 import csm_jax
-from csm_jax.audio import SAMPLE_RATE, to_pcm
+from csm_jax.io.audio import SAMPLE_RATE, to_pcm
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "the server's checkpoint")

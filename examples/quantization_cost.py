@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import csm_jax
-from csm_jax.cache import KVCache
 from csm_jax.config import CSMConfig
-from csm_jax.model import bind
-from csm_jax.prompt import text_rows
+from csm_jax.model.csm import bind
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.prompt.turns import text_rows
 
 PRECISIONS = {"bfloat16": ("bfloat16", "none"), "int8": ("auto", "int8")}
 

@@ -20,10 +20,10 @@ from pathlib import Path
 import jax.numpy as jnp
 
 import csm_jax
-from csm_jax import checkpoint
-from csm_jax.precision import Precision
-from csm_jax.random_weights import random_params
-from csm_jax.tokenizer import byte_tokenizer
+from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints.random_weights import random_params
+from csm_jax.model.precision import Precision
+from csm_jax.prompt.tokenizer import byte_tokenizer
 
 WAV_HEADER_BYTES = 44
 FRAME_BYTES = 2 * 1920
@@ -32,8 +32,8 @@ FRAME_BYTES = 2 * 1920
 def write_random(directory: Path, int8: bool) -> None:
     config = csm_jax.csm_1b()
     bfloat16 = jnp.dtype(jnp.bfloat16)
-    params = checkpoint.flatten(random_params(config, Precision(bfloat16, bfloat16, int8)))
-    checkpoint.save(directory, config, params.items(), byte_tokenizer(config), int8=int8)
+    params = native_format.flatten(random_params(config, Precision(bfloat16, bfloat16, int8)))
+    native_format.save(directory, config, params.items(), byte_tokenizer(config), int8=int8)
 
 
 def resident_bytes(pid: int) -> int:

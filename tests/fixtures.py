@@ -14,19 +14,19 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from csm_jax import checkpoint
-from csm_jax.audio import save_audio
+from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.layouts import Checkpoint, open_checkpoint
 from csm_jax.convert.rules import Table, invert
-from csm_jax.decode_batch import DecodeBatch, Utterance, bucket
-from csm_jax.decode_step import CHUNK_FRAMES
-from csm_jax.precision import FLOAT32, Precision
-from csm_jax.prompt import Prompt
-from csm_jax.random_weights import random_params
-from csm_jax.sampling import Sampling
-from csm_jax.tokenizer import byte_tokenizer
+from csm_jax.inference.decode_batch import DecodeBatch, Utterance, bucket
+from csm_jax.inference.decode_step import CHUNK_FRAMES
+from csm_jax.io.audio import save_audio
+from csm_jax.model.precision import FLOAT32, Precision
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.tokenizer import byte_tokenizer
+from csm_jax.prompt.turns import Prompt
 
 CONFIG = tiny()
 TOKENIZER = byte_tokenizer(CONFIG)
@@ -46,14 +46,14 @@ TABLES = {
 
 @functools.cache
 def shapes() -> dict[str, jax.ShapeDtypeStruct]:
-    return checkpoint.flatten(checkpoint.param_shapes(CONFIG))
+    return native_format.flatten(native_format.param_shapes(CONFIG))
 
 
 @functools.cache
 def params() -> Tensors:
     """All parameters by path. No scale is 1 and no bias 0, so a missing one changes the outputs."""
     rng = np.random.default_rng(5)
-    drawn = checkpoint.flatten(random_params(CONFIG, seed=5))
+    drawn = native_format.flatten(random_params(CONFIG, seed=5))
     return {
         path: np.asarray(array) + 0.05 * rng.standard_normal(array.shape, np.float32)
         for path, array in drawn.items()
@@ -131,23 +131,25 @@ def write_codec(directory: Path, kind: str) -> Path:
 
 
 def write_native(directory: Path) -> Path:
-    checkpoint.save(directory, CONFIG, params().items(), TOKENIZER)
+    native_format.save(directory, CONFIG, params().items(), TOKENIZER)
     return directory
 
 
-def load_params(directory: Path, config: CSMConfig, precision: Precision) -> checkpoint.Params:
+def load_params(directory: Path, config: CSMConfig, precision: Precision) -> native_format.Params:
     """All parameters of a native checkpoint."""
-    return checkpoint.place_params(checkpoint.read_params(directory, config), config, precision)
+    return native_format.place_params(
+        native_format.read_params(directory, config), config, precision
+    )
 
 
 def loaded(directory: Path, precision: Precision = FLOAT32) -> dict[str, jax.Array]:
-    return checkpoint.flatten(load_params(directory, CONFIG, precision))
+    return native_format.flatten(load_params(directory, CONFIG, precision))
 
 
-def params_of(opened: Checkpoint, precision: Precision) -> checkpoint.Params:
+def params_of(opened: Checkpoint, precision: Precision) -> native_format.Params:
     """All parameters of a published layout."""
-    tensors = opened.tensors(checkpoint.flatten(checkpoint.param_shapes(opened.config)))
-    return checkpoint.place_params(tensors, opened.config, precision)
+    tensors = opened.tensors(native_format.flatten(native_format.param_shapes(opened.config)))
+    return native_format.place_params(tensors, opened.config, precision)
 
 
 def tensors_of(directory: Path, codec: Path | None = None) -> Tensors:

@@ -16,7 +16,7 @@ from word_errors import count_errors
 
 import csm_jax
 from csm_jax import generate
-from csm_jax.audio import load_audio
+from csm_jax.io.audio import load_audio
 from csm_jax.loading import BUNDLED
 
 DIRECTORY = BUNDLED["demo"]

@@ -11,7 +11,7 @@ from phonemes import SOUNDS
 from speech_set import UNIT, Packed, Utterance, read_manifests, unit_labels
 
 import csm_jax
-from csm_jax.audio import save_audio
+from csm_jax.io.audio import save_audio
 
 RATE = 24_000
 CONFIG = csm_jax.tiny().codec

@@ -45,7 +45,7 @@ def run(*arguments: str) -> dict:
 
 def speech(path: Path, num_samples: int) -> np.ndarray:
     """A recording of another synthesizer, as float32 at 24 kHz."""
-    from csm_jax.audio import load_audio, save_audio
+    from csm_jax.io.audio import load_audio, save_audio
 
     assert shutil.which("espeak-ng"), "install espeak-ng: it speaks the context"
     # Packages install espeak-ng in several places, so the path is looked up.
@@ -79,8 +79,8 @@ def test_full_size_codes_equal_transformers(reference, tmp_path, monkeypatch):
     import torch
 
     from csm_jax import csm_1b
-    from csm_jax.checkpoint import flatten, param_shapes
-    from csm_jax.tokenizer import byte_tokenizer
+    from csm_jax.checkpoints.native_format import flatten, param_shapes
+    from csm_jax.prompt.tokenizer import byte_tokenizer
 
     monkeypatch.setenv("CSM_JAX_CACHE", str(tmp_path / "cache"))
     config = csm_1b()

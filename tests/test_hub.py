@@ -16,8 +16,8 @@ import fixtures
 import pytest
 from fixtures import CONFIG, assert_same_params, params
 
-from csm_jax import checkpoint
-from csm_jax.precision import FLOAT32
+from csm_jax.checkpoints import native_format
+from csm_jax.model.precision import FLOAT32
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 TOKEN = "hf_secret"
@@ -163,7 +163,7 @@ def test_a_repository_is_downloaded_and_converted_once(hub, run, tmp_path):
     wanted += [f"transformers-0000{i}-of-00002.safetensors" for i in (1, 2)]
     assert hub.downloaded() == [f"sesame/gated-csm/{name}" for name in wanted]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
-    assert_same_params(checkpoint.flatten(loaded), params())
+    assert_same_params(native_format.flatten(loaded), params())
     assert (native / "generation_config.json").is_file()
 
     # The second time needs no server, no token and no download.
@@ -179,7 +179,7 @@ def test_a_repository_is_downloaded_and_converted_once(hub, run, tmp_path):
     shutil.move(tmp_path / "aside", tmp_path / "hf")
     assert run("sesame/gated-csm", HF_HUB_OFFLINE="1") == [f"native: {native}"]
     assert hub.seen == []
-    assert checkpoint.is_native(native)
+    assert native_format.is_native(native)
 
 
 def test_sesames_layout_is_converted_with_kyutais_codec(hub, run, tmp_path):
@@ -189,7 +189,7 @@ def test_sesames_layout_is_converted_with_kyutais_codec(hub, run, tmp_path):
     codec = [f"kyutai/mimi/{name}" for name in ("config.json", "model.safetensors")]
     assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
-    assert_same_params(checkpoint.flatten(loaded), params())
+    assert_same_params(native_format.flatten(loaded), params())
 
 
 def test_recordings_of_a_repository_are_voices(hub, run, tmp_path):
@@ -234,7 +234,7 @@ def test_two_concurrent_processes_make_one_copy(hub, run, tmp_path):
     assert said == [[f"native: {native}"]] * 2
     assert list(native.parent.iterdir()) == [native]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
-    assert_same_params(checkpoint.flatten(loaded), params())
+    assert_same_params(native_format.flatten(loaded), params())
 
 
 def test_refused_requests_are_errors_that_name_the_way_out(hub, run, tmp_path):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import csm_jax
-from csm_jax.audio import load_audio
+from csm_jax.io.audio import load_audio
 
 pytestmark = pytest.mark.real_weights
 

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from csm_jax.compiling import Program, shape_of
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.layers import Params, Rngs
+from csm_jax.inference.compiling import Program, shape_of
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
@@ -30,6 +29,7 @@ from csm_jax.mimi.conv import (
 from csm_jax.mimi.quantizer import SplitQuantizer
 from csm_jax.mimi.seanet import Decoder, Encoder
 from csm_jax.mimi.transformer import Transformer
+from csm_jax.model.layers import Params, Rngs
 
 # Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
 # its memory (0.26 GB a row at full size) and, in powers of two, the number of shapes to compile.

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from csm_jax.layers import Rngs, normal, per_channel
+from csm_jax.model.layers import Rngs, normal, per_channel
 
 Array = jax.Array
 State = Any  # a pytree whose leaves start with the batch axis

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax.config import MimiConfig
-from csm_jax.layers import Linear, Rngs, linear_float32, normal
-from csm_jax.precision import FLOAT32
+from csm_jax.model.layers import Linear, Rngs, linear_float32, normal
+from csm_jax.model.precision import FLOAT32
 
 Array = jax.Array
 

@@ -5,7 +5,6 @@ activations counted, so that checkpoints of any number of strides map by number.
 """
 
 from csm_jax.config import MimiConfig
-from csm_jax.layers import Rngs
 from csm_jax.mimi.conv import (
     Array,
     Chain,
@@ -15,6 +14,7 @@ from csm_jax.mimi.conv import (
     State,
     StreamingLayer,
 )
+from csm_jax.model.layers import Rngs
 
 
 class ResidualBlock(Chain):

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from csm_jax.cache import WindowCache
 from csm_jax.config import MimiConfig
-from csm_jax.layers import (
+from csm_jax.mimi.conv import Array, Chain, StreamingLayer
+from csm_jax.model.kv_cache import WindowCache
+from csm_jax.model.layers import (
     LayerNorm,
     Linear,
     Rngs,
@@ -18,8 +19,7 @@ from csm_jax.layers import (
     per_channel,
     rope_frequencies,
 )
-from csm_jax.mimi.conv import Array, Chain, StreamingLayer
-from csm_jax.precision import FLOAT32
+from csm_jax.model.precision import FLOAT32
 
 # The initial scale of residual branches (moshi `loaders.py`).
 LAYER_SCALE = 0.01

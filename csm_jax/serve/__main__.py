@@ -19,11 +19,12 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from csm_jax import cli, dataclass_flags, model_flags
-from csm_jax.dataclass_flags import field_types
-from csm_jax.engine_config import EngineConfig
+from csm_jax.cli import dataclass_flags, model_flags
+from csm_jax.cli import flags as cli
+from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
-from csm_jax.sampling import Sampling
+from csm_jax.inference.engine_config import EngineConfig
+from csm_jax.model.sampling import Sampling
 from csm_jax.serve.settings import Settings
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from fastapi.middleware.cors import CORSMiddleware
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from csm_jax.errors import InputError
-from csm_jax.generator import Generator, load
+from csm_jax.inference.generator import Generator, load
 from csm_jax.loading import find_directory
 from csm_jax.serve import errors
 from csm_jax.serve.api import (

@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from csm_jax.engine import Engine
+from csm_jax.inference.engine import Engine
+from csm_jax.inference.ticket import Timing
 from csm_jax.serve.store.database import Database
-from csm_jax.ticket import Timing
 
 Metric = TypeVar("Metric", Counter, Gauge, Histogram)
 

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.engine import Engine
 from csm_jax.errors import InputError, first_line
-from csm_jax.generator import Generator
-from csm_jax.prompt import Segment, Turn
-from csm_jax.request import Notice, Request
-from csm_jax.request_state import RequestState
+from csm_jax.inference.engine import Engine
+from csm_jax.inference.generator import Generator
+from csm_jax.inference.request import Notice, Request
+from csm_jax.inference.request_state import RequestState
+from csm_jax.inference.ticket import Ticket
+from csm_jax.prompt.splitting import needed_seconds
+from csm_jax.prompt.turns import Segment, Turn
 from csm_jax.serve.admission.api_keys import ApiKey, parse_keys
 from csm_jax.serve.admission.caller import INTERNAL, Caller
 from csm_jax.serve.admission.concurrency import Permit, RequestLimiter, StreamLimiter
@@ -35,8 +37,6 @@ from csm_jax.serve.speech_stream import SpeechStream
 from csm_jax.serve.store import Store
 from csm_jax.serve.voices.files import MAX_SPEAKER
 from csm_jax.serve.voices.registry import Voice, Voices
-from csm_jax.text import needed_seconds
-from csm_jax.ticket import Ticket
 
 logger = logging.getLogger("csm_jax.serve")
 

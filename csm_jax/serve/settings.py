@@ -3,9 +3,9 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from csm_jax.engine_config import EngineConfig
-from csm_jax.request import DEFAULT_SAMPLING
-from csm_jax.sampling import Sampling
+from csm_jax.inference.engine_config import EngineConfig
+from csm_jax.inference.request import DEFAULT_SAMPLING
+from csm_jax.model.sampling import Sampling
 
 # The path of the page on which users try the server. It needs no API key.
 PAGE_PATH = "/page"

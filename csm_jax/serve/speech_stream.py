@@ -10,8 +10,9 @@ from typing import Protocol
 import numpy as np
 
 from csm_jax.errors import CSMError
-from csm_jax.generator import Generator
-from csm_jax.request import Notice
+from csm_jax.inference.generator import Generator
+from csm_jax.inference.request import Notice
+from csm_jax.inference.ticket import Ticket
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.admission.rate_limits import RateLimits
 from csm_jax.serve.admission.read_pace import ReadPaceMonitor
@@ -19,7 +20,6 @@ from csm_jax.serve.admission.thread_pools import ThreadPools
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.request_log import add_log_fields, request_id
-from csm_jax.ticket import Ticket
 
 
 class StreamServices(Protocol):

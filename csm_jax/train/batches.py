@@ -6,7 +6,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
-from csm_jax.layers import AnyArray
+from csm_jax.model.layers import AnyArray
 from csm_jax.train.examples import Example
 
 SHORTEST = 32

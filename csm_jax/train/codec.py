@@ -18,9 +18,9 @@ import optax
 from flax import nnx
 
 from csm_jax.config import MimiConfig
-from csm_jax.layers import Array, Params, linear_float32
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.mimi.quantizer import ResidualQuantizer, SplitQuantizer, nearest
+from csm_jax.model.layers import Array, Params, linear_float32
 from csm_jax.train.optimizer import OptimizerConfig, make_optimizer, update
 from csm_jax.train.spectral import mel_distance
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from csm_jax.errors import InputError
-from csm_jax.script import parse_turn
+from csm_jax.io.script import parse_turn
 
 ON_BAD = ("fail", "skip")
 T = TypeVar("T")

@@ -9,8 +9,8 @@ import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.prompt import Segment, join_rows, turn_rows
-from csm_jax.tokenizer import Tokenizer
+from csm_jax.prompt.tokenizer import Tokenizer
+from csm_jax.prompt.turns import Segment, join_rows, turn_rows
 from csm_jax.train.data import Conversation, Problem, RecordedTurn, collect_or_fail
 
 TURNS = ("all", "last")

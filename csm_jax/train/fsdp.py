@@ -16,8 +16,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from csm_jax.errors import InputError
-from csm_jax.precision import Device
-from csm_jax.sharding import put
+from csm_jax.model.precision import Device
+from csm_jax.model.sharding import put
 
 Tree = TypeVar("Tree")
 AXES = "data", "fsdp"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from csm_jax.files import replace_file
+from csm_jax.io.files import replace_file
 
 METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
 

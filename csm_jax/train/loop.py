@@ -14,8 +14,8 @@ import numpy as np
 from tqdm import tqdm
 
 from csm_jax.errors import CSMError
-from csm_jax.layers import Params
-from csm_jax.sharding import place_rows
+from csm_jax.model.layers import Params
+from csm_jax.model.sharding import place_rows
 from csm_jax.train.batches import Batch
 from csm_jax.train.checkpoints import Checkpoints
 from csm_jax.train.log import Log

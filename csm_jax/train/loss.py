@@ -15,8 +15,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from csm_jax.layers import AnyArray, Array
-from csm_jax.model import CSM
+from csm_jax.model.csm import CSM
+from csm_jax.model.layers import AnyArray, Array
 
 
 class LossSums(NamedTuple):

@@ -9,7 +9,7 @@ import optax
 from optax.contrib import MuonDimensionNumbers, muon
 
 from csm_jax.errors import InputError
-from csm_jax.layers import Params
+from csm_jax.model.layers import Params
 
 KINDS = ("adamw", "muon")
 

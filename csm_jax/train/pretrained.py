@@ -9,16 +9,17 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from csm_jax import checkpoint, lora, peft_files
+from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.layers import Params
 from csm_jax.loading import open_source
-from csm_jax.lora import Adapters, LoRAConfig
 from csm_jax.mimi.codec import Codec
-from csm_jax.model import CSM
-from csm_jax.precision import FLOAT32, Precision
-from csm_jax.tokenizer import Tokenizer
+from csm_jax.model import lora
+from csm_jax.model.csm import CSM
+from csm_jax.model.layers import Params
+from csm_jax.model.lora import Adapters, LoRAConfig
+from csm_jax.model.precision import FLOAT32, Precision
+from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.train import fsdp
 
 
@@ -77,7 +78,7 @@ def load_pretrained(
         return np.asarray(tensor) if path.startswith("codec/") else fsdp.shard(tensor, mesh)
 
     held = precision if frozen else FLOAT32
-    params = checkpoint.place_params(tensors, source.config, held, place)
+    params = native_format.place_params(tensors, source.config, held, place)
     if scratch_seed is not None:
         params["csm"] = fsdp.shard(_initialize(source.config, scratch_seed), mesh)
     return PretrainedModel(
@@ -87,7 +88,7 @@ def load_pretrained(
         codec=Codec(source.config.codec, params["codec"]),
         params=params["csm"],
         codec_params=params["codec"],
-        small_files=checkpoint.small_files(source.directory) if source.directory else [],
+        small_files=native_format.small_files(source.directory) if source.directory else [],
     )
 
 
@@ -114,7 +115,7 @@ def merge_trained(
       trained: in host memory: the model's parameters, or adapters of the kind `config`.
     """
     csm = trained if config is None else fsdp.gather(pretrained.params)
-    tensors = sorted(checkpoint.flatten({"csm": csm, "codec": pretrained.codec_params}).items())
+    tensors = sorted(native_format.flatten({"csm": csm, "codec": pretrained.codec_params}).items())
     if config is None:
         return iter(tensors)
     return lora.merge(tensors, pretrained.config, trained, config.scale)

@@ -10,14 +10,14 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from csm_jax import checkpoint, peft_files
-from csm_jax.audio import save_audio
+from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.config import read_json
 from csm_jax.errors import CSMError, InputError, OutputError
-from csm_jax.files import locked, replace_file, reporting
-from csm_jax.layers import Params
-from csm_jax.lora import LoRAConfig
-from csm_jax.precision import Precision
+from csm_jax.io.audio import save_audio
+from csm_jax.io.files import locked, replace_file, reporting
+from csm_jax.model.layers import Params
+from csm_jax.model.lora import LoRAConfig
+from csm_jax.model.precision import Precision
 from csm_jax.train import fsdp
 from csm_jax.train.pretrained import PretrainedModel, merge_trained
 from csm_jax.train.step import compute_params
@@ -112,7 +112,7 @@ def write_result(
         directory = out / ADAPTERS
         peft_files.write_adapters(directory, trained, config, pretrained.name, replace=True)
         return directory
-    checkpoint.save(
+    native_format.save(
         out / MODEL,
         pretrained.config,
         merge_trained(pretrained, trained, None),
@@ -147,7 +147,7 @@ class SampleWriter:
         if jax.process_index() > 0:
             return
         model = self._pretrained.config
-        merged = checkpoint.unflatten(flat, checkpoint.param_shapes(model))
+        merged = native_format.unflatten(flat, native_format.param_shapes(model))
         if self._config is None:
             merged["csm"] = compute_params(merged["csm"], self._precision)
         audio = self._speak(jax.device_put(merged))

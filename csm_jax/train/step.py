@@ -11,10 +11,10 @@ import optax
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
-from csm_jax.layers import Array, Params
-from csm_jax.lora import LoRAConfig, attach
-from csm_jax.model import CSM, bind
-from csm_jax.precision import Precision, role_of
+from csm_jax.model.csm import CSM, bind
+from csm_jax.model.layers import Array, Params
+from csm_jax.model.lora import LoRAConfig, attach
+from csm_jax.model.precision import Precision, role_of
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import keep_divided, keep_replicated
 from csm_jax.train.loss import LossSums, num_depth_frames, summed_losses

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file
 from sizes import CODEC_WEIGHTS, MODEL, TEXT_VOCAB
 from texts import ENDINGS
 
-from csm_jax import checkpoint
-from csm_jax.random_weights import random_tensors
-from csm_jax.tokenizer import SentencePieceTokenizer
+from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints.random_weights import random_tensors
+from csm_jax.prompt.tokenizer import SentencePieceTokenizer
 
 SPEECH = flags.DEFINE_string("speech", "demo/speech", "directory of synthesize.py")
 CODEC = flags.DEFINE_string("codec", "demo/codec", "directory of train_codec.py")
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     # The shipped codec is bfloat16: the model must be trained on the codes of the rounded weights.
     codec = {f"codec/{path}": rounded(weight) for path, weight in weights.items()}
     tensors = {path: codec.get(path, tensor) for path, tensor in random_tensors(MODEL)}
-    checkpoint.save(Path(OUT.value), MODEL, sorted(tensors.items()), train_tokenizer(texts))
+    native_format.save(Path(OUT.value), MODEL, sorted(tensors.items()), train_tokenizer(texts))
 
 
 if __name__ == "__main__":

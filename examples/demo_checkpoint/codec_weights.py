@@ -8,7 +8,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 from sizes import VOICE_CODEC
 
-from csm_jax.checkpoint import flatten, unflatten
+from csm_jax.checkpoints.native_format import flatten, unflatten
 from csm_jax.mimi.codec import abstract
 
 

@@ -15,8 +15,8 @@ import orbax.checkpoint as ocp
 from absl import app, flags, logging
 from judge import draw_requests, speak, word_error_rate
 
-from csm_jax.generator import Generator
-from csm_jax.precision import FLOAT32
+from csm_jax.inference.generator import Generator
+from csm_jax.model.precision import FLOAT32
 from csm_jax.train.pretrained import PretrainedModel, load_pretrained
 
 RUN = flags.DEFINE_string("run", "demo/run", "directory of csm_jax.finetune")

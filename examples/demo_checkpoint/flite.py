@@ -6,7 +6,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from csm_jax.files import new_file
+from csm_jax.io.files import new_file
 
 # Voices by speaker number; the third one is for the codec and for `adapt_voice.py`.
 VOICES = ("slt", "rms")

@@ -12,8 +12,8 @@ from texts import draw_digits
 from word_errors import count_errors
 
 import csm_jax
-from csm_jax.audio import SAMPLE_RATE, load_audio
-from csm_jax.generator import Generator
+from csm_jax.inference.generator import Generator
+from csm_jax.io.audio import SAMPLE_RATE, load_audio
 
 # Pitch in Hz that separates the two voices: slt has 173, rms 97.
 BETWEEN = 130

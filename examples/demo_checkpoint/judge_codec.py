@@ -20,7 +20,7 @@ from sizes import VOICE_CODEC
 from speech_set import Utterance, read_manifests
 from texts import is_held_out_text
 
-from csm_jax.audio import load_audio
+from csm_jax.io.audio import load_audio
 from csm_jax.mimi.codec import Codec
 from csm_jax.train.spectral import log_mel, mel_distance
 

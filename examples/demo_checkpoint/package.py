@@ -12,8 +12,8 @@ from absl import app, flags, logging
 from flite import VOICES, synthesize
 from safetensors.numpy import load_file, save_file
 
-from csm_jax.audio import load_audio, save_audio
 from csm_jax.convert.export import export_huggingface
+from csm_jax.io.audio import load_audio, save_audio
 
 MODEL = flags.DEFINE_string("model", "demo/run/model", "the native checkpoint of the run")
 # Texts of the voice prompts.

@@ -5,7 +5,7 @@ import subprocess
 import tarfile
 from pathlib import Path
 
-from csm_jax.files import new_directory
+from csm_jax.io.files import new_directory
 
 
 def npm_package(name: str, directory: Path) -> Path:

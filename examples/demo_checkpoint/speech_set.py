@@ -10,7 +10,7 @@ import numpy as np
 from phonemes import SILENCE, SOUNDS, sounds_of
 from tqdm import tqdm
 
-from csm_jax.audio import load_audio
+from csm_jax.io.audio import load_audio
 
 SAMPLE_RATE = 24_000
 # Samples in one unit of a duration.

@@ -26,7 +26,7 @@ from plan import Job, plan
 from speech_set import read_lines
 from tqdm import tqdm
 
-from csm_jax.files import replace_file
+from csm_jax.io.files import replace_file
 
 OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
 CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for npm packages")

@@ -16,8 +16,8 @@ from safetensors.numpy import load_file, save_file
 from sizes import CODEC, CODEC_WEIGHTS
 from tqdm import tqdm
 
-from csm_jax.audio import load_audio, save_audio
-from csm_jax.checkpoint import flatten, unflatten
+from csm_jax.checkpoints.native_format import flatten, unflatten
+from csm_jax.io.audio import load_audio, save_audio
 from csm_jax.mimi.codec import Codec, abstract
 from csm_jax.train.codec import CodecStepConfig, codec_step, init_codec_state, with_weights
 from csm_jax.train.optimizer import OptimizerConfig

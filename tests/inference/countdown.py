@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax import config
-from csm_jax.prompt import Prompt
-from csm_jax.random_weights import random_params
-from csm_jax.sampling import Sampling
+from csm_jax.checkpoints.random_weights import random_params
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Prompt
 
 CONFIG = config.tiny()
 VOCAB, NUM_CODEBOOKS = CONFIG.audio_vocab_size, CONFIG.num_codebooks

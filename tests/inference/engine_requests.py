@@ -6,7 +6,7 @@ import numpy as np
 from fixtures import CONFIG
 
 from csm_jax import Generator, Request, Sampling, Segment
-from csm_jax.inference_config import InferenceConfig
+from csm_jax.inference.config import InferenceConfig
 
 # Texts are split at 12 characters and take no more than 2 s, and few shapes are compiled.
 SMALL = InferenceConfig(

@@ -7,11 +7,11 @@ from fixtures import CONFIG as TINY
 from fixtures import TOKENIZER
 
 from csm_jax import Request, Segment
-from csm_jax.decode_batch import Utterance
-from csm_jax.inference_config import DEFAULT_INFERENCE
-from csm_jax.prompt import Encode, join_rows, text_rows, turn_rows
-from csm_jax.request_state import RequestState
-from csm_jax.text import needed_seconds
+from csm_jax.inference.config import DEFAULT_INFERENCE
+from csm_jax.inference.decode_batch import Utterance
+from csm_jax.inference.request_state import RequestState
+from csm_jax.prompt.splitting import needed_seconds
+from csm_jax.prompt.turns import Encode, join_rows, text_rows, turn_rows
 
 # The window of the released model.
 BACKBONE = dataclasses.replace(TINY.backbone, max_seq_len=2048)

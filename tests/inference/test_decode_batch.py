@@ -19,8 +19,8 @@ from countdown import (
 )
 from fixtures import generate, up_to_the_end
 
-from csm_jax.decode_batch import DecodeBatch, Rewind, Utterance
-from csm_jax.sampling import Sampling
+from csm_jax.inference.decode_batch import DecodeBatch, Rewind, Utterance
+from csm_jax.model.sampling import Sampling
 
 KINDS = {"greedy": [GREEDY] * 3, "sampled": SAMPLED}
 kinds = pytest.mark.parametrize("sampling", KINDS.values(), ids=KINDS.keys())

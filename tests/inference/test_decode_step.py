@@ -23,9 +23,9 @@ from countdown import (
 from fixtures import generate
 from scipy import stats
 
-from csm_jax.cache import KVCache
-from csm_jax.decode_batch import DecodeBatch
-from csm_jax.decode_step import (
+from csm_jax.checkpoints.random_weights import random_params
+from csm_jax.inference.decode_batch import DecodeBatch
+from csm_jax.inference.decode_step import (
     CHUNK_FRAMES,
     GenerationState,
     Row,
@@ -34,12 +34,12 @@ from csm_jax.decode_step import (
     run_frames,
     set_row,
 )
-from csm_jax.generator import Generator
-from csm_jax.model import bind
-from csm_jax.precision import FLOAT32, Precision
-from csm_jax.random_weights import random_params
-from csm_jax.sampling import Sampling, SamplingParams
-from csm_jax.tokenizer import byte_tokenizer
+from csm_jax.inference.generator import Generator
+from csm_jax.model.csm import bind
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.precision import FLOAT32, Precision
+from csm_jax.model.sampling import Sampling, SamplingParams
+from csm_jax.prompt.tokenizer import byte_tokenizer
 
 
 def start(params, prompts, state: GenerationState | None = None) -> GenerationState:

@@ -7,8 +7,9 @@ import pytest
 from engine_requests import ENDLESS, FRAME, REQUESTS, first_chunk
 from fixtures import CONFIG
 
-from csm_jax import Engine, Request, engine_core, request_state
-from csm_jax.guard import Action, Verdict
+from csm_jax import Engine, Request
+from csm_jax.inference import engine_core, request_state
+from csm_jax.inference.guard import Action, Verdict
 
 
 @pytest.mark.parametrize("seed", [0, 1])

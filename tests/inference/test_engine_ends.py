@@ -12,10 +12,10 @@ import pytest
 from engine_requests import ENDLESS, FRAME, REQUESTS, WAIT_S, first_chunk
 
 from csm_jax import CSMError, Engine, InputError
-from csm_jax.decode_batch import DecodeBatch
-from csm_jax.engine_core import EngineCore
 from csm_jax.errors import QueueFullError, RequestCancelledError
-from csm_jax.request_state import RequestState
+from csm_jax.inference.decode_batch import DecodeBatch
+from csm_jax.inference.engine_core import EngineCore
+from csm_jax.inference.request_state import RequestState
 
 
 def test_cancel_frees_the_slot_at_the_next_step(model, alone):

@@ -11,9 +11,10 @@ from engine_requests import (
     with_inference,
 )
 
-from csm_jax import Engine, InputError, Request, Segment, decode_batch, engine_core
-from csm_jax.pacing import Pace
-from csm_jax.row_decoder import RowDecoder
+from csm_jax import Engine, InputError, Request, Segment
+from csm_jax.inference import decode_batch, engine_core
+from csm_jax.inference.pacing import Pace
+from csm_jax.inference.row_decoder import RowDecoder
 
 
 def test_a_shared_prefix_is_prefilled_once_and_changes_no_code(model, monkeypatch):

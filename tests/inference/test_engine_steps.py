@@ -9,9 +9,9 @@ import pytest
 from engine_requests import ENDLESS, FRAME, REQUESTS, WAIT_S, first_chunk, with_inference
 
 from csm_jax import Engine
-from csm_jax.decode_batch import DecodeBatch
 from csm_jax.errors import RequestCancelledError
-from csm_jax.pacing import Pace
+from csm_jax.inference.decode_batch import DecodeBatch
+from csm_jax.inference.pacing import Pace
 
 
 class Watched:

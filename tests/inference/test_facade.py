@@ -11,10 +11,10 @@ from engine_requests import SMALL
 import csm_jax
 from csm_jax import Engine, Generator, InputError, Request
 from csm_jax.config import CSMConfig
-from csm_jax.engine_config import EngineConfig
-from csm_jax.loaded_model import LoadedModel
-from csm_jax.precision import Precision
-from csm_jax.request_parameters import generate_parameters, submit_parameters
+from csm_jax.inference.engine_config import EngineConfig
+from csm_jax.inference.loaded_model import LoadedModel
+from csm_jax.inference.request_parameters import generate_parameters, submit_parameters
+from csm_jax.model.precision import Precision
 
 METHODS = [Generator.generate, Generator.generate_codes, Generator.stream, Engine.submit]
 SHORT = Request("Hi.", seed=1, max_audio_length_ms=160, guard="off")
@@ -62,7 +62,11 @@ def test_options_are_those_that_the_method_takes(method, template):
 
 def test_help_shows_names_types_and_defaults():
     text = str(inspect.signature(Generator.generate))
-    for part in ("text: str | csm_jax.request.Request", "speaker: int = 0", "seed: int = 0"):
+    for part in (
+        "text: str | csm_jax.inference.request.Request",
+        "speaker: int = 0",
+        "seed: int = 0",
+    ):
         assert part in text
     assert "max_audio_length_ms: float | None = None" in text
     assert text.endswith("-> numpy.ndarray")

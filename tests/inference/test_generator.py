@@ -9,8 +9,8 @@ from fixtures import CONFIG
 
 import csm_jax
 from csm_jax import InputError, Request, Sampling, Segment
-from csm_jax.guard import GuardLimits
-from csm_jax.pacing import Pace
+from csm_jax.inference.guard import GuardLimits
+from csm_jax.inference.pacing import Pace
 
 GREEDY = Sampling(greedy=True)
 

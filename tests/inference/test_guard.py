@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from csm_jax.errors import InputError
-from csm_jax.guard import REPEATS, SILENT, TOO_LONG, Action, Guard, GuardLimits
+from csm_jax.inference.guard import REPEATS, SILENT, TOO_LONG, Action, Guard, GuardLimits
 
 LIMITS = GuardLimits()
 ENDLESS = 10**6

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from csm_jax import pacing
+from csm_jax.inference import pacing
 
 
 def played(monkeypatch, seconds_per_frame: float, num_frames: int) -> tuple[list[int], float]:

@@ -19,11 +19,12 @@ from request_driver import (
     play,
 )
 
-from csm_jax import InputError, Request, Segment, request_state
+from csm_jax import InputError, Request, Segment
 from csm_jax.errors import RequestCancelledError
-from csm_jax.prompt import Turn
-from csm_jax.request_state import RequestState
-from csm_jax.text import split_text
+from csm_jax.inference import request_state
+from csm_jax.inference.request_state import RequestState
+from csm_jax.prompt.splitting import split_text
+from csm_jax.prompt.turns import Turn
 
 
 def context(*lengths: int) -> list[Segment]:

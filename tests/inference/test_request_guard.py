@@ -18,8 +18,8 @@ from request_driver import (
 )
 
 from csm_jax import Request, Sampling, Segment
-from csm_jax.request_state import RequestState
-from csm_jax.text import split_text
+from csm_jax.inference.request_state import RequestState
+from csm_jax.prompt.splitting import split_text
 
 GREEDY = Sampling(greedy=True)
 # Drafts of an utterance; what is released of them; the frames it is rewound to; notices.

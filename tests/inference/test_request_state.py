@@ -19,7 +19,7 @@ from request_driver import (
 )
 
 from csm_jax import InputError, Request, Segment
-from csm_jax.text import split_text
+from csm_jax.prompt.splitting import split_text
 
 
 def test_every_part_is_context_of_the_next_part():

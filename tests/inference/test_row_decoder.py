@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from fixtures import CONFIG
 
-from csm_jax.row_decoder import RowDecoder
+from csm_jax.inference.row_decoder import RowDecoder
 
 
 @pytest.mark.parametrize("together", [1, 2, 4])

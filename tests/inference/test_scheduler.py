@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_jax.scheduler import FairQueue, RowScheduler
+from csm_jax.inference.scheduler import FairQueue, RowScheduler
 
 NAMES = st.sampled_from("abcd")
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 4.0}

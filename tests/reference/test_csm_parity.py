@@ -14,13 +14,13 @@ from fixtures import generate, params_of
 
 import csm_jax
 import oracles
-from csm_jax import checkpoint
-from csm_jax.cache import KVCache
+from csm_jax.checkpoints import native_format
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.model import bind
-from csm_jax.precision import FLOAT32, Precision
-from csm_jax.sampling import Sampling
-from csm_jax.tokenizer import byte_tokenizer
+from csm_jax.model.csm import bind
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.precision import FLOAT32, Precision
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.tokenizer import byte_tokenizer
 
 CONFIG = csm_jax.tiny()
 NUM_FRAMES = 50
@@ -155,7 +155,7 @@ def test_greedy_codes_of_a_ragged_batch_equal_transformers(params, reference):
 
 def test_both_layouts_hold_the_same_model(layouts):
     huggingface, sesame = (
-        checkpoint.flatten(params_of(opened, FLOAT32)) for opened in layouts.values()
+        native_format.flatten(params_of(opened, FLOAT32)) for opened in layouts.values()
     )
     assert huggingface.keys() == sesame.keys()
     for path in huggingface:

@@ -13,13 +13,13 @@ from fixtures import generate
 from safetensors.numpy import load_file
 
 import csm_jax
-from csm_jax import checkpoint
-from csm_jax.cache import KVCache
+from csm_jax.checkpoints import native_format
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.mimi.codec import Codec
-from csm_jax.model import bind
-from csm_jax.prompt import Segment, join_rows, text_rows, turn_rows
-from csm_jax.sampling import Sampling
+from csm_jax.model.csm import bind
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment, join_rows, text_rows, turn_rows
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = csm_jax.tiny()
@@ -35,10 +35,10 @@ def expected():
 def params():
     opened = open_checkpoint(GOLDEN / "checkpoint")
     assert opened.config == CONFIG, "tiny() has changed: run make_golden.py"
-    shapes = checkpoint.param_shapes(CONFIG)
+    shapes = native_format.param_shapes(CONFIG)
     # Cast by numpy: accelerators flush subnormals, which some codebook sums are in float16.
-    tensors = opened.tensors(checkpoint.flatten(shapes))
-    return checkpoint.unflatten({p: t.astype(np.float32) for p, t in tensors}, shapes)
+    tensors = opened.tensors(native_format.flatten(shapes))
+    return native_format.unflatten({p: t.astype(np.float32) for p, t in tensors}, shapes)
 
 
 @pytest.fixture(scope="module")

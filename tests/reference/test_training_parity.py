@@ -14,14 +14,16 @@ import transformers
 
 import csm_jax
 import oracles
-from csm_jax import checkpoint, finetune, lora, peft_files
+from csm_jax import finetune
+from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.convert import __main__ as convert
 from csm_jax.convert import csm
 from csm_jax.convert.layouts import open_checkpoint
-from csm_jax.lora import LoRAConfig
-from csm_jax.precision import FLOAT32
-from csm_jax.prompt import text_rows
-from csm_jax.sampling import Sampling
+from csm_jax.model import lora
+from csm_jax.model.lora import LoRAConfig
+from csm_jax.model.precision import FLOAT32
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import text_rows
 from csm_jax.train.batches import Batch
 from csm_jax.train.loss import choose_frames
 from csm_jax.train.optimizer import OptimizerConfig
@@ -122,7 +124,7 @@ def test_losses_and_gradients(reference, params, trained, share):
     assert backbone == pytest.approx(theirs.backbone_loss.item(), rel=1e-4)
     assert depth == pytest.approx(theirs.depth_decoder_loss.item(), rel=1e-4)
     # Every table of conversion is linear, so gradients go through it as weights do.
-    flat = {path: np.asarray(array) for path, array in checkpoint.flatten(gradients).items()}
+    flat = {path: np.asarray(array) for path, array in native_format.flatten(gradients).items()}
     compared = 0
     for name, gradient in fixtures.written(TABLE, flat).items():
         parameter = reference.get_parameter(name)
@@ -194,7 +196,7 @@ def test_merged_adapters_are_the_adapted_model(adapted, params):
 
 
 def flat_items(params):
-    flat = checkpoint.flatten({"csm": params})
+    flat = native_format.flatten({"csm": params})
     return ((path, np.asarray(array)) for path, array in flat.items())
 
 

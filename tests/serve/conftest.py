@@ -8,7 +8,7 @@ from browser import ARGUMENTS, CHROMIUM, Visit
 from serving import PRESETS, SMALL, serve
 
 import csm_jax
-from csm_jax.generator import Generator
+from csm_jax.inference.generator import Generator
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.store import Store
 

@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 import soundfile
 
-from csm_jax.generator import Generator
+from csm_jax.inference.generator import Generator
 from csm_jax.loading import BUNDLED
 from csm_jax.serve.app import create_app
 from csm_jax.serve.service import Service

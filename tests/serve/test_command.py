@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from csm_jax import cli
+from csm_jax.cli import flags as cli
 from csm_jax.serve import __main__ as command
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store import Store

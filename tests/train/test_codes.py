@@ -9,9 +9,9 @@ import pytest
 import soundfile
 from fixtures import CONFIG
 
+from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.errors import InputError, OutputError
 from csm_jax.mimi.codec import Codec
-from csm_jax.random_weights import random_params
 from csm_jax.train import codes
 from csm_jax.train.codes import CodeCache
 
@@ -239,7 +239,7 @@ def test_a_failed_write_leaves_no_file(alone, recordings, tmp_path, monkeypatch)
     def fail(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("csm_jax.files.os.replace", fail)
+    monkeypatch.setattr("csm_jax.io.files.os.replace", fail)
     with pytest.raises(OutputError, match=r"\(No space left on device\): .*--codes_cache"):
         CodeCache(tmp_path / "cache", alone, Q).codes(recordings)
     assert stored(tmp_path / "cache") == []

@@ -10,9 +10,9 @@ import pytest
 import soundfile
 from fixtures import CONFIG, TOKENIZER
 
+from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.errors import InputError
 from csm_jax.mimi.codec import Codec
-from csm_jax.random_weights import random_params
 from csm_jax.train.codes import CodeCache
 from csm_jax.train.data import Problem, read_conversations, report
 from csm_jax.train.examples import Example, Selection, make_examples

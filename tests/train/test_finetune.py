@@ -19,10 +19,11 @@ import pytest
 from safetensors.numpy import load_file
 
 import csm_jax
-from csm_jax import checkpoint, finetune, generate
-from csm_jax.audio import load_audio
+from csm_jax import finetune, generate
+from csm_jax.checkpoints import native_format
 from csm_jax.convert import __main__ as convert
-from csm_jax.sampling import Sampling
+from csm_jax.io.audio import load_audio
+from csm_jax.model.sampling import Sampling
 
 CONFIG = csm_jax.tiny()
 # Short runs of a tiny model; every test adds its own flags.
@@ -88,7 +89,7 @@ def test_the_result_is_the_moving_average(whole_run):
     """They are not the parameters after the last step, from which a decay of 0.5 tells them."""
     out, _ = whole_run
     stored = state(out, 6)
-    result = dict(checkpoint.read_params(out / "model", CONFIG))["csm/projection/weight"]
+    result = dict(native_format.read_params(out / "model", CONFIG))["csm/projection/weight"]
     same = [leaf for leaf in stored if leaf.shape == result.shape and np.array_equal(leaf, result)]
     assert len(same) == 1, "the checkpoint has parameters, moments and averages of this shape"
 
@@ -190,13 +191,13 @@ def test_a_result_is_replaced_only_by_a_complete_one(whole_run, tmp_path, monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr("csm_jax.checkpoint.write_beside_weights", full)
+        patch.setattr("csm_jax.checkpoints.native_format.write_beside_weights", full)
         assert run(*flags, f"--out={out}") == 2
     assert "No space left on device" in capsys.readouterr().err
     assert (out / "model").stat().st_ino == before
     assert run(*flags, f"--out={out}") == 0
     assert (out / "model").stat().st_ino != before
-    ours, theirs = (dict(checkpoint.read_params(run / "model", CONFIG)) for run in (out, whole))
+    ours, theirs = (dict(native_format.read_params(run / "model", CONFIG)) for run in (out, whole))
     fixtures.assert_same_params(ours, theirs)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
 
@@ -310,9 +311,9 @@ def test_convert_with_adapters_equals_loading_with_adapters(data, tmp_path):
     assert run(*flags, "--lora_rank=2") == 0
     source = ["--source=random:tiny", f"--adapters={adapters}"]
     assert convert.run([*source, f"--out={merged}"]) == 0
-    ours = checkpoint.flatten(csm_jax.load(merged).params)
+    ours = native_format.flatten(csm_jax.load(merged).params)
     fixtures.assert_same_params(
-        ours, checkpoint.flatten(csm_jax.load("random:tiny", adapters=adapters).params)
+        ours, native_format.flatten(csm_jax.load("random:tiny", adapters=adapters).params)
     )
     codes = []
     for chosen in (
@@ -332,8 +333,8 @@ def test_from_scratch_initializes_the_language_model_alone(data, tmp_path):
     assert run(f"--data={data}", "--steps=2", "--from_scratch", f"--out={out}") == 0
     guess = 2 * np.log(CONFIG.audio_vocab_size)
     assert 0.9 * guess < metrics(out)[0]["loss"] < 2 * guess
-    ours = dict(checkpoint.read_params(out / "model", CONFIG))
-    base = checkpoint.flatten({"csm": csm_jax.load("random:tiny").params})
+    ours = dict(native_format.read_params(out / "model", CONFIG))
+    base = native_format.flatten({"csm": csm_jax.load("random:tiny").params})
     assert not any(np.allclose(ours[path], leaf) for path, leaf in base.items() if leaf.ndim > 1)
     codec = csm_jax.load("random:tiny").codec
     assert csm_jax.load(out / "model").codec.fingerprint == codec.fingerprint

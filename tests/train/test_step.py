@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import csm_jax
-from csm_jax import checkpoint
+from csm_jax.checkpoints import native_format
 from csm_jax.errors import InputError
-from csm_jax.lora import LoRAConfig, init_adapters
-from csm_jax.precision import FLOAT32, Precision
+from csm_jax.model.lora import LoRAConfig, init_adapters
+from csm_jax.model.precision import FLOAT32, Precision
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import AXES, check_batch_size, fsdp_sharding
 from csm_jax.train.loss import choose_frames, num_depth_frames
@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 def params():
     """New arrays every time: a step donates them."""
     flat = {path: jnp.array(array) for path, array in fixtures.params().items()}
-    return checkpoint.unflatten(flat, checkpoint.param_shapes(MODEL))["csm"]
+    return native_format.unflatten(flat, native_format.param_shapes(MODEL))["csm"]
 
 
 def random_batch(lengths=(29, 17, 40, 8), num_rows=4, seed=0) -> Batch:

@@ -11,8 +11,8 @@ from absl.testing import flagsaver
 from safetensors.numpy import load_file
 
 import csm_jax
-from csm_jax.audio import save_audio
 from csm_jax.errors import InputError
+from csm_jax.io.audio import save_audio
 from csm_jax.train.log import read_metrics
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("lenient")]

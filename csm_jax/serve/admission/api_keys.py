@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from csm_jax.errors import InputError
-from csm_jax.scheduler import MAX_WEIGHT
+from csm_jax.inference.scheduler import MAX_WEIGHT
 from csm_jax.serve.admission.caller import Caller
 
 # Digits of a key's digest that name its owner.

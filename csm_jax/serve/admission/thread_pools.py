@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from csm_jax.scheduler import FairQueue
+from csm_jax.inference.scheduler import FairQueue
 from csm_jax.serve.admission.caller import Caller
 
 T = TypeVar("T")

@@ -4,8 +4,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
-from csm_jax.prompt import Segment
-from csm_jax.request import Notice
+from csm_jax.inference.request import Notice
+from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.schemas import check_length, check_turns
 from csm_jax.serve.audio.decoding import check_upload, decode_upload

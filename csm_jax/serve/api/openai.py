@@ -13,7 +13,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from csm_jax.request import Request
+from csm_jax.inference.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect, speak_streamed

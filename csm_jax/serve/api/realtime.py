@@ -34,10 +34,11 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field, TypeAdapter
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from csm_jax.audio import to_pcm
-from csm_jax.conversation import Conversation
 from csm_jax.errors import CSMError, RequestCancelledError
-from csm_jax.prompt import Segment, Turn, check_text
+from csm_jax.inference.conversation import Conversation
+from csm_jax.io.audio import to_pcm
+from csm_jax.prompt.splitting import Sentences
+from csm_jax.prompt.turns import Segment, Turn, check_text
 from csm_jax.serve.admission.caller import caller_of
 from csm_jax.serve.api.parsing import parse_json
 from csm_jax.serve.api.schemas import (
@@ -53,7 +54,6 @@ from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_
 from csm_jax.serve.service import Service
 from csm_jax.serve.speech_stream import SpeechStream
 from csm_jax.serve.voices.registry import Voice, Voices
-from csm_jax.text import Sentences
 
 # Utterances that may wait, and their characters in total.
 MAX_WAITING = 256

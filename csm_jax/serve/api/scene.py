@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.conversation import Conversation
-from csm_jax.prompt import Segment
+from csm_jax.inference.conversation import Conversation
+from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.schemas import Options, make_request
 from csm_jax.serve.errors import ApiError

@@ -7,10 +7,10 @@ from typing import Annotated, Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from csm_jax.dataclass_flags import field_descriptions, field_types
-from csm_jax.prompt import Segment
-from csm_jax.request import Request
-from csm_jax.sampling import Sampling
+from csm_jax.cli.dataclass_flags import field_descriptions, field_types
+from csm_jax.inference.request import Request
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.audio.decoding import decode_upload
 from csm_jax.serve.errors import ApiError

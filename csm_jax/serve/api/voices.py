@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from csm_jax.audio import SAMPLE_RATE, decode_audio, encode_audio
+from csm_jax.io.audio import SAMPLE_RATE, decode_audio, encode_audio
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect

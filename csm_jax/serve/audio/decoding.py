@@ -16,8 +16,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from csm_jax.audio import SAMPLE_RATE, audio_error, check_speech
 from csm_jax.errors import InputError, first_line
+from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech
 from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits
 

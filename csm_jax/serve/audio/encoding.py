@@ -15,8 +15,8 @@ import av.error
 import av.filter
 import numpy as np
 
-from csm_jax.audio import encode_audio, to_pcm, wav_header
 from csm_jax.errors import InputError
+from csm_jax.io.audio import encode_audio, to_pcm, wav_header
 
 
 class Coding(NamedTuple):

@@ -14,7 +14,7 @@ import uuid
 from typing import Any, NamedTuple
 
 from csm_jax.errors import QueueFullError
-from csm_jax.scheduler import FairQueue
+from csm_jax.inference.scheduler import FairQueue
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import ApiError, QuotaError, StorageError, as_api_error
 from csm_jax.serve.jobs.job import (

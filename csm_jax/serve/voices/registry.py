@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from csm_jax.audio import SAMPLE_RATE, encode_audio
 from csm_jax.errors import InputError, first_line
-from csm_jax.generator import Generator
-from csm_jax.prompt import Segment
+from csm_jax.inference.generator import Generator
+from csm_jax.io.audio import SAMPLE_RATE, encode_audio
+from csm_jax.prompt.turns import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
 from csm_jax.serve.voices.files import check_transcript, is_voice_name, read_voices

@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from serving import SMALL, as_samples, serve
 
 from csm_jax import Engine, Request
-from csm_jax.request_state import RequestState
+from csm_jax.inference.request_state import RequestState
 from csm_jax.serve.settings import Settings
 
 # Generates until it is cancelled, at most 20 s.

@@ -15,7 +15,7 @@ from hearing import median_pitch
 from serving import SMALL, serve
 from websockets.sync.client import connect
 
-from csm_jax.prompt import Segment
+from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.admission.rate_limits import RateLimits
 from csm_jax.serve.api.realtime import MAX_WAITING_CHARACTERS, RealtimeSession

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import csm_jax.serve
 from csm_jax import Sampling
-from csm_jax.dataclass_flags import field_descriptions, field_types
+from csm_jax.cli.dataclass_flags import field_descriptions, field_types
 from csm_jax.serve.api.schemas import Options
 
 STATIC = Path(csm_jax.serve.__file__).with_name("static")

@@ -17,8 +17,8 @@ import pytest
 from hearing import median_pitch
 from serving import PRESETS, SMALL, as_samples, serve
 
-from csm_jax import engine as engine_module
 from csm_jax.errors import InputError
+from csm_jax.inference import engine as engine_module
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.errors import QuotaError
 from csm_jax.serve.settings import Limits, Settings

@@ -9,7 +9,7 @@ import pytest
 from hearing import median_pitch
 from serving import as_samples, same
 
-from csm_jax.sampling import Sampling
+from csm_jax.model.sampling import Sampling
 from csm_jax.serve.api.schemas import Options
 
 FIELDS = {"text": "one two three", "speaker": 0, "seed": 5}

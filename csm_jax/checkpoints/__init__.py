@@ -1,0 +1,1 @@
+"""Parameters in files: native checkpoints, int8, adapters, random weights."""

@@ -1,0 +1,1 @@
+"""Requests, the decode loop and batches, the engine, and the facade above them."""

@@ -1,0 +1,33 @@
+"""Constants of inference, which a model carries with it."""
+
+from dataclasses import dataclass, field
+
+from csm_jax.inference.guard import GuardLimits
+from csm_jax.prompt.splitting import MAX_CHARACTERS, PAUSE_SECONDS, SECONDS_PER_LETTER
+
+
+@dataclass(frozen=True)
+class InferenceConfig:
+    """How requests are split, limited and batched, in the same way for all of them.
+
+    Attributes:
+      max_part_characters: longer texts are split into parts (`text.split_text`).
+      pause_seconds, seconds_per_letter: the longest that a text can take (`text.needed_seconds`).
+      guard: when speech counts as a runaway.
+      min_bucket: the shortest cache and prompt that programs are compiled for, in positions; the
+        others are powers of two.
+      max_prefixes: how many shared beginnings of prompts a batch keeps the keys and values of.
+      max_step_seconds: running requests are interrupted for others after this time, unless a
+        single frame takes longer.
+    """
+
+    max_part_characters: int = MAX_CHARACTERS
+    pause_seconds: float = PAUSE_SECONDS
+    seconds_per_letter: float = SECONDS_PER_LETTER
+    guard: GuardLimits = field(default_factory=GuardLimits)
+    min_bucket: int = 32
+    max_prefixes: int = 8
+    max_step_seconds: float = 0.25
+
+
+DEFAULT_INFERENCE = InferenceConfig()

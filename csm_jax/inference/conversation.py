@@ -1,0 +1,172 @@
+"""A conversation: turns spoken one after another, each with all earlier turns as its context."""
+
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+
+from csm_jax.inference.engine import Engine
+from csm_jax.inference.generator import Generator
+from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
+from csm_jax.inference.ticket import Ticket
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment
+
+NUM_SEEDS = 2**32
+
+
+class Conversation:
+    """Turns spoken one after another, each with all earlier turns as its context.
+
+        conversation = csm_jax.Conversation(model, seed=1)
+        conversation.add(csm_jax.Segment(speaker=0, text="Who is there?", audio=recording))
+        answer = conversation.speak("It is me.", speaker=1)
+        for chunk in conversation.stream("Come in.", speaker=0):
+            play(chunk)
+
+    The codes of a spoken turn are the context of the next one: to encode its audio again would
+    change them. Nothing is left out here; a request whose context outgrows the model's window
+    drops the oldest turns, with a notice. Not thread-safe: a turn ends before the next begins.
+
+    Attributes:
+      turns: the turns so far, oldest first. A caller may remove some.
+      seed: of the first turn that is spoken. The n-th has `seed + n - 1`, modulo 2^32, unless it
+        is given its own; turns that are added by `add` do not count.
+      num_spoken: turns that have been spoken.
+      sampling, max_audio_length_ms, guard: of all turns, as of a `Request`.
+    """
+
+    def __init__(
+        self,
+        model: Generator | Engine,
+        turns: Iterable[Segment] = (),
+        *,
+        seed: int = 0,
+        sampling: Sampling = DEFAULT_SAMPLING,
+        max_audio_length_ms: float | None = None,
+        guard: str | bool = "on",
+    ):
+        """Begins a conversation.
+
+        Args:
+          model: a `Generator` speaks each turn alone, an `Engine` beside its other requests.
+          turns: earlier turns, oldest first.
+        """
+        self._model = model
+        self.turns = list(turns)
+        self.seed = seed
+        self.num_spoken = 0
+        self.sampling = sampling
+        self.max_audio_length_ms = max_audio_length_ms
+        self.guard = guard
+
+    @property
+    def next_seed(self) -> int:
+        """The seed of the next turn that is spoken."""
+        return (self.seed + self.num_spoken) % NUM_SEEDS
+
+    def add(self, turn: Segment) -> None:
+        """Adds a turn that was not spoken here, such as a recording of the user."""
+        self.turns.append(turn)
+
+    def add_spoken(self, text: str, speaker: int, codes: np.ndarray) -> None:
+        """Adds a turn that was spoken by other means than `speak` and `stream`.
+
+        Args:
+          codes: int32 [num_frames, Q], the frames that were played.
+        """
+        self.turns.append(Segment(speaker, text, codes=codes))
+        self.num_spoken += 1
+
+    def request(self, text: str, speaker: int = 0, *, seed: int | None = None) -> Request:
+        """The request of the next turn; it does not change the conversation.
+
+        Args:
+          seed: None is `next_seed`.
+
+        Raises:
+          InputError: as `Request`.
+        """
+        return Request(
+            text,
+            speaker,
+            tuple(self.turns),
+            self.sampling,
+            self.max_audio_length_ms,
+            self.next_seed if seed is None else seed,
+            self.guard,
+        )
+
+    def speak(
+        self,
+        text: str,
+        speaker: int = 0,
+        *,
+        seed: int | None = None,
+        progress: Progress | None = None,
+        notify: Notify | None = None,
+    ) -> np.ndarray:
+        """Speaks the next turn as a whole.
+
+        Args:
+          seed: None is `next_seed`.
+          progress: as for `Generator.generate`; an `Engine` does not call it.
+          notify: called with each notice; by default notices are logged as warnings.
+
+        Returns:
+          float32 [num_samples]. Its codes are those of the last of `turns`.
+
+        Raises:
+          CSMError: as `Generator.generate` or `Engine.submit`; then no turn is added.
+        """
+        request = self.request(text, speaker, seed=seed)
+        if isinstance(self._model, Engine):
+            ticket = self._model.submit(request, stream=False, wait=True)
+            codes, audio = ticket.codes(), ticket.result()
+            _report(ticket, notify)
+        else:
+            codes = self._model.generate_codes(request, progress=progress, notify=notify)
+            audio = self._model.decode(codes)
+        self.add_spoken(text, speaker, codes)
+        return audio
+
+    def stream(
+        self,
+        text: str,
+        speaker: int = 0,
+        *,
+        seed: int | None = None,
+        notify: Notify | None = None,
+    ) -> Iterator[np.ndarray]:
+        """Like `speak`, but yields the speech as it is generated, float32 [n].
+
+        The request is made with the first chunk, and the turn is added after the last one. If the
+        iterator is closed earlier, the turn has the frames that were yielded.
+        """
+        request = self.request(text, speaker, seed=seed)
+        if isinstance(self._model, Engine):
+            yield from self._stream(self._model, request, notify)
+        else:
+            with Engine(self._model, max_batch=1) as engine:
+                yield from self._stream(engine, request, notify)
+
+    def _stream(
+        self, engine: Engine, request: Request, notify: Notify | None
+    ) -> Iterator[np.ndarray]:
+        ticket = engine.submit(request, wait=True)
+        num_samples = 0
+        try:
+            for chunk in ticket:
+                num_samples += len(chunk)
+                yield chunk
+        except GeneratorExit:
+            ticket.cancel()
+            yielded = ticket.codes_so_far()[: num_samples // engine.model.codec.frame_size]
+            self.add_spoken(request.text, request.speaker, yielded)
+            raise
+        _report(ticket, notify)
+        self.add_spoken(request.text, request.speaker, ticket.codes())
+
+
+def _report(ticket: Ticket, notify: Notify | None) -> None:
+    for notice in ticket.notices:
+        (notify or log_notice)(notice)

@@ -1,0 +1,241 @@
+"""Prefill, the frame step and the compiled frame loop: pure functions of the state.
+
+The step is advance-then-sample: it feeds the last row (the end of the prompt, or the frame
+before) to the backbone and samples the next frame. So prefill is the prompt without its last
+row, the first frame costs no more than any other, and offline generation, streaming and batching
+share one step.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import ArrayLike
+
+from csm_jax.config import CSMConfig
+from csm_jax.model.csm import CSM, bind
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.layers import Params
+from csm_jax.model.sampling import SamplingParams
+from csm_jax.model.sharding import keep_sharded
+
+Array = jax.Array
+
+# Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
+CHUNK_FRAMES = 25
+
+
+class GenerationState(NamedTuple):
+    """Everything that a batch needs for its next frame.
+
+    Attributes:
+      cache: the backbone's keys and values; `cache.lengths` are the rows' positions.
+      frame: int32 [B, Q + 1], the row to feed next.
+      mask: bool [B, Q + 1], its columns that count.
+      keys: PRNG keys [B]; frame t of a row draws from `fold_in(key, t)`.
+      num_frames: int32 [B], frames sampled so far, the end-of-speech frame included.
+      seen: bool [B, V], codebook-0 ids sampled so far.
+      done: bool [B], the row has reached its end of speech.
+    """
+
+    cache: KVCache
+    frame: Array
+    mask: Array
+    keys: Array
+    num_frames: Array
+    seen: Array
+    done: Array
+
+
+class Row(NamedTuple):
+    """Where one row of a `GenerationState` continues from, apart from its keys and values."""
+
+    length: ArrayLike
+    frame: ArrayLike
+    mask: ArrayLike
+    seed: ArrayLike  # uint32
+    num_frames: ArrayLike
+    seen: ArrayLike
+    done: ArrayLike
+
+
+def frame_step(
+    model: CSM, state: GenerationState, sampling: SamplingParams, kv_length: int | None = None
+) -> tuple[GenerationState, Array]:
+    """One frame for every row: the pure function all generation is made of.
+
+    Args:
+      kv_length: as for `Llama.__call__`.
+
+    Returns:
+      The next state, and codes int32 [B, Q]. A frame of zeros is the end of speech; rows that
+      are done keep returning zeros.
+    """
+    embedded = model.embed(state.frame[:, None], state.mask[:, None])
+    hidden, cache = model.backbone(embedded, state.cache, kv_length)
+    keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
+    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
+    codes = jnp.where(state.done[:, None], 0, codes)
+    # Rows that are done do not advance: they would run out of their cache.
+    lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
+    state = GenerationState(
+        cache=cache._replace(lengths=lengths),
+        frame=jnp.pad(codes, ((0, 0), (0, 1))),
+        mask=jnp.broadcast_to(_audio_columns(model.config)[None], state.mask.shape),
+        keys=state.keys,
+        num_frames=jnp.where(state.done, state.num_frames, state.num_frames + 1),
+        seen=state.seen | jax.nn.one_hot(codes[:, 0], state.seen.shape[1], dtype=bool),
+        done=state.done | jnp.all(codes == 0, axis=-1),
+    )
+    return state, codes
+
+
+def _audio_columns(config: CSMConfig) -> Array:
+    return jnp.arange(config.num_codebooks + 1) < config.num_codebooks
+
+
+@functools.partial(jax.jit, static_argnames=("config", "batch", "max_seq_len", "dtype", "mesh"))
+def init_state(
+    *,
+    config: CSMConfig,
+    batch: int,
+    max_seq_len: int,
+    dtype: jnp.dtype,
+    mesh: Mesh | None = None,
+) -> GenerationState:
+    """A batch of empty rows, which count as done."""
+    columns = config.num_codebooks + 1
+    state = GenerationState(
+        cache=KVCache.create(config.backbone, batch, max_seq_len, dtype, num_lengths=batch),
+        frame=jnp.zeros((batch, columns), jnp.int32),
+        mask=jnp.zeros((batch, columns), bool),
+        keys=jax.vmap(jax.random.key)(jnp.zeros((batch,), jnp.uint32)),
+        num_frames=jnp.zeros((batch,), jnp.int32),
+        seen=jnp.zeros((batch, config.audio_vocab_size), bool),
+        done=jnp.ones((batch,), bool),
+    )
+    return keep_sharded(state, mesh)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "mesh"), donate_argnames="state")
+def prefill(
+    params: Params,
+    state: GenerationState,
+    frames: Array,
+    mask: Array,
+    index: Array,
+    prefix: KVCache | None = None,
+    *,
+    config: CSMConfig,
+    mesh: Mesh | None = None,
+) -> GenerationState:
+    """Fills the cache of one row with a prompt; `set_row` then starts it. Donates `state`.
+
+    Args:
+      frames, mask: [T, Q + 1], int32 and bool, padded on the right. The last row of a prompt
+        need not be there: the first step feeds it.
+      index: int32 [], the row of the batch.
+      prefix: of `prefill_prefix`, what the prompt begins with; `frames` are what follows.
+    """
+    filled = _fill(bind(config, params), frames, mask, prefix)
+
+    def place(whole: Array, part: Array) -> Array:
+        # Padding may reach beyond the row.
+        fitting = part[tuple(slice(size) for size in whole.shape)]
+        return jax.lax.dynamic_update_slice(whole, fitting, (index, 0, 0, 0))
+
+    layers = jax.tree.map(place, state.cache.layers, filled.layers)
+    return keep_sharded(state._replace(cache=state.cache._replace(layers=layers)), mesh)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def prefill_prefix(
+    params: Params, frames: Array, mask: Array, length: Array, *, config: CSMConfig
+) -> KVCache:
+    """Keys and values of rows that many prompts begin with.
+
+    Args:
+      frames, mask: [T, Q + 1], int32 and bool, padded on the right.
+      length: int32 [], of these without the padding.
+    """
+    filled = _fill(bind(config, params), frames, mask, None)
+    return filled._replace(lengths=length[None])
+
+
+def _fill(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVCache:
+    """A cache of one row with `prefix` and `frames`, as long as both with their padding."""
+    room = len(frames) + (prefix.layers[0].value.shape[2] if prefix else 0)
+    cache = KVCache.create(model.config.backbone, 1, room, model.dtype, num_lengths=1)
+    if prefix:
+        layers = jax.tree.map(
+            lambda whole, part: jax.lax.dynamic_update_slice(whole, part, (0, 0, 0, 0)),
+            cache.layers,
+            prefix.layers,
+        )
+        cache = KVCache(layers, prefix.lengths)
+    return model.backbone(model.embed(frames[None], mask[None]), cache)[1]
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def set_row(
+    state: GenerationState, index: Array, row: Row, *, mesh: Mesh | None = None
+) -> GenerationState:
+    """Sets where one row of the batch continues from. Donates `state`."""
+    key = jax.random.key(row.seed)
+    state = GenerationState(
+        cache=state.cache._replace(lengths=state.cache.lengths.at[index].set(row.length)),
+        frame=state.frame.at[index].set(row.frame),
+        mask=state.mask.at[index].set(row.mask),
+        keys=state.keys.at[index].set(key),
+        num_frames=state.num_frames.at[index].set(row.num_frames),
+        seen=state.seen.at[index].set(row.seen),
+        done=state.done.at[index].set(row.done),
+    )
+    return keep_sharded(state, mesh)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("config", "kv_length", "mesh"), donate_argnames="state"
+)
+def run_frames(
+    params: Params,
+    state: GenerationState,
+    sampling: SamplingParams,
+    num_frames: Array,
+    pause: Array,
+    *,
+    config: CSMConfig,
+    kv_length: int | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[GenerationState, Array, Array]:
+    """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
+
+    `state` is donated: use the one returned.
+
+    Args:
+      pause: bool [], whether to stop as soon as any row ends.
+      kv_length: as for `Llama.__call__`.
+
+    Returns:
+      The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
+    """
+    model = bind(config, params)
+    done_before = state.done
+
+    def unfinished(carry: tuple[GenerationState, Array, Array]) -> Array:
+        state, _, count = carry
+        has_ended = jnp.any(state.done & ~done_before)
+        return (count < num_frames) & ~jnp.all(state.done) & ~(pause & has_ended)
+
+    def body(carry: tuple[GenerationState, Array, Array]):
+        state, buffer, count = carry
+        state, codes = frame_step(model, state, sampling, kv_length)
+        buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
+        return state, buffer, count + 1
+
+    buffer = jnp.zeros((len(state.done), CHUNK_FRAMES, config.num_codebooks), jnp.int32)
+    carry = state, buffer, jnp.zeros((), jnp.int32)
+    state, buffer, count = jax.lax.while_loop(unfinished, body, carry)
+    return keep_sharded(state, mesh), buffer, count

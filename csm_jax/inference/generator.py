@@ -1,0 +1,187 @@
+"""The facade: load a model by name, give it text, get speech."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.checkpoints.native_format import Place, on_default_device
+from csm_jax.config import CSMConfig
+from csm_jax.errors import CheckpointError
+from csm_jax.inference.decode_loop import run_alone
+from csm_jax.inference.decode_step import CHUNK_FRAMES
+from csm_jax.inference.engine import Engine
+from csm_jax.inference.loaded_model import LoadedModel
+from csm_jax.inference.pacing import Pace, blocks
+from csm_jax.inference.request import Notice, Notify, Progress, Request, as_request, log_notice
+from csm_jax.inference.request_parameters import checks_call, generate_parameters, takes_request
+from csm_jax.inference.request_state import RequestState
+from csm_jax.loading import open_source
+from csm_jax.model.precision import Precision, resolve
+from csm_jax.model.sharding import place_on
+
+# Frames between two reports of progress.
+_PROGRESS_FRAMES = 5
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Generator(LoadedModel):
+    """A loaded model that speaks.
+
+        model = csm_jax.load("sesame/csm-1b")
+        audio = model.generate("Hello.", speaker=0, context=[...], sampling=..., seed=0)
+
+    `generate`, `generate_codes` and `stream` have the same parameters: those of a `Request`, or
+    one `Request`. A call that does not fit them raises `InputError`.
+    """
+
+    @takes_request(generate_parameters)
+    def generate(
+        self, request: Request, progress: Progress | None, notify: Notify | None
+    ) -> np.ndarray:
+        """Speaks a text as the next turn of a conversation.
+
+        Args:
+          text: what to speak, or a `Request`.
+          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns: as in
+            `Request`; beside one, they replace its own.
+          progress: called now and then with the number of 80 ms frames so far.
+          notify: is given what the caller should know, such as that the speech was cut; by default
+            it is logged as a warning.
+
+        Returns:
+          float32 [num_samples] at `sample_rate`; empty if the model ends at once.
+
+        Raises:
+          InputError: text or context that is empty, malformed or does not fit.
+        """
+        return self.decode(self.generate_codes(request, progress=progress, notify=notify))
+
+    @takes_request(generate_parameters)
+    def generate_codes(
+        self, request: Request, progress: Progress | None, notify: Notify | None
+    ) -> np.ndarray:
+        """Like `generate`, but returns the codes: int32 [num_frames, Q], without the last frame
+        of zeros, which is the end of speech."""
+        state = RequestState(self, request, notify or log_notice)
+        chunk_frames = CHUNK_FRAMES if progress is None else _PROGRESS_FRAMES
+        chunks = [np.zeros((0, self.config.num_codebooks), np.int32)]
+        for chunk in _reporting(run_alone(self, state, lambda: chunk_frames), progress):
+            chunks.append(chunk)
+        return np.concatenate(chunks)
+
+    @takes_request(generate_parameters)
+    def stream(
+        self, request: Request, progress: Progress | None, notify: Notify | None
+    ) -> Iterator[np.ndarray]:
+        """Like `generate`, but yields the speech as it is generated: float32 [n] at `sample_rate`.
+
+        The first chunk is one frame (80 ms); later ones are longer once there is enough to play
+        in the meantime. Together they are what `generate` returns. Bad input raises an error at
+        the call, not when the first chunk is asked for.
+        """
+        state = RequestState(self, request, notify or log_notice)
+        return self._stream(state, progress)
+
+    @checks_call
+    def generate_batch(
+        self,
+        requests: Sequence[Request | str],
+        max_batch: int = 8,
+        notify: Callable[[int, Notice], None] | None = None,
+    ) -> list[np.ndarray]:
+        """Speaks many texts side by side.
+
+        Args:
+          max_batch: how many of them at once.
+          notify: as for `generate`, with the index of the request.
+
+        Returns:
+          As `generate`, in the order of `requests`.
+
+        Raises:
+          InputError: as `generate`, or `max_batch` is less than 1.
+        """
+        tell = notify or (lambda _, notice: log_notice(notice))
+        wanted = [as_request(request) for request in requests]
+        # As many slots however many requests there are: one shape is compiled, and rounds one way.
+        with Engine(self, max_batch) as engine:
+            tickets = [engine.submit(request, stream=False, wait=True) for request in wanted]
+            audio = [ticket.result() for ticket in tickets]
+        for index, ticket in enumerate(tickets):
+            for notice in ticket.notices:
+                tell(index, notice)
+        return audio
+
+    def _stream(self, state: RequestState, progress: Progress | None) -> Iterator[np.ndarray]:
+        pace = Pace(self.config.frame_ms / 1000)
+        codec_state = self.codec.decode_stream_state()
+        for frames in _reporting(run_alone(self, state, pace.next_chunk), progress):
+            for block in blocks(frames):
+                audio, codec_state = self.codec.decode_frames(block[None], codec_state)
+                pace.played(len(block))
+                yield np.asarray(audio)[0]
+
+
+def _reporting(chunks: Iterator[np.ndarray], progress: Progress | None) -> Iterator[np.ndarray]:
+    """Passes on chunks of frames, and reports how many frames there are so far."""
+    num_frames = 0
+    for chunk in chunks:
+        num_frames += len(chunk)
+        if progress is not None:
+            progress(num_frames)
+        yield chunk
+
+
+def load(
+    name: str | Path,
+    dtype: DTypeLike = "auto",
+    quantize: str | None = None,
+    mesh: Mesh | None = None,
+    adapters: str | Path | None = None,
+) -> Generator:
+    """Loads a model.
+
+    Args:
+      name: a Hugging Face repository such as "sesame/csm-1b", which is downloaded and converted
+        on the first call; a directory in any of the layouts; "demo", a very small model that
+        comes with the package and speaks digits and simple sentences; "random:tiny" or
+        "random:csm_1b", random weights that make noise.
+      dtype: float32, bfloat16 or float16, as a name or a type (`jnp.bfloat16`); or "auto":
+        bfloat16 where the hardware computes in it, float16 on older GPUs, float32 on a CPU. The
+        codec is float32 always.
+      quantize: "int8" or "none"; None is as the checkpoint is stored.
+      mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
+      adapters: a directory of LoRA adapters (`peft_files.py`), which become part of the weights.
+
+    Raises:
+      CheckpointError: there is no such checkpoint, or it is damaged.
+      InputError: another `dtype` or `quantize`.
+    """
+    precision = resolve(dtype, quantize or "none")
+    source = open_source(name)
+    if source.is_int8:
+        precision = _as_int8(str(name), dtype, quantize)
+    tensors = source.tensors
+    if adapters is not None:
+        tensors = peft_files.merge_files(tensors, source.config, Path(adapters), source.is_int8)
+    params = native_format.place_params(
+        tensors, source.config, precision, _place(source.config, mesh)
+    )
+    return Generator.from_params(source.config, params, source.tokenizer, precision, mesh)
+
+
+def _place(config: CSMConfig, mesh: Mesh | None) -> Place:
+    return place_on(mesh, config) if mesh else on_default_device
+
+
+def _as_int8(name: str, dtype: DTypeLike, quantize: str | None) -> Precision:
+    if quantize == "none":
+        raise CheckpointError(
+            f"{name} is stored as int8: for full precision convert the original again"
+        )
+    return resolve(dtype, "int8")

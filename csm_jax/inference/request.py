@@ -1,0 +1,89 @@
+"""What a caller asks for, and what it is told beside the speech."""
+
+import dataclasses
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from csm_jax.errors import InputError
+from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.turns import Segment, check_text
+
+GUARD = ("on", "off")
+DEFAULT_MAX_AUDIO_LENGTH_MS = 10_000
+DEFAULT_SAMPLING = Sampling()
+
+logger = logging.getLogger("csm_jax")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A text to speak as the next turn of a conversation, and how to speak it.
+
+    Attributes:
+      text: of any length; beyond about 300 characters it is split at sentences, and each part is
+        spoken with the parts before it as context.
+      speaker: number of the voice; the same number as in `context` continues that voice.
+      context: the turns so far, oldest first. If they outgrow the model's window, the oldest are
+        left out, with a notice.
+      sampling: how codes are drawn.
+      max_audio_length_ms: the speech is cut at this length, with a notice, if it has not ended by
+        itself. None is 10 s, or what the text can need if that is more.
+      seed: the same seed and arguments give the same speech.
+      guard: "on" or True stops speech that repeats itself, falls silent or does not end; "off" or
+        False leaves it alone, as greedy sampling always does.
+      shared_turns: how many of the first turns of the context are the same in other requests, such
+        as the sample of a voice: an `Engine` prefills them once.
+    """
+
+    text: str
+    speaker: int = 0
+    context: Sequence[Segment] = ()
+    sampling: Sampling = DEFAULT_SAMPLING
+    max_audio_length_ms: float | None = None
+    seed: int = 0
+    guard: str | bool = "on"
+    shared_turns: int = 0
+
+    def __post_init__(self):
+        check_text(self.text)
+        if isinstance(self.guard, bool):
+            object.__setattr__(self, "guard", "on" if self.guard else "off")
+        if self.guard not in GUARD:
+            raise InputError(f"guard is {self.guard}, but must be {' or '.join(GUARD)}")
+        if not 0 <= self.shared_turns <= len(self.context):
+            raise InputError(
+                f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
+            )
+
+
+def as_request(text: str | Request, **fields: Any) -> Request:
+    """A request for a text, or a request with other values in some fields."""
+    if isinstance(text, Request):
+        return dataclasses.replace(text, **fields)
+    return Request(text, **fields)
+
+
+@dataclass(frozen=True)
+class Notice:
+    """Something that a caller should know about the speech it gets.
+
+    Attributes:
+      kind: "cut", "nothing_said", "context_dropped", "resampled" or "guard_cut".
+      message: the same as a sentence.
+    """
+
+    kind: str
+    message: str
+
+
+# Is given every notice as it arises.
+Notify = Callable[[Notice], None]
+# Is called now and then with the number of frames generated so far.
+Progress = Callable[[int], None]
+
+
+def log_notice(notice: Notice) -> None:
+    """Logs a notice as a warning: the `Notify` of callers that give none."""
+    logger.warning(notice.message)

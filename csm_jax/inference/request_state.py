@@ -1,0 +1,271 @@
+"""The state of one request: which utterances it takes, and which of their frames count.
+
+Nothing here generates. A `RequestState` says what to generate next and takes the frames, so that
+the same rules hold whether a request runs alone, as a stream, or in a batch with others.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from csm_jax.errors import InputError
+from csm_jax.inference.decode_batch import Rewind, Utterance
+from csm_jax.inference.guard import Action, Guard, Verdict
+from csm_jax.inference.loaded_model import LoadedModel
+from csm_jax.inference.request import (
+    DEFAULT_MAX_AUDIO_LENGTH_MS,
+    Notice,
+    Notify,
+    Request,
+    log_notice,
+)
+from csm_jax.prompt.splitting import needed_seconds, split_text
+from csm_jax.prompt.turns import Segment, Turn, check_turn, join_rows, text_rows
+
+
+class Step(NamedTuple):
+    """The outcome of new frames.
+
+    Attributes:
+      released: int32 [n, Q], the frames for the caller.
+      rewind: where the utterance has to go back to, if it has to.
+      is_over: the utterance needs no more frames.
+    """
+
+    released: np.ndarray
+    rewind: Rewind | None
+    is_over: bool
+
+
+class RequestState:
+    """A request on its way from its first utterance to its last frame.
+
+    Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
+    it returns that the utterance is over.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        request: Request,
+        notify: Notify = log_notice,
+        max_seq_len: int | None = None,
+    ):
+        """Checks the request, and decides which turns of its context fit the window.
+
+        Args:
+          model: its codec encodes recordings of the context, in the first `next_utterance`, one
+            turn that fits after the other.
+          notify: is given what the caller should know.
+          max_seq_len: positions of the window, if fewer than the model's own limit.
+
+        Raises:
+          InputError: text or context that is empty, malformed or does not fit.
+        """
+        self._model = model
+        self._config = model.config
+        self._request = request
+        self._notify = notify
+        limit = model.config.backbone.max_seq_len
+        self._window = min(max_seq_len or limit, limit)
+        self._parts = split_text(request.text, model.inference.max_part_characters)
+        self._max_total_frames = self._total_frames()
+        self._turns = self._newest_turns(request.context)
+        # Older turns of the context, which have been left out.
+        self._num_omitted = len(request.context) - len(self._turns)
+        # Positions of the shared turns; 0 once the first of them has to be left out.
+        self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
+        self._part = -1
+        self._total = 0
+        self._was_cut = False
+        # Here, so that a request that does not fit is refused before anything runs.
+        self._start_part()
+        self._is_new = True
+
+    @property
+    def num_turns(self) -> int:
+        """How many turns, the newest ones of the context and those generated, fit the window."""
+        return len(self._turns)
+
+    def next_utterance(self) -> Utterance | None:
+        """What to generate next; None after the last part, or if the limit is reached."""
+        if self._is_new:
+            self._is_new = False
+            return self._utterance()
+        self._turns.append(self._generated_turn())
+        left = len(self._parts) - self._part - 1
+        if not left or self._total >= self._max_total_frames:
+            self._report_end(left)
+            return None
+        self._start_part()
+        return self._utterance()
+
+    def accept(self, codes: np.ndarray) -> Step:
+        """Takes the next frames of the utterance, int32 [n, Q], with its end of speech if any.
+
+        What comes after the end of speech or after `max_frames` is ignored.
+        """
+        ends = np.flatnonzero((codes == 0).all(axis=-1))
+        has_ended = len(ends) > 0
+        frames = (codes[: ends[0]] if has_ended else codes)[: self._left]
+        self._left -= len(frames)
+        if self._guard is None:
+            self._keep(frames)
+            return Step(frames, None, self._is_over(has_ended))
+        return self._accept_guarded(self._guard, frames, has_ended)
+
+    def _accept_guarded(self, guard: Guard, frames: np.ndarray, has_ended: bool) -> Step:
+        verdict = guard.accept(frames)
+        self._keep(verdict.released)
+        if verdict.action is Action.RESAMPLE:
+            return Step(verdict.released, self._resample(verdict), False)
+        if verdict.action is Action.CUT:
+            self._report_guard("guard_cut", verdict, "it was cut there")
+            return Step(verdict.released, None, True)
+        if not self._is_over(has_ended):
+            return Step(verdict.released, None, False)
+        held = guard.finish()
+        self._keep(held)
+        return Step(np.concatenate([verdict.released, held]), None, True)
+
+    def _is_over(self, has_ended: bool) -> bool:
+        if not has_ended and not self._left:
+            self._report_full()
+        return has_ended or not self._left
+
+    def _keep(self, frames: np.ndarray) -> None:
+        self._codes = np.concatenate([self._codes, frames])
+        self._total += len(frames)
+
+    def _resample(self, verdict: Verdict) -> Rewind:
+        self._num_resampled += 1
+        self._left = self._max_frames - verdict.kept
+        self._report_guard("resampled", verdict, "it went on from there with another seed")
+        return Rewind(self._codes, _derive(self._request.seed, self._part, self._num_resampled))
+
+    def _start_part(self) -> None:
+        self._part += 1
+        self._num_resampled = 0
+        self._codes = np.zeros((0, self._config.num_codebooks), np.int32)
+        request, text = self._request, self._parts[self._part]
+        self._rows = text_rows(text, request.speaker, self._config, self._model.tokenizer)
+        needed = int(1000 * self._needed_seconds(text) / self._config.frame_ms)
+        allowed = self._max_total_frames - self._total
+        room = self._make_room(len(self._rows.frames), min(allowed, needed // 2))
+        self._max_frames = min(allowed, room)
+        self._is_limited_by_window = room < allowed
+        self._guard = None
+        if request.guard == "on" and not request.sampling.greedy:
+            self._guard = self._new_guard(needed)
+            # One more than it may have, for the guard to see it.
+            self._max_frames = min(self._max_frames, needed + 1)
+        self._left = self._max_frames
+
+    def _new_guard(self, max_frames: int) -> Guard:
+        model = self._model
+        limits = model.inference.guard
+        return Guard(max_frames, model.config.num_codebooks, model.silent_codes, limits)
+
+    def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
+        """The newest turns, until the window is full; older ones are only checked."""
+        turns, room = [], self._window
+        for turn in reversed(context):
+            if room > 0:
+                turns.append(Turn(turn, self._config, self._model.tokenizer))
+                room -= turns[-1].length
+            else:
+                check_turn(turn, self._config)
+        return turns[::-1]
+
+    def _utterance(self) -> Utterance:
+        """The part that was started; encodes what was not encoded before."""
+        context = [rows for turn in self._turns for rows in turn.rows(self._model.encode)]
+        return Utterance(
+            join_rows([*context, self._rows]),
+            self._request.sampling,
+            _derive(self._request.seed, self._part, 0),
+            self._max_frames,
+            self._num_shared,
+        )
+
+    def _make_room(self, length: int, num_frames: int) -> int:
+        """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
+        num_turns = len(self._turns) + self._num_omitted
+        self._num_omitted = 0
+        # The end of speech takes a position too.
+        free = self._window - 1 - length - sum(turn.length for turn in self._turns)
+        while free < num_frames and self._turns:
+            free += self._turns.pop(0).length
+        if dropped := num_turns - len(self._turns):
+            self._num_shared = 0
+            self._notify(
+                Notice(
+                    "context_dropped",
+                    f"the oldest {dropped} of {num_turns} turns of context were left out: all "
+                    f"together, with room for the speech, take more than {self._window} positions",
+                )
+            )
+        if free < 1:
+            raise InputError(
+                f"the text takes {length} positions of {self._window}, which leaves no room for "
+                "its speech: use shorter sentences"
+            )
+        return free
+
+    def _generated_turn(self) -> Turn:
+        turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
+        return Turn(turn, self._config, self._model.tokenizer)
+
+    def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
+        second = self._total * self._config.frame_ms / 1000
+        message = f"the speech {verdict.reason} at {second:.1f} s: {what_was_done}"
+        self._notify(Notice(kind, message))
+
+    def _report_full(self) -> None:
+        """The part has as many frames as it may have, and has not ended."""
+        if self._is_limited_by_window:
+            message = (
+                f"part {self._part + 1} of the text was cut where the {self._window} positions of "
+                "the model end: use shorter sentences, or less context"
+            )
+            self._notify(Notice("cut", message))
+        else:
+            self._was_cut = True  # reported at the end, with what is missing
+
+    def _report_end(self, num_missing: int) -> None:
+        if not self._total:
+            message = f"the model said nothing for {self._request.text!r}: try another seed"
+            self._notify(Notice("nothing_said", message))
+        if self._was_cut:
+            second = self._total * self._config.frame_ms / 1000
+            missing = f"{num_missing} of {len(self._parts)} parts of the text are missing"
+            lack = missing if num_missing else "it may lack its end"
+            message = f"the speech was cut at {second:g} s and {lack}: raise max_audio_length_ms"
+            self._notify(Notice("cut", message))
+
+    def _total_frames(self) -> int:
+        """The most frames of all parts together."""
+        milliseconds = self._request.max_audio_length_ms
+        if milliseconds is None:
+            needed = 1000 * sum(map(self._needed_seconds, self._parts))
+            milliseconds = max(DEFAULT_MAX_AUDIO_LENGTH_MS, needed)
+        frames = milliseconds / self._config.frame_ms
+        if not 1 <= frames < math.inf:
+            raise InputError(
+                f"max_audio_length_ms is {milliseconds:g}, but one frame takes "
+                f"{self._config.frame_ms:g}"
+            )
+        return int(frames)
+
+    def _needed_seconds(self, text: str) -> float:
+        inference = self._model.inference
+        return needed_seconds(text, inference.pause_seconds, inference.seconds_per_letter)
+
+
+def _derive(seed: int, part: int, attempt: int) -> int:
+    """The seed of an attempt at a part; the first of all has the request's own."""
+    if not part and not attempt:
+        return seed
+    return int(np.random.SeedSequence([seed % 2**32, part, attempt]).generate_state(1)[0])

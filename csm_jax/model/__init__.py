@@ -1,0 +1,1 @@
+"""The backbone, the depth decoder and their sampling: arrays in, arrays out."""

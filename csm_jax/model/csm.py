@@ -1,0 +1,198 @@
+"""CSM: frames in, frames out (SesameAILabs/csm `models.py`).
+
+A frame is a row of Q audio codes and one text id, Q + 1 columns; a mask says which count.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from csm_jax.config import CSMConfig
+from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.layers import (
+    AnyArray,
+    Array,
+    Linear,
+    Params,
+    Rngs,
+    linear_float32,
+    lookup,
+    normal,
+    pack,
+)
+from csm_jax.model.llama import Llama
+from csm_jax.model.precision import FLOAT32, Precision, Role
+from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
+
+
+class CSM(nnx.Module):
+    """Backbone, depth decoder, their embeddings and heads. The codec is separate.
+
+    Attributes:
+      text_embedding: [text vocabulary, D].
+      audio_embedding: [Q * V, D], row `code + codebook * V`; both stacks read it.
+      codebook0_head: [V, D].
+      depth_heads: weight [Q - 1, V, depth D], one head per codebook 1..Q-1.
+    """
+
+    def __init__(self, config: CSMConfig, *, precision: Precision = FLOAT32, rngs: Rngs):
+        self.config = config
+        embed_dim, depth_dim = config.backbone.embed_dim, config.depth_decoder.embed_dim
+        vocab = config.audio_vocab_size
+
+        def embeddings(rows: int, std: float) -> nnx.Param:
+            table = normal(rngs, (rows, embed_dim), std, precision.weights)
+            return nnx.Param(pack(table) if precision.packs(Role.TABLE) else table)
+
+        self.text_embedding = embeddings(config.text_vocab_size, std=1.0)
+        # Q of these are summed into one input.
+        audio_std = config.num_codebooks**-0.5
+        self.audio_embedding = embeddings(config.num_codebooks * vocab, std=audio_std)
+        self.backbone = Llama(config.backbone, precision=precision, rngs=rngs)
+        self.codebook0_head = Linear(embed_dim, vocab, precision=precision, rngs=rngs)
+        self.projection = Linear(embed_dim, depth_dim, precision=precision, rngs=rngs)
+        self.depth_decoder = Llama(config.depth_decoder, precision=precision, rngs=rngs)
+        heads = (config.num_codebooks - 1,)
+        self.depth_heads = Linear(depth_dim, vocab, precision=precision, rngs=rngs, stack=heads)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """The type of activations."""
+        return self.backbone.norm.scale.dtype
+
+    def embed(self, frames: AnyArray, mask: AnyArray) -> Array:
+        """Sums the embeddings of the columns that count.
+
+        Args:
+          frames: int32 [B, T, Q + 1].
+          mask: bool [B, T, Q + 1].
+
+        Returns:
+          [B, T, D].
+        """
+        codes, text = frames[..., :-1], frames[..., -1:]
+        audio = lookup(self.audio_embedding[...], codes + self._codebook_offsets())  # [B, T, Q, D]
+        words = lookup(self.text_embedding[...], text)  # [B, T, 1, D]
+        embeddings = jnp.concatenate([audio, words], axis=-2)
+        # 33 bfloat16 terms, added in float32 as torch does.
+        kept = jnp.where(mask[..., None], embeddings, 0).astype(jnp.float32)
+        return jnp.sum(kept, axis=-2).astype(self.dtype)
+
+    def embed_code(self, code: Array, codebook: Array | int) -> Array:
+        """Embedding of one codebook's ids: int32 [B] -> [B, D]."""
+        rows = code + codebook * self.config.audio_vocab_size
+        return lookup(self.audio_embedding[...], rows).astype(self.dtype)
+
+    def _codebook_offsets(self) -> Array:
+        config = self.config
+        offsets = jnp.arange(config.num_codebooks, dtype=jnp.int32) * config.audio_vocab_size
+        return offsets[None, None, :]
+
+    def backbone_logits(self, hidden: Array) -> Array:
+        """Codebook-0 logits, float32 [..., V], of backbone states [..., D]."""
+        return linear_float32(hidden, self.codebook0_head.matrix)
+
+    def generate_frame(
+        self, hidden: Array, keys: Array, sampling: SamplingParams, seen: Array
+    ) -> Array:
+        """Samples one frame: codebook 0 from the backbone, the rest from the depth decoder.
+
+        Args:
+          hidden: [B, D] backbone state at the last position.
+          keys: one PRNG key per row [B], for this frame alone.
+          sampling: values per row.
+          seen: bool [B, V], codebook-0 ids that the repetition penalty applies to.
+
+        Returns:
+          int32 [B, Q].
+        """
+        # One number decides one code.
+        draw = functools.partial(jax.random.uniform, shape=(self.config.num_codebooks,))
+        uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
+        logits = self.backbone_logits(hidden)
+        logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+        first = sample(logits, uniform[0], sampling.backbone)
+        return self._sample_depth(hidden, first, uniform[1:], sampling)
+
+    def _sample_depth(
+        self, hidden: Array, first: Array, uniform: Array, sampling: SamplingParams
+    ) -> Array:
+        """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
+        config = self.config.depth_decoder
+        num_codebooks = self.config.num_codebooks
+        heads = self.depth_heads.matrix
+
+        def next_code(inputs: Array, cache: KVCache, codebook: Array):
+            states, cache = self.depth_decoder(self.projection(inputs), cache)
+            head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
+            logits = linear_float32(states[:, -1], head)
+            return sample(logits, uniform[codebook - 1], sampling.depth_decoder), cache
+
+        def body(carry: tuple[Array, KVCache], codebook: Array):
+            code, cache = carry
+            inputs = self.embed_code(code, codebook - 1)[:, None]  # [B, 1, D]
+            code, cache = next_code(inputs, cache, codebook)
+            return (code, cache), code
+
+        # The cache is empty at every frame: its positions are codebooks, not frames.
+        cache = KVCache.create(config, len(first), num_codebooks, hidden.dtype, num_lengths=1)
+        inputs = jnp.stack([hidden, self.embed_code(first, 0)], axis=1)  # [B, 2, D]
+        codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
+        second, cache = next_code(inputs, cache, codebooks[0])
+        _, rest = jax.lax.scan(body, (second, cache), codebooks[1:])
+        return jnp.concatenate([first[None], second[None], rest]).T
+
+    def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
+        """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.
+
+        Args:
+          frames, mask: as for `embed`; padded on the right.
+          remat: as for `Llama.__call__`.
+        """
+        batch, length, _ = frames.shape
+        cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)
+        return self.backbone(self.embed(frames, mask), cache, remat=remat)[0]
+
+    def depth_logits(self, hidden: Array, codes: AnyArray, remat: bool = False) -> Array:
+        """Teacher-forced depth decoder.
+
+        Args:
+          hidden: [B, D] backbone states that predict the frames.
+          codes: int32 [B, Q], the frames.
+          remat: as for `Llama.__call__`.
+
+        Returns:
+          float32 [B, Q - 1, V], logits of codebooks 1..Q-1 given those before.
+        """
+        offsets = self._codebook_offsets()[0, :, :-1]
+        embedded = lookup(self.audio_embedding[...], codes[:, :-1] + offsets)  # [B, Q - 1, D]
+        inputs = jnp.concatenate([hidden[:, None], embedded.astype(self.dtype)], axis=1)
+        cache = KVCache.create(
+            self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype, num_lengths=1
+        )
+        states, _ = self.depth_decoder(self.projection(inputs), cache, remat=remat)
+        by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
+        heads = jax.tree.map(
+            lambda table: lookup(table, jnp.arange(len(table))), self.depth_heads.matrix
+        )
+        return by_codebook(states[:, 1:], heads)
+
+
+def bind(config: CSMConfig, params: Params) -> CSM:
+    """The model over a pure dictionary of parameters, for use inside a jitted function."""
+    return nnx.merge(_graph(config, int8="weight_scale" in params["projection"]), params)
+
+
+@functools.cache
+def _graph(config: CSMConfig, int8: bool) -> nnx.GraphDef[CSM]:
+    """The module tree without parameters: of a precision, only whether it is int8 matters here."""
+    return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8)))
+
+
+@functools.cache
+def abstract(config: CSMConfig, precision: Precision) -> CSM:
+    """The module tree with shapes for weights: nothing is allocated."""
+    return nnx.eval_shape(lambda: CSM(config, precision=precision, rngs=None))

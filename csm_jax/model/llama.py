@@ -1,0 +1,117 @@
+"""The Llama stack (Llama 3.2): backbone and depth decoder are two sizes of it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from csm_jax.config import LlamaConfig
+from csm_jax.model import kv_cache as kv
+from csm_jax.model.kv_cache import KVCache, LayerCache
+from csm_jax.model.layers import Linear, RMSNorm, Rngs, apply_rope, attention, rope_frequencies
+from csm_jax.model.precision import Precision
+
+Array = jax.Array
+
+
+class Attention(nnx.Module):
+    """Causal grouped-query self-attention over a preallocated cache.
+
+    Queries, keys and values are one product, with the rows of `qkv.py`. A mesh can then split it by
+    kv heads.
+    """
+
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        self.config = config
+        query_dim = config.num_heads * config.head_dim
+        kv_dim = config.num_kv_heads * config.head_dim
+        qkv_dim = query_dim + 2 * kv_dim
+        self.qkv = Linear(config.embed_dim, qkv_dim, precision=precision, rngs=rngs)
+        self.o = Linear(query_dim, config.embed_dim, precision=precision, rngs=rngs)
+
+    def __call__(
+        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
+    ) -> tuple[Array, LayerCache]:
+        """x: [B, T, D]; positions: int32 [B, T] or [1, T], consecutive in each row."""
+        config = self.config
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        heads = self.qkv(x).reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
+        rotated = apply_rope(heads[..., :-1, :], positions, frequencies)  # [B, T, K, G + 1, H]
+        query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
+        cache = kv.write(
+            cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
+        )
+        slots = jnp.arange(kv_length, dtype=jnp.int32)
+        visible = slots[None, None, :] <= positions[:, :, None]  # [B, T, S]
+        mixed = attention(query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible)
+        return self.o(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+class MLP(nnx.Module):
+    """SwiGLU feed-forward."""
+
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        self.gate = Linear(config.embed_dim, config.mlp_dim, precision=precision, rngs=rngs)
+        self.up = Linear(config.embed_dim, config.mlp_dim, precision=precision, rngs=rngs)
+        self.down = Linear(config.mlp_dim, config.embed_dim, precision=precision, rngs=rngs)
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual."""
+
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        self.attn_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
+        self.attn = Attention(config, precision=precision, rngs=rngs)
+        self.mlp_norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
+        self.mlp = MLP(config, precision=precision, rngs=rngs)
+
+    def __call__(
+        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
+    ) -> tuple[Array, LayerCache]:
+        mixed, cache = self.attn(self.attn_norm(x), cache, positions, kv_length)
+        x = x + mixed
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Llama(nnx.Module):
+    """A stack of blocks and the final norm. Embeddings and heads belong to the caller."""
+
+    def __init__(self, config: LlamaConfig, *, precision: Precision, rngs: Rngs):
+        # Unrolled, not scanned: a scan over stacked layers copies every weight on a CPU.
+        self.layers = nnx.List(
+            [Block(config, precision=precision, rngs=rngs) for _ in range(config.num_layers)]
+        )
+        self.norm = RMSNorm(config.embed_dim, config.norm_eps, dtype=precision.activations)
+
+    def __call__(
+        self, x: Array, cache: KVCache, kv_length: int | None = None, remat: bool = False
+    ) -> tuple[Array, KVCache]:
+        """Appends T positions to every row.
+
+        Args:
+          x: [B, T, D] embedded inputs.
+          cache: row b continues at position `cache.lengths[b]`. Keys beyond a row's length are
+            never read before they are written again, so a right-padded prompt may leave
+            anything there.
+          kv_length: positions of the cache that attention reads; after the call no row may hold
+            more. None reads them all.
+          remat: for a gradient, compute each block again instead of keeping what is inside it.
+
+        Returns:
+          Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
+        """
+        length = x.shape[1]
+        kv_length = kv_length or cache.layers[0].value.shape[2]
+        offsets = jnp.arange(length, dtype=jnp.int32)
+        positions = cache.lengths[:, None] + offsets[None, :]
+        layers = []
+        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+            call = functools.partial(block, kv_length=kv_length)
+            call = jax.checkpoint(call) if remat else call
+            x, layer_cache = call(x, layer_cache, positions)
+            layers.append(layer_cache)
+        return self.norm(x), KVCache(tuple(layers), cache.lengths + length)

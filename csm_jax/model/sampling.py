@@ -1,0 +1,270 @@
+"""From logits to ids: pure functions on float32 [B, V] logits.
+
+Every value is an array with one entry per row, so that rows of a batch can differ and a new
+temperature never recompiles. Filters are applied in the order of transformers' processors:
+repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csm_jax.errors import InputError
+from csm_jax.model.layers import AnyArray, Array
+
+_POSITIVE = "over 0 (1e-30 to 1e30)"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How ids are sampled. The defaults are the reference's (SesameAILabs/csm `generator.py`).
+
+    Attributes:
+      temperature: divides the logits; over 0.
+      top_k: keep the k largest logits and everything equal to the k-th; at least 1.
+      top_p: keep the most likely ids until their probability reaches p; in (0, 1], 1 is off.
+      min_p: drop ids less likely than `min_p` times the likeliest; in [0, 1), 0 is off.
+      repetition_penalty: divides positive and multiplies negative logits of codebook-0 ids that
+        this utterance has used; over 0, 1 is off.
+      greedy: take the likeliest id, whatever temperature and filters are.
+      depth_temperature, depth_top_k: for codebooks 1 and up; None means the same as above.
+    """
+
+    temperature: float = 0.9
+    top_k: int = 50
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    greedy: bool = False
+    depth_temperature: float | None = None
+    depth_top_k: int | None = None
+
+    def __post_init__(self):
+        _require(_positive(self.temperature), "temperature", self.temperature, _POSITIVE, True)
+        _require(_count(self.top_k), "top_k", self.top_k, "a whole number of at least 1")
+        _require(0 < self.top_p <= 1, "top_p", self.top_p, "over 0 and at most 1 (1 is off)")
+        _require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 (off) and under 1")
+        penalty = self.repetition_penalty
+        _require(_positive(penalty), "repetition_penalty", penalty, f"{_POSITIVE}; 1 is off")
+        if self.depth_temperature is not None:
+            value = self.depth_temperature
+            _require(_positive(value), "depth_temperature", value, _POSITIVE, True)
+        if self.depth_top_k is not None:
+            value = self.depth_top_k
+            _require(_count(value), "depth_top_k", value, "a whole number of at least 1")
+
+
+def _positive(value: float) -> bool:
+    # In float32, neither the value nor logits multiplied or divided by it are 0 or infinite.
+    return 1e-30 <= value <= 1e30
+
+
+def _count(value: int) -> bool:
+    return value >= 1 and value % 1 == 0
+
+
+def _require(ok: bool, name: str, value: float, limit: str, greedy_hint: bool = False) -> None:
+    if not ok:
+        hint = "; for the likeliest id every time use greedy" if greedy_hint else ""
+        raise InputError(f"{name} is {value}, but must be {limit}{hint}")
+
+
+class LogitFilter(NamedTuple):
+    """Temperature and filters of one distribution, each [B]."""
+
+    temperature: AnyArray  # float32
+    top_k: AnyArray  # int32
+    top_p: AnyArray  # float32
+    min_p: AnyArray  # float32
+    greedy: AnyArray  # bool
+
+
+class SamplingParams(NamedTuple):
+    """`Sampling` of every row of a batch, as arrays."""
+
+    backbone: LogitFilter
+    depth_decoder: LogitFilter
+    repetition_penalty: AnyArray  # float32 [B]
+
+    @staticmethod
+    def stack(rows: list[Sampling]) -> "SamplingParams":
+        """One entry per row of the batch."""
+        depth = [
+            dataclasses.replace(
+                row,
+                temperature=row.depth_temperature or row.temperature,
+                top_k=row.depth_top_k or row.top_k,
+            )
+            for row in rows
+        ]
+        penalty = np.asarray([row.repetition_penalty for row in rows], np.float32)
+        return SamplingParams(_stack_filters(rows), _stack_filters(depth), penalty)
+
+
+def _stack_filters(rows: list[Sampling]) -> LogitFilter:
+    largest = np.iinfo(np.int32).max
+    # For k = 1 top-k keeps the likeliest id; of several, sampling then takes the first.
+    rows = [Sampling(1.0, 1, greedy=True) if row.greedy else row for row in rows]
+    return LogitFilter(
+        temperature=np.asarray([row.temperature for row in rows], np.float32),
+        top_k=np.asarray([min(row.top_k, largest) for row in rows], np.int32),
+        top_p=np.asarray([row.top_p for row in rows], np.float32),
+        min_p=np.asarray([row.min_p for row in rows], np.float32),
+        greedy=np.asarray([row.greedy for row in rows], bool),
+    )
+
+
+def sample(logits: Array, uniform: Array, values: LogitFilter) -> Array:
+    """Draws one id per row, by inverting the cumulative distribution.
+
+    One random number per id costs a fiftieth of the Gumbel noise of `jax.random.categorical`,
+    which needs one for every entry of the vocabulary.
+
+    Args:
+      logits: float32 [B, V].
+      uniform: float32 [B] in [0, 1), of each row.
+      values: the filter of each row.
+
+    Returns:
+      int32 [B].
+    """
+    kept = filter_logits(logits, values)
+    mass = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+    cumulative = _prefix_sums(mass)
+    drawn = jnp.where(values.greedy, 0, uniform) * cumulative[:, -1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
+    # Rounding in the sums must not draw an id that was filtered out.
+    ids_from_drawn = jnp.where((mass > 0) & (cumulative > drawn[:, None]), ids, mass.shape[1])
+    last = jnp.max(jnp.where(mass > 0, ids, 0), axis=-1)
+    return jnp.minimum(jnp.min(ids_from_drawn, axis=-1), last)
+
+
+def _prefix_sums(mass: Array) -> Array:
+    """Inclusive prefix sums of each row, [B, V]."""
+    # A GPU adds V^2 terms in less time than it takes to start a scan's kernels.
+    return jax.lax.platform_dependent(
+        mass, cuda=_prefix_sums_by_comparison, default=functools.partial(jnp.cumsum, axis=-1)
+    )
+
+
+def _prefix_sums_by_comparison(mass: Array) -> Array:
+    ids = jnp.arange(mass.shape[1])
+    return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
+
+
+def filter_logits(logits: Array, values: LogitFilter) -> Array:
+    """Logits [B, V] over temperature, with the ids that are filtered out set to -inf."""
+    kept = _top_k(logits / values.temperature[:, None], values.top_k)
+    return _min_p(_top_p(kept, values.top_p), values.min_p)
+
+
+def penalize_repetition(logits: Array, seen: AnyArray, penalty: AnyArray) -> Array:
+    """Makes ids less likely that were used before (Keskar et al., 2019, CTRL).
+
+    Args:
+      logits: float32 [B, V].
+      seen: bool [B, V].
+      penalty: float32 [B].
+    """
+    factor = penalty[:, None]
+    penalized = jnp.where(logits > 0, logits / factor, logits * factor)
+    return jnp.where(seen, penalized, logits)
+
+
+def _top_k(logits: Array, k: AnyArray) -> Array:
+    kept = jax.lax.platform_dependent(
+        logits, k, cuda=_top_k_by_comparison, default=_top_k_by_search
+    )
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _top_k_by_search(logits: Array, k: Array) -> Array:
+    ranks = _ordered_bits(logits)
+    ones = jnp.ones(logits.shape, jnp.float32)
+    # If k exceeds the vocabulary, nothing reaches that count, and everything is kept.
+    return ranks >= _largest_reaching(ranks, ones, k.astype(jnp.float32))[:, None]
+
+
+def _top_k_by_comparison(logits: Array, k: Array) -> Array:
+    larger = _above(logits, jnp.ones(logits.shape, jnp.float32))
+    return larger < k[:, None].astype(jnp.float32)
+
+
+def _top_p(logits: Array, p: AnyArray) -> Array:
+    kept = jax.lax.platform_dependent(
+        logits, p, cuda=_top_p_by_comparison, default=_top_p_by_search
+    )
+    return jnp.where(kept, logits, -jnp.inf)
+
+
+def _top_p_by_search(logits: Array, p: Array) -> Array:
+    def search(logits: Array, p: Array) -> Array:
+        ranks = _ordered_bits(logits)
+        threshold = _largest_reaching(ranks, jax.nn.softmax(logits, axis=-1), p)
+        # Every threshold reaches a p that is 0 in float32; the likeliest is kept nevertheless.
+        threshold = jnp.minimum(threshold, jnp.max(ranks, axis=-1))
+        return (ranks >= threshold[:, None]) | (p[:, None] >= 1)
+
+    # The defaults do not need these passes over the vocabulary.
+    everything = jnp.ones(logits.shape, bool)
+    return jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
+
+
+def _top_p_by_comparison(logits: Array, p: Array) -> Array:
+    likelier = _above(logits, jax.nn.softmax(logits, axis=-1))
+    return (likelier < p[:, None]) | (likelier == 0) | (p[:, None] >= 1)
+
+
+def _min_p(logits: Array, min_p: AnyArray) -> Array:
+    # p_i < min_p * p_max, without leaving the log domain; log(0) = -inf keeps everything.
+    limit = jnp.max(logits, axis=-1) + jnp.log(min_p)
+    return jnp.where(logits < limit[:, None], -jnp.inf, logits)
+
+
+def _above(logits: Array, weights: Array) -> Array:
+    """For every entry, the sum of the weights of all that are larger, [B, V].
+
+    These V^2 comparisons are one short kernel of a GPU, where a search is a chain of them.
+    """
+    larger = logits[:, None, :] > logits[:, :, None]  # [B, V, V], never in memory
+    return jnp.sum(jnp.where(larger, weights[:, None, :], 0), axis=-1)
+
+
+def _ordered_bits(x: Array) -> Array:
+    """Converts float32 to int32 in the same order; -0 and 0 are one value."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    lowest = jnp.int32(jnp.iinfo(jnp.int32).min)
+    # -0 is the sign bit alone; a compiler removes the addition of 0.0 that would avoid it.
+    return jnp.where(bits < 0, lowest - bits, bits)
+
+
+def _largest_reaching(ranks: Array, weights: Array, target: Array) -> Array:
+    """The largest threshold t with `sum(weights[ranks >= t]) >= target`, or the smallest int32.
+
+    With weights of one and target k this is the k-th largest value exactly, ties included; with
+    probabilities and target p it is the edge of the nucleus. It finds t bit by bit, so it costs
+    32 sums over the vocabulary whatever the target is; a sort costs ten times as much.
+
+    Args:
+      ranks: int32 [B, V].
+      weights: float32 [B, V].
+      target: float32 [B].
+
+    Returns:
+      int32 [B].
+    """
+    lowest = jnp.iinfo(jnp.int32).min
+
+    def try_bit(i: Array, threshold: Array) -> Array:
+        # From the lowest number up: setting the sign bit of two's complement is adding 2^31,
+        # which wraps around to 0.
+        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - i)
+        reached = jnp.where(ranks >= candidate[:, None], weights, 0)
+        return jnp.where(jnp.sum(reached, axis=-1) >= target, candidate, threshold)
+
+    # Unrolled, it takes as long to run and twice as long to compile.
+    return jax.lax.fori_loop(0, 32, try_bit, jnp.full(target.shape, lowest))

@@ -1,0 +1,1 @@
+"""From text and turns to the frames that the backbone reads."""
