@@ -181,7 +181,7 @@ def test_gradients_of_adapters_equal_those_of_peft(adapted, params):
     assert len(grads) == 2 * len(gradients)
     for path, low in gradients.items():
         for half, ours in (("A", low.down), ("B", low.up)):
-            name = f"base_model.model.{lora._peft_name(path)}.lora_{half}.default.weight"
+            name = f"base_model.model.{peft_files._peft_name(path)}.lora_{half}.default.weight"
             assert relative_error(ours, grads[name]) < 1e-4, name
 
 
