@@ -162,7 +162,7 @@ def _compile_seconds(model: Generator, batch: int, values: flags.FlagValues) -> 
 def _measure_model(model: Generator, values: flags.FlagValues) -> dict[str, Any]:
     """Figures of a single request, and of the codec."""
     audio = _noise(model, values.audio_s)
-    codes = model.codec.encode(audio, model.config.num_codebooks)
+    codes = model.encode(audio)
     context = [Segment(1, TEXT, _noise(model, values.context_s))] if values.context_s else []
     request = Request(TEXT, context=context, guard="off", max_audio_length_ms=10_000)
     frame, state = codes[None, :1], model.codec.decode_stream_state()

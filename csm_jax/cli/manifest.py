@@ -181,7 +181,7 @@ class _Recordings:
 
 
 def _encode(model: Generator, path: Path) -> np.ndarray:
-    return model.codec.encode(load_audio(path, model.sample_rate), model.config.num_codebooks)
+    return model.encode(load_audio(path, model.sample_rate))
 
 
 def _parse(text: str, where: str, name: str, directory: Path, default: Request) -> Line:
