@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from absl import flags
 from safetensors.numpy import load_file
 
 import csm_jax
@@ -368,3 +369,12 @@ def test_losses_of_each_speaker_add_up_to_those_of_all(data, capsys):
     for name in ("backbone_loss", "depth_decoder_loss"):
         weighed = sum(part[name] * part["num_frames"] for part in parts)
         assert weighed == pytest.approx(both[name] * both["num_frames"], rel=1e-5)
+
+
+def test_optimiser_is_an_alias_of_optimizer():
+    values = flags.FlagValues()
+    finetune.define_flags(values)
+    values(["finetune", "--optimiser=muon"])
+    assert values.optimizer == "muon"
+    assert finetune._settings(values)["optimizer"] == "muon"
+    assert "optimiser" not in finetune._settings(values)
