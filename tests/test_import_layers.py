@@ -39,11 +39,11 @@ FLAT = {
     "model": "cache compiling layers llama lora model precision qkv quantize sampling sharding",
     "prompt": "prompt text tokenizer",
     "checkpoints": "checkpoint checksums peft_files random_weights",
-    "inference": "active_request decode_batch decode_loop decode_step engine engine_config engine_core"
-    " generator guard inference_config request_parameters"
-    " loaded_model pacing request request_state row_decoder scheduler ticket conversation",
+    "inference": "active_request conversation decode_batch decode_loop decode_step engine"
+    " engine_config engine_core generator guard inference_config loaded_model pacing request"
+    " request_parameters request_state row_decoder scheduler ticket",
     "train": "ahead_of_time",
-    "cli": "dataclass_flags manifest model_flags output processes progress sampling_flags",
+    "cli": "dataclass_flags manifest model_flags output processes progress",
 }
 RANKS |= {
     f"csm_jax.{module}": RANKS[f"csm_jax.{package}"]
