@@ -33,24 +33,6 @@ csm_jax.generate csm_jax.finetune csm_jax.benchmark
 
 RANKS = {module: rank for rank, line in enumerate(LAYERS) for module in line.split()}
 
-# Where modules that still lie flat in csm_jax/ belong.
-FLAT = {
-    "io": "audio files script",
-    "model": "cache compiling layers llama lora model precision qkv quantize sampling sharding",
-    "prompt": "prompt text tokenizer",
-    "checkpoints": "checkpoint checksums peft_files random_weights",
-    "inference": "active_request conversation decode_batch decode_loop decode_step engine"
-    " engine_config engine_core generator guard inference_config loaded_model pacing request"
-    " request_parameters request_state row_decoder scheduler ticket",
-    "train": "ahead_of_time",
-    "cli": "dataclass_flags manifest model_flags output processes progress",
-}
-RANKS |= {
-    f"csm_jax.{module}": RANKS[f"csm_jax.{package}"]
-    for package, modules in FLAT.items()
-    for module in modules.split()
-}
-
 
 def _find_modules() -> dict[str, Path]:
     """All modules by name; `convert/` is installed as `csm_jax.convert`."""
@@ -88,6 +70,10 @@ def _rank(module: str) -> int:
         layer = layer.rpartition(".")[0]
     assert layer != "csm_jax" or module == layer, f"{module} has no layer: add it to LAYERS"
     return RANKS[layer]
+
+
+def test_every_layer_is_a_package_or_module():
+    assert set(RANKS) <= set(MODULES)
 
 
 def test_no_module_imports_a_higher_layer():
