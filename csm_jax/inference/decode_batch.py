@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
-from csm_jax.inference.compiling import Program, shape_of
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.inference.decode_step import (
     CHUNK_FRAMES,
@@ -21,6 +20,7 @@ from csm_jax.inference.decode_step import (
     run_frames,
     set_row,
 )
+from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.sampling import Sampling, SamplingParams

@@ -24,7 +24,6 @@ from csm_jax.errors import (
     first_line,
 )
 from csm_jax.inference.active_request import ActiveRequest
-from csm_jax.inference.compiling import compile_all
 from csm_jax.inference.engine_config import EngineConfig
 from csm_jax.inference.engine_core import EngineCore
 from csm_jax.inference.loaded_model import LoadedModel
@@ -34,6 +33,7 @@ from csm_jax.inference.request_parameters import submit_parameters, takes_reques
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.scheduler import RowScheduler
 from csm_jax.inference.ticket import Ticket
+from csm_jax.model.compiling import compile_all
 
 logger = logging.getLogger("csm_jax")
 

@@ -9,12 +9,12 @@ import numpy as np
 
 from csm_jax.errors import EngineClosedError
 from csm_jax.inference.active_request import ActiveRequest, next_blocks, next_num_frames
-from csm_jax.inference.compiling import Program
 from csm_jax.inference.decode_batch import DecodeBatch
 from csm_jax.inference.decode_loop import new_batch, run_batch
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request_state import Step
 from csm_jax.inference.row_decoder import RowDecoder, rows_together
+from csm_jax.model.compiling import Program
 
 
 class EngineCore:

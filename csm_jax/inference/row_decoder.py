@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from csm_jax.inference.compiling import Program, shape_of
 from csm_jax.inference.pacing import LONG_CHUNK
 from csm_jax.mimi.codec import Codec
 from csm_jax.mimi.conv import Array, State
+from csm_jax.model.compiling import Program, shape_of
 
 
 def rows_together(num_rows: int) -> int:

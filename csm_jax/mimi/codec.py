@@ -16,7 +16,6 @@ from flax import nnx
 
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.inference.compiling import Program, shape_of
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
@@ -29,6 +28,7 @@ from csm_jax.mimi.conv import (
 from csm_jax.mimi.quantizer import SplitQuantizer
 from csm_jax.mimi.seanet import Decoder, Encoder
 from csm_jax.mimi.transformer import Transformer
+from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.layers import Params, Rngs
 
 # Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
