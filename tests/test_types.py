@@ -24,7 +24,6 @@ SETUP = 'import csm_jax\n\nmodel = csm_jax.load("demo")\nengine = csm_jax.Engine
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list[dict]]:
     """Errors by the name of the file, of one run over the package and over its users."""
-    pytest.importorskip("basedpyright")
     users = tmp_path_factory.mktemp("users")
     blocks = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     assert len(blocks) >= 2
