@@ -135,7 +135,7 @@ def test_dtype_can_be_a_type(dtype):
     assert model.precision == csm_jax.load("random:tiny", jnp.dtype(dtype).name).precision
 
 
-@pytest.mark.parametrize("dtype", [jnp.int8, "int8", None, object()], ids=str)
+@pytest.mark.parametrize("dtype", [jnp.int8, "int8", None, 3.5], ids=str)
 def test_other_types_are_refused(dtype):
     with pytest.raises(InputError, match=r"dtype is .*, but must be auto, float32, bfloat16 or"):
         csm_jax.load("random:tiny", dtype=dtype)
