@@ -41,6 +41,8 @@ LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0}
 
 
 def define_flags(values: flags.FlagValues) -> None:
+    """Defines the flags of the command."""
+
     def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
         kind(name, default, help, flag_values=values, **kwargs)
 
@@ -59,6 +61,7 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def main(values: flags.FlagValues) -> None:
+    """Serves until a signal stops the server. Raises `CSMError` if it cannot start."""
     try:
         from csm_jax.serve.app import load_app
         from csm_jax.serve.transport.server import BACKLOG, make_server
@@ -102,7 +105,7 @@ def _end_by(deadline: "Deadline") -> None:
 
 
 def _listen(host: str, port: int, backlog: int) -> socket.socket:
-    """Before the model is loaded, which takes a while."""
+    """Opens the listening socket, before the model is loaded. Raises `InputError`."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=backlog)
@@ -126,7 +129,7 @@ def _settings(values: flags.FlagValues) -> Settings:
 
 
 def _log_to_stderr() -> None:
-    """The server's own lines and uvicorn's; absl has the root's handler, and says other things."""
+    """Sends the log lines of the server and of uvicorn to stderr, without absl's prefix."""
     handler = logging.StreamHandler(sys.stderr)
     for name in ("csm_jax.serve", "uvicorn.error"):
         logger = logging.getLogger(name)
@@ -181,6 +184,7 @@ def _check(values: flags.FlagValues) -> None:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 

@@ -49,9 +49,8 @@ class Metrics:
             buckets=_SECONDS,
         )
         self._queue = make(Gauge, "queue_length", "requests that wait for a slot of the batch")
-        self._speaking = make(Gauge, "batch_occupancy", "slots of the batch in use")
-        self._rows = make(Gauge, "batch_size", "slots of the batch")
-
+        self._running = make(Gauge, "batch_occupancy", "slots of the batch in use")
+        self._slots = make(Gauge, "batch_size", "slots of the batch")
         self._storage_full = make(
             Gauge, "storage_full", "1 while the disk has no room for what is to be stored"
         )
@@ -67,8 +66,8 @@ class Metrics:
     def watch_engine(self, engine: Engine) -> None:
         """Reads the gauges of the engine from now on."""
         self._queue.set_function(lambda: engine.num_waiting)
-        self._speaking.set_function(lambda: engine.num_running)
-        self._rows.set(engine.max_batch)
+        self._running.set_function(lambda: engine.num_running)
+        self._slots.set(engine.max_batch)
 
     def record_speech(self, timing: Timing, elapsed: float, audio_seconds: float) -> None:
         """Records the stages and the speech of a request that has ended."""

@@ -124,7 +124,7 @@ async def tiny_chunks_of_many(target: Target) -> str:
 
 @attack(floods=False)
 async def upgrades_with_large_heads(target: Target) -> str:
-    """Opens 100 WebSockets with 200 headers each, and says nothing more."""
+    """Opens 100 WebSockets with 200 headers each, and sends nothing more."""
     more = {"Connection": "Upgrade", "Upgrade": "websocket", "Sec_WebSocket_Version": 13}
     more |= {"Sec_WebSocket_Key": "AAAAAAAAAAAAAAAAAAAAAA=="}
     more |= {f"X{number}": "a" for number in range(200)}

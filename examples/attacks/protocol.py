@@ -24,15 +24,15 @@ _HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-ID: smuggled
 async def _answers(target: Target, request: bytes) -> bytes:
     """The server's output for some bytes within 3 s, or until it closes."""
     reader, writer = await target.connect()
-    said = b""
+    received = b""
     async with closing([writer]):
         with contextlib.suppress(OSError, TimeoutError):
             async with asyncio.timeout(3):
                 writer.write(request)
                 await writer.drain()
                 while data := await reader.read(65_536):
-                    said += data
-    return said
+                    received += data
+    return received
 
 
 @attack(floods=False)
@@ -57,10 +57,10 @@ async def two_lengths(target: Target) -> str:
     }
     outcomes = []
     for name, rest in cases.items():
-        said = await _answers(target, head + rest.encode() + _HIDDEN)
-        statuses = re.findall(rb"HTTP/1.1 (\d+)", said)
+        received = await _answers(target, head + rest.encode() + _HIDDEN)
+        statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
         ambiguous = name in ("length and chunked", "two lengths", "list of lengths", "two codings")
-        if b"500" in statuses or (ambiguous and (b"smuggled" in said or len(statuses) > 1)):
+        if b"500" in statuses or (ambiguous and (b"smuggled" in received or len(statuses) > 1)):
             raise BrokeError(f"{name}: {b' '.join(statuses).decode()}")
         outcomes.append(f"{name} {b' '.join(statuses).decode() or 'closed'}")
     return "; ".join(outcomes)
@@ -83,8 +83,10 @@ async def large_heads(target: Target) -> str:
     }
     outcomes = []
     for name, request in cases.items():
-        said = await _answers(target, request)
-        status = said.split(b" ")[1][:3].decode() if said.startswith(b"HTTP/1.1 ") else "closed"
+        received = await _answers(target, request)
+        status = (
+            received.split(b" ")[1][:3].decode() if received.startswith(b"HTTP/1.1 ") else "closed"
+        )
         # 505 says that a version of HTTP is not supported, which is so.
         if status.startswith(("2", "5")) and status != "505":
             raise BrokeError(f"{name}: {status}")

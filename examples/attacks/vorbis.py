@@ -10,7 +10,7 @@ class Bits:
         self.value = self.size = 0
 
     def put(self, *pairs: tuple[int, int]) -> None:
-        """Args: pairs: a number, and how many bits it takes."""
+        """Appends numbers, each with its size in bits."""
         for number, size in pairs:
             self.value |= number << self.size
             self.size += size

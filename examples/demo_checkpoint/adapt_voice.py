@@ -25,7 +25,7 @@ CHECKPOINT = flags.DEFINE_string("base", "demo", "checkpoint to start from")
 OUT = flags.DEFINE_string("out", "demo/awb", "directory for the recordings and the run")
 RECORDINGS = flags.DEFINE_integer("recordings", 1500, "training recordings")
 STEPS = flags.DEFINE_integer("steps", 1500, "training steps")
-HEARD = flags.DEFINE_integer("heard", 40, "strings of digits for the evaluation")
+STRINGS = flags.DEFINE_integer("strings", 40, "strings of digits for the evaluation")
 
 
 def write_data(directory: Path) -> Path:
@@ -43,10 +43,10 @@ def write_data(directory: Path) -> Path:
     return listed
 
 
-def hear(adapters: Path | None) -> tuple[float, float]:
+def measure(adapters: Path | None) -> tuple[float, float]:
     """Returns the median pitch in Hz and the word error rate of speaker 0."""
     model = csm_jax.load(CHECKPOINT.value, dtype="float32", adapters=adapters)
-    requests = [dataclasses.replace(each, speaker=0) for each in draw_requests(HEARD.value, 3)]
+    requests = [dataclasses.replace(each, speaker=0) for each in draw_requests(STRINGS.value, 3)]
     spoken = speak(model, requests, batch=16)
     pitches = [median_pitch(each.audio, model.sample_rate) for each in spoken]
     return float(np.nanmedian(pitches)), word_error_rate(spoken)
@@ -56,7 +56,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     out = Path(OUT.value)
     data = write_data(out / "speech")
-    before = hear(None)
+    before = measure(None)
     start = time.monotonic()
     code = finetune.run([
         f"--checkpoint={CHECKPOINT.value}",
@@ -75,7 +75,7 @@ def main(_: list[str]) -> None:
     if code:
         raise SystemExit(code)
     seconds = time.monotonic() - start
-    after = hear(out / "run" / "adapters")
+    after = measure(out / "run" / "adapters")
     print(f"{'':8}{'pitch, Hz':>12}{'word error rate':>18}")
     for name, (pitch, errors) in {"before": before, "after": after}.items():
         print(f"{name:8}{pitch:12.0f}{errors:18.3f}")

@@ -53,7 +53,7 @@ def is_speakable(sentence: str) -> bool:
 
 
 def parts(paragraph: str) -> Iterator[str]:
-    """Runs of two or more neighbouring speakable sentences, joined."""
+    """Runs of two or more neighboring speakable sentences, joined."""
     part: list[str] = []
     for sentence in [*sentences(paragraph), ""]:
         fits = len(" ".join([*part, sentence])) <= LONGEST_PART

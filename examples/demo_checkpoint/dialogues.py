@@ -8,7 +8,7 @@ import random
 import re
 import string
 
-from spelling import DRAWS, Said
+from spelling import DRAWS, TextForms
 
 WORDS = {
     "name": """Anna Peter Maria John Lucy David Emma Thomas Alice Robert Sarah Michael Laura Daniel
@@ -109,19 +109,19 @@ TEMPLATES = [
 _SLOT = re.compile(r"(\D+)\d*")
 
 
-def draw_dialogue(source: random.Random) -> list[Said]:
+def draw_dialogue(source: random.Random) -> list[TextForms]:
     """Draws the turns of a dialogue: one or more."""
     turns = source.choice(TEMPLATES)
     values = _draw_values(source, turns)
     written = {slot: value.written for slot, value in values.items()}
     spoken = {slot: value.spoken for slot, value in values.items()}
-    return [Said(turn.format_map(written), turn.format_map(spoken)) for turn in turns]
+    return [TextForms(turn.format_map(written), turn.format_map(spoken)) for turn in turns]
 
 
-def _draw_values(source: random.Random, turns: list[str]) -> dict[str, Said]:
+def _draw_values(source: random.Random, turns: list[str]) -> dict[str, TextForms]:
     slots = {slot: None for turn in turns for _, slot, _, _ in string.Formatter().parse(turn)}
     slots.pop(None, None)
-    values: dict[str, Said] = {}
+    values: dict[str, TextForms] = {}
     for slot in slots:
         value = _draw_value(source, slot)
         while value in values.values():
@@ -130,9 +130,9 @@ def _draw_values(source: random.Random, turns: list[str]) -> dict[str, Said]:
     return values
 
 
-def _draw_value(source: random.Random, slot: str) -> Said:
+def _draw_value(source: random.Random, slot: str) -> TextForms:
     kind = _SLOT.fullmatch(slot)[1]
     if kind in DRAWS:
         return DRAWS[kind](source)
     word = source.choice(WORDS[kind])
-    return Said(word, word)
+    return TextForms(word, word)

@@ -49,9 +49,11 @@ def evaluate(name: str, strings: int, cases: int, batch: int, seed: int) -> dict
     }
     with tempfile.TemporaryDirectory() as directory:
         moved = with_other_voice(draw_requests(cases, seed + 1), Path(directory), seed)
-    heard = speak(model, moved, batch)
-    figures["in the voice of the context"] = share_in_voice(heard, [1 - r.speaker for r in moved])
-    figures["word error rate after a context"] = word_error_rate(heard)
+    in_context = speak(model, moved, batch)
+    figures["in the voice of the context"] = share_in_voice(
+        in_context, [1 - r.speaker for r in moved]
+    )
+    figures["word error rate after a context"] = word_error_rate(in_context)
     figures["largest difference of streams"] = largest_difference(model, requests[:20])
     for dtype, quantize in (("bfloat16", "none"), ("float32", "int8")):
         narrow = speak(csm_jax.load(name, dtype=dtype, quantize=quantize), requests, batch)

@@ -11,7 +11,7 @@ import soxr
 from pocketsphinx import Decoder
 from texts import DIGITS
 
-RECOGNISER_RATE = 16_000
+RECOGNIZER_RATE = 16_000
 # Search range of the pitch in Hz; the flite voices have about 110 and 170.
 PITCHES = (60, 350)
 GRAMMAR = f"#JSGF V1.0; grammar digits; public <digits> = ({' | '.join(DIGITS)})+;"
@@ -20,7 +20,7 @@ SILENCE_SECONDS = 0.2
 
 @functools.cache
 def _recognizer() -> Decoder:
-    decoder = Decoder(samprate=RECOGNISER_RATE, lm=None, loglevel="FATAL")
+    decoder = Decoder(samprate=RECOGNIZER_RATE, lm=None, loglevel="FATAL")
     decoder.add_jsgf_string("digits", GRAMMAR)
     decoder.activate_search("digits")
     return decoder
@@ -30,11 +30,11 @@ def recognize_digits(audio: np.ndarray, sample_rate: int) -> list[str]:
     """Returns the digits in float32 [num_samples], as words."""
     silence = np.zeros(int(SILENCE_SECONDS * sample_rate), np.float32)
     padded = np.concatenate([silence, audio, silence])
-    heard = soxr.resample(padded, sample_rate, RECOGNISER_RATE)
-    peak = max(float(np.max(np.abs(heard))), 1e-3)
+    resampled = soxr.resample(padded, sample_rate, RECOGNIZER_RATE)
+    peak = max(float(np.max(np.abs(resampled))), 1e-3)
     decoder = _recognizer()
     decoder.start_utt()
-    decoder.process_raw((heard / peak * 16_000).astype(np.int16).tobytes(), full_utt=True)
+    decoder.process_raw((resampled / peak * 16_000).astype(np.int16).tobytes(), full_utt=True)
     decoder.end_utt()
     found = decoder.hyp()
     return found.hypstr.split() if found else []

@@ -71,7 +71,7 @@ def speak(model: Generator, requests: Sequence[csm_jax.Request], batch: int) -> 
         requests, batch, notify=lambda i, notice: notices[i].append(notice.kind)
     )
     rows = zip(requests, audio, notices, strict=True)
-    return [Spoken(request, heard, tuple(kinds)) for request, heard, kinds in rows]
+    return [Spoken(request, samples, tuple(kinds)) for request, samples, kinds in rows]
 
 
 def word_error_rate(spoken: Sequence[Spoken]) -> float:

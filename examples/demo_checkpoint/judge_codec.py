@@ -42,17 +42,19 @@ class Figures(NamedTuple):
 
 
 def judge(
-    utterances: Sequence[Utterance], recordings: Sequence[np.ndarray], heard: Sequence[np.ndarray]
+    utterances: Sequence[Utterance], recordings: Sequence[np.ndarray], decoded: Sequence[np.ndarray]
 ) -> Figures:
-    """Measures `heard`, decoded recordings, against the recordings."""
-    counts = [word_errors(u.text, audio, RATE) for u, audio in zip(utterances, heard, strict=True)]
-    wrong, said = np.sum(counts, axis=0)
+    """Measures decoded recordings against the recordings themselves."""
+    counts = [
+        word_errors(u.text, audio, RATE) for u, audio in zip(utterances, decoded, strict=True)
+    ]
+    wrong, total = np.sum(counts, axis=0)
     distances = [
         float(mel_distance(audio[None, : len(recording)], recording[None], RATE))
-        for audio, recording in zip(heard, recordings, strict=True)
+        for audio, recording in zip(decoded, recordings, strict=True)
     ]
-    opinions = [opinion(audio, RATE) for audio in heard]
-    return Figures(float(wrong / said), float(np.mean(opinions)), float(np.mean(distances)))
+    opinions = [opinion(audio, RATE) for audio in decoded]
+    return Figures(float(wrong / total), float(np.mean(opinions)), float(np.mean(distances)))
 
 
 def perplexities(codes: Sequence[np.ndarray]) -> list[float]:
@@ -89,9 +91,9 @@ def main(_: list[str]) -> None:
     for name in WEIGHTS.value:
         codec = Codec(VOICE_CODEC, read_weights(Path(name)))
         codes = [codec.encode(each, CODEBOOKS.value) for each in recordings]
-        heard = [codec.decode(each) for each in codes]
-        pictures[name] = heard[0]
-        figures = judge(utterances, recordings, heard)
+        decoded = [codec.decode(each) for each in codes]
+        pictures[name] = decoded[0]
+        figures = judge(utterances, recordings, decoded)
         used = perplexities(codes)
         print(
             f"{name[-30:]:30}{figures.errors:8.3f}{figures.opinion:8.2f}{figures.distance:8.3f}"

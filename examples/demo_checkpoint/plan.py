@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dialogues import draw_dialogue
-from spelling import Said
+from spelling import TextForms
 from texts import draw_digits
 
 # By speaker number. The others give the codec and voice prompts more than two voices.
@@ -31,7 +31,7 @@ OTHER_VOICES = (
     "bm_daniel",
 )
 OTHERS_SHARE = 0.1
-# Shares of the plan: book sentences, neighbouring sentences, dialogues; the rest are digits.
+# Shares of the plan: book sentences, neighboring sentences, dialogues; the rest are digits.
 SENTENCES, PARTS, DIALOGUES = 0.5, 0.2, 0.25
 
 
@@ -73,19 +73,19 @@ def _shuffled(texts: Sequence[str], source: random.Random) -> list[str]:
     return unique
 
 
-def _draw_turns(source: random.Random, books: dict[str, list[str]]) -> list[Said]:
+def _draw_turns(source: random.Random, books: dict[str, list[str]]) -> list[TextForms]:
     kind = source.random()
     if kind < SENTENCES and books["sentence"]:
         text = books["sentence"].pop()
-        return [Said(text, text)]
+        return [TextForms(text, text)]
     if kind < SENTENCES + PARTS and books["part"]:
         text = books["part"].pop()
-        return [Said(text, text)]
+        return [TextForms(text, text)]
     if kind < SENTENCES + PARTS + DIALOGUES:
         return draw_dialogue(source)
     # espeak-ng converts numerals to words.
     text = draw_digits(source, 3, 10, held_out=False)
-    return [Said(text, text)]
+    return [TextForms(text, text)]
 
 
 def _draw_voices(source: random.Random) -> list[str]:

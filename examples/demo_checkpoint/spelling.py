@@ -32,8 +32,8 @@ MONTHS = (
 )
 
 
-class Said(NamedTuple):
-    """A text as it is written and as it is spoken."""
+class TextForms(NamedTuple):
+    """A text in its written and its spoken form."""
 
     written: str
     spoken: str
@@ -81,57 +81,59 @@ def clock(hour: int, minute: int) -> str:
     return f"{cardinal(hour)} {'oh ' if minute < 10 else ''}{cardinal(minute)}"
 
 
-def draw_count(source: random.Random) -> Said:
+def draw_count(source: random.Random) -> TextForms:
     number = source.randint(2, 99)
-    return Said(str(number), cardinal(number))
+    return TextForms(str(number), cardinal(number))
 
 
-def draw_amount(source: random.Random) -> Said:
+def draw_amount(source: random.Random) -> TextForms:
     """A whole number of three to seven digits, with commas between the thousands."""
     digits = source.randint(3, 7)
     number = source.randrange(10 ** (digits - 1), 10**digits)
-    return Said(f"{number:,}", cardinal(number))
+    return TextForms(f"{number:,}", cardinal(number))
 
 
-def draw_year(source: random.Random) -> Said:
+def draw_year(source: random.Random) -> TextForms:
     number = source.randint(1600, 2050)
-    return Said(str(number), year(number))
+    return TextForms(str(number), year(number))
 
 
-def draw_date(source: random.Random) -> Said:
+def draw_date(source: random.Random) -> TextForms:
     month, day = source.choice(MONTHS), source.randint(1, 28)
-    return Said(f"{month} {day}", f"{month} {ordinal(day)}")
+    return TextForms(f"{month} {day}", f"{month} {ordinal(day)}")
 
 
-def draw_time(source: random.Random) -> Said:
+def draw_time(source: random.Random) -> TextForms:
     hour, minute = source.randint(1, 12), source.choice([0, 5, 10, 15, 20, 30, 40, 45, 50])
-    return Said(f"{hour}:{minute:02}", clock(hour, minute))
+    return TextForms(f"{hour}:{minute:02}", clock(hour, minute))
 
 
-def draw_price(source: random.Random) -> Said:
+def draw_price(source: random.Random) -> TextForms:
     dollars, cents = source.randint(2, 400), source.choice([0, 0, 25, 50, 75, 95, 99])
     spoken = f"{cardinal(dollars)} dollars"
     if not cents:
-        return Said(f"${dollars}", spoken)
-    return Said(f"${dollars}.{cents}", f"{spoken} and {cardinal(cents)} cents")
+        return TextForms(f"${dollars}", spoken)
+    return TextForms(f"${dollars}.{cents}", f"{spoken} and {cardinal(cents)} cents")
 
 
-def draw_percent(source: random.Random) -> Said:
+def draw_percent(source: random.Random) -> TextForms:
     whole, tenth = source.randint(1, 99), source.choice([None, None, *range(1, 10)])
     if tenth is None:
-        return Said(f"{whole}%", f"{cardinal(whole)} percent")
-    return Said(f"{whole}.{tenth}%", f"{cardinal(whole)} point {cardinal(tenth)} percent")
+        return TextForms(f"{whole}%", f"{cardinal(whole)} percent")
+    return TextForms(f"{whole}.{tenth}%", f"{cardinal(whole)} point {cardinal(tenth)} percent")
 
 
-def draw_telephone(source: random.Random) -> Said:
+def draw_telephone(source: random.Random) -> TextForms:
     """Seven digits, spoken one by one, with a pause after three."""
     digits = [source.randrange(10) for _ in range(7)]
     words = [DIGITS[digit] for digit in digits]
     written = "".join(map(str, digits))
-    return Said(f"{written[:3]}-{written[3:]}", f"{' '.join(words[:3])}, {' '.join(words[3:])}")
+    return TextForms(
+        f"{written[:3]}-{written[3:]}", f"{' '.join(words[:3])}, {' '.join(words[3:])}"
+    )
 
 
-DRAWS: dict[str, Callable[[random.Random], Said]] = {
+DRAWS: dict[str, Callable[[random.Random], TextForms]] = {
     "count": draw_count,
     "amount": draw_amount,
     "year": draw_year,

@@ -29,20 +29,20 @@ def draw_conversation(source: random.Random, spoken: dict[str, list[dict]]) -> l
     which may be either: the context decides. Such a first turn is context without a loss.
     """
 
-    def say(voice: str, speaker: int, **more: object) -> dict:
-        said = source.choice(spoken[voice])
-        text = said["text"] + draw_ending(source)
-        return {"speaker": speaker, "text": text, "audio": said["audio"], **more}
+    def draw_turn(voice: str, speaker: int, **more: object) -> dict:
+        recording = source.choice(spoken[voice])
+        text = recording["text"] + draw_ending(source)
+        return {"speaker": speaker, "text": text, "audio": recording["audio"], **more}
 
     kind, voice = source.random(), source.choice(VOICES)
     own = VOICES.index(voice)
     if kind < 0.4:
-        return [say(voice, own)]
+        return [draw_turn(voice, own)]
     if kind < 0.85:
         speaker = source.randrange(len(VOICES))
-        return [say(voice, speaker, train=False), say(voice, speaker)]
+        return [draw_turn(voice, speaker, train=False), draw_turn(voice, speaker)]
     other = VOICES[1 - own]
-    return [say(voice, own), say(other, 1 - own)]
+    return [draw_turn(voice, own), draw_turn(other, 1 - own)]
 
 
 def main(_: list[str]) -> None:
@@ -51,7 +51,7 @@ def main(_: list[str]) -> None:
     texts = list(dict.fromkeys(draw_text(source) for _ in range(TEXTS.value)))
     # The third voice is for the codec only.
     texts_of = dict.fromkeys(VOICES, texts) | {THIRD_VOICE: texts[: len(texts) // 8]}
-    spoken = {voice: recordings(voice, said) for voice, said in texts_of.items()}
+    spoken = {voice: recordings(voice, drawn) for voice, drawn in texts_of.items()}
     synthesize_all(
         [(each["text"], voice, out / each["audio"]) for voice in spoken for each in spoken[voice]]
     )

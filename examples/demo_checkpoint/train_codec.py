@@ -103,7 +103,7 @@ def save(out: Path, params: dict, speech: list[np.ndarray]) -> None:
     save_file(flatten(params), out / CODEC_WEIGHTS)
     codec = Codec(CODEC, params)
     for i, audio in enumerate(speech[:: RECORDINGS.value]):
-        save_audio(out / f"heard-{i}.wav", codec.decode(codec.encode(audio)), codec.sample_rate)
+        save_audio(out / f"decoded-{i}.wav", codec.decode(codec.encode(audio)), codec.sample_rate)
 
 
 if __name__ == "__main__":

@@ -1,3 +1,5 @@
+"""Servers, browsers and recordings that tests of the server share."""
+
 import subprocess
 from pathlib import Path
 
@@ -25,7 +27,7 @@ def server(model):
 
 
 @pytest.fixture(autouse=True)
-def no_row_is_leaked(request):
+def no_slot_is_leaked(request):
     """All slots are free when a test ends."""
     yield
     if "server" in request.fixturenames:

@@ -1,3 +1,5 @@
+"""`examples/attack.py` attacks servers of this machine only."""
+
 import subprocess
 import sys
 from pathlib import Path

@@ -18,10 +18,10 @@ def refuse(capsys):
 
     def run(*flags: str) -> str:
         code = cli.run(command.PROGRAM, command.__doc__, command.define_flags, command.main, flags)
-        said = capsys.readouterr()
-        assert (code, said.out) == (2, "")
-        assert said.err.count("\n") == 1
-        return said.err
+        output = capsys.readouterr()
+        assert (code, output.out) == (2, "")
+        assert output.err.count("\n") == 1
+        return output.err
 
     return run
 
@@ -64,22 +64,22 @@ def test_a_keys_variable_without_keys_is_refused(refuse, monkeypatch, given):
 
 def test_a_port_in_use_is_refused(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        said = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")
-    assert "cannot listen at 127.0.0.1" in said
+        message = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")
+    assert "cannot listen at 127.0.0.1" in message
 
 
 def test_a_data_directory_in_use_is_refused(refuse, tmp_path):
     store = Store(tmp_path, Limits())
-    said = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
-    assert "in use by another server" in said
+    message = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
+    assert "in use by another server" in message
     store.close()
 
 
 def test_a_damaged_database_is_refused(refuse, tmp_path):
     (tmp_path / "store.sqlite").write_bytes(b"no database " * 1000)
-    said = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
-    assert f"{tmp_path}/store.sqlite cannot be used" in said
-    assert "move it away" in said
+    message = refuse("--checkpoint=demo", "--port=0", f"--data={tmp_path}")
+    assert f"{tmp_path}/store.sqlite cannot be used" in message
+    assert "move it away" in message
 
 
 def test_the_error_without_the_extra_names_it(tmp_path):

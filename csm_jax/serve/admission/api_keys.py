@@ -1,4 +1,4 @@
-"""API keys: how lines of a keys file become keys, and which caller a key belongs to."""
+"""API keys: parsing the lines of a keys file, and finding the caller of a key."""
 
 import hashlib
 import hmac

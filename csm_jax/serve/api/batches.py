@@ -57,6 +57,7 @@ class NewBatch(BaseModel):
 
 
 def router(service: Service, worker: BatchWorker) -> APIRouter:
+    """The routes of files and batches, whose lines `worker` runs."""
     routes = APIRouter(prefix="/v1", tags=["Batches"])
     _add_file_routes(routes, service.store.batches, worker)
     _add_batch_routes(routes, service, worker)

@@ -74,6 +74,7 @@ class InferenceResponse(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of DeepInfra's API."""
     routes = APIRouter(tags=["DeepInfra"])
 
     async def run(job: Job, body: str) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class SceneResponse(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of fal's API, with its queue and downloads."""
     routes = APIRouter(tags=["fal"])
 
     @routes.post(f"/{APP}", openapi_extra=describe(Scene))

@@ -8,6 +8,7 @@ from csm_jax.serve.service import Service
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of health probes and metrics."""
     routes = APIRouter(tags=["Health"])
 
     @routes.get("/healthz")

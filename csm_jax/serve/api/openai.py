@@ -62,6 +62,7 @@ class Models(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of OpenAI's API."""
     routes = APIRouter(prefix="/v1", tags=["OpenAI"])
     names = (service.settings.model_name, *MODELS)
     default = Options.of(service.settings.sampling)
@@ -118,9 +119,9 @@ async def _events(speech: SpeechStream, pieces: AsyncIterator[bytes]) -> AsyncIt
     async for piece in pieces:
         audio = base64.b64encode(piece).decode()
         yield _event({"type": "speech.audio.delta", "audio": audio})
-    num_read, num_made = speech.num_tokens, speech.num_frames
-    total = num_read + num_made
-    usage = {"input_tokens": num_read, "output_tokens": num_made, "total_tokens": total}
+    num_input, num_output = speech.num_tokens, speech.num_frames
+    total = num_input + num_output
+    usage = {"input_tokens": num_input, "output_tokens": num_output, "total_tokens": total}
     yield _event({"type": "speech.audio.done", "usage": usage})
 
 

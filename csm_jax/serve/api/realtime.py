@@ -136,6 +136,7 @@ class Utterance:
 
 
 def router(service: Service) -> APIRouter:
+    """The route of conversations."""
     routes = APIRouter(tags=["Conversation"])
     limits = service.settings.limits
     budget = message_budget(limits)

@@ -42,6 +42,7 @@ class NewVoice(BaseModel):
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of the API of voices."""
     routes = APIRouter(prefix="/v1/audio/voices", tags=["Voices"])
     voices = service.voices
 

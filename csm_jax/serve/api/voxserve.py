@@ -34,6 +34,7 @@ class Generate(Options):
 
 
 def router(service: Service) -> APIRouter:
+    """The routes of VoxServe's API."""
     routes = APIRouter(tags=["VoxServe"])
 
     @routes.post("/generate", openapi_extra=describe(Generate, forms=True), response_class=Response)

@@ -15,6 +15,8 @@ from csm_jax.serve.store.jobs import JobRow, Outcome
 
 
 class Status(Enum):
+    """The state of a job, in the words of fal's API."""
+
     QUEUED = "IN_QUEUE"
     RUNNING = "IN_PROGRESS"
     COMPLETED = "COMPLETED"

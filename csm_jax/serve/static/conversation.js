@@ -64,9 +64,9 @@ export class Conversation {
    */
   async ask(message) {
     this.send(message);
-    const answer = await this.next();
-    if (!(answer instanceof Int16Array) && answer.type === "error") throw asError(answer);
-    return answer;
+    const response = await this.next();
+    if (!(response instanceof Int16Array) && response.type === "error") throw asError(response);
+    return response;
   }
 
   /**

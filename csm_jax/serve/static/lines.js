@@ -20,12 +20,12 @@ export function parseLines(text) {
   /** @type {Turn[]} */
   const turns = [];
   for (const line of text.split(/\r\n|\r|\n/)) {
-    const [, name, said] = /** @type {RegExpExecArray} */ (LINE.exec(line));
-    if (!said.trim()) continue;
+    const [, name, rest] = /** @type {RegExpExecArray} */ (LINE.exec(line));
+    if (!rest.trim()) continue;
     const last = turns.at(-1);
     const other = last ? otherSpeaker(last.speaker) : 0;
     const speaker = name ? SPEAKERS.indexOf(name.toUpperCase()) : other;
-    turns.push({ text: said.trim(), speaker });
+    turns.push({ text: rest.trim(), speaker });
   }
   return turns;
 }

@@ -37,7 +37,7 @@ class Page {
     window.addEventListener("focus", () => this.#refreshVoices().catch(() => {}));
   }
 
-  /** Asks the server who it is, and for its voices. Throws `ApiError`. */
+  /** Asks the server for its model and its voices. Throws `ApiError`. */
   async connect() {
     try {
       const { id, sampling } = await this.api.model();
@@ -48,7 +48,7 @@ class Page {
       this.keyPanel.accept();
       showError(find("#problem"), "");
     } catch (error) {
-      this.#tell(/** @type {Error} */ (error));
+      this.#showProblem(/** @type {Error} */ (error));
       throw error;
     }
   }
@@ -74,7 +74,7 @@ class Page {
     }
   }
 
-  /** Silences it, and ends the server's work on it. */
+  /** Stops playback, and ends the server's work. */
   stop() {
     if (this.#running) this.#running.abort();
     else this.stage.pause();
@@ -163,14 +163,14 @@ class Page {
   }
 
   /** @param {Error} error */
-  #tell(error) {
+  #showProblem(error) {
     if (error instanceof ApiError && error.status === 401) this.keyPanel.ask();
     else showError(find("#problem"), error.message);
   }
 
   #showRunning() {
     find("#speak").disabled = this.#running !== null;
-    find("#stop").disabled = this.#running === null && !this.stage.isHeard;
+    find("#stop").disabled = this.#running === null && !this.stage.isPlaying;
   }
 
   /** @param {KeyboardEvent} event */

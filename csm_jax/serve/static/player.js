@@ -2,7 +2,7 @@
 
 import { SAMPLE_RATE } from "./wav.js";
 
-/** Seconds from a call until the first sample is heard, so that it is not late already. */
+/** Seconds from a call until the first sample is played, so that it is not late already. */
 const LEAD = 0.02;
 /** Seconds that must be there after playback ran dry; doubled each time up to the last. */
 const FIRST_RESERVE = 0.25;
@@ -17,7 +17,7 @@ export class Player extends EventTarget {
   #speech = null;
   /** @type {Set<AudioBufferSourceNode>} */
   #sources = new Set();
-  /** The sample that is heard at `#since` of the clock, in samples. */
+  /** The sample that is played at `#since` of the clock, in samples. */
   #from = 0;
   #since = 0;
   /** Samples before this are with the browser. */
@@ -42,7 +42,7 @@ export class Player extends EventTarget {
     this.#enter("buffering");
   }
 
-  /** The sample that is heard now. */
+  /** The sample that is played now. */
   get position() {
     if (this.state !== "playing") return this.#from;
     const elapsed = this.#now() - this.#since - (this.context.outputLatency ?? 0) * SAMPLE_RATE;
@@ -124,7 +124,7 @@ export class Player extends EventTarget {
     this.#runDry();
   }
 
-  /** All that was scheduled has been heard. */
+  /** Handles the end of all scheduled samples. */
   #runDry() {
     this.#silence();
     if (!this.#speech?.isComplete) {

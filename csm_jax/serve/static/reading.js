@@ -75,7 +75,7 @@ export async function* read(api, dialogue, signal) {
     const speaks = dialogue.voices.map((_, i) => dialogue.turns.some((turn) => turn.speaker === i));
     const numbers = speakerNumbers(dialogue.voices, speaks);
     for (const [i, voice] of dialogue.voices.entries()) {
-      if (voice.kind === "own" && speaks[i]) await hear(conversation, voice, i, numbers[i]);
+      if (voice.kind === "own" && speaks[i]) await addRecording(conversation, voice, i, numbers[i]);
     }
     yield* readTurns(conversation, dialogue, numbers);
   } finally {
@@ -90,7 +90,7 @@ export async function* read(api, dialogue, signal) {
  * @param {number} index
  * @param {number} speaker
  */
-async function hear(conversation, voice, index, speaker) {
+async function addRecording(conversation, voice, index, speaker) {
   const audio = toBase64(new Uint8Array(encodeWav(voice.samples)));
   try {
     await conversation.ask({ type: "turn", speaker, text: voice.transcript, audio });

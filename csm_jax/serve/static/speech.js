@@ -1,4 +1,4 @@
-/** The speech that has come so far. */
+/** The speech that has arrived so far. */
 
 import { SAMPLE_RATE } from "./wav.js";
 

@@ -1,4 +1,4 @@
-/** The part of the page where speech is heard and seen. */
+/** The part of the page that plays and shows speech. */
 
 import { find, fromTemplate, save, setIcon, showError } from "./dom.js";
 import { SPEAKERS } from "./lines.js";
@@ -47,12 +47,12 @@ export class Stage {
     new ResizeObserver(() => this.#draw()).observe(this.waveform.canvas);
   }
 
-  /** Whether speech is heard. */
-  get isHeard() {
+  /** Whether speech is being played. */
+  get isPlaying() {
     return this.#player?.state === "playing";
   }
 
-  /** Silences what is heard. */
+  /** Pauses playback. */
   pause() {
     this.#player?.pause();
   }
@@ -102,12 +102,12 @@ export class Stage {
     }
   }
 
-  /** All has come. */
+  /** Ends the speech, all of which has arrived. */
   finish() {
     this.#end(`${this.#speech.seconds.toFixed(1)} s of speech`);
   }
 
-  /** Silences it; what has come can be heard again. */
+  /** Ends the speech; what has arrived can be played again. */
   stop() {
     this.pause();
     this.#end("Stopped");
@@ -248,8 +248,8 @@ export class Stage {
   /** @param {number} position */
   #highlight(position) {
     const state = this.#player?.state;
-    const isHeard = state === "playing" || state === "paused";
-    const current = isHeard ? (this.#speech.lineAt(position)?.index ?? -1) : -1;
+    const isOpen = state === "playing" || state === "paused";
+    const current = isOpen ? (this.#speech.lineAt(position)?.index ?? -1) : -1;
     if (current === this.#current) return;
     this.#current = current;
     for (const [i, { element }] of this.#lines.entries()) {

@@ -38,7 +38,7 @@ export class VoicePanel extends EventTarget {
     parts.title.textContent = `Speaker ${name}`;
     tie(parts["choice-label"], parts.choice);
     tie(parts["file-label"], parts.file);
-    tie(parts["said-label"], parts.said);
+    tie(parts["own-transcript-label"], parts["own-transcript"]);
     tie(parts["name-label"], parts.name);
     this.#listen();
     this.setVoices([]);
@@ -92,7 +92,7 @@ export class VoicePanel extends EventTarget {
   }
 
   #own() {
-    const transcript = this.parts.said.value.trim();
+    const transcript = this.parts["own-transcript"].value.trim();
     if (!this.#samples) throw new Error("There is no recording yet: choose a file or record one.");
     if (!transcript) throw new Error("Write what is said in the recording.");
     return { samples: this.#samples, transcript };
@@ -106,7 +106,7 @@ export class VoicePanel extends EventTarget {
       /** @type {() => any} */ act,
     ) => parts[part].addEventListener(event, () => this.#attempt(act));
     on("choice", "change", () => this.#refresh());
-    on("listen", "click", () => this.#hearPreset());
+    on("listen", "click", () => this.#playPreset());
     on("delete", "click", () => this.#delete());
     on("file", "change", () => this.#takeFile());
     on("record", "click", () => this.#record());
@@ -119,7 +119,7 @@ export class VoicePanel extends EventTarget {
    */
   async #attempt(act) {
     this.showError("");
-    this.parts["said-so"].textContent = "";
+    this.parts.result.textContent = "";
     try {
       await act();
     } catch (error) {
@@ -140,7 +140,7 @@ export class VoicePanel extends EventTarget {
     parts.audio.pause();
   }
 
-  async #hearPreset() {
+  async #playPreset() {
     const preset = this.#preset;
     if (!preset) return;
     this.#offer(await this.api.voiceRecording(preset.name));
@@ -152,7 +152,7 @@ export class VoicePanel extends EventTarget {
     if (!preset || !confirm(`Delete the voice ${preset.name}?`)) return;
     await this.api.deleteVoice(preset.name);
     await this.refreshVoices();
-    this.parts["said-so"].textContent = `${preset.name} is deleted.`;
+    this.parts.result.textContent = `${preset.name} is deleted.`;
   }
 
   async #takeFile() {
@@ -219,7 +219,7 @@ export class VoicePanel extends EventTarget {
     const voice = { name, speaker: this.speaker, text: transcript, recording };
     await this.api.addVoice(voice);
     await this.refreshVoices(name);
-    this.parts["said-so"].textContent = `${name} is saved.`;
+    this.parts.result.textContent = `${name} is saved.`;
   }
 
   /** @param {Blob} recording */

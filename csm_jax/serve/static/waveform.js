@@ -1,4 +1,4 @@
-/** Draws speech as bars, with the part that has been heard and the speakers in their colours. */
+/** Draws speech as bars, with the part that has been played and the speakers in their colors. */
 
 import { PEAK_SAMPLES } from "./speech.js";
 import { SAMPLE_RATE } from "./wav.js";
@@ -28,13 +28,13 @@ export class Waveform {
 
   /**
    * @param {import("./speech.js").Speech} speech
-   * @param {number} position the sample that is heard
+   * @param {number} position the sample that is played
    * @param {(sample: number) => number} speakerAt index of the speaker at a sample
    */
   draw(speech, position, speakerAt) {
     const { width, height } = this.#fit();
     const style = getComputedStyle(this.canvas);
-    const colours = ["--speaker-a", "--speaker-b"].map((name) => style.getPropertyValue(name));
+    const colors = ["--speaker-a", "--speaker-b"].map((name) => style.getPropertyValue(name));
     const span = Waveform.span(speech);
     this.context.clearRect(0, 0, width, height);
     for (let x = 0; x < width; x += BAR + GAP) {
@@ -43,7 +43,7 @@ export class Waveform {
       const peak = this.#peak(speech, start, ((x + BAR + GAP) / width) * span);
       const bar = Math.max(BAR, Math.sqrt(Math.max(QUIETEST ** 2, peak)) * height * 0.96);
       this.context.globalAlpha = start < position ? 1 : 0.35;
-      this.context.fillStyle = colours[speakerAt(start) % colours.length];
+      this.context.fillStyle = colors[speakerAt(start) % colors.length];
       this.context.beginPath();
       this.context.roundRect(x, (height - bar) / 2, BAR, bar, BAR / 2);
       this.context.fill();

@@ -16,6 +16,8 @@ _NAME_BYTES = 18
 
 
 class Download(NamedTuple):
+    """A stored file, without its bytes."""
+
     name: str
     media_type: str
     num_bytes: int

@@ -239,7 +239,7 @@ def test_kill_9_loses_no_queued_job(tmp_path):
     process.wait()
     process, new_url = start(tmp_path)
     try:
-        heard = set()
+        contents = set()
         for job in jobs:
             status = f"{new_url}{path}/requests/{job}/status"
             while httpx.get(status, timeout=60).json()["status"] != "COMPLETED":
@@ -247,13 +247,13 @@ def test_kill_9_loses_no_queued_job(tmp_path):
                 time.sleep(0.05)
             answer = httpx.get(f"{new_url}{path}/requests/{job}", timeout=60)
             name = answer.json()["audio"]["file_name"]
-            heard.add(httpx.get(f"{new_url}/files/{name}", timeout=60).content)
+            contents.add(httpx.get(f"{new_url}/files/{name}", timeout=60).content)
     finally:
         process.terminate()
         process.wait(timeout=60)
     # One seed gives one recording in both processes.
-    assert len(heard) == 1
-    assert len(as_samples(*heard)) > 10_000
+    assert len(contents) == 1
+    assert len(as_samples(*contents)) > 10_000
 
 
 def start(data) -> tuple[subprocess.Popen, str]:
@@ -294,13 +294,13 @@ def test_results_wait_for_room_on_the_disk_and_no_line_runs_twice(
 ):
     monkeypatch.setattr(database, "FIRST_PAUSE", 0.05)
     monkeypatch.setattr(database, "LAST_PAUSE", 0.2)
-    spoken = []
+    generated = []
     before = batch_worker.as_request
     monkeypatch.setattr(
         batch_worker,
         "as_request",
         lambda service, caller, fields: (
-            spoken.append(fields.input) or before(service, caller, fields)
+            generated.append(fields.input) or before(service, caller, fields)
         ),
     )
     with (
@@ -317,11 +317,11 @@ def test_results_wait_for_room_on_the_disk_and_no_line_runs_twice(
             time.sleep(0.05)
         time.sleep(1)
         running.wait_until_idle()
-        at_full, failures = len(spoken), running.service.store.database.num_failures
+        at_full, failures = len(generated), running.service.store.database.num_failures
         time.sleep(1)
         # It repeats the write without further log lines.
         assert running.service.store.database.num_failures > failures
-        assert len(spoken) == at_full
+        assert len(generated) == at_full
         assert running.post("/v1/files", files={"file": lines(500)}).status_code == 507
         assert running.get(f"/v1/batches/{batch['id']}").json()["status"] == "in_progress"
         assert results(running.url, batch)
@@ -333,7 +333,7 @@ def test_results_wait_for_room_on_the_disk_and_no_line_runs_twice(
         found = results(running.url, done)
         assert "csm_storage_full 0.0" in running.get("/metrics").text
     assert [each["custom_id"] for each in found] == [f"line-{i}" for i in range(30)]
-    assert sorted(spoken, key=int) == [f"{i}" for i in range(30)]
+    assert sorted(generated, key=int) == [f"{i}" for i in range(30)]
     records = [record for record in caplog.records if "full" in record.message]
     assert len(records) == 1
     assert not any(record.exc_info for record in caplog.records)

@@ -101,10 +101,10 @@ def test_only_the_recordings_that_fit_are_encoded(server, work):
 
 
 def test_recordings_beyond_the_window_are_checked_too(server, work):
-    for bad, said in (("data:audio/flac;base64,?", "base64"), (uri(b"RIFF"), "not readable")):
+    for bad, reason in (("data:audio/flac;base64,?", "base64"), (uri(b"RIFF"), "not readable")):
         answer = server.post(PATH, json=scene(bad, *[uri(flac(25.0))] * 2))
         assert answer.status_code == 400
-        assert said in answer.json()["detail"]
+        assert reason in answer.json()["detail"]
     too_long = server.post(PATH, json=scene(uri(flac(61.0)), uri(flac(25.0))))
     assert "longer than 60 s" in too_long.json()["detail"]
     assert len(work["encoded"]) == 0

@@ -46,14 +46,14 @@ def test_the_response_has_the_fields_of_deepinfra(server):
 
 
 @pytest.mark.parametrize("form", ["mp3", "opus", "flac", "wav", "pcm"])
-def test_formats(server, form):
+def test_every_format_is_written(server, form):
     data = audio_of(infer(server, response_format=form).json())
     starts = {"mp3": b"ID3", "opus": b"OggS", "flac": b"fLaC", "wav": b"RIFF", "pcm": b""}
     assert data.startswith(starts[form])
     assert len(data) > 2000
 
 
-def test_presets(server):
+def test_names_of_presets_stand_for_the_voices_of_the_server(server):
     """Names of the released model stand for presets; the server's presets have their own names."""
     pitches = {
         name: median_pitch(as_samples(audio_of(infer(server, preset_voice=name).json())), 24_000)
@@ -108,7 +108,7 @@ class Listener(BaseHTTPRequestHandler):
         self.server.posts.append((dict(self.headers), body))
         self.send_response(500 if len(self.server.posts) <= self.server.failures else 200)
         self.end_headers()
-        self.server.heard.set()
+        self.server.arrived.set()
 
     def log_message(self, *_):
         pass
@@ -117,7 +117,7 @@ class Listener(BaseHTTPRequestHandler):
 @pytest.fixture
 def listener():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Listener)
-    server.posts, server.failures, server.heard = [], 0, threading.Event()
+    server.posts, server.failures, server.arrived = [], 0, threading.Event()
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     yield server
@@ -137,8 +137,8 @@ def calling(model):
 
 def wait_for_posts(listener, count: int) -> list:
     while len(listener.posts) < count:
-        listener.heard.clear()
-        assert listener.heard.wait(30)
+        listener.arrived.clear()
+        assert listener.arrived.wait(30)
     return listener.posts
 
 
@@ -162,7 +162,7 @@ def test_posts_to_a_failing_webhook_end(calling, listener):
     listener.failures = 9
     infer(calling, webhook=f"http://localhost:{listener.server_port}/")
     wait_for_posts(listener, 3)
-    assert not listener.heard.wait(0.5) or len(listener.posts) == 3
+    assert not listener.arrived.wait(0.5) or len(listener.posts) == 3
 
 
 def test_a_failure_is_posted_to_the_webhook(calling, listener):

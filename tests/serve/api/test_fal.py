@@ -79,8 +79,8 @@ def test_a_scene_becomes_a_file(call, certificates):
     assert audio["file_size"] == len(data)
     assert audio["content_type"] == "audio/wav"
     assert audio["file_name"].endswith(".wav")
-    said = " ".join(turn["text"] for turn in SCENE).split()
-    assert count_errors(said, recognize_digits(as_samples(data), 24_000)) <= 2
+    words = " ".join(turn["text"] for turn in SCENE).split()
+    assert count_errors(words, recognize_digits(as_samples(data), 24_000)) <= 2
 
 
 def test_a_scene_can_be_queued_and_fetched(call, certificates):
@@ -149,9 +149,9 @@ def test_errors_are_those_that_fal_clients_expect(call, arguments, message):
     except fal_client.client.FalClientHTTPError as error:
         print(json.dumps([error.status_code, str(error)]))
     """
-    status, said = call(lines, ARGS=arguments)
+    status, output = call(lines, ARGS=arguments)
     assert status == 400
-    assert message in said
+    assert message in output
 
 
 def test_a_request_without_a_key_gets_401(secure, certificates):

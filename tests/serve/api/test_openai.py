@@ -44,8 +44,8 @@ def test_the_speech_equals_that_of_the_library(client, expected):
     audio = np.frombuffer(create(client, response_format="pcm").content, "<i2") / 32768
     assert len(audio) == len(expected)
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
-    heard = recognize_digits(audio.astype(np.float32), 24_000)
-    assert count_errors(TEXT.split(), heard) <= 1
+    recognized = recognize_digits(audio.astype(np.float32), 24_000)
+    assert count_errors(TEXT.split(), recognized) <= 1
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
@@ -61,7 +61,7 @@ def decode(data: bytes, form: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("form", ["mp3", "opus", "aac", "flac", "wav", "pcm"])
-def test_formats(client, expected, form):
+def test_every_format_has_the_length_and_loudness_of_the_speech(client, expected, form):
     answer = create(client, response_format=form)
     audio = decode(answer.content, form)
     # Codecs add a little silence, and change the waveform, but not its loudness.
@@ -97,12 +97,12 @@ def test_events_carry_the_same_bytes(server, client):
 
 
 @pytest.mark.parametrize("speed", [0.25, 0.5, 2.0, 4.0])
-def test_speed(client, expected, speed):
+def test_speed_divides_the_length(client, expected, speed):
     answer = create(client, response_format="pcm", speed=speed)
     assert len(answer.content) / 2 == pytest.approx(len(expected) / speed, rel=0.03)
 
 
-def test_voices(server, client):
+def test_every_form_of_a_voice_is_understood(server, client):
     """Presets, OpenAI's names for them, objects, and numbers without a preset."""
 
     def speech(voice):
@@ -115,7 +115,7 @@ def test_voices(server, client):
     assert not any(same(*pair) for pair in itertools.combinations([slt, rms, one, other], 2))
 
 
-def test_models(client):
+def test_the_model_is_listed_with_its_sampling(client):
     assert [model.id for model in client.models.list()] == ["csm-1b"]
     assert client.models.retrieve("csm-1b").id == "csm-1b"
     sampling = client.models.retrieve("csm-1b").sampling

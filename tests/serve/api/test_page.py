@@ -100,9 +100,9 @@ def test_chunks_are_played_without_gaps(visit):
             speech.add(samples.slice(i, i + 1920));
             player.update();
         }
-        const heard = (await context.startRendering()).getChannelData(0);
-        const start = heard.findIndex((value) => value !== 0);
-        const differs = (value, i) => Math.abs(heard[start + i] - value) > 1e-6;
+        const played = (await context.startRendering()).getChannelData(0);
+        const start = played.findIndex((value) => value !== 0);
+        const differs = (value, i) => Math.abs(played[start + i] - value) > 1e-6;
         return [start, samples.findIndex(differs)];
     }""")
     assert differs[0] < 24_000 / 10

@@ -1,4 +1,4 @@
-"""The page by keyboard and screen reader, in both colour schemes, and on a phone."""
+"""The page by keyboard and screen reader, in both color schemes, and on a phone."""
 
 import pytest
 from browser import FakeServer, answer_with
@@ -33,21 +33,21 @@ def test_every_control_has_a_name_and_can_be_reached(visit):
 
 CONTRASTS = """() => {
     const canvas = new OffscreenCanvas(1, 1).getContext("2d", { willReadFrequently: true });
-    const channels = (colour) => {
+    const channels = (color) => {
         canvas.clearRect(0, 0, 1, 1);
-        canvas.fillStyle = colour;
+        canvas.fillStyle = color;
         canvas.fillRect(0, 0, 1, 1);
         return [...canvas.getImageData(0, 0, 1, 1).data];
     };
-    const luminance = (colour) => {
-        const [r, g, b] = channels(colour).map((value) =>
+    const luminance = (color) => {
+        const [r, g, b] = channels(color).map((value) =>
             value / 255 <= 0.04045 ? value / 3294.6 : ((value / 255 + 0.055) / 1.055) ** 2.4);
         return 0.2126 * r + 0.7152 * g + 0.0722 * b;
     };
     const background = (element) => {
         for (; element; element = element.parentElement) {
-            const colour = getComputedStyle(element).backgroundColor;
-            if (channels(colour)[3] === 255) return colour;
+            const color = getComputedStyle(element).backgroundColor;
+            if (channels(color)[3] === 255) return color;
         }
         return "white";
     };

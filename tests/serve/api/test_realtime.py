@@ -87,8 +87,8 @@ def test_earlier_turns_are_context(talk, recording, transcript):
     """A turn in another voice with the same speaker number sets the voice."""
     audio = base64.b64encode(recording).decode()
     talk.ask("session", seed=1)
-    heard = talk.ask("turn", speaker=0, text=transcript, audio=audio)
-    assert heard == {"type": "turn", "turns": 1}
+    added = talk.ask("turn", speaker=0, text=transcript, audio=audio)
+    assert added == {"type": "turn", "turns": 1}
     talk.send("text", text="one two three four")
     talk.send("flush")
     assert median_pitch(talk.listen()[1], 24_000) < 130
@@ -102,15 +102,15 @@ def test_whole_turns_of_two_speakers(talk, server):
     lines = [first, second, ("seven", 0, None, 5)]
     for text, speaker, voice, seed in lines:
         talk.send("say", text=text, speaker=speaker, voice=voice, seed=seed)
-    model, heard = server.service.model, []
+    model, context = server.service.model, []
     for number, (text, speaker, voice, seed) in enumerate(lines, 1):
         started, audio, _ = talk.listen()
         assert (started["id"], started["text"]) == (number, text)
         turns = [server.service.voices.find(voice, "").turn(speaker)] if voice else []
-        codes = model.generate_codes(text, speaker, turns + heard, seed=seed)
+        codes = model.generate_codes(text, speaker, turns + context, seed=seed)
         expected = np.clip(model.codec.decode(codes), -1, 1)
         np.testing.assert_allclose(audio, expected, atol=1e-3)
-        heard.append(Segment(speaker, text, codes=codes))
+        context.append(Segment(speaker, text, codes=codes))
 
 
 def test_a_say_has_its_own_settings(talk):
@@ -186,7 +186,7 @@ def test_the_voice_can_change(talk):
 
 
 @pytest.mark.parametrize(
-    ("message", "said"),
+    ("message", "reason"),
     [
         ("{", "JSON"),
         ('{"type": "dance"}', "dance"),
@@ -202,11 +202,11 @@ def test_the_voice_can_change(talk):
         (json.dumps({"type": "text", "text": "a" * 20_000}), "20000 characters"),
     ],
 )
-def test_the_conversation_continues_after_an_error(talk, message, said):
+def test_the_conversation_continues_after_an_error(talk, message, reason):
     talk.socket.send(message)
     error = talk.receive()
     assert error["type"] == "error"
-    assert said in error["message"]
+    assert reason in error["message"]
     assert talk.ask("session", speaker=3)["speaker"] == 3
 
 
@@ -354,13 +354,13 @@ class Quiet(Gone):
     """A WebSocket that records the messages to the client."""
 
     def __init__(self):
-        self.told = []
+        self.sent = []
 
     async def send_json(self, message: dict) -> None:
-        self.told.append(message)
+        self.sent.append(message)
 
     async def send_bytes(self, data: bytes) -> None:
-        self.told.append(data)
+        self.sent.append(data)
 
 
 def a_service(**more) -> SimpleNamespace:
@@ -379,7 +379,7 @@ def test_a_text_that_is_too_long_is_refused_before_it_is_split():
             started = time.process_time()
             await session.handle(as_bytes(message, text="a. " * 1_000_000))
             assert time.process_time() - started < 2
-        assert [each["code"] for each in session._socket.told] == ["too_long"] * 2
+        assert [each["code"] for each in session._socket.sent] == ["too_long"] * 2
         assert session._waiting.empty()
 
     asyncio.run(scenario())
@@ -391,7 +391,7 @@ def test_the_characters_of_waiting_utterances_are_limited():
         for _ in range(50):
             await session.handle(as_bytes("say", text="a" * 10_000))
         assert session._waiting.qsize() == MAX_WAITING_CHARACTERS // 10_000
-        assert {each["code"] for each in session._socket.told} == {"queue_full"}
+        assert {each["code"] for each in session._socket.sent} == {"queue_full"}
 
     asyncio.run(scenario())
 
@@ -401,7 +401,7 @@ def test_text_without_the_end_of_a_sentence_is_limited():
         session = RealtimeSession(a_service(), Quiet())
         for _ in range(3):
             await session.handle(as_bytes("text", text="a" * 4000))
-        (error,) = session._socket.told
+        (error,) = session._socket.sent
         assert "characters without an end" in error["message"]
         assert not len(session._unfinished)
 
@@ -437,7 +437,7 @@ def test_a_cancel_during_the_submission_cancels_the_request():
             await asyncio.sleep(0)
             submitted.set()
             await asyncio.wait_for(cancelling, 5)
-        assert socket.told == [{"type": "cancelled"}]
+        assert socket.sent == [{"type": "cancelled"}]
         assert speech.num_cancels
 
     asyncio.run(scenario())

@@ -76,12 +76,12 @@ def test_cancelling_a_response_raises_cancelled_error(server, in_server):
 def test_chunks_that_were_read_are_counted_and_not_kept(server, in_server):
     async def scenario() -> None:
         speech = await server.service.speak(LONG, INTERNAL, stream=True)
-        heard = []
+        chunks = []
         async for chunk in speech.chunks():
-            heard.append(chunk)
-            if len(heard) == 5:
+            chunks.append(chunk)
+            if len(chunks) == 5:
                 break
-        seconds = len(np.concatenate(heard)) / 24_000
+        seconds = len(np.concatenate(chunks)) / 24_000
         assert speech.taken_seconds == pytest.approx(seconds)
         assert not speech._ticket._chunks
         speech.cancel()

@@ -48,7 +48,9 @@ class Process:
         self.receiver = receiver or Receiver()
         self.webhooks = Webhooks(self.store.jobs, self.receiver, SECRET)
         self.jobs = JobRunner(self.store.jobs, self.webhooks, max_running, max_waiting)
-        self.jobs.register("echo", JobHandler(work, lambda job, body: {"id": job.id, **_said(job)}))
+        self.jobs.register(
+            "echo", JobHandler(work, lambda job, body: {"id": job.id, **_outcome(job)})
+        )
 
     async def __aenter__(self) -> "Process":
         await self.jobs.start()
@@ -63,7 +65,7 @@ class Process:
         return await self.jobs.submit(caller, "echo", body, url)
 
 
-def _said(job: Job) -> dict:
+def _outcome(job: Job) -> dict:
     return {"error": str(job.error)} if job.error else {"result": job.result}
 
 

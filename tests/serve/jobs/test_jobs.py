@@ -110,7 +110,7 @@ def test_a_cancelled_job_stays_cancelled(tmp_path):
     asyncio.run(work())
 
 
-def test_cancelling_a_queued_job_twice_max_running_cancels_it(tmp_path):
+def test_cancelling_a_queued_job_several_times_at_once_cancels_it_once(tmp_path):
     async def work() -> None:
         async with Process(tmp_path, block, max_running=1) as process:
             first = await process.submit("a")

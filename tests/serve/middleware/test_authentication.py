@@ -143,7 +143,7 @@ def test_requests_beyond_the_rate_limit_get_429(guarded, monkeypatch):
     assert refused.json()["error"]["type"] == "rate_limit_error"
 
 
-AUTHORISED = {"Authorization": "Bearer first-key"}
+AUTHORIZED = {"Authorization": "Bearer first-key"}
 
 
 def test_a_large_body_is_refused_by_its_content_length(guarded):
@@ -172,7 +172,7 @@ def test_a_large_body_is_refused_while_it_arrives(guarded, path, kind):
         for _ in range(100):
             yield b"a" * 1000
 
-    headers = AUTHORISED | {"Content-Type": kind}
+    headers = AUTHORIZED | {"Content-Type": kind}
     answer = httpx.post(guarded.url + path, content=pieces(), headers=headers, timeout=30)
     assert answer.status_code == 413
     assert str(BODY_BYTES) in answer.json()["detail"]

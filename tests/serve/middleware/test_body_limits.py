@@ -110,10 +110,10 @@ def test_json_needs_its_type(kind, message):
 def test_invalid_json_gets_400_with_a_message_of_one_line(body, message):
     answer = post("/small", body)
     assert answer.status_code == 400
-    said = answer.json()["detail"]
-    assert any(part in said for part in message.split("|")), said
-    assert "\n" not in said
-    assert len(said) < 500
+    detail = answer.json()["detail"]
+    assert any(part in detail for part in message.split("|")), detail
+    assert "\n" not in detail
+    assert len(detail) < 500
 
 
 def test_errors_quote_the_request_briefly():

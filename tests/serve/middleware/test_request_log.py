@@ -1,3 +1,5 @@
+"""The lines of the request log."""
+
 import json
 import logging
 

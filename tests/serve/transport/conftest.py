@@ -1,3 +1,5 @@
+"""A server and raw connections to it."""
+
 import pytest
 from raw_server import run
 

@@ -39,7 +39,7 @@ class Application:
 
     `/large` is a response that exceeds all buffers, `/slow` one that takes a while, `/busy` one
     that keeps the event loop busy, `/pieces` one of which what was sent is counted, `/whole` one
-    that is written at once, `/cut` one that `Responses` cuts into pieces.
+    that is written at once, `/cut` one that `ResponseLimitMiddleware` cuts into pieces.
     """
 
     def __init__(self):
