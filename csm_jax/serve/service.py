@@ -136,7 +136,7 @@ class Service:
         """Compiles all programs and runs a first request; then the server is ready."""
         started = time.perf_counter()
         try:
-            await self._compile(self.voices.all_owners())
+            await self._compile(self.voices.all())
             speech = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
             await speech.audio()
         except Exception as error:

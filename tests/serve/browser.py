@@ -96,7 +96,7 @@ class Visit:
             self.page.wait_for_timeout(20)
 
     def delay(self, pattern: str, seconds: float = 0.3) -> None:
-        """Lets the server's responses to requests of an address pattern come late."""
+        """Delays the responses to requests whose addresses match a pattern."""
 
         def pass_on(route) -> None:
             time.sleep(seconds)

@@ -49,7 +49,7 @@ def router(service: Service) -> APIRouter:
     @routes.get("")
     def list_voices(http: HTTPRequest) -> VoiceList:
         owner = caller_of(http).owner
-        return VoiceList(voices=[_entry(voice) for voice in voices.all(owner)])
+        return VoiceList(voices=[_entry(voice) for voice in voices.visible_to(owner)])
 
     @routes.post("", status_code=201, openapi_extra=describe(NewVoice, forms=True))
     async def add(http: HTTPRequest) -> VoiceEntry:

@@ -183,7 +183,7 @@ class Connection(asyncio.Protocol):
             self._enter(Phase.HEAD)
         pieces = (data[start : start + _PIECE_BYTES] for start in range(0, len(data), _PIECE_BYTES))
         self._pieces.extend(pieces)
-        self._steer()
+        self._update_reading()
 
     def eof_received(self) -> None:
         if self._inner is not None:
@@ -199,13 +199,13 @@ class Connection(asyncio.Protocol):
         self._can_write = False
         if self._inner is not None:
             self._inner.pause_writing()
-        self._steer()
+        self._update_reading()
 
     def resume_writing(self) -> None:
         self._can_write = True
         if self._inner is not None:
             self._inner.resume_writing()
-        self._steer()
+        self._update_reading()
 
     # Called by uvicorn's protocols.
 
@@ -246,18 +246,18 @@ class Connection(asyncio.Protocol):
 
     def pause_reading(self) -> None:
         self._wants_more = False
-        self._steer()
+        self._update_reading()
 
     def resume_reading(self) -> None:
         self._wants_more = True
-        self._steer()
+        self._update_reading()
 
     def set_protocol(self, protocol: Protocol) -> None:
         """Replaces the protocol by that of a WebSocket."""
         self._inner = protocol
         self._enter(Phase.SOCKET)
 
-    def settle(self, is_answered: bool = False) -> None:
+    def update_phase(self, is_answered: bool = False) -> None:
         """Updates the phase after an action of the protocol.
 
         Args:
@@ -273,7 +273,7 @@ class Connection(asyncio.Protocol):
 
     def _enter(self, phase: Phase) -> None:
         old, self.phase, self.since = self.phase, phase, self._loop.time()
-        self.connections.moved(self, old)
+        self.connections.update(self, old)
 
     def feed(self) -> None:
         """Hands on one piece. `InputScheduler` calls it."""
@@ -288,8 +288,8 @@ class Connection(asyncio.Protocol):
         except Exception:
             # The state of a protocol after an unexpected error is unknown.
             self.abort()
-        self.settle()
-        self._steer()
+        self.update_phase()
+        self._update_reading()
 
     @property
     def _may_feed(self) -> bool:
@@ -298,7 +298,7 @@ class Connection(asyncio.Protocol):
         has_input = bool(self._pieces) or self._inner.has_input
         return has_input and self._wants_more and self._can_write
 
-    def _steer(self) -> None:
+    def _update_reading(self) -> None:
         """Reads from the client only while few pieces wait."""
         if self.is_closing():
             return
@@ -314,7 +314,7 @@ class Connection(asyncio.Protocol):
     def check(self, now: float) -> None:
         """Closes the connection if its client was too slow."""
         if self._is_connected:
-            self.settle()
+            self.update_phase()
             unsent = self.num_unsent
             taken = self._written - unsent
             if self._pace.is_too_slow(now, taken, unsent, self.connections.limits):

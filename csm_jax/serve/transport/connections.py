@@ -46,7 +46,7 @@ class CountedConnection(Protocol):
     groups: "list[ConnectionGroup]"
     share: str | None
 
-    def settle(self) -> None:
+    def update_phase(self) -> None:
         """Updates the phase if the response has been sent meanwhile."""
 
     def check(self, now: float) -> None:
@@ -70,7 +70,7 @@ class ConnectionGroup:
             phase: {} for phase in (Phase.HEAD, Phase.IDLE, Phase.BODY, Phase.WRITING)
         }
 
-    def moved(self, connection: CountedConnection, old: Phase | None, new: Phase | None) -> None:
+    def update(self, connection: CountedConnection, old: Phase | None, new: Phase | None) -> None:
         """Updates the phase of a connection; None is before its beginning and after its end."""
         self.size += (old is None) - (new is None)
         if old in self.waiting:
@@ -82,7 +82,7 @@ class ConnectionGroup:
         """The connection that makes room for a new one; those without a request come first."""
         # Connections whose responses have been sent meanwhile wait for their clients again.
         for connection in list(itertools.islice(self.waiting[Phase.WRITING], _NUM_CHECKED)):
-            connection.settle()
+            connection.update_phase()
         heads = [next(iter(self.waiting[phase]), None) for phase in (Phase.HEAD, Phase.IDLE)]
         found = [connection for connection in heads if connection]
         if found:
@@ -135,7 +135,7 @@ class Connections:
         connection.groups = groups
         self._all.add(connection)
         for group in connection.groups:
-            group.moved(connection, None, connection.phase)
+            group.update(connection, None, connection.phase)
         return True
 
     def _make_room(self, group: ConnectionGroup, limit: int) -> bool:
@@ -153,16 +153,16 @@ class Connections:
             return
         self._all.remove(connection)
         for group in connection.groups:
-            group.moved(connection, connection.phase, None)
+            group.update(connection, connection.phase, None)
         share = connection.share
         if share is not None and (group := self._groups.get(share)) and not group.size:
             del self._groups[share]
 
-    def moved(self, connection: CountedConnection, old: Phase) -> None:
+    def update(self, connection: CountedConnection, old: Phase) -> None:
         """Updates the groups of a connection whose phase has changed."""
         if connection in self._all:
             for group in connection.groups:
-                group.moved(connection, old, connection.phase)
+                group.update(connection, old, connection.phase)
 
     def sweep(self) -> None:
         """Closes connections that have waited too long for their clients."""

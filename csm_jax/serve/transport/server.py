@@ -86,7 +86,7 @@ class HttpProtocol(H11Protocol):
             self._is_ending = False
         # uvicorn's timer would run while the response is being sent; that of `Connection` does not.
         self._unset_keepalive_if_required()
-        self._connection.settle(is_answered=True)
+        self._connection.update_phase(is_answered=True)
         if self.has_input:
             self.transport.resume_reading()
 
@@ -122,7 +122,7 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
             self.transport.close()
             return
         try:
-            self._hold(len(self.conn.reader.buffer) + sum(map(len, self.frames)))
+            self._count_buffered(len(self.conn.reader.buffer) + sum(map(len, self.frames)))
         except ApiError:
             self._end(TRY_AGAIN_LATER)
 
@@ -133,10 +133,10 @@ class WebSocketProtocol(WebSocketsSansIOProtocol):
         super().handle_cont(event)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._hold(0)
+        self._count_buffered(0)
         super().connection_lost(exc)
 
-    def _hold(self, num_bytes: int) -> None:
+    def _count_buffered(self, num_bytes: int) -> None:
         """Counts the bytes of an incomplete message. Raises `ApiError` if there is no room."""
         messages, is_more = self._connection.connections.messages, num_bytes > self._num_buffered
         messages.add(self._share, -self._num_buffered)

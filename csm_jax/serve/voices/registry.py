@@ -88,13 +88,13 @@ class Voices:
                 self._shared[file.name] = self._make(None, file.name, file.speaker, file.text, data)
         self._load()
 
-    def all(self, owner: str) -> list[Voice]:
+    def visible_to(self, owner: str) -> list[Voice]:
         """The shared voices and those of `owner`, sorted by name."""
         own = {name: voice for (owned_by, name), voice in self._own.items() if owned_by == owner}
         known = self._shared | own
         return [known[name] for name in sorted(known)]
 
-    def all_owners(self) -> list[Voice]:
+    def all(self) -> list[Voice]:
         """The shared voices and those of all owners."""
         return [*self._shared.values(), *self._own.values()]
 
@@ -102,7 +102,7 @@ class Voices:
         """A voice of `owner`, or a shared one. Raises `InputError` if there is none."""
         found = self._own.get((owner, name)) or self._shared.get(name)
         if found is None:
-            known = ", ".join(voice.name for voice in self.all(owner)) or "none"
+            known = ", ".join(voice.name for voice in self.visible_to(owner)) or "none"
             raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
         return found
 
@@ -118,7 +118,7 @@ class Voices:
         """
         if self.has(name, owner) or name not in known_names:
             return self.find(name, owner)
-        voices = [self._shared[each] for each in sorted(self._shared)] or self.all(owner)
+        voices = [self._shared[each] for each in sorted(self._shared)] or self.visible_to(owner)
         return voices[known_names.index(name) % len(voices)] if voices else None
 
     def has(self, name: str, owner: str) -> bool:

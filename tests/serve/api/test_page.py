@@ -87,8 +87,11 @@ def test_playback_starts_with_the_first_frame(visit):
 
 
 def test_chunks_are_played_without_gaps(visit):
-    """What the browser plays is what came, sample by sample, however it was cut. A start in seconds
-    is not exactly a sample, and the browser interpolates: the last digits may differ."""
+    """The browser plays the samples that have arrived, however they were cut into chunks.
+
+    A start in seconds is not exactly a sample, and the browser interpolates, so the last digits may
+    differ.
+    """
     differs = visit.page.evaluate("""async () => {
         const { Player } = await import("./player.js");
         const { Speech } = await import("./speech.js");

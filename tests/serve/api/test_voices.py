@@ -202,7 +202,7 @@ def test_a_later_preset_does_not_replace_an_owners_voice(
     voices = Voices(model, [tmp_path], store.voices, Limits())
     assert voices.find("a", "anna").text == "hello"
     assert voices.find("a", "ben").text == transcript
-    assert [voice.text for voice in voices.all("anna")] == ["hello"]
+    assert [voice.text for voice in voices.visible_to("anna")] == ["hello"]
     voices.delete("anna", "a")
     assert voices.find("a", "anna").text == transcript
 
@@ -219,7 +219,7 @@ def test_a_transcript_has_the_limits_of_a_request(model, noise, text):
     voices = make_voices(model, Limits(text_characters=100))
     with pytest.raises(InputError, match="transcript"):
         voices.add("anna", "a", 0, text, noise)
-    assert voices.all("anna") == []
+    assert voices.visible_to("anna") == []
 
 
 def test_deleting_a_voice_does_not_affect_running_requests(server, recording, transcript):
@@ -246,7 +246,7 @@ def test_reading_voices_does_not_wait_for_the_disk(model, noise, monkeypatch):
         adding = threads.submit(voices.add, "", "mine", 0, "one", noise)
         assert writing.wait(20)
         try:
-            reading = threads.submit(lambda: (voices.all(""), voices.all_owners()))
+            reading = threads.submit(lambda: (voices.visible_to(""), voices.all()))
             before, _ = reading.result(5)
             assert "mine" not in [voice.name for voice in before]
             with pytest.raises(InputError, match="no voice"):

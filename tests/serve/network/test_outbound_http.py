@@ -236,7 +236,7 @@ def silent():
 
 
 def test_certificates_are_read_once(silent, monkeypatch):
-    """It takes too long to happen on the event loop for each connection."""
+    """Reading them for each connection would block the event loop."""
 
     async def work(outbound_http: OutboundHTTP) -> None:
         monkeypatch.setattr(ssl.SSLContext, "load_verify_locations", pytest.fail)

@@ -244,7 +244,7 @@ def test_tiny_chunks_do_not_delay_other_requests(running, opened):
 
 
 def test_tiny_chunks_on_many_connections_do_not_delay_other_clients():
-    """What the connections of one client send is handed on in turn with what others send."""
+    """The connections of one client take turns with those of others."""
     limits = dataclasses.replace(LIMITS, connections=400, connections_per_address=200)
     chunks = b"1\r\na\r\n" * 4000
     with run(limits) as running, contextlib.ExitStack() as stack:
@@ -264,7 +264,7 @@ def test_tiny_chunks_on_many_connections_do_not_delay_other_clients():
 
 
 def test_requests_behind_others_do_not_delay_other_clients():
-    """What answering a request takes is not known when it is read: few begin in one round."""
+    """The cost of a request is not known when it is read, so few begin in one round."""
     limits = dataclasses.replace(LIMITS, connections=400, connections_per_address=200)
     with run(limits) as running, contextlib.ExitStack() as stack:
         flooding = [stack.enter_context(running.open()) for _ in range(150)]
