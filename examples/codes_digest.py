@@ -1,10 +1,10 @@
-"""Digests of the codes of fixed seeds: what a change of the code must leave as it is.
+"""Prints digests of the codes of fixed seeds, which a refactoring must not change.
 
     python examples/codes_digest.py > before.txt      (and after a change: diff)
 
-Prints a line per case: `demo` and `random:tiny`, in full precision and in int8, each alone, as a
-stream, through the engine, with context, and from a text of two parts. Codes of one machine differ
-from those of another; before and after a change on the same machine they may not.
+It prints a line per case: `demo` and `random:tiny`, in full precision and in int8, each alone, as a
+stream, through the engine, with context, and from a text of two parts. The codes of two machines
+differ, so both runs must be on the same one.
 """
 
 import hashlib

@@ -119,10 +119,9 @@ def our_frames(task: Task) -> Run:
 def our_codec(task: Task) -> Run:
     config = CHECKPOINTS[task.checkpoint]
     sizes = {"codec": config.codec, "audio_vocab_size": config.audio_vocab_size}
-    around = dataclasses.replace(
-        csm_jax.tiny(), **sizes
-    )  # the codec needs no large model around it
-    codec = csm_jax.Codec(config.codec, random_params(around)["codec"])
+    # The codec's parameters do not depend on the sizes of the model around it.
+    small = dataclasses.replace(csm_jax.tiny(), **sizes)
+    codec = csm_jax.Codec(config.codec, random_params(small)["codec"])
     audio, codes = noise_and_codes(config.codec)
     frame, state = jnp.asarray(codes[None, :1]), codec.decode_stream_state()
 

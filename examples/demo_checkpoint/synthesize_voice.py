@@ -103,12 +103,14 @@ def share(jobs: Iterable[Job], process: int, processes: int) -> list[Job]:
 
 def main(_: list[str]) -> None:
     # An exit also ends the workers; a signal alone does not.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped: begin again to go on"))
+    signal.signal(
+        signal.SIGTERM, lambda *_: sys.exit("stopped: run the same command again to resume")
+    )
     out, cache = Path(OUT.value), Path(CACHE.value)
     out.mkdir(parents=True, exist_ok=True)
     jobs = make_plan(out)
-    spoken = done(out)
-    left = [job for job in jobs if job.id not in spoken]
+    finished = done(out)
+    left = [job for job in jobs if job.id not in finished]
     count = PROCESSES.value
     context = multiprocessing.get_context("spawn")
     workers = [

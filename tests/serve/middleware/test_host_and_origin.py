@@ -127,9 +127,8 @@ def test_forwarded_addresses_of_trusted_proxies_only_are_used():
     trusting = ProxyHeadersMiddleware(echo, ["10.0.0.0/8"])
     headers = {"X-Forwarded-For": "198.51.100.1, 203.0.113.7", "X-Forwarded-Proto": "https"}
     through = ask(trusting, headers=headers, client="10.0.0.1").json()["client"][0]
-    assert (
-        through == "203.0.113.7"
-    )  # the address that the proxy saw, not the one that its client wrote
+    # The address that the proxy saw, not the one that its client wrote.
+    assert through == "203.0.113.7"
     direct = ask(trusting, headers=headers, client="127.0.0.1").json()["client"][0]
     assert direct == "127.0.0.1"
     assert is_proxy("10.9.9.9", ["10.0.0.0/8"])
