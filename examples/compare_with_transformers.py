@@ -306,19 +306,19 @@ BUILDERS = {
 def work(task: Task) -> None:
     """Runs in a worker: builds the model, then measures once for every line of input."""
     # Libraries print too: their output must not mix with the results.
-    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    responses = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     try:
         runs_on = prepare(task)
         run = BUILDERS[task.library][task.mode in CODEC_MODES](task)
         for _ in range(WARM_UPS[task.device]):
             run()
-        print(json.dumps({"runs_on": runs_on}), file=answers)
+        print(json.dumps({"runs_on": runs_on}), file=responses)
         for _ in sys.stdin:
-            print(json.dumps({"seconds": run()}), file=answers)
+            print(json.dumps({"seconds": run()}), file=responses)
     except Exception as error:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(json.dumps({"error": reason}), file=answers)
+        print(json.dumps({"error": reason}), file=responses)
 
 
 def prepare(task: Task) -> str:
@@ -347,23 +347,23 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
-        answer = self._answer()  # when the model is built and warm
-        self.error, self.runs_on = answer.get("error"), answer.get("runs_on")
+        response = self._read_response()  # when the model is built and warm
+        self.error, self.runs_on = response.get("error"), response.get("runs_on")
 
     def measure(self) -> None:
         if self.error is None:
             time.sleep(PAUSE_S)
             with contextlib.suppress(BrokenPipeError):
                 print("go", file=self.process.stdin, flush=True)
-            answer = self._answer()
-            self.error = answer.get("error")
-            self.times.append(answer.get("seconds"))
+            response = self._read_response()
+            self.error = response.get("error")
+            self.times.append(response.get("seconds"))
 
     def median(self) -> float | None:
         return None if self.error else statistics.median(self.times)
 
-    def _answer(self) -> dict[str, Any]:
-        gone = '{"error": "its process ended without an answer"}'  # for example out of memory
+    def _read_response(self) -> dict[str, Any]:
+        gone = '{"error": "its process ended without a response"}'  # for example out of memory
         return json.loads(self.process.stdout.readline() or gone)
 
 
@@ -424,8 +424,8 @@ def readable(result: dict[str, Any]) -> str:
 def torch_device() -> str:
     """Asks another process, since the parent should use neither memory nor GPU."""
     program = "import torch; print('cuda' if torch.cuda.is_available() else 'cpu')"
-    answer = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    return answer.stdout.strip() or "cpu"
+    response = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    return response.stdout.strip() or "cpu"
 
 
 def define_arguments() -> argparse.ArgumentParser:

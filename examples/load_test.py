@@ -66,9 +66,9 @@ async def ask(client: httpx.AsyncClient, request: csm_jax.Request, leave_after: 
     body = {"text": request.text, "speaker": request.speaker, "seed": request.seed}
     started, first, data = time.perf_counter(), None, b""
     url = f"{URL.value}/generate"
-    async with client.stream("POST", url, json=body | {"streaming": True}) as answer:
-        answer.raise_for_status()
-        async for piece in answer.aiter_raw():
+    async with client.stream("POST", url, json=body | {"streaming": True}) as response:
+        response.raise_for_status()
+        async for piece in response.aiter_raw():
             data += piece
             if first is None and len(data) > HEAD_BYTES:
                 first = time.perf_counter() - started

@@ -41,9 +41,9 @@ def first_audio(client: httpx.Client, body: dict) -> float:
     """Seconds until the first samples of the response."""
     body = {"text": TEXT, "streaming": True, "seed": 1} | body
     started = time.perf_counter()
-    with client.stream("POST", "/generate", json=body) as answer:
-        answer.raise_for_status()
-        for _ in answer.iter_raw():
+    with client.stream("POST", "/generate", json=body) as response:
+        response.raise_for_status()
+        for _ in response.iter_raw():
             return time.perf_counter() - started
     raise SystemExit("the response was empty")
 

@@ -32,8 +32,8 @@ async def objects_of_another_key(target: Target) -> str:
         tried += [("DELETE", f"/v1/audio/voices/{made['voice']}")]
         taken = []
         for method, path in tried:
-            answer = await thief.request(method, path)
-            if answer.status_code < 400:
+            response = await thief.request(method, path)
+            if response.status_code < 400:
                 taken.append(f"{method} {path.split('/')[2:4]}")
         for path in ("/v1/files", "/v1/batches", "/v1/audio/voices"):
             text = (await thief.get(path)).text
@@ -61,9 +61,9 @@ async def _make_objects(client: httpx.AsyncClient) -> dict[str, str]:
     batch = {"input_file_id": file["id"], "endpoint": "/v1/audio/speech"}
     batch["completion_window"] = "24h"
     batch = (await client.post("/v1/batches", json=batch)).json()
-    answer = await add_voice(client, "attacked", quiet_recording(3), "one two three")
-    if answer.status_code >= 400:
-        raise RuntimeError(f"no voice can be added: {answer.text[:200]}")
+    response = await add_voice(client, "attacked", quiet_recording(3), "one two three")
+    if response.status_code >= 400:
+        raise RuntimeError(f"no voice can be added: {response.text[:200]}")
     scene = {"scene": [{"text": "one"}], "max_audio_length_ms": 160}
     job = (await client.post("/queue/fal-ai/csm-1b", json=scene)).json()
     return {"file": file["id"], "batch": batch["id"], "voice": "attacked", "job": job["request_id"]}
@@ -130,14 +130,16 @@ async def without_a_key(target: Target) -> str:
     """Requests every address of the OpenAPI document without a key; OPTIONS, HEAD and TRACE too."""
     async with httpx.AsyncClient(base_url=target.url, timeout=30) as stranger:
         async with target.client() as client:
-            answer = await client.get("/openapi.json")
-        paths = answer.json()["paths"] if answer.is_success else {"/v1/models": {"get": {}}}
+            response = await client.get("/openapi.json")
+        paths = response.json()["paths"] if response.is_success else {"/v1/models": {"get": {}}}
         served = []
         for path, methods in paths.items():
             for method in [*methods, "options", "trace", "patch"]:
                 for form in (path, f"/{path}", path.upper(), f"{path}/", f"/.{path}", f"{path};a"):
-                    answer = await stranger.request(method, form.replace("{", "").replace("}", ""))
-                    if answer.is_success:
+                    response = await stranger.request(
+                        method, form.replace("{", "").replace("}", "")
+                    )
+                    if response.is_success:
                         served.append(f"{method.upper()} {form}")
     known = {"/healthz", "/readyz", "/metrics", "/", "/docs", "/openapi.json"}
     more = {each for each in served if each.split()[1].removeprefix("/.") not in known}
@@ -177,8 +179,8 @@ async def pages_of_others(target: Target) -> str:
         for path, content in requests:
             for kind in ("", "text/plain", "application/x-www-form-urlencoded"):
                 headers = {"Content-Type": kind} if kind else {}
-                answer = await client.post(path, content=content, headers=headers)
-                if answer.is_success:
+                response = await client.post(path, content=content, headers=headers)
+                if response.is_success:
                     served.append(f"{path} as {kind or 'no type'}")
         form = {"text": "one", "max_audio_length_ms": "160"}
         for headers in ({"Origin": _EVIL}, {"Sec-Fetch-Site": "cross-site"}):

@@ -20,15 +20,15 @@ async def _refused(target: Target, bodies: dict[str, tuple[str, bytes]], **heade
     async with target.client() as client:
         for name, (path, body) in bodies.items():
             try:
-                answer = await client.post(path, content=body, headers=JSON_TYPE | headers)
+                response = await client.post(path, content=body, headers=JSON_TYPE | headers)
             except (httpx.WriteError, httpx.ReadError, httpx.RemoteProtocolError):
                 outcomes.append(f"{name}: closed")
                 continue
-            if not 400 <= answer.status_code < 500:
-                raise BrokeError(f"{name} to {path}: {answer.status_code}")
-            if len(answer.content) > 100_000:
-                raise BrokeError(f"{name}: an error of {len(answer.content)} bytes")
-            outcomes.append(f"{name}: {answer.status_code}")
+            if not 400 <= response.status_code < 500:
+                raise BrokeError(f"{name} to {path}: {response.status_code}")
+            if len(response.content) > 100_000:
+                raise BrokeError(f"{name}: an error of {len(response.content)} bytes")
+            outcomes.append(f"{name}: {response.status_code}")
     return "; ".join(outcomes)
 
 
@@ -91,12 +91,12 @@ async def _last_message(target: Target, messages: list[str]) -> str:
                 await socket.send(message)
         try:
             async with asyncio.timeout(60):
-                answer = json.loads(await socket.recv())
+                response = json.loads(await socket.recv())
         except websockets.ConnectionClosed as error:
             return f"closed {error.rcvd.code if error.rcvd else ''}"
-    if answer["type"] != "error":
-        raise BrokeError(f"{answer['type']} came of a message that cannot be done")
-    return str(answer.get("code"))
+    if response["type"] != "error":
+        raise BrokeError(f"{response['type']} came of a message that cannot be done")
+    return str(response.get("code"))
 
 
 @attack()
@@ -123,10 +123,10 @@ async def numbers_that_are_none(target: Target) -> str:
             for value in values:
                 limit = "" if field == "max_audio_length_ms" else ',"max_audio_length_ms":160'
                 body = f'{{"text":"a","{field}":{value}{limit}}}'
-                answer = await client.post("/generate", content=body, headers=JSON_TYPE)
+                response = await client.post("/generate", content=body, headers=JSON_TYPE)
                 is_odd = value not in ("true", '"1e3"')
-                if answer.status_code >= 500 or (is_odd and answer.status_code < 400):
-                    raise BrokeError(f"{field}={value[:20]}: {answer.status_code}")
+                if response.status_code >= 500 or (is_odd and response.status_code < 400):
+                    raise BrokeError(f"{field}={value[:20]}: {response.status_code}")
     return f"{len(fields) * len(values)} values, none accepted that is no number"
 
 
@@ -138,9 +138,9 @@ async def truncated_form(target: Target) -> str:
     kind = {"Content-Type": "multipart/form-data; boundary=x"}
     async with target.client() as client:
         for path in ("/generate", "/v1/inference/sesame/csm-1b"):
-            answer = await client.post(path, content=form, headers=kind)
-            if answer.status_code != 400:
-                raise BrokeError(f"{path}: {answer.status_code}")
+            response = await client.post(path, content=form, headers=kind)
+            if response.status_code != 400:
+                raise BrokeError(f"{path}: {response.status_code}")
     return "refused with 400"
 
 

@@ -86,9 +86,9 @@ async def _watch_all(url: str, headers: dict[str, str], pipe: object) -> None:
 async def _probe(client: httpx.AsyncClient, path: str, experience: Experience) -> None:
     started = time.perf_counter()
     try:
-        answer = await client.get(path, headers={"Connection": "close"})
-        if answer.status_code != 200:
-            experience.failures.append(f"{path} {answer.status_code}")
+        response = await client.get(path, headers={"Connection": "close"})
+        if response.status_code != 200:
+            experience.failures.append(f"{path} {response.status_code}")
     except httpx.HTTPError as error:
         experience.failures.append(f"{path} {type(error).__name__}")
     experience.probe_s.append(time.perf_counter() - started)
@@ -97,9 +97,9 @@ async def _probe(client: httpx.AsyncClient, path: str, experience: Experience) -
 async def _listen(client: httpx.AsyncClient, experience: Experience) -> None:
     started, num_bytes, first = time.perf_counter(), 0, None
     try:
-        async with client.stream("POST", "/generate", json=_SHORT) as answer:
-            answer.raise_for_status()
-            async for piece in answer.aiter_raw():
+        async with client.stream("POST", "/generate", json=_SHORT) as response:
+            response.raise_for_status()
+            async for piece in response.aiter_raw():
                 num_bytes += len(piece)
                 if first is None and num_bytes > _HEAD_BYTES:
                     first = time.perf_counter() - started

@@ -59,8 +59,8 @@ async def _recordings_by_path(client: httpx.AsyncClient, path: str) -> None:
     bodies["/fal-ai/csm-1b"] = {"scene": [{"text": "one"}], "context": [turn]}
     for address, body in bodies.items():
         async with asyncio.timeout(20):
-            answer = await client.post(address, json=body)
-        if answer.status_code < 400:
+            response = await client.post(address, json=body)
+        if response.status_code < 400:
             raise BrokeError(f"{address} read {path}")
 
 
@@ -77,9 +77,9 @@ async def addresses_of_this_machine(target: Target) -> str:
         for url in urls:
             turn = {"prompt": "one", "audio_url": url}
             body = {"scene": [{"text": "one"}], "context": [turn]}
-            answer = await client.post(
+            response = await client.post(
                 "/fal-ai/csm-1b", content=json.dumps(body), headers=JSON_TYPE
             )
-            if answer.status_code < 400 or answer.status_code >= 500 or SECRET in answer.text:
-                raise BrokeError(f"{url}: {answer.status_code}")
+            if response.status_code < 400 or response.status_code >= 500 or SECRET in response.text:
+                raise BrokeError(f"{url}: {response.status_code}")
     return f"{len(urls)} addresses refused"

@@ -21,7 +21,7 @@ from attacks.target import (
 _HIDDEN = b"GET /v1/models HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-ID: smuggled\r\n\r\n"
 
 
-async def _answers(target: Target, request: bytes) -> bytes:
+async def _exchange(target: Target, request: bytes) -> bytes:
     """The server's output for some bytes within 3 s, or until it closes."""
     reader, writer = await target.connect()
     received = b""
@@ -57,7 +57,7 @@ async def two_lengths(target: Target) -> str:
     }
     outcomes = []
     for name, rest in cases.items():
-        received = await _answers(target, head + rest.encode() + _HIDDEN)
+        received = await _exchange(target, head + rest.encode() + _HIDDEN)
         statuses = re.findall(rb"HTTP/1.1 (\d+)", received)
         ambiguous = name in ("length and chunked", "two lengths", "list of lengths", "two codings")
         if b"500" in statuses or (ambiguous and (b"smuggled" in received or len(statuses) > 1)):
@@ -83,7 +83,7 @@ async def large_heads(target: Target) -> str:
     }
     outcomes = []
     for name, request in cases.items():
-        received = await _answers(target, request)
+        received = await _exchange(target, request)
         status = (
             received.split(b" ")[1][:3].decode() if received.startswith(b"HTTP/1.1 ") else "closed"
         )
@@ -113,16 +113,16 @@ async def names_that_are_paths(target: Target) -> str:
     async with target.client() as client:
         for name in names:
             quoted = urllib.parse.quote(name, safe="")
-            answer = await add_voice(client, name, audio, file_name="../../x.flac")
-            accepted += [f"voice {name!r}"] if answer.is_success else []
+            response = await add_voice(client, name, audio, file_name="../../x.flac")
+            accepted += [f"voice {name!r}"] if response.is_success else []
             for path in (
                 "/v1/audio/voices/{}",
                 "/v1/files/{}/content",
                 "/files/{}",
                 "/v1/models/{}",
             ):
-                answer = await client.get(path.format(quoted))
-                if answer.status_code >= 500 or (answer.is_success and len(quoted) > 1):
+                response = await client.get(path.format(quoted))
+                if response.status_code >= 500 or (response.is_success and len(quoted) > 1):
                     accepted.append(path.format(quoted))
             body = {"text": "one", "voice": name or "..", "max_audio_length_ms": 160}
             if (await client.post("/generate", json=body)).status_code not in (400, 404):
@@ -147,7 +147,7 @@ async def lines_into_the_log(target: Target) -> str:
             await client.request(f"METHOD{number}", f"/some/path/{number}")
         after = (await client.get("/metrics")).text
     for header in (b"X-Request-ID: a\x1b[2Jforged", b"X-Request-ID: " + b"a" * 5000):
-        await _answers(
+        await _exchange(
             target, b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\n" + header + b"\r\n\r\n"
         )
     if len(after) - before > 10_000:
@@ -206,10 +206,10 @@ async def other_methods(target: Target) -> str:
         ranges = "bytes=" + ",".join(f"{start}-{start}" for start in range(2000))
         statuses = []
         for path in ("/", "/page", "/page/", "/page/main.js", "/docs", "/healthz"):
-            answer = await client.get(path, headers={"Range": ranges})
-            statuses.append(answer.status_code)
-            if answer.status_code >= 500 or len(answer.content) > 1_000_000:
-                raise BrokeError(f"{path} with 2000 ranges: {answer.status_code}")
+            response = await client.get(path, headers={"Range": ranges})
+            statuses.append(response.status_code)
+            if response.status_code >= 500 or len(response.content) > 1_000_000:
+                raise BrokeError(f"{path} with 2000 ranges: {response.status_code}")
         for headers in ({"Expect": "200-ok"}, {"Upgrade": "h2c", "Connection": "Upgrade"}):
             statuses.append((await client.get("/healthz", headers=headers)).status_code)
     return f"no method but the request's counts; {statuses}"

@@ -76,10 +76,10 @@ async def lying_recordings(target: Target) -> str:
     async with target.client() as client:
         for name, data in [*lies.items(), *rare.items()]:
             form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
-            answer = await client.post("/generate", data=form, files={"audio": ("a", data)})
-            spoken += [name] if answer.is_success else []
-            if answer.status_code >= 500 or b" object at 0x" in answer.content[:500]:
-                bad.append(f"{name} {answer.status_code}")
+            response = await client.post("/generate", data=form, files={"audio": ("a", data)})
+            spoken += [name] if response.is_success else []
+            if response.status_code >= 500 or b" object at 0x" in response.content[:500]:
+                bad.append(f"{name} {response.status_code}")
     if bad:
         raise BrokeError(f"internal errors or object addresses: {', '.join(bad)}")
     read = [name for name in rare if name in spoken]
@@ -96,8 +96,8 @@ async def unpacking_codebooks(target: Target) -> str:
     async with target.client() as client:
         for _ in range(3):
             form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
-            answer = await client.post("/generate", data=form, files={"audio": ("a", bomb)})
-            statuses.append(answer.status_code)
+            response = await client.post("/generate", data=form, files={"audio": ("a", bomb)})
+            statuses.append(response.status_code)
             statuses.append((await add_voice(client, "bomb", bomb)).status_code)
     most = target.peak_memory_mb()
     if most and before and most - before > 400:
@@ -112,8 +112,8 @@ async def formats_behind_tags(target: Target) -> str:
     async with target.client() as client:
         for name, data in _rare().items():
             form = {"text": "one", "audio_text": "one", "max_audio_length_ms": "160"}
-            answer = await client.post("/generate", data=form, files={"audio": ("a", tag + data)})
-            read += [name] if answer.status_code != 400 else []
+            response = await client.post("/generate", data=form, files={"audio": ("a", tag + data)})
+            read += [name] if response.status_code != 400 else []
     if read:
         raise BrokeError(f"formats beyond the documented ones are read: {', '.join(read)}")
     return "none is read"
@@ -155,10 +155,10 @@ async def hopeless_recordings(target: Target) -> str:
         for name, data in cases.items():
             body = {"text": "one", "audio_text": "one", "max_audio_length_ms": 400}
             body["audio"] = base64.b64encode(data).decode()
-            answer = await client.post("/generate", json=body)
-            message = answer.text if answer.status_code >= 400 else ""
-            if answer.status_code != 400 or " object at 0x" in message:
-                accepted.append(f"{name} {answer.status_code} {message[:80]}")
+            response = await client.post("/generate", json=body)
+            message = response.text if response.status_code >= 400 else ""
+            if response.status_code != 400 or " object at 0x" in message:
+                accepted.append(f"{name} {response.status_code} {message[:80]}")
     if accepted:
         raise BrokeError("; ".join(accepted))
     return f"{len(cases)} recordings refused"

@@ -46,10 +46,10 @@ async def context_flood(target: Target) -> str:
     async def ask() -> str:
         async with target.client() as client:
             try:
-                answer = await client.post(
+                response = await client.post(
                     "/fal-ai/csm-1b", content=body, headers=JSON_TYPE, timeout=20
                 )
-                return str(answer.status_code)
+                return str(response.status_code)
             except httpx.TimeoutException:
                 return "left"
 
@@ -99,8 +99,8 @@ async def _longest_gap(client: httpx.AsyncClient) -> float:
     gap, ahead, last = 0.0, 0.0, None
     body = {"text": LONG_TEXT[:1500], "streaming": True, "seed": 2, "max_audio_length_ms": 60_000}
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(40), client.stream("POST", "/generate", json=body) as answer:
-            async for piece in answer.aiter_raw():
+        async with asyncio.timeout(40), client.stream("POST", "/generate", json=body) as response:
+            async for piece in response.aiter_raw():
                 now = time.monotonic()
                 if last is not None:
                     ahead -= now - last
@@ -122,7 +122,7 @@ async def long_texts(target: Target) -> str:
         for task in tasks:
             task.cancel()
         done = await asyncio.gather(*tasks, return_exceptions=True)
-    answered = [answer.status_code for answer in done if isinstance(answer, httpx.Response)]
+    answered = [response.status_code for response in done if isinstance(response, httpx.Response)]
     return f"{len(tasks) - len(answered)} spoke or waited, {len(answered)} were refused"
 
 
@@ -148,10 +148,10 @@ async def jobs_that_are_cancelled(target: Target) -> str:
     statuses, waiting = [], []
     async with target.client() as client:
         for number in range(400):
-            answer = await client.post("/queue/fal-ai/csm-1b", json=scene)
-            statuses.append(answer.status_code)
-            if answer.status_code < 300:
-                waiting.append(answer.json()["request_id"])
+            response = await client.post("/queue/fal-ai/csm-1b", json=scene)
+            statuses.append(response.status_code)
+            if response.status_code < 300:
+                waiting.append(response.json()["request_id"])
             if number < 200:
                 await _cancel_all(client, waiting)
         await asyncio.sleep(5)

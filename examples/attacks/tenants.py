@@ -23,9 +23,9 @@ async def jobs_of_one_tenant(target: Target) -> str:
     async with target.client(0) as greedy, target.client(1) as other:
         statuses, jobs = [], []
         for _ in range(200):
-            answer = await greedy.post("/queue/fal-ai/csm-1b", json=_SCENE)
-            statuses.append(answer.status_code)
-            jobs += [answer.json()["request_id"]] if answer.is_success else []
+            response = await greedy.post("/queue/fal-ai/csm-1b", json=_SCENE)
+            statuses.append(response.status_code)
+            jobs += [response.json()["request_id"]] if response.is_success else []
         try:
             seconds = await _job(other)
         finally:
@@ -37,10 +37,10 @@ async def jobs_of_one_tenant(target: Target) -> str:
 async def _job(client: httpx.AsyncClient) -> float:
     """Seconds until a short job has ended."""
     started = time.monotonic()
-    answer = await client.post("/queue/fal-ai/csm-1b", json=_SHORT)
-    if not answer.is_success:
-        raise BrokeError(f"another tenant's job is refused: {answer.status_code}")
-    where = f"/queue/fal-ai/csm-1b/requests/{answer.json()['request_id']}/status"
+    response = await client.post("/queue/fal-ai/csm-1b", json=_SHORT)
+    if not response.is_success:
+        raise BrokeError(f"another tenant's job is refused: {response.status_code}")
+    where = f"/queue/fal-ai/csm-1b/requests/{response.json()['request_id']}/status"
     await _wait(client, where, lambda status: status == "COMPLETED", "job")
     return time.monotonic() - started
 
@@ -88,8 +88,8 @@ async def batches_of_one_tenant(target: Target) -> str:
     statuses, made = [], []
     async with target.client(0) as greedy, target.client(1) as other:
         for _ in range(10):
-            answer, batch = await _batch(greedy, many)
-            statuses.append(answer)
+            response, batch = await _batch(greedy, many)
+            statuses.append(response)
             made += [batch] if batch else []
         one = json.dumps({"custom_id": "one", **line}).encode()
         mine, batch = await _batch(other, one)
@@ -108,13 +108,13 @@ async def batches_of_one_tenant(target: Target) -> str:
 async def _batch(client: httpx.AsyncClient, lines: bytes) -> tuple[int, str | None]:
     """Adds a batch; returns the status of the response and its name."""
     file = {"file": ("a.jsonl", lines)}
-    answer = await client.post("/v1/files", data={"purpose": "batch"}, files=file)
-    if not answer.is_success:
-        return answer.status_code, None
+    response = await client.post("/v1/files", data={"purpose": "batch"}, files=file)
+    if not response.is_success:
+        return response.status_code, None
     batch = {"endpoint": "/v1/audio/speech", "completion_window": "24h"}
-    batch["input_file_id"] = answer.json()["id"]
-    answer = await client.post("/v1/batches", json=batch)
-    return answer.status_code, answer.json().get("id")
+    batch["input_file_id"] = response.json()["id"]
+    response = await client.post("/v1/batches", json=batch)
+    return response.status_code, response.json().get("id")
 
 
 @attack(Server.KEYS)
@@ -156,12 +156,12 @@ async def unfinished_messages_of_one_tenant(target: Target) -> str:
     try:
         async with target.socket(1) as other, asyncio.timeout(_PATIENCE_SECONDS):
             await other.send(json.dumps(turn))
-            answer = json.loads(await other.recv())
+            response = json.loads(await other.recv())
     finally:
         for socket in sockets:
             socket.transport.abort()
-    if answer["type"] != "turn":
-        raise BrokeError(f"another tenant's message is refused: {answer}")
+    if response["type"] != "turn":
+        raise BrokeError(f"another tenant's message is refused: {response}")
     return f"{len(sockets)} opened; another tenant's message is received"
 
 

@@ -112,8 +112,8 @@ class Visit:
 class FakeServer:
     """A fake WebSocket of a server: a function responds to the messages of the page."""
 
-    def __init__(self, page, answer: Callable[["FakeServer", dict], None]):
-        self._answer = answer
+    def __init__(self, page, respond: Callable[["FakeServer", dict], None]):
+        self._respond = respond
         self.messages: list[dict] = []
         page.route_web_socket("**/v1/realtime", self._open)
 
@@ -123,7 +123,7 @@ class FakeServer:
 
     def _take(self, data: str) -> None:
         self.messages.append(message := json.loads(data))
-        self._answer(self, message)
+        self._respond(self, message)
 
     def tell(self, kind: str, **fields: object) -> None:
         self.socket.send(json.dumps({"type": kind, **fields}))
@@ -139,7 +139,7 @@ class FakeServer:
 def answer_with(speak: Callable[[FakeServer], None]) -> Callable[[FakeServer, dict], None]:
     """The responses of a server that generates each turn by `speak`."""
 
-    def answer(server: FakeServer, message: dict) -> None:
+    def respond(server: FakeServer, message: dict) -> None:
         if message["type"] == "session":
             server.tell("session")
         elif message["type"] == "say":
@@ -148,7 +148,7 @@ def answer_with(speak: Callable[[FakeServer], None]) -> Callable[[FakeServer, di
             speak(server)
             server.tell("done", id=number, seconds=1, cancelled=False, notices="")
 
-    return answer
+    return respond
 
 
 def pcm(text: str) -> np.ndarray:

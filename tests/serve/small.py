@@ -24,8 +24,8 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
         return
     request = Request(scope, receive)
     body = await request.body()
-    answer = {"caller": vars(caller_of(request)), "bytes": len(body), "client": scope["client"]}
-    await JSONResponse(answer)(scope, receive, send)
+    response = {"caller": vars(caller_of(request)), "bytes": len(body), "client": scope["client"]}
+    await JSONResponse(response)(scope, receive, send)
 
 
 def ask(

@@ -99,6 +99,6 @@ def test_speech_in_an_added_voice_compiles_nothing(ready):
     assert ready.post("/v1/audio/voices", json=body).status_code == 201
     assert COMPILED, "no longer than the others: this shows nothing"
     COMPILED.clear()
-    answer = ready.post("/generate", json=BRIEF | {"text": LONG, "voice": "new"})
-    assert answer.status_code == 200
+    response = ready.post("/generate", json=BRIEF | {"text": LONG, "voice": "new"})
+    assert response.status_code == 200
     assert not COMPILED

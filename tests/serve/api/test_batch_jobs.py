@@ -103,9 +103,9 @@ def test_the_result_of_a_failed_line_has_an_error(server):
     ],
 )
 def test_a_file_with_an_invalid_line_is_refused(server, data, message):
-    answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 def test_a_line_is_stored_without_unknown_fields(server):
@@ -148,11 +148,11 @@ def test_files_of_a_caller_are_read_a_few_at_a_time(server, monkeypatch):
             time.sleep(0.02)
         assert server.get("/healthz").status_code == 200
         goes_on.set()
-        answers = [each.result() for each in asked]
-    assert {answer.status_code for answer in answers} == {200}
+        responses = [each.result() for each in asked]
+    assert {response.status_code for response in responses} == {200}
     assert max(most) < len(os.sched_getaffinity(0)) + 4
-    for answer in answers:
-        wait(server.url, answer.json()["id"])
+    for response in responses:
+        wait(server.url, response.json()["id"])
     assert server.service.request_limiter.num_acquired == 0
 
 
@@ -181,8 +181,8 @@ def test_interactive_requests_go_first(server):
     wait(server.url, batch["id"], lambda batch: batch["request_counts"]["completed"] > 2)
     engine = server.service.engine
     assert engine.num_running < engine.max_batch
-    answer = server.post("/generate", json={"text": "one two three", "seed": 1})
-    assert answer.status_code == 200
+    response = server.post("/generate", json={"text": "one two three", "seed": 1})
+    assert response.status_code == 200
     counts = server.get(f"/v1/batches/{batch['id']}").json()["request_counts"]
     assert counts["completed"] < 100
     server.post(f"/v1/batches/{batch['id']}/cancel")
@@ -245,8 +245,8 @@ def test_kill_9_loses_no_queued_job(tmp_path):
             while httpx.get(status, timeout=60).json()["status"] != "COMPLETED":
                 assert time.monotonic() < deadline + 300
                 time.sleep(0.05)
-            answer = httpx.get(f"{new_url}{path}/requests/{job}", timeout=60)
-            name = answer.json()["audio"]["file_name"]
+            response = httpx.get(f"{new_url}{path}/requests/{job}", timeout=60)
+            name = response.json()["audio"]["file_name"]
             contents.add(httpx.get(f"{new_url}/files/{name}", timeout=60).content)
     finally:
         process.terminate()
@@ -281,11 +281,11 @@ def test_stored_files_are_limited(model):
     limits = Limits(stored_bytes=350_000)
     with serve(model, Settings(**SMALL, limits=limits)) as running:
         files = {"file": ("a.jsonl", lines(1000))}
-        answers = [running.post("/v1/files", files=files) for _ in range(3)]
-        assert [answer.status_code for answer in answers] == [200, 429, 429]
-        assert answers[1].json()["error"]["code"] == "storage_full"
+        responses = [running.post("/v1/files", files=files) for _ in range(3)]
+        assert [response.status_code for response in responses] == [200, 429, 429]
+        assert responses[1].json()["error"]["code"] == "storage_full"
         running.get("/v1/batches")
-        httpx.delete(f"{running.url}/v1/files/{answers[0].json()['id']}").raise_for_status()
+        httpx.delete(f"{running.url}/v1/files/{responses[0].json()['id']}").raise_for_status()
         assert running.post("/v1/files", files=files).status_code == 200
 
 
@@ -356,9 +356,9 @@ def test_a_failing_worker_is_reported_once_and_continues(model, monkeypatch, cap
             patch.setattr(store, "next_line", fail)
             batch = running.post("/v1/batches", files={"file": lines(2)}).json()
             time.sleep(1)
-            answer = running.get("/readyz")
-            assert answer.status_code == 503
-            assert "a bug" in answer.json()["detail"]
+            response = running.get("/readyz")
+            assert response.status_code == 503
+            assert "a bug" in response.json()["detail"]
         wait(running.url, batch["id"])
         assert running.get("/readyz").status_code == 200
     assert len([record for record in caplog.records if "a bug" in record.message]) == 1
@@ -366,9 +366,9 @@ def test_a_failing_worker_is_reported_once_and_continues(model, monkeypatch, cap
 
 def test_the_error_names_one_invalid_line_of_50_000(server):
     data = lines(49_999) + b'{"custom_id": "b", "body": {"model": "csm-1b"}}'
-    answer = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
-    assert answer.status_code == 400
-    assert answer.json()["detail"].startswith("line 50000: body.")
+    response = server.post("/v1/batches", files={"file": ("lines.jsonl", data)})
+    assert response.status_code == 400
+    assert response.json()["detail"].startswith("line 50000: body.")
 
 
 def test_metadata_is_returned(server):

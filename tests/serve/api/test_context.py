@@ -94,17 +94,17 @@ def test_recordings_that_fit_are_decoded_in_full(server, work):
 def test_only_the_recordings_that_fit_are_encoded(server, work):
     """64 times 59 s in half a megabyte: one is decoded, and none fits beside the speech."""
     recording = uri(flac(59.0))
-    answer = server.post(PATH, json=scene(*[recording] * 64, max_audio_length_ms=400))
-    assert answer.status_code == 200
+    response = server.post(PATH, json=scene(*[recording] * 64, max_audio_length_ms=400))
+    assert response.status_code == 200
     assert len(work["decoded"]) == 1
     assert len(work["encoded"]) <= 1
 
 
 def test_recordings_beyond_the_window_are_checked_too(server, work):
     for bad, reason in (("data:audio/flac;base64,?", "base64"), (uri(b"RIFF"), "not readable")):
-        answer = server.post(PATH, json=scene(bad, *[uri(flac(25.0))] * 2))
-        assert answer.status_code == 400
-        assert reason in answer.json()["detail"]
+        response = server.post(PATH, json=scene(bad, *[uri(flac(25.0))] * 2))
+        assert response.status_code == 400
+        assert reason in response.json()["detail"]
     too_long = server.post(PATH, json=scene(uri(flac(61.0)), uri(flac(25.0))))
     assert "longer than 60 s" in too_long.json()["detail"]
     assert len(work["encoded"]) == 0
@@ -195,10 +195,10 @@ def test_nothing_is_decoded_without_a_permit(server, work):
             "/v1/audio/speech": {"model": "tts-1", "input": "one", "voice": "alloy"},
         }
         for path, body in asked.items():
-            answer = server.post(path, json=body)
-            assert answer.status_code == 429, path
-            assert answer.json()["error"]["code"] == "queue_full"
-            assert int(answer.headers["retry-after"]) >= 1
+            response = server.post(path, json=body)
+            assert response.status_code == 429, path
+            assert response.json()["error"]["code"] == "queue_full"
+            assert int(response.headers["retry-after"]) >= 1
     finally:
         asyncio.run_coroutine_threadsafe(give_back(places + more), loop).result(10)
     assert not work["decoded"]

@@ -24,21 +24,21 @@ def infer(server, **fields):
     return server.post(PATH, json=FIELDS | fields)
 
 
-def audio_of(answer: dict) -> bytes:
-    head, _, data = answer["audio"].partition(",")
+def audio_of(response: dict) -> bytes:
+    head, _, data = response["audio"].partition(",")
     assert head.startswith("data:audio/")
     assert head.endswith(";base64")
     return base64.b64decode(data)
 
 
 def test_the_response_has_the_fields_of_deepinfra(server):
-    answer = infer(server).json()
-    audio = as_samples(audio_of(answer))
-    assert answer["input_character_length"] == len(FIELDS["text"])
-    assert answer["output_format"] == "wav"
-    assert answer["words"] == []
-    assert answer["request_id"]
-    status = answer["inference_status"]
+    response = infer(server).json()
+    audio = as_samples(audio_of(response))
+    assert response["input_character_length"] == len(FIELDS["text"])
+    assert response["output_format"] == "wav"
+    assert response["words"] == []
+    assert response["request_id"]
+    status = response["inference_status"]
     assert set(status) == {"status", "runtime_ms", "cost", "tokens_generated", "tokens_input"}
     assert status["status"] == "succeeded"
     assert status["tokens_generated"] == len(audio) / 1920
@@ -69,17 +69,17 @@ def test_names_of_presets_stand_for_the_voices_of_the_server(server):
 def test_a_recording_gives_the_voice(server, recording, transcript, kind):
     fields = FIELDS | {"speaker_transcript": transcript}
     if kind == "multipart":
-        answer = server.post(PATH, data=fields, files={"speaker_audio": recording})
+        response = server.post(PATH, data=fields, files={"speaker_audio": recording})
     else:
         head = "data:audio/flac;base64," if kind == "data uri" else ""
         text = head + base64.b64encode(recording).decode()
-        answer = server.post(PATH, json=fields | {"speaker_audio": text})
-    assert median_pitch(as_samples(audio_of(answer.json())), 24_000) < 130
+        response = server.post(PATH, json=fields | {"speaker_audio": text})
+    assert median_pitch(as_samples(audio_of(response.json())), 24_000) < 130
 
 
 def test_max_audio_length_ms_limits_the_speech(server):
-    answer = infer(server, max_audio_length_ms=400).json()
-    assert len(as_samples(audio_of(answer))) == 5 * 1920
+    response = infer(server, max_audio_length_ms=400).json()
+    assert len(as_samples(audio_of(response))) == 5 * 1920
 
 
 @pytest.mark.parametrize(
@@ -95,9 +95,9 @@ def test_max_audio_length_ms_limits_the_speech(server):
     ],
 )
 def test_errors_name_the_invalid_field(server, fields, message):
-    answer = infer(server, **fields)
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = infer(server, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 class Listener(BaseHTTPRequestHandler):
@@ -150,9 +150,9 @@ def test_the_response_is_posted_to_the_webhook_with_a_signature(calling, listene
     assert queued.status_code == 202
     assert queued.json()["inference_status"]["status"] == "queued"
     headers, body = wait_for_posts(listener, failures + 1)[-1]
-    answer = json.loads(body)
-    assert answer["request_id"] == queued.json()["request_id"]
-    assert audio_of(answer) == audio_of(infer(calling).json())
+    response = json.loads(body)
+    assert response["request_id"] == queued.json()["request_id"]
+    assert audio_of(response) == audio_of(infer(calling).json())
     signed = headers["X-Webhook-Timestamp"].encode() + b"." + body
     expected = hmac.new(SECRET.encode(), signed, hashlib.sha256).hexdigest()
     assert headers["X-Webhook-Signature"] == f"sha256={expected}"
@@ -168,9 +168,9 @@ def test_posts_to_a_failing_webhook_end(calling, listener):
 def test_a_failure_is_posted_to_the_webhook(calling, listener):
     url = f"http://localhost:{listener.server_port}/"
     assert infer(calling, webhook=url, preset_voice="nobody").status_code == 202
-    answer = json.loads(wait_for_posts(listener, 1)[0][1])
-    assert answer["inference_status"]["status"] == "failed"
-    assert "nobody" in answer["detail"]
+    response = json.loads(wait_for_posts(listener, 1)[0][1])
+    assert response["inference_status"]["status"] == "failed"
+    assert "nobody" in response["detail"]
 
 
 def test_large_bodies_are_read_and_written_outside_the_event_loop(

@@ -65,16 +65,16 @@ def call(secure, certificates):
 def download(url: str, certificates) -> bytes:
     """A download needs no key."""
     trust = ssl.create_default_context(cafile=certificates / "ca.pem")
-    answer = httpx.get(url, verify=trust)
-    assert answer.status_code == 200
-    return answer.content
+    response = httpx.get(url, verify=trust)
+    assert response.status_code == 200
+    return response.content
 
 
 def test_a_scene_becomes_a_file(call, certificates):
-    answer = call(
+    response = call(
         "print(json.dumps(fal_client.run(APP, arguments=ARGS)))", ARGS={"scene": SCENE, "seed": 3}
     )
-    audio = answer["audio"]
+    audio = response["audio"]
     data = download(audio["url"], certificates)
     assert audio["file_size"] == len(data)
     assert audio["content_type"] == "audio/wav"
@@ -85,7 +85,7 @@ def test_a_scene_becomes_a_file(call, certificates):
 
 def test_a_scene_can_be_queued_and_fetched(call, certificates):
     """Submits, follows with logs, and fetches by the client."""
-    answer = call(
+    response = call(
         """
         handle = fal_client.submit(APP, arguments=ARGS)
         states = [type(state).__name__ for state in handle.iter_events(with_logs=True)]
@@ -95,28 +95,28 @@ def test_a_scene_can_be_queued_and_fetched(call, certificates):
         """,
         ARGS={"scene": SCENE, "seed": 3},
     )
-    assert answer["states"][-1] == "Completed"
-    assert set(answer["states"]) <= {"Queued", "InProgress", "Completed"}
-    messages = [log["message"] for log in answer["logs"]]
+    assert response["states"][-1] == "Completed"
+    assert set(response["states"]) <= {"Queued", "InProgress", "Completed"}
+    messages = [log["message"] for log in response["logs"]]
     assert messages[1:] == ["line 1 of 2 spoken", "line 2 of 2 spoken", "done"]
-    assert answer["metrics"]["inference_time"] > 0
-    assert len(as_samples(download(answer["result"]["audio"]["url"], certificates))) > 20_000
+    assert response["metrics"]["inference_time"] > 0
+    assert len(as_samples(download(response["result"]["audio"]["url"], certificates))) > 20_000
 
 
 def test_subscribe_with_a_context(call, certificates, recording, transcript):
     """The speech has the voice of the context."""
     url = "data:audio/flac;base64," + base64.b64encode(recording).decode()
     context = [{"prompt": transcript, "audio_url": url, "speaker_id": 0}]
-    answer = call(
+    response = call(
         "print(json.dumps(fal_client.subscribe(APP, arguments=ARGS)))",
         ARGS={"scene": SCENE[:1], "context": context, "seed": 1},
     )
-    audio = as_samples(download(answer["audio"]["url"], certificates))
+    audio = as_samples(download(response["audio"]["url"], certificates))
     assert median_pitch(audio, 24_000) < 130
 
 
 def test_a_queued_scene_can_be_cancelled(call, secure):
-    answer = call(
+    response = call(
         """
         handle = fal_client.submit(APP, arguments=ARGS)
         handle.cancel()
@@ -127,8 +127,8 @@ def test_a_queued_scene_can_be_cancelled(call, secure):
         """,
         ARGS={"scene": [{"text": "one two three " * 20, "speaker_id": 0}] * 8},
     )
-    assert answer[0] == 400
-    assert "cancelled" in answer[1]
+    assert response[0] == 400
+    assert "cancelled" in response[1]
     secure.wait_until_idle(seconds=5)
 
 
@@ -156,13 +156,13 @@ def test_errors_are_those_that_fal_clients_expect(call, arguments, message):
 
 def test_a_request_without_a_key_gets_401(secure, certificates):
     for headers in ({}, {"Authorization": "Key id:wrong"}, {"Authorization": "id:secret"}):
-        answer = httpx.post(
+        response = httpx.post(
             f"{secure.url}/{APP}",
             json={"scene": SCENE},
             headers=headers,
             verify=ssl.create_default_context(cafile=certificates / "ca.pem"),
         )
-        assert answer.status_code == 401
+        assert response.status_code == 401
 
 
 def test_earlier_lines_are_context_of_the_next(server):
@@ -179,12 +179,12 @@ def test_earlier_lines_are_context_of_the_next(server):
 
 
 def test_job_states_can_be_streamed(server):
-    answer = server.post(f"/queue/{APP}", json={"scene": SCENE}).json()
-    with httpx.stream("GET", f"{answer['status_url']}/stream?logs=1", timeout=60) as events:
+    response = server.post(f"/queue/{APP}", json={"scene": SCENE}).json()
+    with httpx.stream("GET", f"{response['status_url']}/stream?logs=1", timeout=60) as events:
         states = [json.loads(line[6:]) for line in events.iter_lines() if line]
     assert states[-1]["status"] == "COMPLETED"
-    assert httpx.get(answer["response_url"]).json()["audio"]["file_size"] > 20_000
-    assert httpx.put(answer["cancel_url"]).status_code == 400
+    assert httpx.get(response["response_url"]).json()["audio"]["file_size"] > 20_000
+    assert httpx.put(response["cancel_url"]).status_code == 400
 
 
 def test_unknown_ids_get_404(server):

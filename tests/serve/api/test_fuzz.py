@@ -150,16 +150,16 @@ async def throw(url: str, count: int, seed: int) -> list[tuple[int, dict]]:
 
 
 def check_mutated(target, count: int) -> None:
-    answers = asyncio.run(throw(target.url, count, seed=count))
+    responses = asyncio.run(throw(target.url, count, seed=count))
     # 429 and 503 are responses of a full queue.
-    failures = [answer for answer in answers if answer[0] >= 500]
+    failures = [response for response in responses if response[0] >= 500]
     assert not failures, failures[:3]
-    statuses = [status for status, _ in answers]
+    statuses = [status for status, _ in responses]
     assert statuses.count(200) > count / 20  # some are valid, so that speech is generated too
     assert statuses.count(400) > count / 4
     target.wait_until_idle(seconds=60)
-    answer = target.post("/generate", json=SHORTLY)
-    assert answer.status_code == 200
+    response = target.post("/generate", json=SHORTLY)
+    assert response.status_code == 200
 
 
 def test_mutated_requests_cause_no_server_error(target):

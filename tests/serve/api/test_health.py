@@ -29,10 +29,10 @@ def figures(server) -> dict[str, float]:
 def test_healthz_succeeds_before_readyz(model):
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").json() == {"status": "ok"}
-        while (answer := running.get("/readyz")).status_code == 503:
-            assert answer.json()["error"]["code"] == "not_ready"
+        while (response := running.get("/readyz")).status_code == 503:
+            assert response.json()["error"]["code"] == "not_ready"
             time.sleep(0.05)
-        assert answer.json()["status"] == "ready"
+        assert response.json()["status"] == "ready"
 
 
 def test_a_failed_warm_up_is_reported_by_readyz(model, monkeypatch, caplog):
@@ -44,11 +44,11 @@ def test_a_failed_warm_up_is_reported_by_readyz(model, monkeypatch, caplog):
     monkeypatch.setattr(Engine, "warm_up", fail)
     with serve(model, Settings(**SMALL), warm=None) as running:
         deadline = time.monotonic() + 30
-        while "failed" not in (answer := running.get("/readyz")).text:
+        while "failed" not in (response := running.get("/readyz")).text:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-        assert answer.status_code == 503
-        assert "the warm-up failed: out of memory" in answer.json()["detail"]
+        assert response.status_code == 503
+        assert "the warm-up failed: out of memory" in response.json()["detail"]
         assert running.get("/healthz").status_code == 200
     lines = [message for message in caplog.messages if "warm-up" in message]
     assert len(lines) == 1
@@ -60,15 +60,15 @@ def test_an_engine_that_has_stopped_is_reported(model):
     with serve(model, Settings(**SMALL), warm=False) as running:
         running.service.engine.close()
         for path in ("/healthz", "/readyz"):
-            answer = running.get(path)
-            assert answer.status_code == 503
-            assert "the engine has stopped" in answer.json()["detail"]
+            response = running.get(path)
+            assert response.status_code == 503
+            assert "the engine has stopped" in response.json()["detail"]
 
 
 def test_metrics_count_requests_and_speech(server):
     before = figures(server)
-    answer = server.post("/generate", json={"text": "one two", "streaming": True})
-    seconds = len(as_samples(answer.content)) / 24_000
+    response = server.post("/generate", json={"text": "one two", "streaming": True})
+    seconds = len(as_samples(response.content)) / 24_000
     server.post("/generate", json={"text": ""})
     after = figures(server)
 
@@ -98,11 +98,11 @@ async def hold(url: str, until: asyncio.Event, started: list) -> int:
     """Sends a long request, and disconnects when the event is set."""
     async with httpx.AsyncClient(timeout=60) as client:
         body = LONG | {"streaming": True}
-        async with client.stream("POST", f"{url}/generate", json=body) as answer:
-            started.append(answer.status_code)
-            if answer.status_code == 200:
+        async with client.stream("POST", f"{url}/generate", json=body) as response:
+            started.append(response.status_code)
+            if response.status_code == 200:
                 await until.wait()
-            return answer.status_code
+            return response.status_code
 
 
 def test_a_full_queue_gets_429(model):
@@ -148,19 +148,19 @@ def test_a_slow_reader_does_not_delay_other_requests(server):
 
 def test_a_running_response_is_finished_when_the_server_ends(model):
     """No response is cut off if it ends within the drain time."""
-    answers = []
+    responses = []
     with serve(model, Settings(**SMALL)) as running:
 
         def ask() -> None:
-            answers.append(running.post("/generate", json=LONG | {"streaming": True}))
+            responses.append(running.post("/generate", json=LONG | {"streaming": True}))
 
         thread = threading.Thread(target=ask)
         thread.start()
         while not running.service.engine.num_running:
             time.sleep(0.01)
     thread.join()
-    assert answers[0].status_code == 200
-    assert len(as_samples(answers[0].content)) / 24_000 > 1
+    assert responses[0].status_code == 200
+    assert len(as_samples(responses[0].content)) / 24_000 > 1
 
 
 def test_a_failed_request_does_not_affect_others(server, monkeypatch):
@@ -174,19 +174,19 @@ def test_a_failed_request_does_not_affect_others(server, monkeypatch):
 
     monkeypatch.setattr(RequestState, "accept", accept_or_fail)
     expected = server.service.model.generate(Request("one two", seed=2))
-    answers = {}
+    responses = {}
 
     def ask(text: str) -> None:
-        answers[text] = server.post("/generate", json={"text": text, "seed": 2})
+        responses[text] = server.post("/generate", json={"text": text, "seed": 2})
 
     threads = [threading.Thread(target=ask, args=(text,)) for text in ("one two", "seven")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers["seven"].status_code == 503
-    assert "broken" in answers["seven"].json()["detail"]
-    assert len(as_samples(answers["one two"].content)) == len(expected)
+    assert responses["seven"].status_code == 503
+    assert "broken" in responses["seven"].json()["detail"]
+    assert len(as_samples(responses["one two"].content)) == len(expected)
 
 
 def test_requests_during_the_warm_up_do_not_make_the_server_ready(model):

@@ -62,8 +62,8 @@ def decode(data: bytes, form: str) -> np.ndarray:
 
 @pytest.mark.parametrize("form", ["mp3", "opus", "aac", "flac", "wav", "pcm"])
 def test_every_format_has_the_length_and_loudness_of_the_speech(client, expected, form):
-    answer = create(client, response_format=form)
-    audio = decode(answer.content, form)
+    response = create(client, response_format=form)
+    audio = decode(response.content, form)
     # Codecs add a little silence, and change the waveform, but not its loudness.
     assert 0 <= len(audio) - len(expected) < 0.15 * 24_000
     loudness = [np.sqrt(np.mean(np.square(each))) for each in (audio, expected)]
@@ -74,8 +74,8 @@ def test_the_client_can_stream(client, expected):
     """Pieces arrive during generation, and together equal the whole."""
     with client.audio.speech.with_streaming_response.create(
         model="csm-1b", input=TEXT, voice="slt", response_format="pcm", extra_body=SEED
-    ) as answer:
-        pieces = list(answer.iter_bytes())
+    ) as response:
+        pieces = list(response.iter_bytes())
     assert len(pieces) > 2
     audio = np.frombuffer(b"".join(pieces), "<i2") / 32768
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
@@ -83,9 +83,9 @@ def test_the_client_can_stream(client, expected):
 
 def test_events_carry_the_same_bytes(server, client):
     body = {"model": "tts-1", "input": TEXT, "voice": "slt", "response_format": "wav", **SEED}
-    answer = server.post("/v1/audio/speech", json=body | {"stream_format": "sse"})
-    assert answer.headers["content-type"].startswith("text/event-stream")
-    events = [json.loads(line[6:]) for line in answer.text.splitlines() if line]
+    response = server.post("/v1/audio/speech", json=body | {"stream_format": "sse"})
+    assert response.headers["content-type"].startswith("text/event-stream")
+    events = [json.loads(line[6:]) for line in response.text.splitlines() if line]
     pieces = [base64.b64decode(event["audio"]) for event in events[:-1]]
     assert {event["type"] for event in events[:-1]} == {"speech.audio.delta"}
     whole = server.post("/v1/audio/speech", json=body).content
@@ -98,8 +98,8 @@ def test_events_carry_the_same_bytes(server, client):
 
 @pytest.mark.parametrize("speed", [0.25, 0.5, 2.0, 4.0])
 def test_speed_divides_the_length(client, expected, speed):
-    answer = create(client, response_format="pcm", speed=speed)
-    assert len(answer.content) / 2 == pytest.approx(len(expected) / speed, rel=0.03)
+    response = create(client, response_format="pcm", speed=speed)
+    assert len(response.content) / 2 == pytest.approx(len(expected) / speed, rel=0.03)
 
 
 def test_every_form_of_a_voice_is_understood(server, client):
@@ -154,8 +154,8 @@ def test_a_disconnect_frees_the_slot(server, client):
     body = {"max_audio_length_ms": 60_000, "temperature": 5}
     with client.audio.speech.with_streaming_response.create(
         model="csm-1b", input=TEXT * 20, voice="slt", response_format="pcm", extra_body=body
-    ) as answer:
-        next(answer.iter_bytes())
+    ) as response:
+        next(response.iter_bytes())
         assert server.service.engine.num_running == 1
     server.wait_until_idle(seconds=2)
 

@@ -46,10 +46,10 @@ def add_voice(client, recording, name="mine", text="six zero", speaker=0) -> htt
 
 def wait(client, path: str, until) -> dict:
     deadline = time.monotonic() + 60
-    while not until(answer := client.get(path).json()):
-        assert time.monotonic() < deadline, answer
+    while not until(response := client.get(path).json()):
+        assert time.monotonic() < deadline, response
         time.sleep(0.05)
-    return answer
+    return response
 
 
 @pytest.fixture
@@ -85,9 +85,9 @@ def test_every_route_gives_404_to_another_tenant(ask, things):
         [name] = names
         for method in methods:
             for thing in things[name]:
-                answer = ask["ben"].request(method, path.replace(f"{{{name}}}", thing))
-                assert answer.status_code == 404, (method, path, answer.text)
-                assert "key-of" not in answer.text
+                response = ask["ben"].request(method, path.replace(f"{{{name}}}", thing))
+                assert response.status_code == 404, (method, path, response.text)
+                assert "key-of" not in response.text
                 tried += 1
     assert tried >= 12
     # The rows are unchanged.

@@ -57,14 +57,14 @@ def test_a_seed_can_be_kept(visit):
 def test_playback_starts_with_the_first_frame(visit):
     """While the rest is still being generated."""
 
-    def answer(server: FakeServer, message: dict) -> None:
+    def respond(server: FakeServer, message: dict) -> None:
         if message["type"] == "session":
             server.tell("session")
         elif len(server.messages) == 2:
             server.tell("started", id=1, text=message["text"])
             server.play(0.08)
 
-    server = FakeServer(visit.page, answer)
+    server = FakeServer(visit.page, respond)
     visit.start()
     visit.wait_until("Number(document.querySelector('#position').value) >= 0.08")
     visit.status("Buffering")
@@ -299,13 +299,13 @@ def test_a_file_that_is_not_audio_shows_an_error(visit):
 def test_errors_and_texts_are_not_interpreted_as_html(visit):
     attack = "<img src=x onerror=alert(1)>"
 
-    def answer(server: FakeServer, message: dict) -> None:
+    def respond(server: FakeServer, message: dict) -> None:
         if message["type"] == "session":
             server.tell("session")
         elif message["type"] == "say" and len(server.messages) == 2:
             server.tell("error", message=attack, id=1, param=None)
 
-    FakeServer(visit.page, answer)
+    FakeServer(visit.page, respond)
     visit.write(f"A: {attack}")
     visit.start()
     visit.page.locator("#speech-error").get_by_text(attack).wait_for()

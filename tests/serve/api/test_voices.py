@@ -43,8 +43,8 @@ def names(server) -> list[str]:
 
 
 def speak(server, voice):
-    answer = server.post("/generate", json={"text": "one two three", "voice": voice, "seed": 1})
-    return as_samples(answer.content)
+    response = server.post("/generate", json={"text": "one two three", "voice": voice, "seed": 1})
+    return as_samples(response.content)
 
 
 def test_presets_are_listed_and_can_be_downloaded(server):
@@ -60,13 +60,13 @@ def test_presets_are_listed_and_can_be_downloaded(server):
 @pytest.mark.parametrize("kind", ["form", "json"])
 def test_a_voice_can_be_added_used_and_deleted(server, recording, transcript, kind):
     if kind == "form":
-        answer = add(server, recording, transcript, speaker=0)
+        response = add(server, recording, transcript, speaker=0)
     else:
         audio = base64.b64encode(recording).decode()
         body = {"name": "mine", "speaker": 0, "text": transcript, "audio": audio}
-        answer = server.post(PATH, json=body)
-    assert answer.status_code == 201, answer.text
-    assert answer.json()["deletable"]
+        response = server.post(PATH, json=body)
+    assert response.status_code == 201, response.text
+    assert response.json()["deletable"]
     assert "mine" in names(server)
     assert median_pitch(speak(server, "mine"), 24_000) < 130
     assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
@@ -101,9 +101,9 @@ def test_unknown_voices_get_404(server, path):
     [({"text": ""}, "text"), ({"text": "  "}, "transcript"), ({"speaker": "x"}, "speaker")],
 )
 def test_errors_name_the_invalid_field(server, recording, transcript, fields, message):
-    answer = add(server, recording, transcript, **fields)
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = add(server, recording, transcript, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
     assert "mine" not in names(server)
 
 
@@ -283,8 +283,8 @@ def test_adding_a_voice_does_not_wait_for_the_warm_up(server, recording, transcr
     monkeypatch.setattr(server.service, "not_ready", "warming up")
     monkeypatch.setattr(server.service.engine, "warm_up", lambda *_: warm.wait(60))
     try:
-        answer = add(server, recording, transcript)
-        assert answer.status_code == 201
+        response = add(server, recording, transcript)
+        assert response.status_code == 201
         assert not warm.is_set()
     finally:
         warm.set()

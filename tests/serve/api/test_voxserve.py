@@ -20,11 +20,11 @@ def generate(server, **fields):
 
 
 def test_json_and_form_give_the_same_speech(server):
-    answer = generate(server)
-    assert answer.headers["content-type"] == "audio/wav"
+    response = generate(server)
+    assert response.headers["content-type"] == "audio/wav"
     form = server.post("/generate", files={k: (None, str(v)) for k, v in FIELDS.items()})
-    assert same(form.content, answer.content)
-    assert len(as_samples(answer.content)) > 12_000
+    assert same(form.content, response.content)
+    assert len(as_samples(response.content)) > 12_000
 
 
 def test_a_stream_equals_the_whole(server):
@@ -65,25 +65,25 @@ def test_context_audio_gives_the_voice(server, recording, transcript, kind):
     """Speaker 0 is slt by default, and rms after a turn of rms."""
     fields = {"audio_text": transcript, "text": "one two three four"}
     if kind == "json":
-        answer = generate(server, **fields, audio=base64.b64encode(recording).decode())
+        response = generate(server, **fields, audio=base64.b64encode(recording).decode())
     else:
-        answer = server.post(
+        response = server.post(
             "/generate", data=FIELDS | fields, files={"audio": ("rms.flac", recording)}
         )
     plain = generate(server, text="one two three four")
-    assert median_pitch(as_samples(answer.content), 24_000) < 130
+    assert median_pitch(as_samples(response.content), 24_000) < 130
     assert median_pitch(as_samples(plain.content), 24_000) > 130
 
 
 def test_a_voice_by_name(server):
-    answer = generate(server, voice="rms", text="one two three four")
-    assert median_pitch(as_samples(answer.content), 24_000) < 130
+    response = generate(server, voice="rms", text="one two three four")
+    assert median_pitch(as_samples(response.content), 24_000) < 130
 
 
 def test_a_cut_is_reported_in_x_notices(server):
-    answer = generate(server, max_audio_length_ms=240)
-    assert len(as_samples(answer.content)) == 3 * 1920
-    assert answer.headers["x-notices"] == "cut"
+    response = generate(server, max_audio_length_ms=240)
+    assert len(as_samples(response.content)) == 3 * 1920
+    assert response.headers["x-notices"] == "cut"
 
 
 @pytest.mark.parametrize(
@@ -100,9 +100,9 @@ def test_a_cut_is_reported_in_x_notices(server):
     ],
 )
 def test_errors_name_the_invalid_field(server, fields, message):
-    answer = generate(server, **fields)
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = generate(server, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -118,14 +118,14 @@ def test_errors_name_the_invalid_field(server, fields, message):
     ],
 )
 def test_unsupported_bodies_are_refused(server, body, kind, status):
-    answer = server.post("/generate", content=body, headers={"Content-Type": kind})
-    assert answer.status_code == status, answer.text
-    assert set(answer.json()) == {"error", "detail"}
+    response = server.post("/generate", content=body, headers={"Content-Type": kind})
+    assert response.status_code == status, response.text
+    assert set(response.json()) == {"error", "detail"}
 
 
 def test_responses_have_a_request_id(server):
-    answer = server.post("/generate", json=FIELDS, headers={"X-Request-Id": "mine-1"})
-    assert answer.headers["x-request-id"] == "mine-1"
+    response = server.post("/generate", json=FIELDS, headers={"X-Request-Id": "mine-1"})
+    assert response.headers["x-request-id"] == "mine-1"
     forged = server.post("/generate", json=FIELDS, headers={"X-Request-Id": "a b\tc"})
     assert len(forged.headers["x-request-id"]) == 32
 

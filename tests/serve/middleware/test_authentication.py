@@ -64,10 +64,10 @@ def test_a_valid_key_is_accepted(guarded, headers):
 )
 def test_a_request_without_a_valid_key_gets_401(guarded, headers):
     for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
-        answer = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
-        assert answer.status_code == 401
-        assert answer.json()["error"]["type"] == "authentication_error"
-        assert answer.headers["www-authenticate"] == "Bearer"
+        response = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
+        assert response.status_code == 401
+        assert response.json()["error"]["type"] == "authentication_error"
+        assert response.headers["www-authenticate"] == "Bearer"
 
 
 def test_probes_need_no_key(guarded):
@@ -173,16 +173,16 @@ def test_a_large_body_is_refused_while_it_arrives(guarded, path, kind):
             yield b"a" * 1000
 
     headers = AUTHORIZED | {"Content-Type": kind}
-    answer = httpx.post(guarded.url + path, content=pieces(), headers=headers, timeout=30)
-    assert answer.status_code == 413
-    assert str(BODY_BYTES) in answer.json()["detail"]
+    response = httpx.post(guarded.url + path, content=pieces(), headers=headers, timeout=30)
+    assert response.status_code == 413
+    assert str(BODY_BYTES) in response.json()["detail"]
 
 
 def test_pages_of_other_origins_are_refused(server):
     """CORS is off by default."""
     headers = {"Origin": "https://example.com", "Access-Control-Request-Method": "POST"}
-    answer = httpx.options(f"{server.url}/generate", headers=headers)
-    assert "access-control-allow-origin" not in answer.headers
+    response = httpx.options(f"{server.url}/generate", headers=headers)
+    assert "access-control-allow-origin" not in response.headers
 
 
 WAV = base64.b64encode(as_wav(np.sin(np.arange(24_000, dtype=np.float32)))).decode()
@@ -199,9 +199,9 @@ TURN = {"prompt": LONG, "audio_url": f"data:audio/wav;base64,{WAV}", "speaker_id
     ],
 )
 def test_a_transcript_that_is_too_long_is_refused(server, path, fields):
-    answer = server.post(path, json=fields)
-    assert answer.status_code == 400
-    assert "10001 characters, but at most 10000" in answer.json()["detail"]
+    response = server.post(path, json=fields)
+    assert response.status_code == 400
+    assert "10001 characters, but at most 10000" in response.json()["detail"]
 
 
 def test_allowed_origins_are_accepted(model):
@@ -209,5 +209,5 @@ def test_allowed_origins_are_accepted(model):
     with serve(model, settings) as running:
         for origin, allowed in {"https://example.com": True, "https://other.com": False}.items():
             headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-            answer = httpx.options(f"{running.url}/generate", headers=headers)
-            assert ("access-control-allow-origin" in answer.headers) == allowed
+            response = httpx.options(f"{running.url}/generate", headers=headers)
+            assert ("access-control-allow-origin" in response.headers) == allowed

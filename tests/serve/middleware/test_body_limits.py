@@ -79,9 +79,9 @@ def test_json_is_read():
     ],
 )
 def test_json_needs_its_type(kind, message):
-    answer = post("/small", b'{"text": "a"}', kind)
-    assert answer.status_code == 415
-    assert message in answer.json()["detail"]
+    response = post("/small", b'{"text": "a"}', kind)
+    assert response.status_code == 415
+    assert message in response.json()["detail"]
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_json_needs_its_type(kind, message):
     ],
 )
 def test_invalid_json_gets_400_with_a_message_of_one_line(body, message):
-    answer = post("/small", body)
-    assert answer.status_code == 400
-    detail = answer.json()["detail"]
+    response = post("/small", body)
+    assert response.status_code == 400
+    detail = response.json()["detail"]
     assert any(part in detail for part in message.split("|")), detail
     assert "\n" not in detail
     assert len(detail) < 500
@@ -127,8 +127,8 @@ def test_the_size_limit_is_smaller_without_recordings():
     assert post("/small", body).status_code == 413
     assert post("/large", body).status_code == 200
     # With and without a Content-Length.
-    answer = ask(APP, "/small", "POST", content=iter_pieces(body), headers=AS_JSON)
-    assert answer.status_code == 413
+    response = ask(APP, "/small", "POST", content=iter_pieces(body), headers=AS_JSON)
+    assert response.status_code == 413
 
 
 async def iter_pieces(body: bytes, size: int = 100):
@@ -197,13 +197,13 @@ FILE = part(b"audio", b"\xff\x00", b'; filename="a.flac"')
 
 
 def test_a_form_is_read():
-    answer = post("/large", part(b"text", b"one") + FILE + b"--x--\r\n", FORM)
-    assert answer.json() == {"text": "one", "audio": 2, "kind": "bytes"}
+    response = post("/large", part(b"text", b"one") + FILE + b"--x--\r\n", FORM)
+    assert response.json() == {"text": "one", "audio": 2, "kind": "bytes"}
     empty = part(b"audio", b"", b'; filename=""')
-    answer = post("/large", part(b"text", b"one") + empty + b"--x--", FORM)
-    assert answer.json()["kind"] == "str"
-    answer = post("/large", b"text=on%65&audio=AAAA", "application/x-www-form-urlencoded")
-    assert answer.json() == {"text": "one", "audio": 4, "kind": "str"}
+    response = post("/large", part(b"text", b"one") + empty + b"--x--", FORM)
+    assert response.json()["kind"] == "str"
+    response = post("/large", b"text=on%65&audio=AAAA", "application/x-www-form-urlencoded")
+    assert response.json() == {"text": "one", "audio": 4, "kind": "str"}
 
 
 @pytest.mark.parametrize(
@@ -226,9 +226,9 @@ def test_a_form_is_read():
     ],
 )
 def test_a_damaged_form_is_refused(body, message):
-    answer = post("/large", body, FORM)
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = post("/large", body, FORM)
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 def test_a_malformed_urlencoded_form_is_refused():

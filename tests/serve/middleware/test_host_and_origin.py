@@ -36,8 +36,8 @@ def served(
     ],
 )
 def test_other_host_headers_are_refused(host, status):
-    answer = ask(served(), headers={"Host": host.encode("latin-1")})
-    assert answer.status_code == status
+    response = ask(served(), headers={"Host": host.encode("latin-1")})
+    assert response.status_code == status
     socket = open_socket(served(), headers={"host": host})
     assert (socket.status == 101) == (status == 200)
 
@@ -149,8 +149,8 @@ def test_head_requests_are_routed_as_get():
 
 def test_the_server_installs_its_middleware(server):
     """The middleware in the order of the application."""
-    answer = httpx.head(server.url + "/healthz")
-    assert (answer.status_code, answer.content) == (200, b"")
+    response = httpx.head(server.url + "/healthz")
+    assert (response.status_code, response.content) == (200, b"")
     assert httpx.head(server.url + "/generate").status_code == 405
     assert server.get("/v1/models", headers={"Host": "evil.example"}).status_code == 421
     foreign = {"Origin": "https://evil.example"}

@@ -122,8 +122,8 @@ class Running:
         return made
 
     def ask(self, path: str = "/") -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:
-            return answer.read().decode()
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as response:
+            return response.read().decode()
 
     def ask_from(self, address: str) -> bytes:
         """The response to a client with another address."""

@@ -53,17 +53,17 @@ def test_connections_without_a_handshake_are_counted(running, context):
 
 def test_many_requests_at_once_are_answered(running, context):
     """Heads that arrive together with the end of the handshake are not lost."""
-    answers = []
+    responses = []
 
     def work() -> None:
-        answers.extend(ask(running, context)[-7:] for _ in range(10))
+        responses.extend(ask(running, context)[-7:] for _ in range(10))
 
     threads = [threading.Thread(target=work) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert answers == [b"0 bytes"] * 80
+    assert responses == [b"0 bytes"] * 80
 
 
 def test_a_response_longer_in_transit_than_the_idle_time_arrives(running, context):

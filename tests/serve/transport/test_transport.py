@@ -171,16 +171,16 @@ def test_a_connection_with_an_unread_body_is_closed(running, opened):
 
 def test_requests_in_one_packet_are_answered_in_order(running):
     two = REQUEST + BODY + b"a" * 1000 + REQUEST.replace(b"/ ", b"/c ")
-    answer = running.exchange(two)
-    assert answer.count(b"200 OK") == 3
-    assert answer.index(b"0 bytes") < answer.index(b"1000 bytes")
+    response = running.exchange(two)
+    assert response.count(b"200 OK") == 3
+    assert response.index(b"0 bytes") < response.index(b"1000 bytes")
 
 
 def test_a_request_with_two_lengths_is_the_last_of_its_connection(running):
     """One proxy would treat the second as a request, another as a part of the body."""
     head = b"POST /a HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n"
-    answer = running.exchange(head + b"0\r\n\r\n" + REQUEST.replace(b"/ ", b"/hidden "))
-    assert answer.count(b"HTTP/1.1 ") == 1
+    response = running.exchange(head + b"0\r\n\r\n" + REQUEST.replace(b"/ ", b"/hidden "))
+    assert response.count(b"HTTP/1.1 ") == 1
     assert ("GET", "/hidden") not in running.app.paths
 
 
@@ -221,9 +221,9 @@ CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 )
 def test_malformed_requests_are_refused(running, data):
     seen = len(running.app.paths)
-    answer = running.exchange(data)
-    assert answer.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 500 ")) or not answer
-    assert b" 200 " not in answer
+    response = running.exchange(data)
+    assert response.startswith((b"HTTP/1.1 400 ", b"HTTP/1.1 500 ")) or not response
+    assert b" 200 " not in response
     assert len(running.app.paths) <= seen + data.startswith(CHUNKED)
 
 

@@ -26,9 +26,9 @@ UPGRADE = (
     ],
 )
 def test_malformed_upgrades_open_no_websocket(running, data):
-    answer = running.exchange(data)
-    assert b" 101 " not in answer
-    assert answer.startswith(b"HTTP/1.1 ")
+    response = running.exchange(data)
+    assert b" 101 " not in response
+    assert response.startswith(b"HTTP/1.1 ")
 
 
 @pytest.mark.parametrize(
