@@ -469,14 +469,14 @@ def test_turns_beyond_the_window_are_dropped(model):
 def test_a_client_that_does_not_read_counts_as_disconnected():
     """Sending a message has the time limit `write_seconds`."""
 
-    class Deaf(Gone):
+    class NotReading(Gone):
         async def send_json(self, message: dict) -> None:
             await asyncio.sleep(3600)
 
     async def scenario() -> None:
         settings = Settings(limits=Limits(write_seconds=0.1))
         async with RealtimeSession(
-            SimpleNamespace(settings=settings, engine=None), Deaf()
+            SimpleNamespace(settings=settings, engine=None), NotReading()
         ) as session:
             with pytest.raises(WebSocketDisconnect):
                 await asyncio.wait_for(session.handle(b"{"), 5)
