@@ -87,4 +87,4 @@ def test_csm_jax_finetune_reads_the_conversations(conversations, tmp_path):
     found, problems = read_conversations(listed)
     assert len(found) == 50
     assert not problems
-    assert all(any(each.learnt) for each in found)
+    assert all(any(turn.is_trainable for turn in each.turns) for each in found)

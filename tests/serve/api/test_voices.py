@@ -130,7 +130,7 @@ def test_the_number_of_added_voices_is_limited(model, recording, transcript):
 def test_a_recording_without_a_transcript_is_refused(model, tmp_path, recording, caplog):
     Path(tmp_path / "a.flac").write_bytes(recording)
     with caplog.at_level(logging.WARNING):
-        assert make_voices(model, presets=[tmp_path]).all("") == []
+        assert make_voices(model, presets=[tmp_path]).visible_to("") == []
     assert "a.txt" in caplog.text
 
 
