@@ -109,6 +109,7 @@ def _read_config(path: Path) -> CSMConfig:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 

@@ -25,7 +25,10 @@ _FLAVORS = {"llama-1B": csm_1b().backbone, "llama-100M": csm_1b().depth_decoder}
 
 
 def csm_from_flavors(values: Json) -> CSMConfig:
-    """The original layout's config, which names `llama-1B` and `llama-100M`."""
+    """The original layout's config, which names `llama-1B` and `llama-100M`.
+
+    Raises `CheckpointError` for other flavors or a missing size.
+    """
     names = [str(values.get(name)) for name in ("backbone_flavor", "decoder_flavor")]
     unknown = [name for name in names if name not in _FLAVORS]
     if unknown:
@@ -50,7 +53,10 @@ def _required(values: Json, name: str) -> Any:
 
 
 def csm_from_huggingface(values: Json) -> CSMConfig:
-    """`config.json` of a transformers CSM checkpoint, old or new."""
+    """`config.json` of a transformers CSM checkpoint, old or new.
+
+    Raises `CheckpointError` for a value that is not supported.
+    """
     defaults = csm_1b()
     depth = values.get("depth_decoder_config") or {}
     _expect(values, "tie_codebooks_embeddings", True)
@@ -115,7 +121,10 @@ def _rope_from_huggingface(values: Json, theta: float) -> tuple[float, RopeScali
 
 
 def mimi_from_huggingface(values: Json) -> MimiConfig:
-    """`config.json` of a transformers Mimi checkpoint, or the `codec_config` of a CSM one."""
+    """`config.json` of a transformers Mimi checkpoint, or the `codec_config` of a CSM one.
+
+    Raises `CheckpointError` for a value that is not supported.
+    """
     for name, only in _MIMI_FIXED.items():
         _expect(values, name, only)
     own = {

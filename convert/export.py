@@ -1,4 +1,4 @@
-"""Native checkpoints back to the layout of transformers, so that what is tuned here runs there."""
+"""Exports native checkpoints in the layout of transformers, which can then run them."""
 
 import functools
 import json

@@ -71,7 +71,11 @@ def open_checkpoint(
 
 
 def needs_codec(source: Path) -> bool:
-    """Whether the checkpoint in a directory has no codec of its own."""
+    """Whether the checkpoint in a directory has no codec of its own.
+
+    Raises:
+      CheckpointError: there is no checkpoint.
+    """
     return _HUGGINGFACE_KEY not in _find_model(source).shapes
 
 
@@ -79,6 +83,9 @@ def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
     """Opens Mimi alone: a directory, or one safetensors file.
 
     The Hugging Face layout has its own sizes; kyutai's is read with those of `config`.
+
+    Raises:
+      CheckpointError: there is no Mimi.
     """
     for tensors in candidates(source):
         if _HUGGINGFACE_CODEC_KEY in tensors.shapes:

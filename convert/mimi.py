@@ -70,18 +70,18 @@ def kyutai_table(config: MimiConfig, names: Collection[str] = ()) -> Table:
     """Layout 3: `tokenizer-e351c8d8-checkpoint125.safetensors` and what moshi saves.
 
     Args:
-      names: the tensors of the file, which tell the older spellings of codebooks; the newer one is
-        expected without them.
+      names: the tensors of the file, which decide between the older and newer names of codebooks;
+        without any, the newer ones are expected.
     """
 
-    def spelt(*spellings: str) -> str:
-        found = [s for s in spellings if any(name.endswith(s) for name in names)]
-        return [*found, spellings[0]][0]
+    def spelling(*known: str) -> str:
+        found = [s for s in known if any(name.endswith(s) for name in names)]
+        return [*found, known[0]][0]
 
     codebook = (
-        spelt("_codebook.embedding_sum", "_codebook.embed_sum", "_codebook.embed_avg"),
-        spelt("_codebook.cluster_usage", "_codebook.cluster_size"),
-        spelt("_codebook._initialized", "_codebook.inited"),
+        spelling("_codebook.embedding_sum", "_codebook.embed_sum", "_codebook.embed_avg"),
+        spelling("_codebook.cluster_usage", "_codebook.cluster_size"),
+        spelling("_codebook._initialized", "_codebook.inited"),
     )
     rules = [
         *_kyutai_transformer("encoder_transformer", config),

@@ -1,4 +1,4 @@
-"""Published layouts to native checkpoints, for the command line and the hub."""
+"""Converts published layouts to native checkpoints, for the command line and the hub."""
 
 from pathlib import Path
 

@@ -129,6 +129,8 @@ def plan(table: Table, source: TensorSource, targets: Mapping[str, Shape]) -> li
     """Matches every tensor with its rule and checks the whole, without reading any.
 
     Assignments are in the order of their paths, so that those of a layer are adjacent.
+
+    Raises `CheckpointError` as `convert` does.
     """
     grouped, problems = _match_keys(table, source.shapes)
     assignments = []

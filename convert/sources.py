@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import jax
 import ml_dtypes
@@ -50,6 +51,7 @@ class SafetensorsSource:
                 self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
 
     def read(self, key: str) -> np.ndarray:
+        """One tensor. Raises `CheckpointError` if its file is damaged."""
         # The file is opened for every tensor again: pages of a mapping that stays open count as
         # memory of this process, and would add the size of the checkpoint to it.
         with _open(self._files[key]) as tensors:
@@ -68,11 +70,12 @@ class TorchSource:
         }
 
     def read(self, key: str) -> np.ndarray:
+        """One tensor, as float32."""
         # numpy has no bfloat16 that torch knows; float32 holds all of its values.
         return self._tensors[key].float().numpy()
 
 
-def _load_torch(file: Path) -> dict:
+def _load_torch(file: Path) -> dict[str, Any]:
     try:
         import torch
     except ImportError:
@@ -106,6 +109,9 @@ def shard_groups(directory: Path) -> list[list[Path]]:
     """The safetensors files of a directory, grouped into checkpoints.
 
     The hub repository of CSM-1B holds two checkpoints side by side; a glob would mix them.
+
+    Raises:
+      CheckpointError: a shard is missing.
     """
     groups: dict[str, list[Path]] = {}
     for file in sorted(directory.glob("*.safetensors")):

@@ -277,6 +277,7 @@ def _whole(name: str, text: str) -> int:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 

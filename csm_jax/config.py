@@ -132,7 +132,7 @@ class CSMConfig:
         return 1000 * self.codec.frame_size / self.codec.sample_rate
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """All fields as nested dictionaries, for JSON."""
         return dataclasses.asdict(self)
 
     @staticmethod

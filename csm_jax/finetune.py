@@ -219,7 +219,7 @@ def _batches_to_evaluate(examples: Sequence[Example], config: TrainStepConfig) -
 
 
 def _request(train: Sequence[Example], held_out: Sequence[Example]) -> Request:
-    """What samples say: the last turn of a held-out conversation, with the others as context."""
+    """The request of samples: the last turn of a held-out conversation, after its other turns."""
     *context, turn = (held_out or train)[0].segments
     return Request(turn.text, turn.speaker, tuple(context))
 
@@ -298,6 +298,7 @@ def _settings(values: flags.FlagValues) -> dict[str, object]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 

@@ -79,11 +79,11 @@ def main(values: flags.FlagValues) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """What to speak and where it goes, checked as far as it can be without a model.
+    """The turns to speak and the files to write, checked as far as possible without a model.
 
     Attributes:
-      turns: those to speak, and recorded ones.
-      defaults: what all turns have in common.
+      turns: the turns to speak, and recorded ones.
+      defaults: the values that all turns share.
     """
 
     turns: list[Turn]
@@ -137,7 +137,7 @@ def _read_context(values: flags.FlagValues) -> list[Turn]:
 
 
 def _read_defaults(values: flags.FlagValues) -> Request:
-    """What the flags say of every turn or line; without --text it is a placeholder."""
+    """The values of the flags for every turn or line; without --text, a placeholder is the text."""
     given = dataclass_flags.read_flags(values, Request, REQUEST_FLAGS)
     given["text"] = given["text"] or "?"
     return Request(**given, sampling=Sampling(**dataclass_flags.read_flags(values, Sampling)))
@@ -241,6 +241,7 @@ def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
 
 
 def run(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code."""
     return cli.run(PROGRAM, __doc__, define_flags, main, argv)
 
 

@@ -72,7 +72,7 @@ def download_prompts(repository: str) -> list[Path]:
     return [_fetch(repository, file) for file in files]
 
 
-def _list(repository: str, snapshot: Path, wanted: re.Pattern) -> list[str]:
+def _list(repository: str, snapshot: Path, wanted: re.Pattern[str]) -> list[str]:
     """The files of a repository; offline those in the cache, if any of them matches `wanted`."""
     try:
         return huggingface_hub.HfApi().list_repo_files(repository)

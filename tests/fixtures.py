@@ -160,7 +160,7 @@ def tensors_of(directory: Path, codec: Path | None = None) -> Tensors:
 def write_conversations(
     directory: Path, lengths: Sequence[Sequence[int]] = ((3, 2), (4,), (2,), (3, 3))
 ) -> Path:
-    """A training manifest: conversations whose turns are so many frames of noise each."""
+    """A training manifest: conversations whose turns have these numbers of frames of noise."""
     random = np.random.default_rng(1)
     lines = []
     for i, turns in enumerate(lengths):

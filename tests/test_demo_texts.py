@@ -132,7 +132,7 @@ def test_unspeakable_sentences_are_left_out(text):
     assert not is_speakable(text)
 
 
-def test_neighbouring_speakable_sentences_are_joined():
+def test_adjacent_speakable_sentences_are_joined():
     good = [f"This is a good sentence, and it is the {ordinal(i)}." for i in range(1, 12)]
     paragraph = " ".join([*good[:3], "This one is from 1851.", *good[3:]])
     assert sentences(paragraph)[3] == "This one is from 1851."

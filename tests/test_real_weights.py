@@ -33,15 +33,15 @@ def model():
 
 def segment(turn: dict, model: csm_jax.Generator) -> csm_jax.Segment:
     if "CSM_JAX_REAL_AUDIO" not in os.environ:
-        pytest.skip("CSM_JAX_REAL_AUDIO must name the recording that this case hears")
+        pytest.skip("CSM_JAX_REAL_AUDIO must name the recording of this case")
     audio = load_audio(os.environ["CSM_JAX_REAL_AUDIO"], model.sample_rate)
     return csm_jax.Segment(turn["speaker"], turn["text"], audio)
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_greedy_codes_equal_the_published_tokens(model, name):
-    *heard, spoken = CASES[name]["turns"]
-    context = [segment(turn, model) for turn in heard]
+    *context_turns, spoken = CASES[name]["turns"]
+    context = [segment(turn, model) for turn in context_turns]
     greedy = csm_jax.Sampling(greedy=True)
     codes = model.generate_codes(spoken["text"], spoken["speaker"], context, greedy)
     expected = np.asarray(CASES[name]["codes"])

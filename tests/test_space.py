@@ -43,10 +43,10 @@ def test_a_conversation_equals_that_of_the_library(space, app):
     *_, (rate, samples) = space.speak("one two\nthree four", 5, *voices)
     prompt = space.prompts["slt"]
 
-    heard, expected = [csm_jax.Segment(0, prompt.text, prompt.audio)], []
+    context, expected = [csm_jax.Segment(0, prompt.text, prompt.audio)], []
     for number, line in enumerate(["one two", "three four"]):
-        codes = space.model.generate_codes(line, number, heard, seed=5 + number)
-        heard.append(csm_jax.Segment(number, line, codes=codes))
+        codes = space.model.generate_codes(line, number, context, seed=5 + number)
+        context.append(csm_jax.Segment(number, line, codes=codes))
         expected.append(space.model.codec.decode(codes))
     assert rate == 24_000
     np.testing.assert_allclose(samples / 32767, np.concatenate(expected), atol=1e-3)

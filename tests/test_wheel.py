@@ -33,7 +33,7 @@ def _build(kind: str, source: Path) -> str:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory) -> tuple[Path, str]:
-    """The wheel and what was said while building it, in the two steps of `python -m build`."""
+    """The wheel and the output of its build, in the two steps of `python -m build`."""
     source = tmp_path_factory.mktemp("source")
     for name in SOURCES:
         if (ROOT / name).is_dir():

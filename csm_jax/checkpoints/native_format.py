@@ -78,7 +78,7 @@ def unflatten(flat: Mapping[str, Any], like: Params) -> Params:
 
 
 def small_files(directory: Path) -> list[Path]:
-    """Those of `SMALL_FILES` that a directory has."""
+    """The files of `SMALL_FILES` that a directory has."""
     return [directory / name for name in SMALL_FILES if (directory / name).is_file()]
 
 
@@ -159,7 +159,7 @@ def _part(path: str) -> str:
 def _as_stored(
     path: str, tensor: np.ndarray, dtype: jnp.dtype | None, int8: bool
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of what is stored for one tensor."""
+    """Yields (path, array) of all that is stored for one tensor."""
     kept = jnp.dtype(dtype or tensor.dtype)
     for name, array in prepare(path, tensor, Precision(kept, kept, int8)).items():
         stored = np.ascontiguousarray(array)
@@ -218,12 +218,15 @@ def _checkpointer() -> Iterator[ocp.Checkpointer]:
 
 
 def load_config(directory: Path) -> CSMConfig:
-    """The config of a native checkpoint."""
+    """The config of a native checkpoint. Raises `CheckpointError` if it cannot be read."""
     return CSMConfig.from_dict(_description(directory).get("config") or {})
 
 
 def is_int8(directory: Path) -> bool:
-    """Whether the matrices of a native checkpoint are stored as int8."""
+    """Whether the matrices of a native checkpoint are stored as int8.
+
+    Raises `CheckpointError` if its config cannot be read.
+    """
     return _description(directory).get("int8") is True
 
 
@@ -288,7 +291,11 @@ def place_params(
 
 
 def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields (path, array) in host memory, in the types they are stored in, part by part."""
+    """Yields (path, array) in host memory, in the types they are stored in, part by part.
+
+    Raises:
+      CheckpointError: a file is missing or damaged.
+    """
     shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=is_int8(directory)))
     check_files(directory)
     try:

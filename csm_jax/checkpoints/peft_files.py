@@ -1,4 +1,4 @@
-"""Files of LoRA adapters in PEFT's format: what is trained on one side runs on the other."""
+"""Reads and writes LoRA adapters in PEFT's format, so that either library runs the other's."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""From parameters as they are stored to parameters as a `Precision` holds them.
+"""Converts stored parameters to the types of a `Precision`.
 
 int8 is symmetric, with a scale per output channel; activations are quantized per row where they
 are used (`layers.linear`). Embeddings and norms stay: they are looked up or multiplied, never
@@ -18,7 +18,7 @@ Array = jax.Array
 def prepare(
     path: str, tensor: Array | np.ndarray, precision: Precision
 ) -> dict[str, Array | np.ndarray]:
-    """What one parameter of the model becomes: itself in the right type, or int8 and its scale.
+    """Converts one parameter of the model: to the right type, or to int8 and its scale.
 
     Args:
       path: as of `native_format.flatten`.

@@ -27,7 +27,7 @@ def random_params(
 
 
 def random_tensors(config: CSMConfig, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, array) of all parameters, float32, each drawn when the iterator gets to it.
+    """Yields (path, array) of all parameters, float32, each drawn when it is asked for.
 
     They are numpy's: 1.6 G of them take seconds, and a minute from `jax.random` on a CPU. The
     modules' own initializers are for training.

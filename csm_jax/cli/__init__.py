@@ -1,1 +1,1 @@
-"""What the commands share: flags, output, progress, processes."""
+"""Shared parts of the commands: flags, output, progress, processes."""

@@ -75,7 +75,7 @@ def field_types(cls: type) -> dict[str, Any]:
 
 
 def field_descriptions(cls: type) -> dict[str, str]:
-    """What the docstring of a class says of each of its attributes; {} without docstrings."""
+    """The descriptions of attributes in the docstring of a class; {} if it has none."""
     _, _, section = inspect.cleandoc(cls.__doc__ or "").partition("Attributes:\n")
     section = re.split(r"^\S", section, maxsplit=1, flags=re.MULTILINE)[0]
     entries = re.findall(r"^  (\w[\w, ]*): (.*(?:\n    .*)*)", section, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""What the commands share: how they run, end and print, and the compilation cache."""
+"""Runs a command: its flags, errors, signals, output and compilation cache."""
 
 import contextlib
 import os
@@ -23,7 +23,7 @@ HELP_WIDTH = 100
 _END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
-class _SignalledError(BaseException):
+class _SignalError(BaseException):
     """A signal has told this program to end."""
 
     def __init__(self, number: int):
@@ -41,7 +41,7 @@ def run(
     """Parses flags and runs `main`; returns the exit code.
 
     An error whose message is meant for the user is one line on stderr and exit code 2. When the
-    reader of a pipe has gone, such as `head`, the command ends without a word and with 0.
+    reader of a pipe has gone, such as `head`, the command ends without a message and with 0.
     """
     try:
         return _run(program, doc, define, main, sys.argv[1:] if argv is None else argv)
@@ -73,8 +73,8 @@ def _run(
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
-    except _SignalledError as signalled:
-        return _die_of(signalled.number)
+    except _SignalError as caught:
+        return _end_by_signal(caught.number)
     return 0
 
 
@@ -88,11 +88,11 @@ def _unwinding() -> Iterator[None]:
     def unwind(number: int, _: object) -> None:
         for each in before:
             signal.signal(each, signal.SIG_IGN)  # a second one must not disturb the unwinding
-        raise _SignalledError(number)
+        raise _SignalError(number)
 
     def unwind_again(caught: "sys.UnraisableHookArgs") -> None:
         # Python drops what a handler raises while a weak reference or a destructor is cleared.
-        if isinstance(caught.exc_value, _SignalledError):
+        if isinstance(caught.exc_value, _SignalError):
             number = caught.exc_value.number
             signal.signal(number, unwind)
             # A moment later: what is raised in here would be dropped too.
@@ -113,7 +113,7 @@ def _unwinding() -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
-def _die_of(number: int) -> int:
+def _end_by_signal(number: int) -> int:
     """Ends as if the signal had not been caught; returns a code where that has no effect."""
     os.kill(os.getpid(), number)
     return 128 + number  # process 1 of a container
@@ -174,7 +174,7 @@ def writing_stdout() -> Iterator[None]:
 
 
 def _abandon_closed_pipes() -> None:
-    """Python flushes both streams at its end, and would report a pipe without a reader then."""
+    """Discards the output to pipes without a reader, which Python would report when it exits."""
     for stream in (sys.stdout, sys.stderr):
         if stream is None:
             continue
@@ -185,6 +185,6 @@ def _abandon_closed_pipes() -> None:
 
 
 def _abandon(stream: TextIO) -> None:
-    """Lets what a stream has not written yet, and what follows, go nowhere."""
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
+    """Discards what a stream has not written yet, and all later output."""
+    with open(os.devnull, "wb") as null:
+        os.dup2(null.fileno(), stream.fileno())

@@ -175,6 +175,7 @@ class _Recordings:
         self._codes = functools.lru_cache(_MAX_CACHED_RECORDINGS)(functools.partial(_encode, model))
 
     def segment(self, turn: Turn) -> Segment:
+        """The turn with the codes of its recording. Raises `InputError`."""
         with self._lock:
             codes = turn.audio and self._codes(turn.audio)
         return Segment(turn.speaker, turn.text, codes=codes)

@@ -1,4 +1,4 @@
-"""Flags that name a model and the types that it is held in."""
+"""Flags that name a model and the types of its parameters."""
 
 from absl import flags
 
@@ -13,7 +13,7 @@ _QUANTIZE = " or ".join(QUANTIZE)
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    """Those of `load_model`."""
+    """Defines the flags of `load_model`."""
     define_checkpoint(values)
     define_adapters(values)
     flags.DEFINE_string("dtype", "auto", f"one of {_DTYPES}", flag_values=values)
@@ -22,24 +22,26 @@ def define_flags(values: flags.FlagValues) -> None:
 
 
 def define_checkpoint(values: flags.FlagValues, default: str = _CHECKPOINT) -> None:
+    """Defines `--checkpoint`."""
     names = f"hub name, directory in any layout, {' or '.join(NAMES)}"
     flags.DEFINE_string("checkpoint", default, names, flag_values=values)
 
 
 def define_adapters(values: flags.FlagValues) -> None:
+    """Defines `--adapters`."""
     adapters = "directory of LoRA adapters to add to the weights, of csm_jax.finetune or PEFT"
     flags.DEFINE_string("adapters", None, adapters, flag_values=values)
 
 
 def define_precisions(values: flags.FlagValues) -> None:
-    """Several of `--dtype` and `--quantize`, with commas between them."""
+    """Defines `--dtype` and `--quantize` as lists, for commands that run several."""
     dtypes = f"{_DTYPES}; several with commas between them"
     flags.DEFINE_list("dtype", ["auto"], dtypes, flag_values=values)
     flags.DEFINE_list("quantize", ["none"], f"{_QUANTIZE}, or both", flag_values=values)
 
 
 def load_model(values: flags.FlagValues) -> Generator:
-    """Loads the model that the flags name; warns of one that is no full model of speech.
+    """Loads the model that the flags name; warns if it is not a full model of speech.
 
     Raises:
       CheckpointError, InputError: as `csm_jax.load`.

@@ -50,7 +50,7 @@ def check_codes_out(path: Path) -> None:
 
 
 def save_speech(out: str, audio_format: str | None, audio: np.ndarray, sample_rate: int) -> None:
-    """Writes float32 [num_samples] as a whole."""
+    """Writes float32 [num_samples] at once, when all of it is there. Raises `OutputError`."""
     if out == STDOUT:
         _write_to_pipe(encode_audio(audio, sample_rate, f".{audio_format or 'wav'}"))
     else:

@@ -19,9 +19,11 @@ class Report:
         self._started = time.perf_counter()
 
     def turn(self) -> "_Bar":
+        """The bar of the next turn, a context manager."""
         return _Bar(self._frame_s)
 
     def finish(self, out: str, num_frames: int) -> None:
+        """Prints the summary of all turns."""
         if sys.stderr.isatty():
             elapsed = time.perf_counter() - self._started
             audio = num_frames * self._frame_s

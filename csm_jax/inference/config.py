@@ -1,4 +1,4 @@
-"""Constants of inference, which a model carries with it."""
+"""Settings of inference, which a loaded model carries with it."""
 
 from dataclasses import dataclass, field
 
@@ -11,8 +11,9 @@ class InferenceConfig:
     """How requests are split, limited and batched, in the same way for all of them.
 
     Attributes:
-      max_part_characters: longer texts are split into parts (`text.split_text`).
-      pause_seconds, seconds_per_letter: the longest that a text can take (`text.needed_seconds`).
+      max_part_characters: longer texts are split into parts (`splitting.split_text`).
+      pause_seconds, seconds_per_letter: they give the longest that the speech of a text can take
+        (`splitting.needed_seconds`).
       guard: when speech counts as a runaway.
       min_bucket: the shortest cache and prompt that programs are compiled for, in positions; the
         others are powers of two.

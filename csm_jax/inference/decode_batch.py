@@ -29,7 +29,7 @@ from csm_jax.prompt.turns import Prompt
 
 
 class Utterance(NamedTuple):
-    """One stretch of generation.
+    """A prompt, and how the frames after it are generated.
 
     Attributes:
       prompt: what the backbone is prefilled with.
@@ -74,8 +74,8 @@ class _Slot:
 class DecodeBatch:
     """Utterances that are generated side by side, and join and leave between two runs.
 
-    The one mutable thing of generation: it owns the state that the compiled functions pass on.
-    Not thread-safe.
+    It owns the state that the compiled functions take and return, the only mutable state of
+    generation. Not thread-safe.
 
     Attributes:
       config: the model's sizes.
@@ -223,11 +223,11 @@ class DecodeBatch:
         return codes[:, :count], done
 
     def wait(self) -> None:
-        """Blocks until everything asked for has been computed."""
+        """Blocks until the device has finished all computations so far."""
         jax.block_until_ready(self._state)
 
     def bucket(self, length: int) -> int:
-        """The number of positions that so many are padded to."""
+        """The number of positions that `length` positions are padded to."""
         return min(bucket(length, self._inference.min_bucket), self.max_seq_len)
 
     def _taken(self, index: int) -> _Slot:
@@ -286,7 +286,7 @@ def bucket(length: int, least: int = InferenceConfig.min_bucket) -> int:
 
 
 def buckets(max_seq_len: int, least: int = InferenceConfig.min_bucket) -> Iterator[int]:
-    """All lengths that `bucket` gives where there are so many positions."""
+    """All lengths that `bucket` gives, up to `max_seq_len`."""
     length = 0
     while length < max_seq_len:
         length = min(bucket(length + 1, least), max_seq_len)

@@ -229,7 +229,9 @@ def run_frames(
         has_ended = jnp.any(state.done & ~done_before)
         return (count < num_frames) & ~jnp.all(state.done) & ~(pause & has_ended)
 
-    def body(carry: tuple[GenerationState, Array, Array]):
+    def body(
+        carry: tuple[GenerationState, Array, Array],
+    ) -> tuple[GenerationState, Array, Array]:
         state, buffer, count = carry
         state, codes = frame_step(model, state, sampling, kv_length)
         buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))

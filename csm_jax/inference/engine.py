@@ -1,6 +1,6 @@
 """Continuous batching: requests join and leave a running batch between two steps.
 
-One thread runs the batch, all others hold tickets. In every step it admits waiting requests,
+One thread runs the batch; callers hold tickets. In every step it admits waiting requests,
 generates a few frames for all slots, and gives each ticket its own. The frames of a request do not
 depend on the others: the batch always has the same shape, and every row its own key.
 
@@ -31,7 +31,7 @@ from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request import Request
 from csm_jax.inference.request_parameters import submit_parameters, takes_request
 from csm_jax.inference.request_state import RequestState
-from csm_jax.inference.scheduler import RowScheduler
+from csm_jax.inference.scheduler import SlotScheduler
 from csm_jax.inference.ticket import Ticket
 from csm_jax.model.compiling import compile_all
 
@@ -76,7 +76,7 @@ class Engine:
         self.max_batch = max_batch
         self.max_seq_len = min(max_seq_len, model.config.backbone.max_seq_len)
         self._core = EngineCore(model, max_batch, self.max_seq_len)
-        self._waiting: RowScheduler[ActiveRequest] = RowScheduler(
+        self._waiting: SlotScheduler[ActiveRequest] = SlotScheduler(
             max_batch, kept_rows, kept_beside_others
         )
         # What `warm_up` has compiled: the programs of all requests, and those of prefixes of these
@@ -121,10 +121,10 @@ class Engine:
         prefix_lengths: Sequence[int] = (),
         should_stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Compiles all that requests of any kind need, so that none of them waits for a compiler.
+        """Compiles all that requests of any kind need, so that no request waits for the compiler.
 
-        It does so in the calling thread, while requests are running. What has been compiled before
-        takes no time.
+        It does so in the calling thread, while requests are running. Programs that are compiled
+        already take no time.
 
         Args:
           prefix_lengths: positions that requests will share, such as those of a voice's sample.
@@ -324,7 +324,7 @@ class Engine:
         self._core.reset()
 
     def _end(self) -> None:
-        """Finishes every ticket, whatever has happened."""
+        """Finishes every ticket that is left; runs after an error too."""
         with self._changed:
             self._is_closing = True
             left = self._all_requests()
@@ -336,7 +336,7 @@ class Engine:
 
 
 def _as_failure(error: Exception) -> CSMError:
-    """What a ticket raises for an error of the model or the machine."""
+    """The error that a ticket raises for one of the model or the machine."""
     if isinstance(error, CSMError):
         return error
     logger.error("the engine failed", exc_info=error)

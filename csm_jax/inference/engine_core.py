@@ -99,12 +99,11 @@ class EngineCore:
         self.batch.leave(index)
         return self.active.pop(index)
 
-    def suspend(self, index: int) -> ActiveRequest:
+    def suspend(self, index: int) -> None:
         """Frees the slot of a request between two parts; `add` continues it in another."""
         self.batch.leave(index)
         request = self.active.pop(index)
         request.codec_state = self.decoder.take(index)
-        return request
 
     def prefill_next(self, index: int) -> None:
         """Lets a request keep its slot, and prefills its next part in one of the next steps."""
@@ -171,7 +170,7 @@ class EngineCore:
         request.is_finished = step.is_over and request.next is None
 
     def _decode(self) -> None:
-        """Decodes what was released to those that stream."""
+        """Decodes the released frames of the requests that stream."""
         while blocks := next_blocks(self.active):
             started = time.perf_counter()
             decoded = self.decoder.decode(blocks)

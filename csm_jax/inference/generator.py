@@ -50,8 +50,8 @@ class Generator(LoadedModel):
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns: as in
             `Request`; beside one, they replace its own.
           progress: called now and then with the number of 80 ms frames so far.
-          notify: is given what the caller should know, such as that the speech was cut; by default
-            it is logged as a warning.
+          notify: called with each notice, such as that the speech was cut; by default notices are
+            logged as warnings.
 
         Returns:
           float32 [num_samples] at `sample_rate`; empty if the model ends at once.

@@ -69,7 +69,7 @@ class GuardLimits:
 
 
 class Action(Enum):
-    """What the caller does next."""
+    """The next step of the caller."""
 
     CONTINUE = "continue"
     RESAMPLE = "resample"

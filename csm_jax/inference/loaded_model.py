@@ -1,4 +1,4 @@
-"""A model in memory: what everything that generates speech needs of it."""
+"""A model in memory, as the decode loop, the engine and the facade use it."""
 
 import functools
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class Pace:
         return LONG_CHUNK if self.can_wait(LONG_CHUNK) else 1
 
     def can_wait(self, num_frames: int) -> bool:
-        """Whether there is enough audio to play while so many more frames are generated."""
+        """Whether there is enough audio to play while `num_frames` more are generated."""
         if self._started is None or self._num_played < 2:
             return False  # there is no interval to measure yet
         elapsed = time.perf_counter() - self._started
@@ -43,7 +43,7 @@ class Pace:
         return lead > MARGIN * num_frames * per_frame
 
     def played(self, num_frames: int) -> None:
-        """Notes that so many frames have been handed over."""
+        """Notes that `num_frames` more frames have been handed over."""
         if self._started is None:
             self._started = time.perf_counter()
         self._num_played += num_frames

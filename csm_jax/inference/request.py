@@ -1,4 +1,4 @@
-"""What a caller asks for, and what it is told beside the speech."""
+"""Requests for speech, and the notices that a caller gets beside the speech."""
 
 import dataclasses
 import logging
@@ -67,7 +67,7 @@ def as_request(text: str | Request, **fields: Any) -> Request:
 
 @dataclass(frozen=True)
 class Notice:
-    """Something that a caller should know about the speech it gets.
+    """A remark about the speech of a request, such as that it was cut.
 
     Attributes:
       kind: "cut", "nothing_said", "context_dropped", "resampled" or "guard_cut".

@@ -1,7 +1,7 @@
 """The state of one request: which utterances it takes, and which of their frames count.
 
-Nothing here generates. A `RequestState` says what to generate next and takes the frames, so that
-the same rules hold whether a request runs alone, as a stream, or in a batch with others.
+Nothing here runs the model. A `RequestState` returns the next utterance to generate and accepts its
+frames, so that the same rules hold for a request alone, as a stream, or in a batch with others.
 """
 
 import math
@@ -40,7 +40,7 @@ class Step(NamedTuple):
 
 
 class RequestState:
-    """A request on its way from its first utterance to its last frame.
+    """The progress of a request, from its first utterance to its last frame.
 
     Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
     it returns that the utterance is over.
@@ -58,7 +58,7 @@ class RequestState:
         Args:
           model: its codec encodes recordings of the context, in the first `next_utterance`, one
             turn that fits after the other.
-          notify: is given what the caller should know.
+          notify: called with each notice.
           max_seq_len: positions of the window, if fewer than the model's own limit.
 
         Raises:
@@ -90,7 +90,7 @@ class RequestState:
         return len(self._turns)
 
     def next_utterance(self) -> Utterance | None:
-        """What to generate next; None after the last part, or if the limit is reached."""
+        """The next utterance to generate; None after the last part or at the limit of frames."""
         if self._is_new:
             self._is_new = False
             return self._utterance()

@@ -1,4 +1,4 @@
-"""The codec for the streams of all rows of a batch."""
+"""Decodes the code streams of all rows of a batch."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -51,17 +51,13 @@ class RowDecoder:
         self._states = [codec.decode_stream_state(together) for _ in self._groups]
         self._is_new = np.ones(num_rows, bool)
 
-    def restart(self, row: int) -> None:
-        """Starts a new stream in a row."""
-        self.resume(row, None)
-
     def take(self, row: int) -> State | None:
         """The state of a row's stream, for `resume`; None if it has not started."""
         group, index = divmod(row, self._groups.shape[1])
         return None if self._is_new[row] else _take(self._states[group], np.int32(index))
 
     def resume(self, row: int, state: State | None) -> None:
-        """Continues a stream in a row; it can have been in another row before."""
+        """Continues a stream in any row from a state of `take`; None begins a new stream."""
         self._is_new[row] = state is None
         if state is not None:
             group, index = divmod(row, self._groups.shape[1])

@@ -171,7 +171,7 @@ class RecentShares:
 R = TypeVar("R", bound=Shared)
 
 
-class RowScheduler(Generic[R]):
+class SlotScheduler(Generic[R]):
     """The requests that wait for a slot of a batch, and which one gets the next slot.
 
     Attributes:
@@ -180,7 +180,7 @@ class RowScheduler(Generic[R]):
 
     def __init__(
         self,
-        num_rows: int,
+        num_slots: int,
         kept_rows: int = 0,
         kept_beside_others: int = 0,
         clock: Callable[[], float] = time.monotonic,
@@ -188,17 +188,17 @@ class RowScheduler(Generic[R]):
         """Starts with nothing waiting.
 
         Args:
-          num_rows: slots of the batch.
+          num_slots: slots of the batch.
           kept_rows: slots that only shares without a slot get. One slot of several is kept from
             requests in the background in any case.
           kept_beside_others: the same, while several shares ask for slots.
           clock: returns seconds.
         """
-        self._num_rows = num_rows
-        self._kept_rows = min(kept_rows, num_rows - 1)
-        self._kept_beside_others = min(max(kept_rows, kept_beside_others), num_rows - 1)
+        self._num_slots = num_slots
+        self._kept_rows = min(kept_rows, num_slots - 1)
+        self._kept_beside_others = min(max(kept_rows, kept_beside_others), num_slots - 1)
         self._recent = RecentShares(clock)
-        self._kept_from_background = max(self._kept_rows, min(1, num_rows - 1))
+        self._kept_from_background = max(self._kept_rows, min(1, num_slots - 1))
         self.live: FairQueue[R] = FairQueue()
         self.background: FairQueue[R] = FairQueue()
 
@@ -207,11 +207,12 @@ class RowScheduler(Generic[R]):
         yield from self.background
 
     def queue(self, in_background: bool) -> FairQueue[R]:
+        """The queue of a kind of requests."""
         return self.background if in_background else self.live
 
     def pop(self) -> R | None:
         """The request that gets a slot now; None if no slot is free for any of them."""
-        num_free = self._num_rows - self.live.num_running - self.background.num_running
+        num_free = self._num_slots - self.live.num_running - self.background.num_running
         if num_free < 1:
             return None
         kept = self._kept_beside_others if self._recent else self._kept_rows
@@ -227,6 +228,7 @@ class RowScheduler(Generic[R]):
         return self.queue(request.in_background).should_yield(request.share)
 
     def push(self, request: R) -> None:
+        """Adds a request at the end of its share's queue."""
         # Requests without a share, such as those that warm a server up, do not count.
         if request.share and not request.in_background:
             self._recent.note(request.share)
@@ -241,8 +243,10 @@ class RowScheduler(Generic[R]):
         self.queue(request.in_background).finish(request.share)
 
     def remove(self, request: R) -> None:
+        """Removes a waiting request. Raises `ValueError` if it is not waiting here."""
         self.queue(request.in_background).remove(request)
 
     def clear(self) -> None:
+        """Drops all waiting requests."""
         self.live.clear()
         self.background.clear()

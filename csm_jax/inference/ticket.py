@@ -40,7 +40,7 @@ class Ticket:
     Attributes:
       request: as it was submitted.
       timing: where its time went; complete when it is over.
-      notices: what the caller should know; complete when the request is over.
+      notices: remarks about the speech so far; complete when the request is over.
       is_cancelled: whether `cancel` was called.
     """
 
@@ -127,9 +127,11 @@ class Ticket:
     # The engine calls these.
 
     def add_frames(self, codes: np.ndarray) -> None:
+        """Adds the next frames, int32 [n, Q]."""
         self._frames.append(codes)
 
     def add_chunk(self, chunk: np.ndarray) -> None:
+        """Adds the next audio, float32 [n], and passes it to the listeners."""
         with self._lock:
             if self._keep or not self._listeners:
                 self._chunks.append(chunk)
@@ -137,13 +139,16 @@ class Ticket:
                 self._call(listener, chunk)
 
     def finish(self, error: CSMError | None = None) -> None:
+        """Ends the request; `error` is what waiting for its result raises."""
         with self._lock:
             self._error = error
             self._over.set()
             for listener in list(self._listeners):
                 self._call(listener, None)
 
-    def _call(self, listener: Callable[[np.ndarray | None], None], chunk: np.ndarray | None):
+    def _call(
+        self, listener: Callable[[np.ndarray | None], None], chunk: np.ndarray | None
+    ) -> None:
         if listener not in self._listeners:
             return
         try:

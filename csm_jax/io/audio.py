@@ -23,7 +23,7 @@ SAMPLE_RATE = 24_000
 _INT16_SCALE = 32_768
 # A recording of speech lasts at least so long, and somewhere is louder than this (-60 dBFS).
 _MIN_SECONDS = 0.1
-_SILENT_PEAK = 1e-3
+SILENT_PEAK = 1e-3
 # Float samples go from -1 to 1; peaks above that are clipped, and none is above this.
 _MAX_PEAK = 2.0
 
@@ -87,7 +87,7 @@ def decode_audio(data: bytes, path: Path, sample_rate: int) -> np.ndarray:
 
 
 def is_headerless(path: Path) -> bool:
-    """Whether the suffix alone says what the bytes are."""
+    """Whether the file has no header, so that its suffix decides the format."""
     return path.suffix.lower() in (".pcm", ".raw")
 
 
@@ -111,7 +111,7 @@ def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
     samples = check_audio(audio, name)
     peak, seconds = float(np.abs(samples).max()), len(samples) / SAMPLE_RATE
     # A constant is no sound either.
-    if (swing := float(np.ptp(samples)) / 2) < _SILENT_PEAK:
+    if (swing := float(np.ptp(samples)) / 2) < SILENT_PEAK:
         raise InputError(f"{name}: silent, with a peak of {swing:.2g}; record it louder")
     if peak > _MAX_PEAK:
         raise InputError(

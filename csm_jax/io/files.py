@@ -330,7 +330,7 @@ def _check_room(directory: Path, size: int) -> None:
 
 
 def make_once(target: Path, is_there: Callable[[], bool], make: Callable[[], None]) -> None:
-    """Makes a directory that several processes need: one of them makes it, the others wait.
+    """Makes a directory that several processes need; one process makes it, the others wait.
 
     Args:
       make: creates `target` by `new_directory`.

@@ -19,8 +19,9 @@ class Turn:
 
 
 def read_script(path: Path) -> list[Turn]:
-    """Reads `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`; `audio` is optional, and
-    relative to the file.
+    """Reads a script, `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`.
+
+    `audio` is optional, and relative to the file.
 
     Raises:
       InputError: the file or one of its turns is malformed; the turn is named by its number.

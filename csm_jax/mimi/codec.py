@@ -65,22 +65,22 @@ class Mimi(nnx.Module):
         return self.decode_step(codes, self.init_decode_state(codes.shape[0]))[0]
 
     def init_encode_state(self, batch: int) -> State:
-        """What `encode_step` starts from."""
+        """The state of `encode_step` before the first samples."""
         return init_states(self._encode_layers, batch)
 
     def init_decode_state(self, batch: int) -> State:
-        """What `decode_step` starts from."""
+        """The state of `decode_step` before the first frames."""
         return init_states(self._decode_layers, batch)
 
     def encode_step(self, audio: Array, state: State, num_codebooks: int) -> tuple[Array, State]:
-        """Encodes the next samples of streams that have come to `state`."""
+        """Encodes the next samples of streams; returns the codes and the next state."""
         if audio.ndim == 2:
             audio = audio[..., None]
         latent, state = step_all(self._encode_layers, audio, state)
         return self.quantizer.encode(latent, num_codebooks), state
 
     def decode_step(self, codes: Array, state: State) -> tuple[Array, State]:
-        """Decodes the next frames of streams that have come to `state`."""
+        """Decodes the next frames of streams; returns the audio and the next state."""
         return step_all(self._decode_layers, self.quantizer.decode(codes), state)
 
     @property
@@ -276,11 +276,11 @@ class Codec:
         return np.minimum(codes, self.config.codebook_size - 1)
 
     def encode_stream_state(self, batch: int = 1) -> State:
-        """What `encode_samples` starts from."""
+        """The state of `encode_samples` before the first samples."""
         return _init_encode_state(config=self.config, batch=batch)
 
     def decode_stream_state(self, batch: int = 1) -> State:
-        """What `decode_frames` starts from."""
+        """The state of `decode_frames` before the first frames."""
         return _init_decode_state(config=self.config, batch=batch)
 
     def encode_samples(

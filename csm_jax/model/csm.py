@@ -125,13 +125,15 @@ class CSM(nnx.Module):
         num_codebooks = self.config.num_codebooks
         heads = self.depth_heads.matrix
 
-        def next_code(inputs: Array, cache: KVCache, codebook: Array):
+        def next_code(inputs: Array, cache: KVCache, codebook: Array) -> tuple[Array, KVCache]:
             states, cache = self.depth_decoder(self.projection(inputs), cache)
             head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
             logits = linear_float32(states[:, -1], head)
             return sample(logits, uniform[codebook - 1], sampling.depth_decoder), cache
 
-        def body(carry: tuple[Array, KVCache], codebook: Array):
+        def body(
+            carry: tuple[Array, KVCache], codebook: Array
+        ) -> tuple[tuple[Array, KVCache], Array]:
             code, cache = carry
             inputs = self.embed_code(code, codebook - 1)[:, None]  # [B, 1, D]
             code, cache = next_code(inputs, cache, codebook)

@@ -33,7 +33,16 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Array, cache: LayerCache, positions: Array, kv_length: int
     ) -> tuple[Array, LayerCache]:
-        """x: [B, T, D]; positions: int32 [B, T] or [1, T], consecutive in each row."""
+        """Attends to the cache, after the new positions have been written to it.
+
+        Args:
+          x: [B, T, D].
+          positions: int32 [B, T] or [1, T], consecutive in each row.
+          kv_length: as for `Llama.__call__`.
+
+        Returns:
+          [B, T, D], and the cache with the new positions.
+        """
         config = self.config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         heads = self.qkv(x).reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)

@@ -100,7 +100,7 @@ def init_adapters(config: CSMConfig, lora: LoRAConfig, seed: int = 0) -> Adapter
 
 
 def attach(model: CSM, adapters: Adapters, scale: float) -> None:
-    """Adds the updates to the projections of a bound model (`model.bind`)."""
+    """Adds the updates to the projections of a bound model (`csm.bind`)."""
     for path, update in _fused(model.config, adapters).items():
         down, up = update
         module = _module(model, path)

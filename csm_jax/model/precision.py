@@ -19,7 +19,7 @@ QUANTIZE = ("none", "int8")
 
 
 class Role(enum.Enum):
-    """What a parameter is used for, which decides the type it is held in."""
+    """The use of a parameter, which decides its type."""
 
     MATRIX = "multiplied with activations"
     MATRIX_STACK = "matrices of which an index picks one"
@@ -54,8 +54,8 @@ class Precision:
       weights: of matrices and embeddings.
       activations: of everything between products, of norms and of the KV cache.
       int8: matrices are int8 instead, with a float32 scale per output channel.
-      packs_tables: whatever an index picks rows or matrices from is held as the bits of bfloat16
-        (`layers.pack`), which a CPU needs for it.
+      packs_tables: tables and stacks of matrices are held as the bits of bfloat16 (`layers.pack`),
+        because a CPU picks an entry of them much faster.
     """
 
     weights: jnp.dtype

@@ -85,7 +85,7 @@ def param_sharding(
 
 
 def place_on(mesh: Mesh, config: CSMConfig) -> Callable[[str, Any], jax.Array]:
-    """A `checkpoint.Place`, from host memory or from another place."""
+    """A `native_format.Place`, for arrays in host memory or on other devices."""
 
     def place(path: str, tensor: np.ndarray | jax.Array) -> jax.Array:
         return jax.device_put(tensor, param_sharding(path, tensor.shape, config, mesh))

@@ -1,4 +1,4 @@
-"""Texts before they are spoken: where to split them, and how long their speech can be."""
+"""Splits texts before they are spoken, and bounds the length of their speech."""
 
 import itertools
 import re
@@ -132,7 +132,7 @@ def _split(text: str, limit: int, levels: tuple[Callable[[str], list[str]], ...]
 
 
 def _pack(pieces: list[str], limit: int) -> list[list[str]]:
-    """Groups of neighbouring pieces, each as long as fits."""
+    """Groups of adjacent pieces, each as long as fits."""
     groups, packed = [[]], ""
     for piece in pieces:
         packed += piece
@@ -158,7 +158,7 @@ def _length(part: str) -> int:
 
 
 def _sentences(text: str, start: int = 0) -> list[str]:
-    """Args: start: where to begin to look for ends."""
+    """Splits at ends of sentences, which are looked for from `start` on."""
     ends = (match for match in _SENTENCE_END.finditer(text, start) if _ends_sentence(match))
     return _cut(text, (match.end() for match in ends))
 

@@ -123,7 +123,7 @@ def turn_rows(
 
 
 def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
-    """The rows of a text: all there is of the turn to be spoken.
+    """The rows of a text, which are all rows of a turn that is to be spoken.
 
     Raises:
       InputError: the text is empty.

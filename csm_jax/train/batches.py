@@ -10,7 +10,7 @@ from csm_jax.model.layers import AnyArray
 from csm_jax.train.examples import Example
 
 SHORTEST = 32
-# The seed's second number, which is the epoch elsewhere: no run has so many.
+# Takes the place of the epoch in the seed: no run has this many epochs.
 _HOLDOUT = 2**31
 
 

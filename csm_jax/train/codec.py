@@ -73,7 +73,7 @@ class Usage(NamedTuple):
 
 
 class CodecState(NamedTuple):
-    """What a run is resumed from.
+    """The state that a run is resumed from.
 
     Attributes:
       step: int32 [].
@@ -135,7 +135,7 @@ def init_codec_state(config: CodecStepConfig, seed: int) -> CodecState:
 
 
 def _usage(quantizer: Params, make: Callable[[Array], Usage]) -> tuple[list[Usage], list[Usage]]:
-    """What `make` returns for every codebook [V, C]."""
+    """The results of `make` for every codebook [V, C], by group."""
     semantic, acoustic = ([make(book) for _, book in _books(quantizer[group])] for group in GROUPS)
     return semantic, acoustic
 
@@ -151,7 +151,7 @@ def _init_label_head(config: CodecStepConfig) -> Params:
 
 
 def _trainable(params: Params, label_head: Params) -> Params:
-    """What the optimizer updates, under names by which it tells matrices from tables."""
+    """The parameters that the optimizer updates; by their names it tells matrices from tables."""
     return {"codec": params, "label_head": label_head}
 
 
@@ -207,14 +207,16 @@ def codec_step(
     gradients, (metrics, choices) = jax.grad(loss, has_aux=True)(trainable)
     trainable, opt_state = update(config.optimizer, gradients, state.opt_state, trainable)
     params = trainable["codec"]
-    usage = _follow(params["quantizer"], state.usage, choices, replace, config)
+    usage = _update_codebooks(params["quantizer"], state.usage, choices, replace, config)
     metrics = metrics._replace(perplexity=jnp.mean(_perplexities(choices, config.codec)))
-    average = _moved(state.average, params, state.step, config)
+    average = _update_average(state.average, params, state.step, config)
     head = trainable["label_head"]
     return CodecState(state.step + 1, params, average, head, opt_state, usage), metrics
 
 
-def _moved(average: Params, params: Params, step: Array, config: CodecStepConfig) -> Params:
+def _update_average(
+    average: Params, params: Params, step: Array, config: CodecStepConfig
+) -> Params:
     """The moving average after another step; its decay is faster over the first steps."""
     keep = jnp.minimum(config.average, (1 + step) / (10 + step))
     return jax.tree.map(lambda old, new: keep * old + (1 - keep) * new, average, params)
@@ -252,7 +254,10 @@ def reconstruct(
     return reconstructed[..., 0], commitment, choices
 
 
-def _quantize_split(quantizer: SplitQuantizer, latent: Array, kept: Array):
+def _quantize_split(
+    quantizer: SplitQuantizer, latent: Array, kept: Array
+) -> tuple[Array, Array, tuple[list[_Choice], list[_Choice]]]:
+    """`_quantize` with both groups of codebooks."""
     semantic, loss, first = _quantize(quantizer.semantic, latent, kept)
     acoustic, more, second = _quantize(quantizer.acoustic, latent, kept - quantizer.num_semantic)
     return semantic + acoustic, loss + more, (first, second)
@@ -286,11 +291,11 @@ def _draw_kept(key: Array, rows: int, config: CodecStepConfig) -> Array:
 
 
 def _books(group: Params) -> list[tuple[Any, Array]]:
-    """(key, codebook [V, C]) of a group's parameters, in order."""
+    """Pairs of key and codebook [V, C] in the parameters of a group, in order."""
     return sorted(group["codebooks"].items())
 
 
-def _follow(
+def _update_codebooks(
     quantizer: Params,
     usage: tuple[list[Usage], list[Usage]],
     choices: tuple[list[_Choice], list[_Choice]],
@@ -304,13 +309,13 @@ def _follow(
         followed.append([])
         for i, (name, _) in enumerate(_books(quantizer[group])):
             key, draw = jax.random.split(key)
-            now, books[name] = _follow_one(before[i], chosen[i], draw, config)
+            now, books[name] = _update_codebook(before[i], chosen[i], draw, config)
             followed[-1].append(now)
     semantic, acoustic = followed
     return semantic, acoustic
 
 
-def _follow_one(
+def _update_codebook(
     usage: Usage, choice: _Choice, key: Array, config: CodecStepConfig
 ) -> tuple[Usage, Array]:
     """The moving averages after another step, and the codebook [V, C] that they make."""
@@ -329,7 +334,7 @@ def _follow_one(
 
 
 def _perplexities(choices: tuple[list[_Choice], list[_Choice]], config: MimiConfig) -> Array:
-    """Of the codes of each codebook, float32 [Q]."""
+    """The perplexity of the codes of each codebook, float32 [Q]."""
 
     def perplexity(choice: _Choice) -> Array:
         shares = jnp.mean(jax.nn.one_hot(choice.codes, config.codebook_size), axis=0)

@@ -9,15 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from csm_jax.errors import InputError
-from csm_jax.io.audio import decode_audio, is_headerless, read_recording
+from csm_jax.io.audio import SILENT_PEAK, decode_audio, is_headerless, read_recording
 from csm_jax.io.files import replace_file, reporting
 from csm_jax.mimi.codec import Codec
 
 # Seconds of audio that are read before they are sorted and encoded, and, padding included, that
 # are encoded at once.
 READ_SECONDS, BATCH_SECONDS = 1200.0, 120.0
-# A recording whose peak is lower than this (-60 dBFS) has no speech in it.
-SILENT_PEAK = 1e-3
 
 
 class CodeCache:
@@ -86,7 +84,7 @@ class CodeCache:
         if cached is not None:
             return cached
         return _Recording(
-            path, file, _speech(decode_audio(data, path, self._codec.sample_rate), path)
+            path, file, _not_silent(decode_audio(data, path, self._codec.sample_rate), path)
         )
 
     def _load(self, file: Path) -> np.ndarray | None:
@@ -126,7 +124,8 @@ def _content(codes: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _speech(audio: np.ndarray, path: Path) -> np.ndarray:
+def _not_silent(audio: np.ndarray, path: Path) -> np.ndarray:
+    """The same audio. Raises `InputError` if there is no speech in it."""
     peak = float(np.abs(audio).max())
     if peak < SILENT_PEAK:
         raise InputError(f"{path}: silent, its peak of {peak:.1e} is under {SILENT_PEAK:.0e}")

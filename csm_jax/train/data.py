@@ -1,4 +1,4 @@
-"""Manifests of conversations: JSON lines in, conversations and the problems of the others out."""
+"""Reads manifests of recorded conversations, which are JSON lines, and reports their problems."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ class RecordedTurn:
 
 
 @dataclass(frozen=True)
-class Conversation:
+class RecordedConversation:
     """A line of a manifest.
 
     Attributes:
@@ -42,13 +42,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with a line."""
+    """The reason why a line cannot be used."""
 
     line: int
     message: str
 
 
-def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
+def read_conversations(path: Path) -> tuple[list[RecordedConversation], list[Problem]]:
     """Reads `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`, a conversation a line.
 
     Audio is relative to the file. A turn with `"train": false` is only context.
@@ -64,7 +64,7 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
         lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"data {path} cannot be read: {error}") from error
-    found: list[Conversation] = []
+    found: list[RecordedConversation] = []
     problems: list[Problem] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -78,7 +78,7 @@ def read_conversations(path: Path) -> tuple[list[Conversation], list[Problem]]:
     return found, problems
 
 
-def _parse(text: str, line: int, directory: Path) -> Conversation:
+def _parse(text: str, line: int, directory: Path) -> RecordedConversation:
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -88,7 +88,7 @@ def _parse(text: str, line: int, directory: Path) -> Conversation:
     turns = collect_or_fail(
         lambda i: _parse_turn(values[i], f"turn {i + 1}", directory), len(values)
     )
-    return Conversation(line, tuple(turns))
+    return RecordedConversation(line, tuple(turns))
 
 
 def collect_or_fail(make: Callable[[int], T], count: int) -> list[T]:

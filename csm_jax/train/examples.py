@@ -11,10 +11,10 @@ from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.prompt.turns import Segment, join_rows, turn_rows
-from csm_jax.train.data import Conversation, Problem, RecordedTurn, collect_or_fail
+from csm_jax.train.data import Problem, RecordedConversation, RecordedTurn, collect_or_fail
 
 TURNS = ("all", "last")
-# Of every recording its codes, int32 [num_frames, Q], or what is wrong with it.
+# The codes of every recording, int32 [num_frames, Q], or the error of one that cannot be used.
 Codes = Mapping[Path, np.ndarray | InputError]
 
 
@@ -22,7 +22,7 @@ class Example(NamedTuple):
     """One conversation.
 
     Attributes:
-      frames, mask: [T, Q + 1], int32 and bool, as `prompt.join_rows` makes them.
+      frames, mask: [T, Q + 1], int32 and bool, as `turns.join_rows` makes them.
       loss_mask: bool [T], the audio frames that count in the loss, ends of speech among them.
       segments: the turns that it was made of.
     """
@@ -55,7 +55,7 @@ class Selection:
 
 
 def make_examples(
-    conversations: Sequence[Conversation],
+    conversations: Sequence[RecordedConversation],
     codes: Codes,
     config: CSMConfig,
     tokenizer: Tokenizer,
@@ -73,7 +73,7 @@ def make_examples(
 
 
 def _make(
-    conversation: Conversation,
+    conversation: RecordedConversation,
     codes: Codes,
     config: CSMConfig,
     tokenizer: Tokenizer,
@@ -97,7 +97,7 @@ def _make(
     return example
 
 
-def _segments(conversation: Conversation, codes: Codes) -> list[Segment]:
+def _segments(conversation: RecordedConversation, codes: Codes) -> list[Segment]:
     def segment(index: int) -> Segment:
         turn = conversation.turns[index]
         found = codes[turn.audio]

@@ -39,6 +39,7 @@ class Log:
         self._events.write(step, numbers)
 
     def close(self) -> None:
+        """Closes the files."""
         self._events.close()
 
 

@@ -33,11 +33,11 @@ class Batches(Protocol):
 
 @dataclass(frozen=True)
 class RunConfig:
-    """How often a run does what, in steps; 0 is never.
+    """The intervals of a run, in steps; 0 is never.
 
     Attributes:
       keep: how many of the latest checkpoints stay.
-      patience: a run ends after so many steps in a row without a finite gradient.
+      patience: steps in a row without a finite gradient after which the run ends.
     """
 
     save_every: int = 200

@@ -109,7 +109,7 @@ def new_adapters(
 def merge_trained(
     pretrained: PretrainedModel, trained: Params, config: LoRAConfig | None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """(path, host array) of every parameter of the trained model and of its codec.
+    """Yields (path, host array) of every parameter of the trained model and of its codec.
 
     Args:
       trained: in host memory: the model's parameters, or adapters of the kind `config`.

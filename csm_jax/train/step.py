@@ -51,7 +51,7 @@ class TrainStepConfig:
 
 
 class TrainState(NamedTuple):
-    """What a run is resumed from, next to its position in the data.
+    """The state that a run is resumed from, beside its position in the data.
 
     Attributes:
       step: int32 [], batches so far, those with a skipped update included.
@@ -135,14 +135,14 @@ def mean_losses(sums: LossSums) -> tuple[Array, Array]:
 
 
 def _at_least_1(count: Array) -> Array:
-    """As float32, to divide by: the loss mask of a batch may be empty."""
+    """A count as a float32 divisor: the loss mask of a batch may be empty."""
     return jnp.maximum(count, 1).astype(jnp.float32)
 
 
 def _gradients(
     state: TrainState, frozen: Params | None, batch: Batch, seed: Array, config: TrainStepConfig
 ) -> tuple[Params, LossSums]:
-    """Of the mean loss over the whole batch, its parts one after another."""
+    """The gradients of the mean loss over the whole batch, computed part by part."""
     rows = len(batch.frames)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
@@ -156,7 +156,9 @@ def _gradients(
         depth = config.depth_weight * jnp.sum(sums.depth) / num_codes
         return sums.backbone / num_frames + depth, sums
 
-    def add(total: tuple[Params, LossSums], part: tuple[Batch, Array]):
+    def add(
+        total: tuple[Params, LossSums], part: tuple[Batch, Array]
+    ) -> tuple[tuple[Params, LossSums], None]:
         gradients, sums = jax.grad(loss, has_aux=True)(state.params, part)
         return jax.tree.map(jnp.add, total, (gradients, sums)), None
 

@@ -319,10 +319,10 @@ def test_logits_stay_close_to_those_of_float32():
 
 
 def test_a_stored_int8_model_generates(directory):
-    said = dict(max_audio_length_ms=640, guard="off", seed=3, notify=lambda notice: None)
+    options = dict(max_audio_length_ms=640, guard="off", seed=3, notify=lambda notice: None)
     model = csm_jax.load(directory)
-    codes = model.generate_codes("Hello.", **said)
+    codes = model.generate_codes("Hello.", **options)
     assert codes.shape == (8, CONFIG.num_codebooks)
     assert np.isfinite(model.decode(codes)).all()
-    again = csm_jax.load(directory, quantize="int8").generate_codes("Hello.", **said)
+    again = csm_jax.load(directory, quantize="int8").generate_codes("Hello.", **options)
     np.testing.assert_array_equal(again, codes)

@@ -1,4 +1,4 @@
-"""A pipe whose reader has gone, such as `head`, ends every command without a word."""
+"""A pipe whose reader has gone, such as `head`, ends every command without a message."""
 
 import os
 import subprocess

@@ -257,7 +257,7 @@ def test_a_missing_tensor_of_any_kind_is_an_error_in_every_layout(name):
 
 
 @pytest.mark.parametrize(("num_heads", "head_dim"), [(1, 2), (6, 8), (2, 6)])
-def test_rotating_pairs_of_neighbours_equals_rotating_halves_of_reordered_rows(num_heads, head_dim):
+def test_rotating_adjacent_pairs_equals_rotating_halves_of_reordered_rows(num_heads, head_dim):
     """RoPE of torchtune and moshi on their rows, as complex numbers, against csm_jax's."""
     rng = np.random.default_rng(1)
     weight = rng.standard_normal((num_heads * head_dim, 5), np.float32)

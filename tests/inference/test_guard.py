@@ -1,3 +1,5 @@
+"""The runaway guard: faults that stop speech, and natural speech that is no fault."""
+
 import dataclasses
 import itertools
 

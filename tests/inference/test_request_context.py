@@ -28,7 +28,7 @@ from csm_jax.prompt.turns import Turn
 
 
 def context(*lengths: int) -> list[Segment]:
-    """Turns that take so many positions each: 8 at least."""
+    """Turns that take these numbers of positions, 8 at least."""
     return [Segment(1, "hm", codes=codes(n - 8, i)) for i, n in enumerate(lengths)]
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from csm_jax.inference.scheduler import FairQueue, RowScheduler
+from csm_jax.inference.scheduler import FairQueue, SlotScheduler
 
 NAMES = st.sampled_from("abcd")
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 0.5, "d": 4.0}
@@ -170,24 +170,24 @@ class Wanted:
     in_background: bool = False
 
 
-def fill(rows: RowScheduler, *shares: str, in_background: bool = False) -> None:
+def fill(rows: SlotScheduler, *shares: str, in_background: bool = False) -> None:
     for share in shares:
         rows.push(Wanted(share, in_background=in_background))
 
 
-def taken(rows: RowScheduler) -> str:
+def taken(rows: SlotScheduler) -> str:
     """The shares that get slots now, in their order."""
     return "".join(request.share for request in iter(rows.pop, None))
 
 
 def test_shares_get_slots_in_turn():
-    rows = RowScheduler(4)
+    rows = SlotScheduler(4)
     fill(rows, *"aaaabc")
     assert taken(rows) == "abca"
 
 
 def test_the_background_leaves_a_slot_free_and_yields_to_live_requests():
-    rows = RowScheduler(3)
+    rows = SlotScheduler(3)
     fill(rows, *"xxyy", in_background=True)
     background = [rows.pop() for _ in range(2)]
     assert [request.share for request in background] == ["x", "y"]
@@ -203,7 +203,7 @@ def test_the_background_leaves_a_slot_free_and_yields_to_live_requests():
 
 def test_shares_take_turns_in_the_background():
     """However many requests one of them has."""
-    rows = RowScheduler(1)
+    rows = SlotScheduler(1)
     fill(rows, *"xxxxyyy", in_background=True)
     order = ""
     while request := rows.pop():
@@ -213,13 +213,13 @@ def test_shares_take_turns_in_the_background():
 
 
 def test_slots_are_kept_for_shares_without_one():
-    rows = RowScheduler(3, kept_rows=1)
+    rows = SlotScheduler(3, kept_rows=1)
     fill(rows, *"aaaa")
     assert taken(rows) == "aa"
     fill(rows, *"b")
     assert taken(rows) == "b"
     # The only slot of a batch is not kept free.
-    alone = RowScheduler(1, kept_rows=1)
+    alone = SlotScheduler(1, kept_rows=1)
     fill(alone, "a")
     assert taken(alone) == "a"
 
@@ -227,7 +227,7 @@ def test_slots_are_kept_for_shares_without_one():
 def test_a_slot_is_kept_while_several_shares_ask():
     """A lone share has all slots, and again when it has been alone for a minute."""
     now = 0.0
-    rows = RowScheduler(3, kept_beside_others=1, clock=lambda: now)
+    rows = SlotScheduler(3, kept_beside_others=1, clock=lambda: now)
 
     def run(*shares: str) -> str:
         fill(rows, *shares)
@@ -250,7 +250,7 @@ def test_a_slot_is_kept_while_several_shares_ask():
 
 def test_a_slot_is_free_for_the_next_new_share():
     """Once a second share has asked, a flood of the first leaves a slot to the next new share."""
-    rows = RowScheduler(2, kept_beside_others=1, clock=lambda: 0.0)
+    rows = SlotScheduler(2, kept_beside_others=1, clock=lambda: 0.0)
     fill(rows, *"aaaa")
     flood = [rows.pop() for _ in range(2)]
     fill(rows, "b")
@@ -270,7 +270,7 @@ def test_a_slot_is_free_for_the_next_new_share():
 )
 def test_long_texts_that_yield_are_finished(texts, num_rows):
     """All parts of all texts are generated; with a slot for each text none yields."""
-    rows = RowScheduler(num_rows)
+    rows = SlotScheduler(num_rows)
     parts = {}
     for share, count in texts:
         request = Wanted(share)

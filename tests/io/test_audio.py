@@ -1,3 +1,5 @@
+"""Audio files: formats, rates and levels, and the recordings and outputs that are refused."""
+
 import contextlib
 import errno
 import os

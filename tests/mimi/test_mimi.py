@@ -1,3 +1,5 @@
+"""The codec: causal layers, streams that equal whole recordings, and the quantizer."""
+
 import dataclasses
 from collections.abc import Callable
 

@@ -1,3 +1,5 @@
+"""Layers against their definitions, in every type."""
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -105,8 +107,8 @@ def test_layer_norm_equals_its_definition(dtype, shift):
     norm = LayerNorm(40, 1e-5, dtype=dtype)
     norm.scale[...], norm.bias[...] = (jnp.asarray(normal(s, 40, dtype=dtype)) for s in (5, 6))
     x64, scale64, bias64 = float64(x, norm.scale[...], norm.bias[...])
-    centred = x64 - x64.mean(axis=-1, keepdims=True)
-    product = centred / np.sqrt(x64.var(axis=-1, keepdims=True) + 1e-5) * scale64
+    centered = x64 - x64.mean(axis=-1, keepdims=True)
+    product = centered / np.sqrt(x64.var(axis=-1, keepdims=True) + 1e-5) * scale64
     # A bias of the opposite sign gives a small sum with the rounding errors of large terms.
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(norm(x), product + bias64, dtype, atol=max(eps * np.abs(product).max(), 1e-5))

@@ -1,3 +1,5 @@
+"""The Llama stack and its KV cache: any split of a sequence into calls gives equal states."""
+
 import dataclasses
 import functools
 

@@ -48,8 +48,8 @@ def test_a_row_does_not_depend_on_the_other_rows(name):
     uniform = rng.random(32, np.float32)
     alone = drawn(logits[:16], uniform[:16], filters(*[FILTERS[name]] * 16))
     alone_kept = filtered(logits[:16], filters(*[FILTERS[name]] * 16))
-    for neighbour in (*FILTERS.values(), Sampling(greedy=True)):
-        both = repeat(filters(FILTERS[name], neighbour), 16)
+    for other in (*FILTERS.values(), Sampling(greedy=True)):
+        both = repeat(filters(FILTERS[name], other), 16)
         np.testing.assert_array_equal(filtered(logits, both)[:16], alone_kept)
         np.testing.assert_array_equal(drawn(logits, uniform, both)[:16], alone)
 
@@ -120,7 +120,7 @@ TOP_K_CASES = {
     "huge": ([3e38, -3e38, 1e38, 3e38], 1, [0, 3]),
     "hugely negative": ([-3e38, -2e38, -INF, -3e38], 2, [0, 1, 3]),
     "small": ([1e-30, 2e-30, -1e-30, 2e-30], 3, [0, 1, 3]),
-    "neighbouring floats": ([1, np.nextafter(np.float32(1), np.float32(2)), 1, -1], 1, [1]),
+    "adjacent floats": ([1, np.nextafter(np.float32(1), np.float32(2)), 1, -1], 1, [1]),
 }
 top_k_cases = pytest.mark.parametrize(
     ("logits", "k", "kept"), TOP_K_CASES.values(), ids=TOP_K_CASES.keys()

@@ -1,3 +1,5 @@
+"""Tokenizers: special tokens, files in both formats, and damaged files."""
+
 import dataclasses
 import io
 import json

@@ -73,10 +73,10 @@ def test_mel_distance_is_the_logarithm_of_a_change_in_loudness():
 
 def test_reconstruct_equals_encode_and_decode(mimi):
     audio = tones(2, 5)
-    heard, _, _ = reconstruct(mimi, audio, jnp.array([CODEC.num_codebooks, 3]))
+    reconstructed, _, _ = reconstruct(mimi, audio, jnp.array([CODEC.num_codebooks, 3]))
     codes = mimi.encode(audio, CODEC.num_codebooks)
-    np.testing.assert_allclose(heard[:1], mimi.decode(codes[:1])[..., 0], atol=1e-5)
-    np.testing.assert_allclose(heard[1:], mimi.decode(codes[1:, :, :3])[..., 0], atol=1e-5)
+    np.testing.assert_allclose(reconstructed[:1], mimi.decode(codes[:1])[..., 0], atol=1e-5)
+    np.testing.assert_allclose(reconstructed[1:], mimi.decode(codes[1:, :, :3])[..., 0], atol=1e-5)
 
 
 def test_the_gradient_passes_the_codebooks_unchanged(mimi):
@@ -108,7 +108,7 @@ def test_codebooks_are_updated_as_in_moshi():
     for step in range(3):
         vectors = random.standard_normal((50, dim)).astype(np.float32)
         codes = codec.nearest(vectors[None], jnp.array(book))[0]
-        usage, book = codec._follow_one(
+        usage, book = codec._update_codebook(
             usage, codec._Choice(jnp.array(vectors), codes), jax.random.key(step), CONFIG
         )
         with torch.no_grad():
@@ -125,7 +125,7 @@ def test_an_unused_entry_is_replaced_by_a_vector_of_the_batch():
     count[[4, 9]] = 0.2 * 40 / size * 0.99
     usage = Usage(jnp.array(count), jnp.zeros((size, dim)))
     choice = codec._Choice(jnp.array(vectors), jnp.zeros(40, jnp.int32))
-    _, book = codec._follow_one(usage, choice, jax.random.key(0), CONFIG)
+    _, book = codec._update_codebook(usage, choice, jax.random.key(0), CONFIG)
     is_vector = np.isclose(book[:, None], vectors[None], atol=1e-5).all(axis=-1).any(axis=-1)
     assert is_vector.nonzero()[0].tolist() == [4, 9]
 
@@ -144,8 +144,8 @@ def test_training_lowers_the_losses():
     assert codec_step._cache_size() == compiled + 1
     everything = jnp.full(len(audio), CODEC.num_codebooks)
     for params in (state.params, state.average):
-        heard, _, _ = reconstruct(bind(CODEC, params), audio, everything)
-        assert mel_distance(heard, audio, 24_000) < 0.6 * distances[0]
+        reconstructed, _, _ = reconstruct(bind(CODEC, params), audio, everything)
+        assert mel_distance(reconstructed, audio, 24_000) < 0.6 * distances[0]
     assert not np.array_equal(before, state.params["quantizer"]["acoustic"]["codebooks"][5])
     assert 1 < metrics.perplexity <= CODEC.codebook_size
     # The classifier starts at zero, with equal probabilities, and Adam takes small steps.
@@ -198,7 +198,7 @@ def test_unknown_labels_have_no_gradient(mimi):
 @pytest.mark.parametrize(("step", "kept"), [(0, 0.1), (40, 41 / 50), (10**6, CONFIG.average)])
 def test_the_average_follows_the_weights_faster_at_first(step, kept):
     zeros, ones = {"weight": jnp.zeros(3)}, {"weight": jnp.ones(3)}
-    average = codec._moved(zeros, ones, jnp.int32(step), CONFIG)
+    average = codec._update_average(zeros, ones, jnp.int32(step), CONFIG)
     np.testing.assert_allclose(average["weight"], 1 - kept, rtol=1e-3)
 
 

@@ -94,13 +94,13 @@ def test_every_line_with_a_problem_is_named(codec, tmp_path):
     soundfile.write(tmp_path / "nan.wav", broken, 24_000, subtype="FLOAT")
     path = write(tmp_path, *(line for line, _ in LINES))
     made, problems = read(codec, path, Selection(max_len=63))
-    said = {problem.line: problem.message for problem in problems}
+    messages = {problem.line: problem.message for problem in problems}
     wanted = {number: says for number, (_, says) in enumerate(LINES, 1) if says}
-    assert len(problems) == len(said)
-    assert said.keys() == wanted.keys()
+    assert len(problems) == len(messages)
+    assert messages.keys() == wanted.keys()
     for number, says in wanted.items():
-        assert says.format(tmp_path) in said[number]
-        assert "\n" not in said[number]
+        assert says.format(tmp_path) in messages[number]
+        assert "\n" not in messages[number]
     assert [len(example.frames) for example in made] == [12, 63]
 
 

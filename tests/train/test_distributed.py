@@ -21,7 +21,7 @@ def data(tmp_path_factory):
 
 
 def start(data: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Popen:
-    """A run in a process with so many CPU devices."""
+    """A run in a process with this number of CPU devices."""
     count = f"--xla_force_host_platform_device_count={devices}"
     xla_flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
     common = ["--checkpoint=random:tiny", "--batch_size=8", "--max_len=512", "--log_every=1"]
@@ -45,11 +45,11 @@ def start(data: Path, out: Path, *flags: str, devices: int = 1) -> subprocess.Po
 
 def curve(*processes: subprocess.Popen, out: Path) -> dict[str, list[float]]:
     try:
-        said = [process.communicate(timeout=240)[0] for process in processes]
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
-    assert [process.returncode for process in processes] == [0] * len(processes), said
+    assert [process.returncode for process in processes] == [0] * len(processes), outputs
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     names = "loss", "backbone_loss", "depth_loss", "grad_norm", "eval_loss"

@@ -196,7 +196,7 @@ def save_sesame(model: SesameModel, directory: Path | str, as_checkpoint: bool =
     """Writes layout 1 and returns the directory.
 
     `model.safetensors`, or `ckpt.pt` by `torch.save`. The `config.json` has the original's
-    fields; its flavours are those of the released sizes, whatever the sizes of this model are.
+    fields; its flavors are those of the released sizes, whatever the sizes of this model are.
     """
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -271,7 +271,7 @@ def _llama_weights(prefix: str, model: nn.Module, config: LlamaConfig) -> dict[s
 
 
 def interleave(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """Reorders the rows of a q or k projection from rotated halves to rotated neighbours.
+    """Reorders the rows of a q or k projection from rotated halves to rotated adjacent pairs.
 
     Within a head, rows (j, j + head_dim / 2) of transformers become rows (2j, 2j + 1).
     """

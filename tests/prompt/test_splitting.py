@@ -1,3 +1,5 @@
+"""Splitting of long texts, sentences of a text in pieces, and the length of speech."""
+
 import time
 
 import numpy as np

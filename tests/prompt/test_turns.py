@@ -1,3 +1,5 @@
+"""Prompts: the rows of text and audio, and the turns that are refused."""
+
 import dataclasses
 from types import SimpleNamespace
 
