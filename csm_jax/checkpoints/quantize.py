@@ -9,10 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csm_jax.model.layers import PACKED, quantize_int8
+from csm_jax.model.layers import PACKED, Array, quantize_int8
 from csm_jax.model.precision import Precision, role_of
-
-Array = jax.Array
 
 
 def prepare(

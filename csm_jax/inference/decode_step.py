@@ -17,11 +17,9 @@ from jax.typing import ArrayLike
 from csm_jax.config import CSMConfig
 from csm_jax.model.csm import CSM, bind
 from csm_jax.model.kv_cache import KVCache
-from csm_jax.model.layers import Params
+from csm_jax.model.layers import Array, Params
 from csm_jax.model.sampling import SamplingParams
 from csm_jax.model.sharding import keep_sharded
-
-Array = jax.Array
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25

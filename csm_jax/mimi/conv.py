@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from csm_jax.model.layers import Rngs, normal, per_channel
+from csm_jax.model.layers import Array, Rngs, normal, per_channel
 
-Array = jax.Array
 State = Any  # a pytree whose leaves start with the batch axis
 
 

@@ -1,14 +1,11 @@
 """Split residual vector quantization (Mimi, Defossez et al., 2024, section 3.2)."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax.config import MimiConfig
-from csm_jax.model.layers import Linear, Rngs, linear_float32, normal
+from csm_jax.model.layers import Array, Linear, Rngs, linear_float32, normal
 from csm_jax.model.precision import FLOAT32
-
-Array = jax.Array
 
 
 class ResidualQuantizer(nnx.Module):

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from csm_jax.config import LlamaConfig
-
-Array = jax.Array
+from csm_jax.model.layers import Array
 
 
 class LayerCache(NamedTuple):

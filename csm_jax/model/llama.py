@@ -9,10 +9,16 @@ from flax import nnx
 from csm_jax.config import LlamaConfig
 from csm_jax.model import kv_cache as kv
 from csm_jax.model.kv_cache import KVCache, LayerCache
-from csm_jax.model.layers import Linear, RMSNorm, Rngs, apply_rope, attention, rope_frequencies
+from csm_jax.model.layers import (
+    Array,
+    Linear,
+    RMSNorm,
+    Rngs,
+    apply_rope,
+    attention,
+    rope_frequencies,
+)
 from csm_jax.model.precision import Precision
-
-Array = jax.Array
 
 
 class Attention(nnx.Module):

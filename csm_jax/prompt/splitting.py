@@ -144,7 +144,7 @@ def _pack(pieces: list[str], limit: int) -> list[list[str]]:
 
 
 def _share_evenly(groups: list[list[str]]) -> list[list[str]]:
-    """Moves the border between the last two groups to where the longer one is shortest."""
+    """Moves the boundary between the last two groups to where the longer one is shortest."""
     if len(groups) < 2:
         return groups
     pieces = groups[-2] + groups[-1]
@@ -200,8 +200,8 @@ def _clusters(text: str) -> list[str]:
 
 
 def _cut(text: str, ends: Iterable[int]) -> list[str]:
-    borders = [0, *(end for end in ends if 0 < end < len(text)), len(text)]
-    return [text[start:end] for start, end in itertools.pairwise(borders)]
+    bounds = [0, *(end for end in ends if 0 < end < len(text)), len(text)]
+    return [text[start:end] for start, end in itertools.pairwise(bounds)]
 
 
 _LEVELS = (_sentences, _clauses, _words, _clusters, list)

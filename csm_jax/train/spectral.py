@@ -7,11 +7,10 @@ time, a long one pitch.
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-Array = jax.Array
+from csm_jax.model.layers import Array
 
 # Samples a window, and mel bands. At 24 kHz: 85 ms to 3 ms. As many bands as there are bins for.
 SCALES = ((2048, 128), (1024, 80), (512, 40), (256, 20), (128, 10), (64, 5))

@@ -61,13 +61,13 @@ def test_one_server_is_shared_by_weight(names, rounds):
 
 @settings(deadline=None)
 @given(st.integers(1, 9))
-def test_slots_are_shared_by_weight(num_rows):
+def test_slots_are_shared_by_weight(num_slots):
     """While nothing finishes, no share has a slot more per weight than another lacks."""
     queue = FairQueue()
     for number in range(9):
         push(queue, "a", number, 1.0)
         push(queue, "b", number, 2.0)
-    rows = Counter(queue.pop()[0] for _ in range(num_rows))
+    rows = Counter(queue.pop()[0] for _ in range(num_slots))
     assert rows["b"] - 2 <= 2 * rows["a"] <= rows["b"] + 2
 
 
@@ -268,9 +268,9 @@ def test_a_slot_is_free_for_the_next_new_share():
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 6)), min_size=1, max_size=12),
     st.integers(1, 4),
 )
-def test_long_texts_that_yield_are_finished(texts, num_rows):
+def test_long_texts_that_yield_are_finished(texts, num_slots):
     """All parts of all texts are generated; with a slot for each text none yields."""
-    rows = SlotScheduler(num_rows)
+    rows = SlotScheduler(num_slots)
     parts = {}
     for share, count in texts:
         request = Wanted(share)
@@ -280,14 +280,14 @@ def test_long_texts_that_yield_are_finished(texts, num_rows):
     while any(parts.values()):
         running += iter(rows.pop, None)
         assert running, "a row is idle while requests wait"
-        assert len(running) == min(num_rows, sum(count > 0 for count in parts.values()))
+        assert len(running) == min(num_slots, sum(count > 0 for count in parts.values()))
         request = running.pop(0)
         parts[request] -= 1
         num_steps += 1
         if not parts[request]:
             rows.finish(request)
         elif rows.should_yield(request):
-            assert len(texts) > num_rows
+            assert len(texts) > num_slots
             rows.finish(request)
             rows.push_front(request)
         else:
