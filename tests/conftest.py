@@ -19,11 +19,6 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 )
-# XLA's former way to compile fused operations takes half the time; jax 0.12's XLA has it no more.
-if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0" and jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = " ".join(
-        ["--xla_cpu_use_fusion_emitters=false", os.environ.get("XLA_FLAGS", "")]
-    )
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
