@@ -25,6 +25,10 @@ from csm_jax.loading import open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
+CONVERSION_FLAGS = (
+    *("source", "out", "to", "codec", "tokenizer", "config"),
+    *("adapters", "quantize", "dtype"),
+)
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -38,15 +42,15 @@ def define_flags(values: flags.FlagValues) -> None:
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
     define("adapters", None, "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT")
-    define("verify", None, "directory to look for damage in; goes alone")
+    define("verify", None, "directory to look for damage in; takes no other flag")
     define("quantize", "none", "none or int8")
     define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
 
 
 def main(values: flags.FlagValues) -> None:
     if values.verify is not None:
-        if others := [n for n in ("source", "out", "adapters", "codec") if values[n].present]:
-            raise InputError(f"--verify goes alone, without --{others[0]}")
+        if others := [n for n in CONVERSION_FLAGS if values[n].present]:
+            raise InputError(f"--verify takes no other flag, but --{others[0]} is given")
         cli.show(verify(Path(values.verify).expanduser()))
         return
     if values.source is None or values.out is None:

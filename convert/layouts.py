@@ -147,7 +147,7 @@ def _sesame_config(source: Path) -> CSMConfig:
         return configs.csm_from_flavors(values)
     if "depth_decoder_config" in values:
         return configs.csm_from_huggingface(values)
-    raise CheckpointError(f"{source}: config.json tells no sizes; give them with --config")
+    raise CheckpointError(f"{source}: config.json has no sizes; give them with --config")
 
 
 def candidates(source: Path) -> Iterator[TensorSource]:

@@ -9,7 +9,6 @@ prefilled again anyway, a request gives its slot up if one of a share with fewer
 """
 
 import atexit
-import dataclasses
 import logging
 import threading
 import time
@@ -89,11 +88,6 @@ class Engine:
         self._thread.start()
         # An interpreter that exits during a computation crashes.
         atexit.register(self.close)
-
-    @classmethod
-    def from_config(cls, model: LoadedModel, config: EngineConfig) -> Self:
-        """An engine of these sizes. Raises `InputError` as the constructor does."""
-        return cls(model, **dataclasses.asdict(config))
 
     def __enter__(self) -> Self:
         return self

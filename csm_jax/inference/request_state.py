@@ -236,7 +236,7 @@ class RequestState:
 
     def _report_end(self, num_missing: int) -> None:
         if not self._total:
-            message = f"the model said nothing for {self._request.text!r}: try another seed"
+            message = f"the model generated no speech for {self._request.text!r}: try another seed"
             self._notify(Notice("nothing_said", message))
         if self._was_cut:
             second = self._total * self._config.frame_ms / 1000

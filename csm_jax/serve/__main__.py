@@ -94,7 +94,7 @@ def _end_by(deadline: "Deadline") -> None:
 
     def end() -> None:
         logging.getLogger("csm_jax.serve").error(
-            "not everything was over within %g s (--drain_seconds): the process ends",
+            "requests were still running after %g s (--drain_seconds): the process ends",
             deadline.seconds,
         )
         os._exit(1)

@@ -175,6 +175,7 @@ def test_verify_checks_other_layouts_for_completeness_and_finite_values(mixed, t
     assert "lm_head.weight has values that are NaN or infinite" in one_error(capsys)
 
 
-def test_verify_accepts_no_other_flag(native, tmp_path, capsys):
-    assert convert.run([f"--verify={native}", f"--out={tmp_path / 'out'}"]) == 2
-    assert "--verify goes alone, without --out" in one_error(capsys)
+@pytest.mark.parametrize("flag", ["out", "dtype", "to"])
+def test_verify_accepts_no_other_flag(native, capsys, flag):
+    assert convert.run([f"--verify={native}", f"--{flag}=float32"]) == 2
+    assert f"--verify takes no other flag, but --{flag} is given" in one_error(capsys)

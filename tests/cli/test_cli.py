@@ -380,7 +380,7 @@ def test_speech_without_frames_is_an_empty_file_and_a_notice(tmp_path, capsys):
     assert audio.shape == (0,)
     assert codes.shape == (0, CONFIG.num_codebooks)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == "the model said nothing for 'Hi.': try another seed"
+    assert line == "the model generated no speech for 'Hi.': try another seed"
 
 
 # --- Real processes -----------------------------------------------------------------------------

@@ -236,7 +236,7 @@ def test_a_damaged_native_config_is_refused(change, message):
         ("{", "config.json cannot be read"),
         ('{"a":' * 10_000, "config.json cannot be read"),
         ("[]", "not a JSON object"),
-        ('{"audio_vocab_size": 35}', "tells no sizes; give them with --config"),
+        ('{"audio_vocab_size": 35}', "has no sizes; give them with --config"),
     ],
 )
 def test_a_damaged_published_config_is_refused(sesame, codec, tmp_path, content, message):

@@ -76,7 +76,7 @@ def test_an_engine_has_the_parameters_of_its_config(model):
     parameters = public_parameters(Engine)
     del parameters["model"]
     assert defaults(parameters) == dataclasses.asdict(EngineConfig())
-    with Engine.from_config(model, EngineConfig(max_batch=2, max_queue=3)) as engine:
+    with Engine(model, max_batch=2, max_queue=3) as engine:
         assert engine.config == EngineConfig(max_batch=2, max_queue=3)
 
 

@@ -134,7 +134,7 @@ def test_a_request_without_frames_gives_a_notice(guard):
     _, (released,), _ = play(state, [END])
     assert released.shape == (0, Q)
     assert kinds(notices) == ["nothing_said"]
-    assert notices[0].message == "the model said nothing for 'Hi.': try another seed"
+    assert notices[0].message == "the model generated no speech for 'Hi.': try another seed"
 
 
 def test_a_part_without_frames_gives_no_notice():
