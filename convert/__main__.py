@@ -6,6 +6,7 @@ python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with L
 python -m csm_jax.convert --verify=DIR                                    checks for damage
 """
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,9 +33,7 @@ CONVERSION_FLAGS = (
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    def define(name: str, default: str | None, help: str) -> None:
-        flags.DEFINE_string(name, default, help, flag_values=values)
-
+    define = functools.partial(cli.definer(values), flags.DEFINE_string)
     define("source", None, "directory or file in any layout, or a hub name such as sesame/csm-1b")
     define("out", None, "directory to write; must not exist yet")
     define("to", "native", "native, or hf for transformers' layout")

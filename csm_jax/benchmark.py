@@ -54,9 +54,7 @@ COLUMNS = {
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    def define(kind: Callable, name: str, default: object, help: str) -> None:
-        kind(name, default, help, flag_values=values)
-
+    define = cli.definer(values)
     whole, batches = flags.DEFINE_integer, "requests at once; several numbers with commas between"
     model_flags.define_checkpoint(values, "random:csm_1b")
     define(flags.DEFINE_list, "batch", ["1"], batches)

@@ -10,7 +10,7 @@ same command again resumes a run that was stopped.
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -48,9 +48,7 @@ ADAPTER_RATE, WHOLE_RATE = 2e-4, 3e-5
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
-        kind(name, default, help, flag_values=values, **kwargs)
-
+    define = cli.definer(values)
     text, whole, real = flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float
     flag, listed = flags.DEFINE_boolean, flags.DEFINE_list
     model_flags.define_checkpoint(values)

@@ -38,9 +38,7 @@ MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_i
 
 
 def define_flags(values: flags.FlagValues) -> None:
-    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
-        kind(name, default, help, flag_values=values, **kwargs)
-
+    define = cli.definer(values)
     text, flag = flags.DEFINE_string, flags.DEFINE_boolean
     texts, numbers = flags.DEFINE_multi_string, flags.DEFINE_multi_integer
     dataclass_flags.define_flags(values, Request, REQUEST_FLAGS, {"seed": 0})

@@ -23,6 +23,16 @@ HELP_WIDTH = 100
 _END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def definer(values: flags.FlagValues) -> Callable[..., None]:
+    """A function that defines a flag of one command: `define(flags.DEFINE_string, "out", None,
+    "file to write")`, with further arguments by name."""
+
+    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
+        kind(name, default, help, flag_values=values, **kwargs)
+
+    return define
+
+
 class _SignalError(BaseException):
     """A signal has told this program to end."""
 

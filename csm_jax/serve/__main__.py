@@ -13,7 +13,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,9 +43,7 @@ LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0}
 def define_flags(values: flags.FlagValues) -> None:
     """Defines the flags of the command."""
 
-    def define(kind: Callable, name: str, default: object, help: str, **kwargs: object) -> None:
-        kind(name, default, help, flag_values=values, **kwargs)
-
+    define = cli.definer(values)
     text = flags.DEFINE_string
     model_flags.define_flags(values)
     define(text, "host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")

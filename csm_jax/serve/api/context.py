@@ -100,7 +100,7 @@ def _dropped(count: int, total: int) -> list[Notice]:
     if not count:
         return []
     message = (
-        f"the oldest {count} of {total} turns of context were left out: the newer ones last as "
-        "long as the model hears"
+        f"the oldest {count} of {total} turns of context were left out: the newer ones "
+        "fill the model's window"
     )
     return [Notice("context_dropped", message)]
