@@ -8,8 +8,6 @@ import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from csm_jax.checkpoints import native_format
-from csm_jax.convert.layouts import needs_codec
-from csm_jax.convert.native import write_native
 from csm_jax.errors import CheckpointError, first_line
 from csm_jax.io.files import make_once
 
@@ -49,6 +47,9 @@ def native_copy(repository: str) -> Path:
 
 
 def _convert(repository: str, native: Path) -> None:
+    from csm_jax.convert.layouts import needs_codec
+    from csm_jax.convert.native import write_native
+
     source = download(repository)
     codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
     write_native(source, native, codec)

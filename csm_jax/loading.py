@@ -11,7 +11,6 @@ from csm_jax import hub
 from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
-from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.errors import CheckpointError
 from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
@@ -57,6 +56,8 @@ def open_source(name: str | Path) -> Source:
             native_format.is_int8(directory),
         )
     else:
+        from csm_jax.convert.layouts import open_checkpoint
+
         opened = open_checkpoint(directory)
         config, is_int8 = opened.config, False
         tensors = opened.tensors(native_format.flatten(native_format.param_shapes(config)))

@@ -8,7 +8,6 @@
 A directory appears under its name only when it is whole (`files.new_directory`).
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,8 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from absl import logging
 from flax import nnx, traverse_util
 
 from csm_jax.checkpoints import checksums
@@ -110,6 +107,8 @@ def save(
       CheckpointError: a parameter has values that are not finite.
       OutputError: it exists, cannot be written, or the disk is full.
     """
+    from csm_jax.checkpoints import orbax_parts  # slow to import
+
     shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=int8))
     description = {
         "format": FORMAT,
@@ -120,12 +119,12 @@ def save(
     }
     size = _size(flatten(shapes), dtype)
     with new_directory(directory, size, replace) as partial, checksums.Writer(partial) as sums:
-        with _checkpointer() as checkpointer:
+        with orbax_parts.checkpointer() as checkpointer:
             for part, group in itertools.groupby(tensors, _part_of):
                 stored = [_as_stored(path, tensor, dtype, int8) for path, tensor in group]
                 flat = dict(itertools.chain.from_iterable(stored))
-                args = ocp.args.PyTreeSave(unflatten(flat, shapes))
-                checkpointer.save(partial.absolute() / "params" / part, args=args)
+                path = partial.absolute() / "params" / part
+                orbax_parts.save(checkpointer, path, unflatten(flat, shapes))
                 sums.add(partial / "params" / part)
         write_beside_weights(partial, description, tokenizer, small_files)
         for file in partial.iterdir():
@@ -193,28 +192,6 @@ def _size(shapes: Mapping[str, Any], dtype: jnp.dtype | None) -> int:
         return min(width, stored.itemsize)
 
     return sum(int(np.prod(s.shape)) * width_of(path, s.dtype) for path, s in shapes.items())
-
-
-@contextlib.contextmanager
-def _checkpointer() -> Iterator[ocp.Checkpointer]:
-    this = jax.process_index()
-    # Only one of several processes writes what they have trained, without the others.
-    alone = ocp.options.MultiprocessingOptions(
-        primary_host=this, active_processes={this}, barrier_sync_key_prefix=f"process_{this}"
-    )
-    # A file per tensor instead of one OCDBT database, and no compression, which saves nothing with
-    # weights: this is several times as fast, and needs no other copy in memory.
-    handler = ocp.PyTreeCheckpointHandler(
-        use_ocdbt=False, use_compression=False, multiprocessing_options=alone
-    )
-    verbosity = logging.get_verbosity()
-    # Orbax warns about the database that is not there, for every part.
-    logging.set_verbosity(min(verbosity, logging.ERROR))
-    try:
-        with ocp.Checkpointer(handler, multiprocessing_options=alone) as checkpointer:
-            yield checkpointer
-    finally:
-        logging.set_verbosity(verbosity)
 
 
 def load_config(directory: Path) -> CSMConfig:
@@ -299,13 +276,12 @@ def read_params(directory: Path, config: CSMConfig) -> Iterator[tuple[str, np.nd
     shapes = param_shapes(config, dataclasses.replace(FLOAT32, int8=is_int8(directory)))
     check_files(directory)
     try:
-        with _checkpointer() as checkpointer:
-            for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):
-                path = directory.absolute() / "params" / part
-                item = unflatten(dict(group), shapes)
-                arrays = _map(path, flatten(item)) or _restore(checkpointer, path, item)
-                _check_shapes(arrays, flatten(item))
-                yield from arrays.items()
+        for part, group in itertools.groupby(sorted(flatten(shapes).items()), _part_of):
+            path = directory.absolute() / "params" / part
+            item = unflatten(dict(group), shapes)
+            arrays = _map(path, flatten(item)) or _restore(path, item)
+            _check_shapes(arrays, flatten(item))
+            yield from arrays.items()
     except Exception as error:
         raise CheckpointError(
             f"{directory} is damaged ({first_line(error)}): convert the checkpoint again"
@@ -318,10 +294,10 @@ def _check_shapes(arrays: Mapping[str, np.ndarray], wanted: Mapping[str, Any]) -
             raise ValueError(f"{path} is {array.shape}, the config wants {wanted[path].shape}")
 
 
-def _restore(checkpointer: ocp.Checkpointer, part: Path, item: Params) -> dict[str, np.ndarray]:
-    as_stored = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    args = ocp.args.PyTreeRestore(item, restore_args=as_stored)
-    return flatten(checkpointer.restore(part, args=args))
+def _restore(part: Path, item: Params) -> dict[str, np.ndarray]:
+    from csm_jax.checkpoints import orbax_parts  # slow to import
+
+    return flatten(orbax_parts.restore(part, item))
 
 
 def _map(part: Path, wanted: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
