@@ -1,7 +1,7 @@
 """Converts checkpoints from the command line.
 
 python -m csm_jax.convert --source=DIR_OR_HUB_NAME --out=DIR              any layout to native
-python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back
+python -m csm_jax.convert --source=NATIVE_DIR --out=DIR --to=hf           and back; demo too
 python -m csm_jax.convert --source=NAME --adapters=DIR --out=DIR          with LoRA adapters merged
 python -m csm_jax.convert --verify=DIR                                    checks for damage
 """
@@ -22,7 +22,7 @@ from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.loading import open_source
+from csm_jax.loading import BUNDLED, Source, find_adapters, find_directory, open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
@@ -40,7 +40,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
     define("config", None, "config.json with the sizes, in this project's form, if need be")
-    define("adapters", None, "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT")
+    define("adapters", None, "LoRA adapters to add to the weights: directory or hub name")
     define("verify", None, "directory to look for damage in; takes no other flag")
     define("quantize", "none", "none or int8")
     define("dtype", None, f"{', '.join(DTYPES)}; default: as stored")
@@ -63,7 +63,7 @@ def main(values: flags.FlagValues) -> None:
     if values.to == "native":
         _to_native(values, out, dtype)
     elif values.to == "hf":
-        export_huggingface(_native(values.source), out, dtype)
+        _to_huggingface(values, out, dtype)
     else:
         raise InputError(f"--to is {values.to}, but must be native or hf")
 
@@ -83,27 +83,55 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
 
 def _merge(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
     """A native checkpoint with the adapters in its weights."""
-    for name in ("codec", "tokenizer", "config"):
-        if values[name].value is not None:
-            raise InputError(f"--{name} and --adapters do not go together: convert first")
-    source = open_source(values.source)
-    adapters = Path(values.adapters)
-    tensors = peft_files.merge_files(source.tensors, source.config, adapters, source.is_int8)
-    small = native_format.small_files(source.directory) if source.directory else []
+    _refuse(values, ("codec", "tokenizer", "config"), "--adapters")
+    source = _opened(values)
     int8 = values.quantize == "int8"
-    native_format.save(out, source.config, tensors, source.tokenizer, small, dtype, int8)
+    native_format.save(
+        out, source.config, source.tensors, source.tokenizer, _small_files(source), dtype, int8
+    )
+
+
+def _to_huggingface(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
+    _refuse(values, ("codec", "tokenizer", "config"), "--to=hf")
+    if values.quantize == "int8":
+        raise InputError("--quantize=int8 and --to=hf do not go together: that layout has no int8")
+    directory = find_directory(values.source)
+    is_published = directory is not None and not native_format.is_native(directory)
+    if is_published and values.source not in BUNDLED and values.adapters is None:
+        raise CheckpointError(f"{directory} is no native checkpoint: --to=hf starts from one")
+    source = _opened(values)
+    if source.is_int8:
+        raise CheckpointError(
+            f"{values.source} is stored as int8, which this layout does not have: export the "
+            "checkpoint that it was made from"
+        )
+    small = _small_files(source)
+    export_huggingface(source.config, source.tensors, source.tokenizer, small, out, dtype)
+
+
+def _refuse(values: flags.FlagValues, names: Sequence[str], other: str) -> None:
+    for name in names:
+        if values[name].value is not None:
+            raise InputError(f"--{name} and {other} do not go together: convert first")
+
+
+def _opened(values: flags.FlagValues) -> Source:
+    """The source, with the adapters in its weights if some are named."""
+    source = open_source(values.source)
+    if values.adapters is None:
+        return source
+    adapters = find_adapters(values.adapters)
+    tensors = peft_files.merge_files(source.tensors, source.config, adapters, source.is_int8)
+    return source._replace(tensors=tensors)
+
+
+def _small_files(source: Source) -> list[Path]:
+    return native_format.small_files(source.directory) if source.directory else []
 
 
 def _source(name: str) -> Path:
     path = Path(name).expanduser()
     return path if path.exists() else hub.download(name)
-
-
-def _native(name: str) -> Path:
-    directory = Path(name).expanduser()
-    if not native_format.is_native(directory):
-        raise CheckpointError(f"{directory} is no native checkpoint: --to=hf starts from one")
-    return directory
 
 
 def _read_config(path: Path) -> CSMConfig:

@@ -16,6 +16,7 @@ from csm_jax.config import (
     TextTokenIds,
     csm_1b,
 )
+from csm_jax.convert.section import Section
 from csm_jax.errors import CheckpointError
 
 Json = dict[str, Any]
@@ -27,9 +28,11 @@ _FLAVORS = {"llama-1B": csm_1b().backbone, "llama-100M": csm_1b().depth_decoder}
 def csm_from_flavors(values: Json) -> CSMConfig:
     """The original layout's config, which names `llama-1B` and `llama-100M`.
 
-    Raises `CheckpointError` for other flavors or a missing size.
+    Raises:
+      CheckpointError: another flavor, or a size that is missing or of a wrong type.
     """
-    names = [str(values.get(name)) for name in ("backbone_flavor", "decoder_flavor")]
+    file = Section(values)
+    names = [file.string(name, "None") for name in ("backbone_flavor", "decoder_flavor")]
     unknown = [name for name in names if name not in _FLAVORS]
     if unknown:
         raise CheckpointError(
@@ -40,117 +43,171 @@ def csm_from_flavors(values: Json) -> CSMConfig:
         backbone=_FLAVORS[names[0]],
         depth_decoder=_FLAVORS[names[1]],
         codec=MimiConfig(),
-        text_vocab_size=_required(values, "text_vocab_size"),
-        audio_vocab_size=_required(values, "audio_vocab_size"),
-        num_codebooks=_required(values, "audio_num_codebooks"),
+        text_vocab_size=file.integer("text_vocab_size"),
+        audio_vocab_size=file.integer("audio_vocab_size"),
+        num_codebooks=file.integer("audio_num_codebooks"),
     )
-
-
-def _required(values: Json, name: str) -> Any:
-    if name not in values:
-        raise CheckpointError(f"config.json lacks {name}")
-    return values[name]
 
 
 def csm_from_huggingface(values: Json) -> CSMConfig:
     """`config.json` of a transformers CSM checkpoint, old or new.
 
-    Raises `CheckpointError` for a value that is not supported.
+    Raises:
+      CheckpointError: a value is of a wrong type, or is one that this model does not have.
     """
-    defaults = csm_1b()
-    depth = values.get("depth_decoder_config") or {}
-    _expect(values, "tie_codebooks_embeddings", True)
-    ids = TextTokenIds()
+    file, defaults, ids = Section(values), csm_1b(), TextTokenIds()
+    file.expect("tie_codebooks_embeddings", True)
+    file.expect("codebook_eos_token_id", 0)
+    file.refuse(
+        "quantization_config",
+        "its weights are quantized, which is not supported: use the model that it was made from, "
+        "and --quantize=int8",
+    )
+    bos = file.token_id("bos_token_id", ids.bos)
     return CSMConfig(
-        backbone=_llama_from_huggingface(values, defaults.backbone),
-        depth_decoder=_llama_from_huggingface(depth, defaults.depth_decoder),
-        codec=mimi_from_huggingface(values.get("codec_config") or {}),
-        text_vocab_size=values.get("text_vocab_size", defaults.text_vocab_size),
-        audio_vocab_size=values.get("vocab_size", defaults.audio_vocab_size),
-        num_codebooks=values.get("num_codebooks", defaults.num_codebooks),
+        backbone=_llama_from_huggingface(file, defaults.backbone),
+        depth_decoder=_llama_from_huggingface(
+            file.section("depth_decoder_config"), defaults.depth_decoder
+        ),
+        codec=_mimi_from_section(file.section("codec_config")),
+        text_vocab_size=file.integer("text_vocab_size", defaults.text_vocab_size),
+        audio_vocab_size=file.integer("vocab_size", defaults.audio_vocab_size),
+        num_codebooks=file.integer("num_codebooks", defaults.num_codebooks),
         text_token_ids=TextTokenIds(
-            bos=values.get("bos_token_id", ids.bos),
+            bos=bos,
             # CSM's own config leaves the text EOS unset: it is not where generation stops.
-            eos=_first(values.get("eos_token_id")) or values.get("bos_token_id", ids.bos) + 1,
-            audio=values.get("audio_token_id", ids.audio),
-            audio_eos=_first(values.get("audio_eos_token_id")) or ids.audio_eos,
+            eos=file.token_id("eos_token_id", bos + 1),
+            audio=file.token_id("audio_token_id", ids.audio),
+            audio_eos=file.token_id("audio_eos_token_id", ids.audio_eos),
         ),
     )
 
 
-def _first(value: int | list[int] | None) -> int | None:
-    return value[0] if isinstance(value, list) else value
-
-
-def _llama_from_huggingface(values: Json, defaults: LlamaConfig) -> LlamaConfig:
-    _expect(values, "attention_bias", False)
-    _expect(values, "mlp_bias", False)
-    _expect(values, "hidden_act", "silu")
-    embed_dim = values.get("hidden_size", defaults.embed_dim)
-    num_heads = values.get("num_attention_heads", defaults.num_heads)
+def _llama_from_huggingface(values: Section, defaults: LlamaConfig) -> LlamaConfig:
+    values.expect("attention_bias", False)
+    values.expect("mlp_bias", False)
+    values.expect("hidden_act", "silu")
+    embed_dim = values.integer("hidden_size", defaults.embed_dim)
+    num_heads = values.integer("num_attention_heads", defaults.num_heads)
     theta, scaling = _rope_from_huggingface(values, defaults.rope_theta)
     return LlamaConfig(
-        num_layers=values.get("num_hidden_layers", defaults.num_layers),
+        num_layers=values.integer("num_hidden_layers", defaults.num_layers),
         embed_dim=embed_dim,
         num_heads=num_heads,
-        num_kv_heads=values.get("num_key_value_heads") or num_heads,
-        head_dim=values.get("head_dim") or embed_dim // num_heads,
-        mlp_dim=values.get("intermediate_size", defaults.mlp_dim),
-        max_seq_len=values.get("max_position_embeddings", defaults.max_seq_len),
-        norm_eps=values.get("rms_norm_eps", defaults.norm_eps),
+        num_kv_heads=values.integer("num_key_value_heads", num_heads),
+        head_dim=values.integer("head_dim", embed_dim // num_heads),
+        mlp_dim=values.integer("intermediate_size", defaults.mlp_dim),
+        max_seq_len=values.integer("max_position_embeddings", defaults.max_seq_len),
+        norm_eps=values.number("rms_norm_eps", defaults.norm_eps),
         rope_theta=theta,
         rope_scaling=scaling,
     )
 
 
-def _rope_from_huggingface(values: Json, theta: float) -> tuple[float, RopeScaling | None]:
+def _rope_from_huggingface(values: Section, theta: float) -> tuple[float, RopeScaling | None]:
     """Newer configs have `rope_parameters`, older ones `rope_theta` and `rope_scaling`."""
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", values.get("rope_theta", theta))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    values.expect("partial_rotary_factor", 1.0)
+    theta = values.number("rope_theta", theta)
+    forms = {
+        _rope_parameters(section, theta)
+        for name in ("rope_scaling", "rope_parameters")
+        for section in _rope_sections(values.section(name))
+    }
+    if len(forms) > 1:
+        raise CheckpointError(
+            "config.json has several different settings of RoPE; all attention here has the same: "
+            "remove those that do not apply"
+        )
+    return forms.pop() if forms else (theta, None)
+
+
+def _rope_sections(rope: Section) -> list[Section]:
+    """The settings themselves: the section, or those of the layer types that it is nested by."""
+    nested = rope.nested(_LAYER_TYPES)
+    if nested:
+        rope.allow(_LAYER_TYPES, "RoPE of layer types")
+        return nested
+    return [rope] if rope else []
+
+
+def _rope_parameters(rope: Section, theta: float) -> tuple[float, RopeScaling | None]:
+    kind = rope.string("rope_type", rope.string("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise CheckpointError(f"config.json has RoPE of type {kind}; default and llama3 are known")
+    rope.expect("partial_rotary_factor", 1.0)
+    rope.allow(_ROPE_NAMES | (_LLAMA3_NAMES if kind == "llama3" else set()), f"RoPE of type {kind}")
+    theta = rope.number("rope_theta", theta)
     if kind == "default":
         return theta, None
-    if kind != "llama3":
-        raise CheckpointError(f"config.json has RoPE of type {kind}; default and llama3 are known")
     return theta, RopeScaling(
-        factor=_required(rope, "factor"),
-        low_freq_factor=_required(rope, "low_freq_factor"),
-        high_freq_factor=_required(rope, "high_freq_factor"),
-        original_max_seq_len=_required(rope, "original_max_position_embeddings"),
+        factor=rope.number("factor"),
+        low_freq_factor=rope.number("low_freq_factor"),
+        high_freq_factor=rope.number("high_freq_factor"),
+        original_max_seq_len=rope.integer("original_max_position_embeddings"),
     )
 
 
 def mimi_from_huggingface(values: Json) -> MimiConfig:
-    """`config.json` of a transformers Mimi checkpoint, or the `codec_config` of a CSM one.
+    """`config.json` of a transformers Mimi checkpoint.
 
-    Raises `CheckpointError` for a value that is not supported.
+    Raises:
+      CheckpointError: a value is of a wrong type, or is one that this codec does not have.
     """
+    return _mimi_from_section(Section(values))
+
+
+def _mimi_from_section(values: Section) -> MimiConfig:
     for name, only in _MIMI_FIXED.items():
-        _expect(values, name, only)
+        values.expect(name, only)
+    defaults = MimiConfig()
     own = {
-        ours: values[theirs]
+        ours: values.integer(theirs, getattr(defaults, ours))
         for ours, theirs in _MIMI_NAMES.items()
-        if values.get(theirs) is not None
+        if ours != "norm_eps"
     }
-    ratios = tuple(reversed(values.get("upsampling_ratios") or (8, 6, 5, 4)))
-    theta, _ = _rope_from_huggingface(values, MimiConfig.rope_theta)
-    config = MimiConfig(**own, ratios=ratios, rope_theta=theta, **_downsampling(values, ratios))
-    _expect(values, "num_key_value_heads", config.num_heads)
-    _expect(values, "head_dim", config.head_dim)
-    _expect(values, "upsample_groups", config.embed_dim)
-    _expect(values, "vector_quantization_hidden_dimension", config.codebook_dim)
+    ratios = tuple(reversed(values.integers("upsampling_ratios", defaults.ratios[::-1])))
+    theta, scaling = _rope_from_huggingface(values, defaults.rope_theta)
+    if scaling is not None:
+        raise CheckpointError("config.json has scaled RoPE in the codec, which is not supported")
+    config = MimiConfig(
+        **own,
+        norm_eps=values.number("norm_eps", defaults.norm_eps),
+        ratios=ratios,
+        rope_theta=theta,
+        downsample_stride=_downsampling(values, ratios),
+    )
+    values.expect("num_key_value_heads", config.num_heads)
+    values.expect("head_dim", config.head_dim)
+    values.expect("upsample_groups", config.embed_dim)
+    values.expect("vector_quantization_hidden_dimension", config.codebook_dim)
     return config
 
 
-def _downsampling(values: Json, ratios: tuple[int, ...]) -> Json:
+def _downsampling(values: Section, ratios: tuple[int, ...]) -> int:
     """Older configs store the frame rate, from which the last stride follows."""
-    frame_rate = values.get("frame_rate") or values.get("_frame_rate")
-    if frame_rate is None:
-        return {}
-    sample_rate = values.get("sampling_rate", MimiConfig.sample_rate)
-    return {"downsample_stride": round(sample_rate / math.prod(ratios) / frame_rate)}
+    default = MimiConfig.downsample_stride
+    name = "frame_rate" if "frame_rate" in values else "_frame_rate"
+    if name not in values:
+        return default
+    frame_rate = values.number(name)
+    sample_rate = values.integer("sampling_rate", MimiConfig.sample_rate)
+    stride = sample_rate / math.prod(ratios) / frame_rate
+    if stride < 1 or abs(stride - round(stride)) > 1e-3:
+        raise CheckpointError(
+            f"config.json has {name}={frame_rate}, which is no whole fraction of "
+            f"{sample_rate / math.prod(ratios):g} Hz, the rate of the codec's transformers"
+        )
+    return round(stride)
 
 
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+_ROPE_NAMES = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+_LLAMA3_NAMES = {
+    "factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "original_max_position_embeddings",
+}
 _MIMI_NAMES = {
     "sample_rate": "sampling_rate",
     "channels": "audio_channels",
@@ -180,11 +237,6 @@ _MIMI_FIXED = {
     "hidden_act": "gelu",
     "attention_bias": False,
 }
-
-
-def _expect(values: Json, name: str, only: Any) -> None:
-    if values.get(name, only) not in (only, None):
-        raise CheckpointError(f"config.json has {name}={values[name]}; only {only} is supported")
 
 
 def csm_to_huggingface(config: CSMConfig) -> Json:

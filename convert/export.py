@@ -15,41 +15,42 @@ from csm_jax.checkpoints import native_format
 from csm_jax.config import CSMConfig
 from csm_jax.convert import csm, mimi
 from csm_jax.convert.configs import csm_to_huggingface
+from csm_jax.convert.processor_files import write_processor
 from csm_jax.convert.rules import Shape, Table, invert
-from csm_jax.errors import CheckpointError
 from csm_jax.io.files import new_directory
-from csm_jax.prompt.tokenizer import load_tokenizer
+from csm_jax.prompt.tokenizer import Tokenizer
 
 # A shard is held in memory while it is written.
 SHARD_BYTES = 500_000_000
 
 
-def export_huggingface(source: Path, out: Path, dtype: jnp.dtype | None = None) -> None:
+def export_huggingface(
+    config: CSMConfig,
+    tensors: Iterable[tuple[str, np.ndarray]],
+    tokenizer: Tokenizer,
+    small_files: Iterable[Path],
+    out: Path,
+    dtype: jnp.dtype | None = None,
+) -> None:
     """Writes a directory that `CsmForConditionalGeneration.from_pretrained` loads.
 
     Args:
-      source: a native checkpoint.
+      tensors: (path, array) of every parameter, none of them int8.
+      small_files: what the source has beside its weights (`native_format.SMALL_FILES`).
       out: must not exist, or be empty; it appears when it is whole.
       dtype: of the model's weights; None keeps them as stored. The codec stays float32.
 
     Raises:
-      CheckpointError, OutputError: as `native_format.load_config` and `native_format.save` do.
+      CheckpointError, OutputError: as `native_format.read_params` and `native_format.save` do.
     """
-    config = native_format.load_config(source)
-    if native_format.is_int8(source):
-        raise CheckpointError(
-            f"{source} is stored as int8, which this layout does not have: export the checkpoint "
-            "that it was made from"
-        )
-    tokenizer = load_tokenizer(source, config)
-    params = dict(native_format.read_params(source, config))
+    params = dict(tensors)
     size = sum(array.nbytes for array in params.values())
     with new_directory(out, size) as partial:
         _write_shards(partial, _tensors(config, params, dtype))
         stored = params["csm/text_embedding"].dtype
         values = csm_to_huggingface(config) | {"dtype": str(np.dtype(dtype or stored))}
-        small = native_format.small_files(source)
-        native_format.write_beside_weights(partial, values, tokenizer, small)
+        native_format.write_beside_weights(partial, values, tokenizer, small_files)
+        write_processor(partial, config, tokenizer)
 
 
 class _Tensor(NamedTuple):

@@ -1,17 +1,20 @@
 """Finds out the layout of a checkpoint, and opens it."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from csm_jax.checkpoints import peft_files
+from csm_jax.checkpoints.torch_files import NoTensorsError
 from csm_jax.config import CSMConfig, MimiConfig, read_json
 from csm_jax.convert import configs, csm, mimi
 from csm_jax.convert.rules import Shape, Table, TensorSource, convert
-from csm_jax.convert.sources import SafetensorsSource, TorchSource, shard_groups
+from csm_jax.convert.sources import list_candidates, open_candidate, open_file
+from csm_jax.convert.weight_files import ambiguous, by_rank
 from csm_jax.errors import CheckpointError
 
 # The name of a tensor in each layout, which no other layout has.
@@ -87,26 +90,66 @@ def open_codec(source: Path, config: MimiConfig) -> tuple[MimiConfig, Part]:
     Raises:
       CheckpointError: there is no Mimi.
     """
-    for tensors in candidates(source):
-        if _HUGGINGFACE_CODEC_KEY in tensors.shapes:
-            config = configs.mimi_from_huggingface(_read_config(source))
-            return config, Part("codec", mimi.huggingface_table(config), tensors)
-        if _KYUTAI_CODEC_KEY in tensors.shapes:
-            return config, Part("codec", mimi.kyutai_table(config, tensors.shapes), tensors)
-    raise CheckpointError(
-        f"{source} holds no Mimi codec: expected model.safetensors of kyutai/mimi, or "
-        "tokenizer-e351c8d8-checkpoint125.safetensors"
-    )
+    tensors = _find(source, (_HUGGINGFACE_CODEC_KEY, _KYUTAI_CODEC_KEY))
+    if tensors is None:
+        raise CheckpointError(
+            f"{source} holds no Mimi codec: expected model.safetensors of kyutai/mimi, or "
+            "tokenizer-e351c8d8-checkpoint125.safetensors"
+        )
+    if _HUGGINGFACE_CODEC_KEY in tensors.shapes:
+        config = configs.mimi_from_huggingface(_read_config(source))
+        return config, Part("codec", mimi.huggingface_table(config), tensors)
+    return config, Part("codec", mimi.kyutai_table(config, tensors.shapes), tensors)
 
 
 def _find_model(source: Path) -> TensorSource:
-    for tensors in candidates(source):
-        if _HUGGINGFACE_KEY in tensors.shapes or _SESAME_KEY in tensors.shapes:
-            return tensors
+    tensors = _find(source, (_HUGGINGFACE_KEY, _SESAME_KEY))
+    if tensors is not None:
+        return tensors
+    directory = source if source.is_dir() else source.parent
+    if peft_files.is_adapters(directory):
+        config = read_json(directory / peft_files.CONFIG)
+        raise peft_files.not_a_checkpoint(directory, config)
+    inside = [str(file.parent) for file in sorted(directory.glob("*/config.json"))]
+    if source.is_dir() and inside:
+        raise CheckpointError(
+            f"{source} holds no CSM checkpoint itself: name {' or '.join(inside)}"
+        )
     raise CheckpointError(
         f"{source} holds no CSM checkpoint: expected transformers-*.safetensors or "
         "model.safetensors of a CSM model, ckpt.pt, or a directory written by csm_jax.convert"
     )
+
+
+def _find(source: Path, keys: Collection[str]) -> TensorSource | None:
+    """The checkpoint that has one of these tensors; None if there is none.
+
+    Raises:
+      CheckpointError: there are several that could be meant, or one that could be is damaged.
+    """
+    if not source.exists():
+        raise CheckpointError(f"{source} does not exist")
+    if not source.is_dir():
+        tensors = open_file(source)
+        return tensors if any(key in tensors.shapes for key in keys) else None
+    no_tensors: NoTensorsError | None = None
+    for group in by_rank(list_candidates(source)):
+        matching = []
+        for each in group:
+            try:
+                tensors = open_candidate(source, each)
+            except NoTensorsError as error:
+                no_tensors = no_tensors or error
+                continue
+            if any(key in tensors.shapes for key in keys):
+                matching.append((each, tensors))
+        if len(matching) > 1:
+            raise ambiguous(str(source), [each for each, _ in matching])
+        if matching:
+            return matching[0][1]
+    if no_tensors is not None:
+        raise no_tensors
+    return None
 
 
 def _open_huggingface(
@@ -150,24 +193,13 @@ def _sesame_config(source: Path) -> CSMConfig:
     raise CheckpointError(f"{source}: config.json has no sizes; give them with --config")
 
 
-def candidates(source: Path) -> Iterator[TensorSource]:
-    """The checkpoints of a directory, Hugging Face's file names first: they bring a codec."""
-    if source.is_file():
-        yield _open_file(source)
-        return
-    if not source.is_dir():
-        raise CheckpointError(f"{source} does not exist")
-    groups = sorted(
-        shard_groups(source), key=lambda files: not files[0].name.startswith("transformers")
-    )
-    for files in groups:
-        yield SafetensorsSource(files)
-    for file in sorted(source.glob("*.pt")):
-        yield TorchSource(file)
-
-
-def _open_file(file: Path) -> TensorSource:
-    return TorchSource(file) if file.suffix in (".pt", ".pth") else SafetensorsSource([file])
+def open_all(source: Path) -> Iterator[TensorSource]:
+    """All checkpoints of a directory, or the one in a file."""
+    if source.is_dir():
+        for each in list_candidates(source):
+            yield open_candidate(source, each)
+    else:
+        yield open_file(source)
 
 
 def _read_config(source: Path) -> dict[str, Any]:

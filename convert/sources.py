@@ -1,7 +1,6 @@
 """Files that hold tensors, read one tensor at a time."""
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +9,12 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from csm_jax.convert.rules import Shape
+from csm_jax.checkpoints.torch_files import TORCH_SUFFIXES, load_tensors, plain_names
+from csm_jax.config import read_json
+from csm_jax.convert.rules import Shape, TensorSource
+from csm_jax.convert.weight_files import INDEX, Candidate, candidates, of_index
 from csm_jax.errors import CheckpointError, first_line
 
-_SHARD = re.compile(r"-(\d+)-of-(\d+)$")
 _DTYPES = {
     "F64": np.float64,
     "F32": np.float32,
@@ -27,43 +28,75 @@ _DTYPES = {
 
 
 class SafetensorsSource:
-    """One safetensors file, or the shards of one checkpoint."""
+    """One safetensors file, or the parts of one checkpoint.
 
-    def __init__(self, files: Iterable[Path]):
-        self._files: dict[str, Path] = {}
-        self.shapes: dict[str, Shape] = {}
+    Names are those without torch's wrappers (`torch_files.plain_names`).
+
+    Args:
+      weight_map: the file of every tensor, of an index; None takes all tensors of the files.
+    """
+
+    def __init__(self, files: Iterable[Path], weight_map: Mapping[str, str] | None = None):
         files = list(files)
         self.name = str(files[0] if len(files) == 1 else files[0].parent)
+        self._places: dict[str, tuple[Path, str]] = {}
+        self.shapes: dict[str, Shape] = {}
+        found: dict[str, tuple[Path, Shape]] = {}
         for file in files:
-            self._add(file)
-
-    def _add(self, file: Path) -> None:
-        with _open(file) as tensors:
-            for key in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
-                part = tensors.get_slice(key)
-                dtype = _DTYPES.get(part.get_dtype())
-                if dtype is None:
+            for key, shape in _headers(file, weight_map):
+                if key in found:
                     raise CheckpointError(
-                        f"{file}: tensor {key} has type {part.get_dtype()}, "
-                        f"which is none of {', '.join(_DTYPES)}"
+                        f"{file} and {found[key][0].name} both have tensor {key}, and no index "
+                        "says which is meant: download the checkpoint again"
                     )
-                self._files[key] = file
-                self.shapes[key] = jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
+                found[key] = file, shape
+        if absent := sorted((weight_map or {}).keys() - found.keys()):
+            raise CheckpointError(
+                f"{self.name} lacks tensor {absent[0]}, which its index names: download it again"
+            )
+        for plain, key in plain_names(found, self.name).items():
+            file, self.shapes[plain] = found[key]
+            self._places[plain] = file, key
 
     def read(self, key: str) -> np.ndarray:
         """One tensor. Raises `CheckpointError` if its file is damaged."""
         # The file is opened for every tensor again: pages of a mapping that stays open count as
         # memory of this process, and would add the size of the checkpoint to it.
-        with _open(self._files[key]) as tensors:
-            return tensors.get_tensor(key)
+        file, name = self._places[key]
+        with _open(file) as tensors:
+            return tensors.get_tensor(name)
+
+
+def _headers(file: Path, weight_map: Mapping[str, str] | None) -> Iterator[tuple[str, Shape]]:
+    """Name and shape of every tensor that is read from a file."""
+    with _open(file) as tensors:
+        for key in tensors.keys():  # noqa: SIM118 (a handle, not a dict)
+            if weight_map is not None and weight_map.get(key) != file.name:
+                continue
+            part = tensors.get_slice(key)
+            dtype = _DTYPES.get(part.get_dtype())
+            if dtype is None:
+                raise CheckpointError(
+                    f"{file}: tensor {key} has type {part.get_dtype()}, "
+                    f"which is none of {', '.join(_DTYPES)}"
+                )
+            yield key, jax.ShapeDtypeStruct(tuple(part.get_shape()), dtype)
 
 
 class TorchSource:
-    """A `ckpt.pt` state dict, read by torch, which has to be installed for it."""
+    """State dicts, such as `ckpt.pt` and the parts of a `pytorch_model.bin`."""
 
-    def __init__(self, file: Path):
-        self.name = str(file)
-        self._tensors = _load_torch(file)
+    def __init__(self, files: Iterable[Path]):
+        files = list(files)
+        self.name = str(files[0] if len(files) == 1 else files[0].parent)
+        found: dict[str, Any] = {}
+        for file in files:
+            tensors = load_tensors(file)
+            if twice := sorted(found.keys() & tensors.keys()):
+                raise CheckpointError(f"{file} has tensor {twice[0]}, which another part has too")
+            found |= tensors
+        names = plain_names(found, self.name)
+        self._tensors = {plain: found[key] for plain, key in names.items()}
         self.shapes = {
             key: jax.ShapeDtypeStruct(tuple(tensor.shape), np.float32)
             for key, tensor in self._tensors.items()
@@ -73,25 +106,6 @@ class TorchSource:
         """One tensor, as float32."""
         # numpy has no bfloat16 that torch knows; float32 holds all of its values.
         return self._tensors[key].float().numpy()
-
-
-def _load_torch(file: Path) -> dict[str, Any]:
-    try:
-        import torch
-    except ImportError:
-        raise CheckpointError(
-            f"reading {file} needs torch: pip install torch, or use the model.safetensors of the "
-            "same checkpoint"
-        ) from None
-    try:
-        # weights_only: a pickle can run any code, a checkpoint should not.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:
-        raise CheckpointError(f"{file} cannot be read by torch: {first_line(error)}") from error
-    tensors = tensors.get("model", tensors) if isinstance(tensors, dict) else tensors
-    if not isinstance(tensors, dict) or not all(hasattr(t, "shape") for t in tensors.values()):
-        raise CheckpointError(f"{file} is not a dictionary of tensors")
-    return tensors
 
 
 def _open(file: Path):
@@ -105,31 +119,29 @@ def _open(file: Path):
         ) from error
 
 
-def shard_groups(directory: Path) -> list[list[Path]]:
-    """The safetensors files of a directory, grouped into checkpoints.
+def open_file(file: Path) -> TensorSource:
+    """One file of tensors, of a kind that its name tells."""
+    if file.name.endswith(INDEX):
+        return open_candidate(file.parent, of_index(file.name, read_json(file)))
+    return TorchSource([file]) if file.suffix in TORCH_SUFFIXES else SafetensorsSource([file])
 
-    The hub repository of CSM-1B holds two checkpoints side by side; a glob would mix them.
+
+def list_candidates(directory: Path) -> list[Candidate]:
+    """The checkpoints of a directory, as `weight_files.candidates`."""
+    names = [path.name for path in directory.iterdir() if path.is_file()]
+    return candidates(names, lambda name: read_json(directory / name))
+
+
+def open_candidate(directory: Path, candidate: Candidate) -> TensorSource:
+    """Opens a checkpoint of a directory.
 
     Raises:
-      CheckpointError: a shard is missing.
+      CheckpointError: a file is missing or damaged.
     """
-    groups: dict[str, list[Path]] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        groups.setdefault(_SHARD.sub("", file.stem), []).append(file)
-    for files in groups.values():
-        _check_complete(files)
-    return list(groups.values())
-
-
-def _check_complete(files: list[Path]) -> None:
-    match = _SHARD.search(files[0].stem)
-    if match is None:
-        return
-    total = int(match[2])
-    present = {int(m[1]) for file in files if (m := _SHARD.search(file.stem))}
-    absent = sorted(set(range(1, total + 1)) - present)
-    if absent:
-        raise CheckpointError(
-            f"{files[0].parent} lacks part {absent[0]} of {total} of "
-            f"{_SHARD.sub('', files[0].stem)}.safetensors: download it again"
-        )
+    missing = candidate.missing([path.name for path in directory.iterdir()])
+    if missing is not None:
+        raise CheckpointError(f"{directory} lacks {missing}: download it again")
+    files = [directory / name for name in candidate.files]
+    if files[0].suffix in TORCH_SUFFIXES:
+        return TorchSource(files)
+    return SafetensorsSource(files, candidate.weight_map)

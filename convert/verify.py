@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from csm_jax.checkpoints import checksums, native_format
-from csm_jax.convert.layouts import candidates
+from csm_jax.convert.layouts import open_all
 from csm_jax.errors import BusyError, CheckpointError
 from csm_jax.io.files import is_locked
 
@@ -46,7 +46,7 @@ def _tensors(directory: Path) -> Iterator[tuple[str, np.ndarray]]:
         yield from native_format.read_params(directory, native_format.load_config(directory))
         return
     is_empty = True
-    for source in candidates(directory):
+    for source in open_all(directory):
         for key in source.shapes:
             yield key, source.read(key)
             is_empty = False

@@ -7,6 +7,7 @@
 import dataclasses
 import json
 import math
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ class RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_seq_len: int
+
+    def __post_init__(self):
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise CheckpointError(
+                f"low_freq_factor {self.low_freq_factor} of RoPE is not below its high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,10 @@ class LlamaConfig:
         if self.num_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise CheckpointError(
+                f"head_dim {self.head_dim} is odd, but RoPE rotates pairs of its dimensions"
             )
 
 
@@ -137,24 +149,27 @@ class CSMConfig:
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "CSMConfig":
-        """Reads what `to_dict` wrote; raises `CheckpointError` on a missing or unknown field."""
-        values = dict(values)
+        """Reads what `to_dict` wrote.
+
+        Raises:
+          CheckpointError: a field is missing, unknown or of a wrong type.
+        """
+        if not isinstance(values, dict):
+            raise CheckpointError(f"config.json has config={values!r}, but it must be an object")
         return _build(
             CSMConfig,
-            values
-            | {
-                "backbone": _build_llama(values.get("backbone")),
-                "depth_decoder": _build_llama(values.get("depth_decoder")),
-                "codec": _build(MimiConfig, values.get("codec")),
-                "text_token_ids": _build(TextTokenIds, values.get("text_token_ids")),
-            },
+            values,
+            backbone=_build_llama(values.get("backbone")),
+            depth_decoder=_build_llama(values.get("depth_decoder")),
+            codec=_build(MimiConfig, values.get("codec")),
+            text_token_ids=_build(TextTokenIds, values.get("text_token_ids")),
         )
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object, or a `CheckpointError` that says what is wrong with the file."""
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(path.read_bytes())  # of any Unicode encoding
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it tells the sizes of the model") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -164,27 +179,66 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _build_llama(values: dict[str, Any] | None) -> LlamaConfig:
-    scaling = (values or {}).get("rope_scaling")
+def check_integer(where: str, value: Any, least: int = 1) -> int:
+    """Returns a whole number; raises `CheckpointError` for anything else, or one below `least`."""
+    if type(value) is not int or value < least:
+        raise CheckpointError(
+            f"{where} is {value!r}, but must be a whole number of at least {least}"
+        )
+    return value
+
+
+def check_number(where: str, value: Any) -> float:
+    """Returns a number; raises `CheckpointError` for anything else, or one that is not above 0."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{where} is {value!r}, but must be a number above 0")
+    return value
+
+
+def _build_llama(values: Any) -> LlamaConfig:
+    scaling = values.get("rope_scaling") if isinstance(values, dict) else None
     built = None if scaling is None else _build(RopeScaling, scaling)
     return _build(LlamaConfig, values, rope_scaling=built)
 
 
-def _build(cls: type, values: dict[str, Any] | None, **replaced: Any) -> Any:
-    """`cls(**values)`, with lists made tuples and a readable error for a wrong set of fields."""
+def _build(cls: type, values: Any, **replaced: Any) -> Any:
+    """`cls(**values)`, with a readable error for a wrong set of fields or a wrong type.
+
+    Args:
+      replaced: fields that are built already.
+    """
     if not isinstance(values, dict):
         raise CheckpointError(f"config.json has no section for {cls.__name__}")
     known = {f.name: f for f in dataclasses.fields(cls)}
     optional = {f.name for f in known.values() if f.default is not dataclasses.MISSING}
     optional |= {f.name for f in known.values() if f.default_factory is not dataclasses.MISSING}
-    unknown = sorted(values.keys() - known.keys())
-    missing = sorted(known.keys() - optional - values.keys())
+    given = {n: v for n, v in values.items() if v is not None or n not in optional} | replaced
+    unknown = sorted(given.keys() - known.keys())
+    missing = sorted(known.keys() - optional - given.keys())
     if unknown or missing:
         raise CheckpointError(
             f"config.json, {cls.__name__}: unknown fields {unknown}, missing fields {missing}"
         )
-    kept = {name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}
-    return cls(**(kept | replaced))
+    # Ids begin at 0, sizes at 1.
+    least = 0 if cls is TextTokenIds else 1
+    types = typing.get_type_hints(cls)
+    own = {
+        name: _check(f"config.json, {cls.__name__}: {name}", value, types[name], least)
+        for name, value in given.items()
+        if name not in replaced
+    }
+    return cls(**(own | replaced))
+
+
+def _check(where: str, value: Any, kind: Any, least: int) -> Any:
+    """A value of a field of a type that JSON has; lists become tuples."""
+    if kind is int:
+        return check_integer(where, value, least)
+    if kind is float:
+        return check_number(where, value)
+    if not isinstance(value, list | tuple) or not value:
+        raise CheckpointError(f"{where} is {value!r}, but must be a list of whole numbers")
+    return tuple(check_integer(where, each, least) for each in value)
 
 
 def csm_1b() -> CSMConfig:

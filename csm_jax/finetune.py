@@ -240,7 +240,7 @@ def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[TrainStepConfi
         precision,
         mesh,
         frozen=not trains_all,
-        adapters=Path(values.adapters) if values.adapters else None,
+        adapters=values.adapters or None,
         scratch_seed=values.seed if values.from_scratch else None,
     )
     config = TrainStepConfig(

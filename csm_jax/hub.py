@@ -1,22 +1,36 @@
-"""Checkpoints by name: downloaded once, converted once, then read from the native copy."""
+"""Names on the Hugging Face hub: downloaded once, converted once, then read from the native copy.
 
+A name is OWNER/NAME or OWNER/NAME@REVISION, where a revision is a branch, a tag or a commit.
+"""
+
+import contextlib
+import logging
 import os
 import re
+import urllib.parse
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub import constants
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
 
-from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.config import read_json
 from csm_jax.errors import CheckpointError, first_line
-from csm_jax.io.files import make_once
+from csm_jax.io.files import make_once, replace_file
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
-# Files of a repository: recordings of voices, and parameters.
+# Files of a repository: recordings of voices, parameters, and adapters.
 _PROMPTS = re.compile(r"^prompts/")
-_WEIGHTS = re.compile(r"\.(safetensors|pt)$")
-_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_WEIGHTS = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
+_ADAPTERS = re.compile(r"^adapter_model\.")
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+# Seconds to wait for the hub to say which commit a branch is at.
+_TIMEOUT = 10.0
+
+logger = logging.getLogger("csm_jax")
 
 
 def cache_directory() -> Path:
@@ -32,51 +46,164 @@ def is_name(name: str) -> bool:
     return bool(_NAME.fullmatch(name)) and not name.startswith((".", "~"))
 
 
-def native_copy(repository: str) -> Path:
-    """The native checkpoint of a hub repository, made on the first call.
+def _split(name: str) -> tuple[str, str]:
+    """Repository and revision of a name."""
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise CheckpointError(f"{name} is no name on the hub, such as sesame/csm-1b")
+    return match[1], match[2] or "main"
 
-    Of several processes one makes it, and the others wait. The download uses huggingface_hub, its
-    token and its cache. Remove the returned directory to follow a repository that has changed.
+
+def native_copy(name: str) -> Path:
+    """The native checkpoint of a repository, made on the first call for each of its commits.
+
+    The hub is asked which commit is meant, unless the name has one; if it cannot be reached, the
+    last known commit is used. Of several processes one makes the copy, and the others wait. The
+    download uses huggingface_hub, its token and its cache.
 
     Raises:
       CheckpointError: a file cannot be downloaded; the message says which and what to do.
     """
-    native = cache_directory() / "checkpoints" / repository.replace("/", "--")
-    make_once(native, lambda: native_format.is_native(native), lambda: _convert(repository, native))
+    repository, revision = _split(name)
+    copies = cache_directory() / "checkpoints"
+    try:
+        commit = _commit(repository, revision)
+    except CheckpointError:
+        # Made by a version that knew no commits.
+        older = copies / _flat(repository)
+        if revision == "main" and native_format.is_native(older):
+            logger.warning("%s: the hub cannot be reached; %s is used", repository, older)
+            return older
+        raise
+    native = copies / f"{_flat(repository)}@{commit}"
+    make_once(
+        native,
+        lambda: native_format.is_native(native),
+        lambda: _convert(f"{repository}@{commit}", native),
+    )
+    _remember(repository, revision, commit)
     return native
 
 
-def _convert(repository: str, native: Path) -> None:
+def _convert(name: str, native: Path) -> None:
     from csm_jax.convert.layouts import needs_codec
     from csm_jax.convert.native import write_native
 
-    source = download(repository)
+    source = download(name)
     codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
     write_native(source, native, codec)
+    repository = _flat(_split(name)[0])
+    for other in sorted(native.parent.glob(f"{repository}*")):
+        if other != native and other.name.partition("@")[0] == repository:
+            logger.warning("%s is of another revision; remove it if nothing uses it", other)
 
 
-def download(repository: str) -> Path:
-    """Downloads a repository's config, tokenizer and one of its checkpoints.
+def _commit(repository: str, revision: str, file: str = "config.json") -> str:
+    """The commit that a revision is at: as the hub says, or else as was known last.
+
+    Args:
+      file: one that the repository has.
+    """
+    if _COMMIT.fullmatch(revision):
+        return revision
+    try:
+        url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
+        commit = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT).commit_hash
+    except Exception as error:  # of the network library, which changes with the hub's library
+        known = _known_commit(repository, revision, file)
+        if known is None:
+            return _fetch(repository, file, revision).parent.name
+        if not constants.HF_HUB_OFFLINE:
+            logger.warning(
+                "%s: the hub does not say whether it was updated (%s); commit %s is used",
+                repository,
+                type(error).__name__,
+                known[:8],
+            )
+        return known
+    if commit is None:
+        return _fetch(repository, file, revision).parent.name
+    if commit != _cached_commit(repository, revision, file):
+        # Moves the revision in the cache of the hub's library too, unless that is read only.
+        with contextlib.suppress(CheckpointError):
+            _fetch(repository, file, revision)
+    return commit
+
+
+def _known_commit(repository: str, revision: str, file: str) -> str | None:
+    """The commit that a revision was at when it was last used."""
+    if cached := _cached_commit(repository, revision, file):
+        return cached
+    with contextlib.suppress(OSError):  # that cache may have been removed
+        commit = _reference(repository, revision).read_text().strip()
+        return commit if _COMMIT.fullmatch(commit) else None
+    return None
+
+
+def _cached_commit(repository: str, revision: str, file: str) -> str | None:
+    """The commit of a revision in the cache of the hub's library."""
+    cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+    return Path(cached).parent.name if isinstance(cached, str) else None
+
+
+def _remember(repository: str, revision: str, commit: str) -> None:
+    reference = _reference(repository, revision)
+    if revision == commit or (reference.is_file() and reference.read_text() == commit):
+        return
+    with contextlib.suppress(OSError):  # a cache that is read only still gives its copies
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(reference, commit.encode())
+
+
+def _reference(repository: str, revision: str) -> Path:
+    """The file with the commit of a revision."""
+    name = f"{_flat(repository)}@{urllib.parse.quote(revision, safe='')}"
+    return cache_directory() / "references" / name
+
+
+def _flat(repository: str) -> str:
+    return repository.replace("/", "--")
+
+
+def download(name: str) -> Path:
+    """Downloads a repository's config, tokenizer and the one of its checkpoints that is meant.
 
     Returns the directory that holds them. Raises `CheckpointError` as `native_copy` does.
     """
-    config = _fetch(repository, "config.json")
-    for file in _wanted(repository, config.parent):
-        _fetch(repository, file)
-    return config.parent
+    repository, revision = _split(name)
+    commit = _commit(repository, revision)
+    snapshot = _fetch(repository, "config.json", commit).parent
+    for file in _wanted(repository, commit, snapshot):
+        _fetch(repository, file, commit)
+    return snapshot
 
 
-def download_prompts(repository: str) -> list[Path]:
+def download_adapters(name: str) -> Path:
+    """Downloads a repository of adapters. Returns their directory. Raises `CheckpointError`."""
+    repository, revision = _split(name)
+    commit = _commit(repository, revision, peft_files.CONFIG)
+    snapshot = _fetch(repository, peft_files.CONFIG, commit).parent
+    files = _list(repository, commit, snapshot, _ADAPTERS)
+    for weights in (peft_files.WEIGHTS, peft_files.TORCH_WEIGHTS):
+        if weights in files:
+            _fetch(repository, weights, commit)
+            return snapshot
+    raise CheckpointError(f"{repository} has no {peft_files.WEIGHTS}: it holds no adapters")
+
+
+def download_prompts(name: str) -> list[Path]:
     """Downloads the files in a repository's `prompts/`. Raises `CheckpointError`."""
-    snapshot = _fetch(repository, "config.json").parent
-    files = [file for file in _list(repository, snapshot, _PROMPTS) if _PROMPTS.search(file)]
-    return [_fetch(repository, file) for file in files]
+    repository, revision = _split(name)
+    commit = _commit(repository, revision)
+    snapshot = _fetch(repository, "config.json", commit).parent
+    files = _list(repository, commit, snapshot, _PROMPTS)
+    return [_fetch(repository, file, commit) for file in files if _PROMPTS.search(file)]
 
 
-def _list(repository: str, snapshot: Path, wanted: re.Pattern[str]) -> list[str]:
+def _list(repository: str, commit: str, snapshot: Path, wanted: re.Pattern[str]) -> list[str]:
     """The files of a repository; offline those in the cache, if any of them matches `wanted`."""
     try:
-        return huggingface_hub.HfApi().list_repo_files(repository)
+        return huggingface_hub.HfApi().list_repo_files(repository, revision=commit)
     except Exception as error:
         files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
         if not any(wanted.search(file) for file in files):
@@ -84,21 +211,33 @@ def _list(repository: str, snapshot: Path, wanted: re.Pattern[str]) -> list[str]
         return files
 
 
-def _wanted(repository: str, snapshot: Path) -> list[str]:
-    """The files of a repository that this package reads, of only one checkpoint if it has two."""
-    files = _list(repository, snapshot, _WEIGHTS)
-    weights = [file for file in files if file.endswith(".safetensors") and "/" not in file]
-    split = [file for file in weights if file.startswith("transformers")]
-    weights = split or weights or [file for file in files if file.endswith(".pt")]
+def _wanted(repository: str, commit: str, snapshot: Path) -> list[str]:
+    """The files of a repository that this package reads, of only one checkpoint if it has more."""
+    from csm_jax.convert.weight_files import choose
+
+    files = _list(repository, commit, snapshot, _WEIGHTS)
+    weights = choose(files, lambda file: read_json(_fetch(repository, file, commit)), repository)
     small = native_format.TOKENIZER_FILES + native_format.SMALL_FILES
     return [file for file in small if file in files] + sorted(weights)
 
 
-def _fetch(repository: str, file: str) -> Path:
+def _fetch(repository: str, file: str, revision: str) -> Path:
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file))
+        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        is_absent = isinstance(error, HfHubHTTPError) and isinstance(error, EntryNotFoundError)
+        if file == "config.json" and is_absent:
+            _refuse_adapters(repository, revision)
         raise _unreachable(repository, file, error) from error
+
+
+def _refuse_adapters(repository: str, revision: str) -> None:
+    """Raises `CheckpointError` if a repository without a model holds adapters."""
+    try:
+        config = huggingface_hub.hf_hub_download(repository, peft_files.CONFIG, revision=revision)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
+        return
+    raise peft_files.not_a_checkpoint(repository, read_json(Path(config)))
 
 
 def _unreachable(repository: str, wanted: str, error: Exception) -> CheckpointError:

@@ -64,6 +64,21 @@ def open_source(name: str | Path) -> Source:
     return Source(config, load_tokenizer(directory, config), tensors, is_int8, directory)
 
 
+def find_adapters(name: str | Path) -> Path:
+    """The directory of LoRA adapters, downloaded if need be.
+
+    Args:
+      name: a directory, or a hub name such as someone/csm-lora.
+
+    Raises:
+      CheckpointError: there are no adapters of this name.
+    """
+    directory = Path(name).expanduser()
+    if directory.exists() or not hub.is_name(str(name)):
+        return directory
+    return hub.download_adapters(str(name))
+
+
 def find_directory(name: str) -> Path | None:
     """The directory of a checkpoint, downloaded if need be; None for random weights.
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -13,27 +14,47 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import fixtures
+import numpy as np
 import pytest
 from fixtures import CONFIG, assert_same_params, params
 
-from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.model.layers import LowRank
+from csm_jax.model.lora import LoRAConfig, init_adapters
 from csm_jax.model.precision import FLOAT32
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LATER = "89abcdef0123456789abcdef0123456789abcdef"
 TOKEN = "hf_secret"
+# The hub's library asks for this once a day, if a program of this kind runs it.
+AGENTS = "/api/agent-harnesses"
+
+
+def write_adapters(directory, config):
+    """Adapters with random updates. Returns the directory."""
+    random = np.random.default_rng(0)
+    lora = LoRAConfig(rank=2)
+    adapters = {
+        path: LowRank(low.down, random.standard_normal(low.up.shape).astype(np.float32))
+        for path, low in init_adapters(config, lora).items()
+    }
+    peft_files.write_adapters(directory, adapters, lora, "sesame/gated-csm")
+    return directory
 
 
 class Hub(ThreadingHTTPServer):
     """A hub whose repositories are directories; those named gated need a token.
 
     Attributes:
-      seen: "METHOD path" of every request.
+      seen: "METHOD path" of every request for a repository.
+      commit: what all branches of all repositories are at.
     """
 
     def __init__(self, root):
         super().__init__(("127.0.0.1", 0), Handler)
         self.root = root
         self.seen: list[str] = []
+        self.commit = COMMIT
 
     @property
     def url(self) -> str:
@@ -43,7 +64,7 @@ class Hub(ThreadingHTTPServer):
         """REPOSITORY/FILE of every download, sorted."""
         gets = (path.split() for path in self.seen)
         return sorted(
-            path.strip("/").replace("resolve/main/", "")
+            re.sub("resolve/[^/]+/", "", path.strip("/"))
             for method, path in gets
             if method == "GET" and "/resolve/" in path
         )
@@ -58,7 +79,8 @@ class Handler(BaseHTTPRequestHandler):
 
     def answer(self):
         path = urlsplit(self.path).path
-        self.server.seen.append(f"{self.command} {path}")
+        if path != AGENTS:
+            self.server.seen.append(f"{self.command} {path}")
         parts = path.strip("/").removeprefix("api/models/").split("/")
         directory = self.server.root / "/".join(parts[:2])
         if not directory.is_dir():
@@ -69,7 +91,7 @@ class Handler(BaseHTTPRequestHandler):
             files = (path for path in directory.rglob("*") if path.is_file())
             names = sorted(path.relative_to(directory).as_posix() for path in files)
             tree = [{"type": "file", "path": n, "size": 1, "oid": n} for n in names]
-            info = {"id": "/".join(parts[:2]), "sha": COMMIT}
+            info = {"id": "/".join(parts[:2]), "sha": self.server.commit}
             siblings = [{"rfilename": name} for name in names]
             self.send(json.dumps(tree if "tree" in parts else info | {"siblings": siblings}))
         elif (file := directory.joinpath(*parts[4:])).is_file():
@@ -77,10 +99,15 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "EntryNotFound", "Entry not found")
 
+    def commit(self):
+        """That of the request's path, or that of its branch."""
+        named = re.search("/resolve/([0-9a-f]{40})/", self.path)
+        return named[1] if named else self.server.commit
+
     def send(self, content, name=""):
         content = content.encode() if isinstance(content, str) else content
         self.send_response(200)
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.commit())
         self.send_header("ETag", f'"{name}"')
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -112,6 +139,12 @@ def hub(tmp_path_factory):
         (both / "prompts" / name).write_bytes(b"a recording of " + name.encode())
     (both / "prompts" / "mine.txt").write_text("What I say.")
     (root / "someone" / "else").mkdir()
+    write_adapters(root / "someone" / "lora", fixtures.CONFIG)
+    several = root / "someone" / "several"
+    several.mkdir()
+    fixtures.write_config(several)
+    for name in ("model_1000.pt", "model_final.pt"):
+        (several / name).write_bytes(b"")
     with Hub(root) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield server
@@ -122,6 +155,7 @@ def hub(tmp_path_factory):
 def run(hub, tmp_path):
     """Looks up names in a process with separate caches; returns a line for each."""
     hub.seen.clear()
+    hub.commit = COMMIT
     # The library retries for up to 23 s without a network.
     native = """
         import sys, time
@@ -157,24 +191,28 @@ def closed_port() -> str:
 
 
 def test_a_repository_is_downloaded_and_converted_once(hub, run, tmp_path):
-    native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
+    native = tmp_path / "ours" / "checkpoints" / f"sesame--gated-csm@{COMMIT}"
     assert run("sesame/gated-csm") == [f"native: {native}"]
     wanted = ["config.json", "generation_config.json", "tokenizer.json"]
     wanted += [f"transformers-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    wanted += ["transformers.safetensors.index.json"]
     assert hub.downloaded() == [f"sesame/gated-csm/{name}" for name in wanted]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(native_format.flatten(loaded), params())
     assert (native / "generation_config.json").is_file()
 
-    # The second time needs no server, no token and no download.
+    # The second time needs no token, no cache of the hub's library and no download.
     hub.seen.clear()
     before = {path: path.stat().st_mtime_ns for path in native.rglob("*")}
     shutil.move(tmp_path / "hf", tmp_path / "aside")
     assert run("sesame/gated-csm", HF_TOKEN="") == [f"native: {native}"]
-    assert hub.seen == []
+    assert hub.seen == ["HEAD /sesame/gated-csm/resolve/main/config.json"]
+    assert run("sesame/gated-csm", HF_HUB_OFFLINE="1") == [f"native: {native}"]
+    assert run("sesame/gated-csm", HF_ENDPOINT=closed_port()) == [f"native: {native}"]
     assert {path: path.stat().st_mtime_ns for path in native.rglob("*")} == before
 
     # Without the native copy, the hub's own cache suffices offline.
+    hub.seen.clear()
     shutil.rmtree(native)
     shutil.move(tmp_path / "aside", tmp_path / "hf")
     assert run("sesame/gated-csm", HF_HUB_OFFLINE="1") == [f"native: {native}"]
@@ -183,13 +221,71 @@ def test_a_repository_is_downloaded_and_converted_once(hub, run, tmp_path):
 
 
 def test_sesames_layout_is_converted_with_kyutais_codec(hub, run, tmp_path):
-    native = tmp_path / "ours" / "checkpoints" / "someone--tuned"
+    native = tmp_path / "ours" / "checkpoints" / f"someone--tuned@{COMMIT}"
     assert run("someone/tuned") == [f"native: {native}"]
     own = [f"someone/tuned/{name}" for name in ("config.json", "model.safetensors")]
     codec = [f"kyutai/mimi/{name}" for name in ("config.json", "model.safetensors")]
     assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(native_format.flatten(loaded), params())
+
+
+def test_a_repository_that_was_updated_is_converted_again(hub, run, tmp_path):
+    copies = tmp_path / "ours" / "checkpoints"
+    old, new = (copies / f"someone--tuned@{commit}" for commit in (COMMIT, LATER))
+    assert run("someone/tuned") == [f"native: {old}"]
+    hub.commit = LATER
+    assert run("someone/tuned") == [f"native: {new}"]
+    assert native_format.is_native(new)
+    # A commit in the name stays, and asks nobody.
+    hub.seen.clear()
+    assert run(f"someone/tuned@{COMMIT}", "someone/tuned@main") == [
+        f"native: {old}",
+        f"native: {new}",
+    ]
+    assert hub.seen == ["HEAD /someone/tuned/resolve/main/config.json"]
+    # Without a network the last known commit of the branch is meant.
+    assert run("someone/tuned", HF_ENDPOINT=closed_port()) == [f"native: {new}"]
+    # That is the one in the cache of the hub's library, which other programs use too.
+    (tmp_path / "hf" / "hub" / "models--someone--tuned" / "refs" / "main").write_text(COMMIT)
+    assert run("someone/tuned", HF_HUB_OFFLINE="1") == [f"native: {old}"]
+
+
+def test_a_copy_of_an_older_version_is_used_without_a_network(run, tmp_path):
+    """Its name has no commit."""
+    old = fixtures.write_native(tmp_path / "ours" / "checkpoints" / "someone--tuned")
+    offline = {"HF_ENDPOINT": closed_port()}
+    assert run("someone/tuned", **offline) == [f"native: {old}"]
+
+
+def test_adapters_are_downloaded_by_name(hub, run, tmp_path):
+    code = """
+        import sys
+        import csm_jax
+        for name in sys.argv[1:]:
+            model = csm_jax.load("random:tiny", adapters=name)
+            block = model.params["backbone"]["layers"][0]
+            print(float(abs(block["attn"]["qkv"]["weight"]).sum()))
+    """
+    local = hub.root / "someone" / "lora"
+    there, here, pinned = run("someone/lora", str(local), f"someone/lora@{COMMIT}", code=code)
+    assert there == here == pinned
+    assert hub.downloaded() == [
+        "someone/lora/adapter_config.json",
+        "someone/lora/adapter_model.safetensors",
+    ]
+
+
+def test_adapters_named_as_a_checkpoint_are_an_error_that_names_the_flag(run):
+    (line,) = run("someone/lora")
+    assert line.startswith("error: someone/lora holds adapters of sesame/gated-csm and no model")
+    assert "--adapters=someone/lora" in line
+
+
+def test_several_checkpoints_in_a_repository_are_listed(hub, run):
+    (line,) = run("someone/several")
+    assert "someone/several holds several checkpoints, model_1000.pt, model_final.pt" in line
+    assert hub.downloaded() == ["someone/several/config.json"]
 
 
 def test_recordings_of_a_repository_are_voices(hub, run, tmp_path):
@@ -228,7 +324,7 @@ def test_recordings_of_a_repository_are_voices(hub, run, tmp_path):
 
 
 def test_two_concurrent_processes_make_one_copy(hub, run, tmp_path):
-    native = tmp_path / "ours" / "checkpoints" / "sesame--gated-csm"
+    native = tmp_path / "ours" / "checkpoints" / f"sesame--gated-csm@{COMMIT}"
     with ThreadPoolExecutor(2) as pool:
         said = list(pool.map(run, ["sesame/gated-csm"] * 2))
     assert said == [[f"native: {native}"]] * 2

@@ -23,13 +23,15 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def define_checkpoint(values: flags.FlagValues, default: str = _CHECKPOINT) -> None:
     """Defines `--checkpoint`."""
-    names = f"hub name, directory in any layout, {' or '.join(NAMES)}"
+    names = f"hub name (or NAME@REVISION), directory in any layout, {' or '.join(NAMES)}"
     flags.DEFINE_string("checkpoint", default, names, flag_values=values)
 
 
 def define_adapters(values: flags.FlagValues) -> None:
     """Defines `--adapters`."""
-    adapters = "directory of LoRA adapters to add to the weights, of csm_jax.finetune or PEFT"
+    adapters = (
+        "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT: directory or hub name"
+    )
     flags.DEFINE_string("adapters", None, adapters, flag_values=values)
 
 

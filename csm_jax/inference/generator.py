@@ -20,7 +20,7 @@ from csm_jax.inference.pacing import Pace, blocks
 from csm_jax.inference.request import Notice, Notify, Progress, Request, as_request, log_notice
 from csm_jax.inference.request_parameters import checks_call, generate_parameters, takes_request
 from csm_jax.inference.request_state import RequestState
-from csm_jax.loading import open_source
+from csm_jax.loading import find_adapters, open_source
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sharding import place_on
 
@@ -156,7 +156,8 @@ def load(
         codec is float32 always.
       quantize: "int8" or "none"; None is as the checkpoint is stored.
       mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
-      adapters: a directory of LoRA adapters (`peft_files.py`), which become part of the weights.
+      adapters: a directory of LoRA adapters in PEFT's format, or their hub name; they become part
+        of the weights.
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
@@ -168,7 +169,9 @@ def load(
         precision = _as_int8(str(name), dtype, quantize)
     tensors = source.tensors
     if adapters is not None:
-        tensors = peft_files.merge_files(tensors, source.config, Path(adapters), source.is_int8)
+        tensors = peft_files.merge_files(
+            tensors, source.config, find_adapters(adapters), source.is_int8
+        )
     params = native_format.place_params(
         tensors, source.config, precision, _place(source.config, mesh)
     )

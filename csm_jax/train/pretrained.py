@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.loading import open_source
+from csm_jax.loading import find_adapters, open_source
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import lora
 from csm_jax.model.csm import CSM
@@ -50,7 +50,7 @@ def load_pretrained(
     mesh: Mesh | None,
     *,
     frozen: bool,
-    adapters: Path | None = None,
+    adapters: str | Path | None = None,
     scratch_seed: int | None = None,
 ) -> PretrainedModel:
     """Loads a checkpoint to train.
@@ -71,7 +71,9 @@ def load_pretrained(
         )
     tensors = source.tensors
     if adapters is not None:
-        tensors = peft_files.merge_files(tensors, source.config, adapters, is_int8=False)
+        tensors = peft_files.merge_files(
+            tensors, source.config, find_adapters(adapters), is_int8=False
+        )
 
     def place(path: str, tensor: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
         # The codec's go to the device when the codec is made.

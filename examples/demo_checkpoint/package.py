@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from csm_jax.convert.export import export_huggingface
 from csm_jax.io.audio import load_audio, save_audio
+from csm_jax.loading import open_source
 
 MODEL = flags.DEFINE_string("model", "demo/run/model", "the native checkpoint of the run")
 # Texts of the voice prompts.
@@ -39,7 +40,8 @@ def main(_: list[str]) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as directory:
         exported = Path(directory) / "exported"
-        export_huggingface(Path(MODEL.value), exported, jnp.bfloat16)
+        model = open_source(MODEL.value)
+        export_huggingface(model.config, model.tensors, model.tokenizer, (), exported, jnp.bfloat16)
         tensors = {}
         for shard in sorted(exported.glob("*.safetensors")):
             # The export keeps the codec in float32; assemble.py has rounded it already.

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 
 from csm_jax.checkpoints import native_format
 from csm_jax.convert import __main__ as convert
+from csm_jax.prompt.tokenizer import load_tokenizer
 
 
 def assert_nothing_left(out: Path) -> None:
@@ -44,9 +45,11 @@ def test_small_files_are_copied_in_both_directions(huggingface, tmp_path):
     native, back = tmp_path / "native", tmp_path / "back"
     assert convert.run([f"--source={source}", f"--out={native}"]) == 0
     assert convert.run([f"--source={native}", f"--out={back}", "--to=hf"]) == 0
+    assert (native / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
     for directory in (native, back):
         assert (directory / "generation_config.json").read_text() == '{"a": 1}'
-        assert (directory / "tokenizer.json").read_text() == (source / "tokenizer.json").read_text()
+        tokenizer = load_tokenizer(directory, CONFIG)
+        assert tokenizer.encode("[0]It's 8%.") == fixtures.TOKENIZER.encode("[0]It's 8%.")
         assert not (directory / "README.md").exists()
 
 
@@ -102,6 +105,9 @@ def test_transformers_loads_an_export_with_equal_weights(tmp_path, dtype):
         (["--source={hf}", "--out={out}", "--to=onnx"], "--to is onnx, but must be native or hf"),
         (["--source={native}", "--out={out}"], "is native already; --to=hf"),
         (["--source={hf}", "--out={out}", "--to=hf"], "is no native checkpoint"),
+        (["--source={native}", "--out={out}", "--to=hf", "--quantize=int8"], "has no int8"),
+        (["--source={native}", "--out={out}", "--to=hf", "--codec=x"], "--codec and --to=hf do"),
+        (["--source={native}", "--out={out}", "--adapters={hf}"], "whole model and no adapters"),
         (["--source={empty}", "--out={out}"], "holds no CSM checkpoint"),
         (["--source={sesame}", "--out={out}"], "has no codec inside"),
         (["--source={sesame}", "--out={out}", "--codec={empty}"], "holds no Mimi codec"),

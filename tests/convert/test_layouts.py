@@ -102,6 +102,13 @@ def test_the_error_of_a_missing_codec_names_the_flag(sesame):
         csm_jax.load(sesame)
 
 
+def test_checkpoints_in_directories_of_a_run_are_named(sesame, tmp_path):
+    for step in (500, 1000):
+        shutil.copytree(sesame, tmp_path / f"checkpoint-{step}")
+    with pytest.raises(CheckpointError, match=r"itself: name .*checkpoint-1000 or .*point-500"):
+        csm_jax.load(tmp_path)
+
+
 def test_a_missing_shard_is_named(mixed, tmp_path):
     directory = tmp_path / "part"
     shutil.copytree(mixed, directory)
