@@ -41,13 +41,13 @@ class Segment:
 
     Attributes:
       speaker: any number; the same number is the same voice.
-      text: the transcript of `audio`.
+      text: the transcript of `audio`; None for a recording without one.
       audio: float [num_samples] at 24 kHz, mono; None for a turn of text alone.
       codes: int [num_frames, Q], used instead of `audio` where the codes are known already.
     """
 
     speaker: int
-    text: str
+    text: str | None
     audio: np.ndarray | None = None
     codes: np.ndarray | None = None
 
@@ -68,10 +68,14 @@ class Turn:
     def __init__(self, turn: Segment, config: CSMConfig, tokenizer: Tokenizer):
         """Raises `InputError`: a text is empty; audio or codes are not what they should be."""
         self._config = config
-        self._text = text_rows(turn.text, turn.speaker, config, tokenizer)
+        _check_contents(turn)
+        self._text: Prompt | None = None
         self._audio: np.ndarray | None = None
         self._sound: Prompt | None = None
-        self.length = len(self._text.frames)
+        self.length = 0
+        if turn.text is not None:
+            self._text = text_rows(turn.text, turn.speaker, config, tokenizer)
+            self.length += len(self._text.frames)
         if turn.codes is not None:
             self._sound = _audio_rows(np.asarray(turn.codes), config)
             self.length += len(self._sound.frames)
@@ -81,7 +85,7 @@ class Turn:
             self.length += -(-len(self._audio) // config.codec.frame_size) + 1
 
     def rows(self, encode: Encode | None = None) -> list[Prompt]:
-        """The rows of its text, and of its audio if it has any; `encode` is called at most once.
+        """The rows of its text and of its audio, as it has them; `encode` is called at most once.
 
         Raises:
           ValueError: the turn has audio, and there is no `encode`.
@@ -91,17 +95,24 @@ class Turn:
                 raise ValueError("a turn with audio needs the codec")
             self._sound = _audio_rows(np.asarray(encode(self._audio)), self._config)
             self._audio = None
-        return [self._text] if self._sound is None else [self._text, self._sound]
+        return [rows for rows in (self._text, self._sound) if rows is not None]
 
 
 def check_turn(turn: Segment, config: CSMConfig) -> None:
     """Checks what a `Turn` checks, without making its rows. Raises `InputError`."""
-    check_text(turn.text)
-    check_unicode(f"[{turn.speaker}]{turn.text}")
+    _check_contents(turn)
+    if turn.text is not None:
+        check_text(turn.text)
+        check_unicode(f"[{turn.speaker}]{turn.text}")
     if turn.codes is not None:
         _check_codes(np.asarray(turn.codes), config)
     elif turn.audio is not None:
         check_audio(turn.audio)
+
+
+def _check_contents(turn: Segment) -> None:
+    if turn.text is None and turn.audio is None and turn.codes is None:
+        raise InputError("a turn has neither a text nor audio: give one of them")
 
 
 def _is_silent(character: str) -> bool:

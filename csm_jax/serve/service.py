@@ -42,6 +42,10 @@ logger = logging.getLogger("csm_jax.serve")
 
 # Two frames of this are generated before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
+_NO_TRANSCRIPT = Notice(
+    "no_transcript",
+    "a recording has no transcript: the model hears the voice, but what it says can be less clear",
+)
 # A voice can have any speaker number; the longest number has the most tokens.
 _SPEAKERS = (0, MAX_SPEAKER)
 # Fractions of the drain time that are reserved: for the engine and everything after it, for
@@ -98,6 +102,7 @@ class Service:
             self.store.voices,
             settings.limits,
         )
+        self._check_default_voice()
         self.rate_limits = RateLimits(
             settings.requests_per_minute, settings.speech_seconds_per_minute
         )
@@ -126,6 +131,15 @@ class Service:
         )
         self.metrics.watch_engine(self.engine)
         self.metrics.watch_database(self.store.database)
+
+    def _check_default_voice(self) -> None:
+        """Raises `InputError` if the default voice is neither a shared voice nor a number."""
+        name = self.settings.default_voice
+        if name is not None and not name.isdecimal():
+            try:
+                self.voices.find(name, "")
+            except InputError as error:
+                raise InputError(f"--default_voice: {error}") from error
 
     @property
     def is_ready(self) -> bool:
@@ -280,6 +294,8 @@ class Service:
         if not background:
             self.rate_limits.check_speech(caller)
         started = time.perf_counter()
+        if any(turn.text is None for turn in request.context):
+            notices = [*notices, _NO_TRANSCRIPT]
         request = await self.encode_context(self._limited(request), caller)
         submission = _Submission(self.engine)
         submit = functools.partial(

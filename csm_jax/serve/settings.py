@@ -93,6 +93,10 @@ class Settings:
 
     Attributes:
       model_name: the name of the model in the APIs.
+      strict_models: whether requests for models of other names are refused; otherwise they are
+        served, with a notice.
+      default_voice: the voice of requests to OpenAI's and DeepInfra's APIs that name none. By
+        default it is the first voice for OpenAI's, and none for DeepInfra's.
       sampling: the default for fields that a request leaves out.
       max_batch: requests that are generated at once.
       max_seq_len: positions of each of them, for context and speech.
@@ -115,6 +119,8 @@ class Settings:
     """
 
     model_name: str = "csm-1b"
+    strict_models: bool = False
+    default_voice: str | None = None
     sampling: Sampling = DEFAULT_SAMPLING
     max_batch: int = EngineConfig.max_batch
     max_seq_len: int = EngineConfig.max_seq_len

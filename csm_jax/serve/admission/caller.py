@@ -23,7 +23,19 @@ class Caller:
     share: str = ""
     weight: float = 1.0
 
+    @classmethod
+    def without_key(cls, share: str) -> "Caller":
+        """A caller that sends no key to a server with keys, for what is open to all."""
+        return cls(_NO_OWNER, share)
 
+    @property
+    def has_no_key(self) -> bool:
+        """Whether the server has keys, and this caller sent none."""
+        return self.owner == _NO_OWNER
+
+
+# Owns nothing: no tenant and no digest of a key is called so.
+_NO_OWNER = "-"
 # The server's own requests, such as those that warm it up.
 INTERNAL = Caller()
 

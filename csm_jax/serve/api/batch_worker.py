@@ -6,9 +6,10 @@ import contextlib
 import json
 from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from csm_jax.errors import InputError, first_line
+from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.api.openai import Speech, as_request
 from csm_jax.serve.api.responses import speak_whole
 from csm_jax.serve.audio.encoding import FORMATS
@@ -23,7 +24,7 @@ _ATTEMPTS = 3
 _IDLE_SECONDS = 5.0
 
 
-class BatchLine(BaseModel):
+class BatchLine(Fields):
     """A line of a batch's file."""
 
     custom_id: str = Field(max_length=256)
@@ -120,7 +121,7 @@ class BatchWorker:
                 return await self._generate(line)
             except Exception as failure:
                 error = as_api_error(failure)
-                if isinstance(failure, InputError) or error.status == 400:
+                if isinstance(failure, InputError) or error.status in (400, 404):
                     break
                 await asyncio.sleep(attempt)
                 if attempt == _ATTEMPTS:
@@ -132,15 +133,23 @@ class BatchWorker:
     async def _generate(self, line: Line) -> _Result:
         service = self._service
         fields = await service.threads.work(line.caller, _fields, line)
-        request = as_request(service, line.caller, fields)
+        request, notices = await as_request(service, line.caller, fields)
         audio_format = fields.response_format
         spoken = await speak_whole(
-            service, line.caller, request, audio_format, fields.speed, background=True
+            service,
+            line.caller,
+            request,
+            audio_format,
+            fields.speed,
+            background=True,
+            notices=notices,
         )
 
         def write() -> str:
             body = {"audio": base64.b64encode(spoken.data).decode()}
             body["content_type"] = FORMATS[audio_format].media_type
+            if kinds := spoken.speech.notice_kinds:
+                body["notices"] = kinds
             return _result_json(line, {"status_code": 200, "body": body}, None)
 
         return _Result(await service.threads.work(line.caller, write), True)

@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 from fastapi import APIRouter, Query, Response
 from fastapi import Request as HTTPRequest
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import Field, TypeAdapter
 
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.batch_worker import BatchLine, BatchWorker, Endpoint
+from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.api.parsing import describe, parse_json_sync, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect
 from csm_jax.serve.errors import ApiError
@@ -43,12 +44,12 @@ _Text = Annotated[str, Field(max_length=512)]
 _LINE = TypeAdapter(BatchLine)
 
 
-class NewFile(BaseModel):
+class NewFile(Fields):
     file: bytes = Field(json_schema_extra={"format": "binary"})
     purpose: Literal["batch"] = "batch"
 
 
-class NewBatch(BaseModel):
+class NewBatch(Fields):
     input_file_id: str | None = Field(None, max_length=64)
     file: bytes | None = Field(None, json_schema_extra={"format": "binary"})
     endpoint: Endpoint = "/v1/audio/speech"

@@ -18,6 +18,7 @@ class UploadedTurn:
     """A turn of context as it arrives in a request.
 
     Attributes:
+      text: transcript of the recording; "" or spaces if there is none.
       recording: a file, base64, or a URL for `fetch`.
     """
 
@@ -34,13 +35,15 @@ class Context:
     notices: Sequence[Notice] = ()
 
 
+# Time limit for fetching a recording.
+FETCH_SECONDS = 20.0
 Fetch = Callable[[str], Awaitable[bytes]]
 
 
 async def read_context(
     service: Service,
     caller: Caller,
-    uploaded: Sequence[UploadedTurn],
+    uploaded: Sequence[UploadedTurn | Segment],
     name: str,
     fetch: Fetch | None = None,
 ) -> Context:
@@ -50,6 +53,7 @@ async def read_context(
     of the file are checked.
 
     Args:
+      uploaded: oldest first; a `Segment` is a turn that needs no decoding.
       name: names the recordings in errors.
       fetch: fetches recordings that are URLs, but no `data:` URIs.
 
@@ -59,37 +63,42 @@ async def read_context(
     limits = service.settings.limits
     check_turns(service, len(uploaded))
     for turn in uploaded:
-        check_length(service, turn.text)
+        check_length(service, turn.text or "")
     turns: list[Segment] = []
-    room = service.engine.max_seq_len * service.model.codec.frame_size
+    frame_size = service.model.codec.frame_size
+    room = service.engine.max_seq_len * frame_size
     for turn in reversed(uploaded):
+        if isinstance(turn, Segment):
+            if room > 0:
+                turns.append(turn)
+                room -= frame_size * (0 if turn.codes is None else len(turn.codes))
+            continue
         recording, is_url = turn.recording, fetch is not None and _is_url(turn.recording)
         if room > 0:
             if fetch is not None and _is_url(recording):
                 recording = await fetch(recording)
             audio = await service.threads.work(caller, decode_upload, recording, limits, name)
-            turns.append(Segment(turn.speaker, turn.text, audio))
+            turns.append(Segment(turn.speaker, turn.text if turn.text.strip() else None, audio))
             room -= len(audio)
         elif not is_url:
             await service.threads.work(caller, check_upload, recording, limits, name)
     return Context(turns[::-1], _dropped(len(uploaded) - len(turns), len(uploaded)))
 
 
-async def read_turn(
-    service: Service, caller: Caller, turn: UploadedTurn, name: str, transcript_name: str
-) -> Context:
-    """Decodes a context of one turn, whose transcript may be missing in the request.
+async def fetch_recording(service: Service, caller: Caller, name: str, url: str) -> bytes:
+    """Fetches a recording that a request refers to by a URL.
 
     Args:
-      name, transcript_name: name the recording and its transcript in errors.
+      name: of the field with the URL.
 
     Raises:
-      ApiError, InputError: there is no transcript, or the recording cannot be used.
+      ApiError, InputError: the server does not fetch, or not from there.
     """
-    if not turn.text.strip():
-        message = f"{name} needs {transcript_name}, its transcript"
-        raise ApiError(400, message, param=transcript_name)
-    return await read_context(service, caller, [turn], name)
+    if not service.settings.fetch_urls:
+        message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
+        raise ApiError(400, message, param=name, code="fetching_off")
+    most = service.settings.limits.audio_bytes
+    return await service.outbound_http.fetch(url, most, FETCH_SECONDS, caller.share)
 
 
 def _is_url(recording: str | bytes) -> TypeGuard[str]:

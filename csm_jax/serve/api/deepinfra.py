@@ -14,9 +14,15 @@ from pydantic import BaseModel, Field
 
 from csm_jax.inference.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.api.context import UploadedTurn, read_turn
+from csm_jax.serve.api.context import UploadedTurn, read_context
+from csm_jax.serve.api.fields import ignored
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import PermitResponse, cancel_on_disconnect, speak_whole
+from csm_jax.serve.api.responses import (
+    NOTICES,
+    PermitResponse,
+    cancel_on_disconnect,
+    speak_whole,
+)
 from csm_jax.serve.api.schemas import Options, Recording, Text, make_named_request, make_request
 from csm_jax.serve.audio.encoding import FORMATS
 from csm_jax.serve.jobs.job import Job, JobHandler
@@ -34,13 +40,17 @@ class Inference(Options):
 
     text: Text
     response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
-    preset_voice: str = Field(PRESETS[0], max_length=64)
+    preset_voice: str | None = Field(
+        None, max_length=64, description='default: "none", unless the server has a default voice'
+    )
     temperature: float | None = Field(0.9, ge=0, le=5)
     max_audio_length_ms: float | None = Field(10_000, ge=80, le=86_400_000)
     speaker_audio: Recording | None = Field(
         None, description="a voice to speak in: a file, or base64 in JSON"
     )
-    speaker_transcript: str | None = Field(None, description="its transcript")
+    speaker_transcript: str | None = Field(
+        None, description="its transcript, without which the speech can be less clear"
+    )
     webhook: str | None = Field(
         None, max_length=2048, description="URL that the response is posted to"
     )
@@ -80,7 +90,7 @@ def router(service: Service) -> APIRouter:
     async def run(job: Job, body: str) -> dict[str, Any]:
         queued = await service.threads.work(job.caller, QueuedInference.model_validate_json, body)
         with await service.admit(job.caller, wait=True):
-            response = await _speak(service, job.caller, queued.fields, queued.name)
+            response, _ = await _speak(service, job.caller, queued.fields, queued.name)
         return response.model_dump()
 
     service.jobs.register(_KIND, JobHandler(run, _webhook_body, keeps_result=False))
@@ -104,20 +114,22 @@ def router(service: Service) -> APIRouter:
 
 async def _respond(service: Service, caller: Caller, fields: Inference) -> PermitResponse:
     with await service.admit(caller) as permit:
-        response = await _speak(service, caller, fields, request_id())
+        response, notices = await _speak(service, caller, fields, request_id())
         content = await service.threads.work(caller, response.model_dump_json)
-        return PermitResponse(permit, content, media_type="application/json")
+        headers = {NOTICES: notices}
+        return PermitResponse(permit, content, media_type="application/json", headers=headers)
 
 
 async def _speak(
     service: Service, caller: Caller, fields: Inference, name: str
-) -> InferenceResponse:
-    """Generates the speech of a request that has a permit."""
+) -> tuple[InferenceResponse, str]:
+    """Generates the speech of a request that has a permit. Also returns the kinds of notices."""
     request = await _request(service, caller, fields)
     started = time.perf_counter()
-    spoken = await speak_whole(service, caller, request, fields.response_format)
+    notices = ignored(fields.unknown)
+    spoken = await speak_whole(service, caller, request, fields.response_format, notices=notices)
     audio = await service.threads.work(caller, _data_uri, spoken.data, fields.response_format)
-    return InferenceResponse(
+    response = InferenceResponse(
         audio=audio,
         input_character_length=len(fields.text),
         output_format=fields.response_format,
@@ -129,6 +141,7 @@ async def _speak(
             tokens_input=spoken.speech.num_tokens,
         ),
     )
+    return response, spoken.speech.notice_kinds
 
 
 async def _submit_job(
@@ -175,9 +188,9 @@ def _without_audio(fields: Inference, name: str, status: Status) -> InferenceRes
 async def _request(service: Service, caller: Caller, fields: Inference) -> Request:
     if fields.speaker_audio is not None:
         turn = UploadedTurn(0, fields.speaker_transcript or "", fields.speaker_audio)
-        names = "speaker_audio", "speaker_transcript"
-        context = await read_turn(service, caller, turn, *names)
+        context = await read_context(service, caller, [turn], "speaker_audio")
         return make_request(service, fields.text, 0, fields, context.turns)
-    if fields.preset_voice == NO_PRESET:
+    preset = fields.preset_voice or service.settings.default_voice or NO_PRESET
+    if preset.casefold() == NO_PRESET and not service.voices.has(preset, caller.owner):
         return make_request(service, fields.text, 0, fields)
-    return make_named_request(service, caller, fields.text, fields.preset_voice, PRESETS, fields)
+    return make_named_request(service, caller, fields.text, preset, PRESETS, fields)

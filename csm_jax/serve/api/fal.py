@@ -19,9 +19,10 @@ from starlette.types import Receive, Scope, Send
 
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.admission.concurrency import StreamLimiter
-from csm_jax.serve.api.context import UploadedTurn, read_context
+from csm_jax.serve.api.context import UploadedTurn, fetch_recording, read_context
+from csm_jax.serve.api.fields import Fields, ignored
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import cancel_on_disconnect
+from csm_jax.serve.api.responses import add_notices, cancel_on_disconnect
 from csm_jax.serve.api.scene import SceneLine, speak_scene
 from csm_jax.serve.api.schemas import Options, Speaker, Text
 from csm_jax.serve.audio.encoding import FORMATS, encode
@@ -35,19 +36,17 @@ APP = "fal-ai/csm-1b"
 _KIND = "fal"
 # Lines, and turns of context, that are parsed. `Limits.turns` of a server can only be lower.
 MAX_TURNS = Limits.turns
-# Time limit for fetching a recording.
-FETCH_SECONDS = 20.0
 # How often a stream of a job's states looks at the queue, and how long the stream may last.
 _QUEUE_SECONDS = 2.0
 _STREAM_SECONDS = 600.0
 
 
-class SceneTurn(BaseModel):
+class SceneTurn(Fields):
     text: Text
     speaker_id: Speaker = 0
 
 
-class ContextTurn(BaseModel):
+class ContextTurn(Fields):
     prompt: Text = Field(description="transcript of the recording")
     audio_url: str = Field(description="http(s), where the server allows that, or a data: URI")
     speaker_id: Speaker = 0
@@ -81,8 +80,11 @@ def router(service: Service) -> APIRouter:
     routes = APIRouter(tags=["fal"])
 
     @routes.post(f"/{APP}", openapi_extra=describe(Scene))
-    async def run(http: HTTPRequest) -> SceneResponse:
+    async def run(http: HTTPRequest, response: Response) -> SceneResponse:
         fields = await read_fields(http, Scene, recordings=True)
+        turns = (*fields.scene, *fields.context)
+        unknown = [*fields.unknown, *(name for turn in turns for name in turn.unknown)]
+        add_notices(response, ignored(unknown))
         return await cancel_on_disconnect(
             http, _speak(service, caller_of(http), fields, str(http.base_url))
         )
@@ -172,7 +174,7 @@ async def _speak(
         uploaded = [
             UploadedTurn(turn.speaker_id, turn.prompt, turn.audio_url) for turn in fields.context
         ]
-        fetch = functools.partial(_fetch, service, caller)
+        fetch = functools.partial(fetch_recording, service, caller, "audio_url")
         context = await read_context(service, caller, uploaded, "audio_url", fetch)
         for notice in context.notices:
             progress(notice.message)
@@ -189,14 +191,6 @@ async def _speak(
             file_size=len(data),
         )
     )
-
-
-async def _fetch(service: Service, caller: Caller, url: str) -> bytes:
-    if not service.settings.fetch_urls:
-        message = "recordings are not fetched here: send a data: URI, or start with --fetch_urls"
-        raise ApiError(400, message, param="audio_url", code="fetching_off")
-    most = service.settings.limits.audio_bytes
-    return await service.outbound_http.fetch(url, most, FETCH_SECONDS, caller.share)
 
 
 def _job_url(http: HTTPRequest, job: Job) -> str:

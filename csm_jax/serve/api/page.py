@@ -86,6 +86,10 @@ def router() -> APIRouter:
     def root() -> RedirectResponse:
         return RedirectResponse(f"{PAGE_PATH[1:]}/")
 
+    @routes.head("/")
+    def probe() -> Response:
+        return Response()
+
     @routes.get("/docs")
     def docs() -> RedirectResponse:
         return RedirectResponse(f"{PAGE_PATH[1:]}/{DOCS}")

@@ -28,7 +28,7 @@ import asyncio
 import contextlib
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, Field, TypeAdapter
@@ -40,6 +40,7 @@ from csm_jax.io.audio import to_pcm
 from csm_jax.prompt.splitting import Sentences
 from csm_jax.prompt.turns import Segment, Turn, check_text
 from csm_jax.serve.admission.caller import caller_of
+from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.api.parsing import parse_json
 from csm_jax.serve.api.schemas import (
     Options,
@@ -65,6 +66,8 @@ MAX_REASON = 120
 class Change(Options):
     """A change of settings; fields that are left out stay as they are."""
 
+    keeps_null: ClassVar[frozenset[str]] = frozenset({"voice"})
+
     voice: str | None = Field(None, max_length=64)
     speaker: Speaker | None = None
 
@@ -78,23 +81,23 @@ class Say(Change):
     text: Text
 
 
-class AddText(BaseModel):
+class AddText(Fields):
     type: Literal["text"]
     text: str
 
 
-class Flush(BaseModel):
+class Flush(Fields):
     type: Literal["flush"]
 
 
-class AddTurn(BaseModel):
+class AddTurn(Fields):
     type: Literal["turn"]
     speaker: Speaker
     text: Text
     audio: str | None = Field(None, description="base64")
 
 
-class Cancel(BaseModel):
+class Cancel(Fields):
     type: Literal["cancel"]
 
 

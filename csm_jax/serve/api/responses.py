@@ -20,6 +20,8 @@ from csm_jax.serve.middleware.request_log import add_log_fields
 from csm_jax.serve.service import Service
 from csm_jax.serve.speech_stream import SpeechStream
 
+# The header with the kinds of all notices that are known when the response begins.
+NOTICES = "X-Notices"
 T = TypeVar("T")
 Wrap = Callable[[SpeechStream, AsyncIterator[bytes]], AsyncIterator[bytes]]
 
@@ -110,7 +112,37 @@ async def speak_streamed(
         pieces = wrap(speech, pieces)
     permit.keep()
     media_type = media_type or FORMATS[audio_format].media_type
-    return SpokenResponse(speech, permit, pieces, media_type=media_type)
+    response = SpokenResponse(speech, permit, pieces, media_type=media_type)
+    if kinds := speech.notice_kinds:
+        response.headers[NOTICES] = kinds
+    return response
+
+
+async def speak_file(
+    service: Service,
+    permit: Permit,
+    request: Request,
+    audio_format: str,
+    speed: float = 1.0,
+    notices: Sequence[Notice] = (),
+) -> "PermitResponse":
+    """A response that is sent when the speech is finished; its file and its head have a length.
+
+    Args:
+      permit: of the request; the response releases it.
+    """
+    spoken = await speak_whole(
+        service, permit.caller, request, audio_format, speed, notices=notices
+    )
+    headers = {NOTICES: spoken.speech.notice_kinds}
+    media_type = FORMATS[audio_format].media_type
+    return PermitResponse(permit, spoken.data, media_type=media_type, headers=headers)
+
+
+def add_notices(response: Response, notices: Sequence[Notice]) -> None:
+    """Adds the header with the kinds of notices, if there are any."""
+    if notices:
+        response.headers[NOTICES] = ",".join(sorted({notice.kind for notice in notices}))
 
 
 async def _encoded(

@@ -2,16 +2,17 @@
 
 import random
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from csm_jax.cli.dataclass_flags import field_descriptions, field_types
 from csm_jax.inference.request import Request
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
+from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.audio.decoding import decode_upload
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
@@ -25,6 +26,8 @@ Text = Annotated[str, Field(min_length=1)]
 # A file in a form, or base64 in JSON.
 Recording = Annotated[str | bytes, Field(json_schema_extra={"format": "binary"})]
 
+# Of a speaker's number, so that it is an int32.
+_MAX_DIGITS = 10
 _DESCRIPTIONS = field_descriptions(Sampling)
 
 
@@ -33,10 +36,8 @@ def _sampling_field(name: str, **limits: Any) -> Any:
     return Field(default=None, description=_DESCRIPTIONS.get(name), **limits)
 
 
-class Options(BaseModel):
+class Options(Fields):
     """Sampling, seed and length. Fields that are left out are as in `Settings.sampling`."""
-
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
     temperature: float | None = Field(default=None, ge=0, le=5, description="0 takes the likeliest")
     top_k: int | None = _sampling_field("top_k", ge=1, le=100_000)
@@ -83,7 +84,7 @@ def make_request(
     Raises:
       ApiError, InputError: a value is beyond a limit.
     """
-    for each in (text, *(turn.text for turn in context)):
+    for each in (text, *(turn.text or "" for turn in context)):
         check_length(service, each)
     check_turns(service, len(context))
     shared = [voice.turn(speaker)] if voice else []
@@ -106,13 +107,46 @@ def make_named_request(
     known_names: Sequence[str],
     options: Options,
 ) -> Request:
-    """Makes a request in the voice that `Voices.find_api_voice` finds.
-
-    On a server without voices, the speaker number is the position of the name in `known_names`.
-    """
-    voice = service.voices.find_api_voice(name, caller.owner, known_names)
-    speaker = voice.speaker if voice else known_names.index(name)
+    """Makes a request in the voice of `find_speaker`."""
+    voice, speaker = find_speaker(service, caller, name, known_names)
     return make_request(service, text, speaker, options, voice=voice)
+
+
+class NamedSpeaker(NamedTuple):
+    """What the name of a voice stands for: a voice, or only the number of a speaker."""
+
+    voice: Voice | None
+    number: int
+
+
+def find_speaker(
+    service: Service, caller: Caller, name: str, known_names: Sequence[str]
+) -> NamedSpeaker:
+    """Finds a voice by its name, by one of an API's `known_names`, or by a speaker number.
+
+    "" and "default" are the default voice, unless there is a voice called "default". On a server
+    without voices, a known name is the speaker whose number is its position.
+
+    Raises:
+      InputError: there is no such voice.
+    """
+    name, owner = name.strip(), caller.owner
+    if is_default(name) and not service.voices.has(name, owner):
+        name = service.settings.default_voice or known_names[0]
+    if is_number(name) and not service.voices.has(name, owner):
+        return NamedSpeaker(None, int(name))
+    voice = service.voices.find_api_voice(name, owner, known_names)
+    return NamedSpeaker(voice, voice.speaker if voice else known_names.index(name.casefold()))
+
+
+def is_default(name: str) -> bool:
+    """Whether the name of a voice asks for the default one."""
+    return name.strip().casefold() in ("", "default")
+
+
+def is_number(name: str) -> bool:
+    """Whether the name of a voice is the number of a speaker."""
+    return name.strip().isdecimal() and len(name.strip()) < _MAX_DIGITS
 
 
 def check_turns(service: Service, count: int) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, Field
 
 from csm_jax.io.audio import SAMPLE_RATE, decode_audio, encode_audio
 from csm_jax.serve.admission.caller import Caller, caller_of
+from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect
 from csm_jax.serve.api.schemas import (
@@ -23,9 +24,10 @@ from csm_jax.serve.voices.registry import Voice, Voices, check_name
 
 
 class VoiceEntry(BaseModel):
+    id: str = Field(description="the same as the name")
     name: str
     speaker: int
-    text: str = Field(description="transcript of the recording")
+    text: str = Field(description="transcript of the recording, for callers with a key")
     seconds: float
     deletable: bool
 
@@ -34,7 +36,7 @@ class VoiceList(BaseModel):
     voices: list[VoiceEntry]
 
 
-class NewVoice(BaseModel):
+class NewVoice(Fields):
     name: str = Field(max_length=64)
     speaker: Speaker = 0
     text: Text = Field(description="transcript of the recording")
@@ -48,8 +50,12 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("")
     def list_voices(http: HTTPRequest) -> VoiceList:
-        owner = caller_of(http).owner
-        return VoiceList(voices=[_entry(voice) for voice in voices.visible_to(owner)])
+        """Without a key, the shared voices, but not their transcripts."""
+        caller = caller_of(http)
+        entries = [_entry(voice) for voice in voices.visible_to(caller.owner)]
+        if caller.has_no_key:
+            entries = [entry.model_copy(update={"text": ""}) for entry in entries]
+        return VoiceList(voices=entries)
 
     @routes.post("", status_code=201, openapi_extra=describe(NewVoice, forms=True))
     async def add(http: HTTPRequest) -> VoiceEntry:
@@ -94,6 +100,7 @@ def _as_wav(voices: Voices, voice: Voice) -> bytes:
 
 def _entry(voice: Voice) -> VoiceEntry:
     return VoiceEntry(
+        id=voice.name,
         name=voice.name,
         speaker=voice.speaker,
         text=voice.text,

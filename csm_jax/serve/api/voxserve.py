@@ -8,14 +8,10 @@ from fastapi import Request as HTTPRequest
 from pydantic import Field
 
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.api.context import Context, UploadedTurn, read_turn
+from csm_jax.serve.api.context import Context, UploadedTurn, read_context
+from csm_jax.serve.api.fields import ignored
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import (
-    PermitResponse,
-    cancel_on_disconnect,
-    speak_streamed,
-    speak_whole,
-)
+from csm_jax.serve.api.responses import cancel_on_disconnect, speak_file, speak_streamed
 from csm_jax.serve.api.schemas import Options, Recording, Speaker, Text, make_request
 from csm_jax.serve.service import Service
 
@@ -30,7 +26,9 @@ class Generate(Options):
     audio: Recording | None = Field(
         None, description="an earlier turn of the same speaker: a file, or base64 in JSON"
     )
-    audio_text: str | None = Field(None, description="its transcript")
+    audio_text: str | None = Field(
+        None, description="its transcript, without which the speech can be less clear"
+    )
 
 
 def router(service: Service) -> APIRouter:
@@ -50,15 +48,14 @@ async def _speak(service: Service, caller: Caller, fields: Generate) -> Response
         context = await _context(service, caller, fields)
         voice = service.voices.find(fields.voice, caller.owner) if fields.voice else None
         request = make_request(service, fields.text, fields.speaker, fields, context.turns, voice)
+        notices = [*context.notices, *ignored(fields.unknown)]
         if fields.streaming:
-            return await speak_streamed(service, permit, request, "wav", notices=context.notices)
-        spoken = await speak_whole(service, caller, request, "wav", notices=context.notices)
-        headers = {"X-Notices": spoken.speech.notice_kinds}
-        return PermitResponse(permit, spoken.data, media_type="audio/wav", headers=headers)
+            return await speak_streamed(service, permit, request, "wav", notices=notices)
+        return await speak_file(service, permit, request, "wav", notices=notices)
 
 
 async def _context(service: Service, caller: Caller, fields: Generate) -> Context:
     if fields.audio is None:
         return Context()
     turn = UploadedTurn(fields.speaker, fields.audio_text or "", fields.audio)
-    return await read_turn(service, caller, turn, "audio", "audio_text")
+    return await read_context(service, caller, [turn], "audio")

@@ -22,6 +22,8 @@ _OPEN = re.compile(
     rf"/|/docs|/healthz|/readyz|/metrics|{PAGE_PATH}|(?:{PAGE_PATH}|/files)/(?:[\w-][\w.-]*/)*(?:[\w-][\w.-]*)?",
     re.ASCII,
 )
+# What clients list without sending a key (Open WebUI): the names of models and shared voices.
+_LISTS = frozenset({"/v1/audio/voices", "/v1/audio/models"})
 # Wrong keys from one address that get 401 within a minute; further ones get 429.
 REFUSALS_PER_MINUTE = 10
 # A browser cannot set the headers of a WebSocket, so it sends a key as a subprotocol, beside the
@@ -81,12 +83,24 @@ class AuthenticationMiddleware:
             if key := find_key(given, self._keys):
                 return key.caller
             self._refusals.count(share)
+        elif _is_list(connection) and not _has_key(connection):
+            return Caller.without_key(share)
         raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", code="bad_key")
 
 
 def is_open(path: str) -> bool:
     """Whether a path, as the router matches it, needs no key."""
     return _OPEN.fullmatch(path) is not None
+
+
+def _is_list(connection: HTTPConnection) -> bool:
+    scope = connection.scope
+    return scope["path"] in _LISTS and scope.get("method") == "GET"
+
+
+def _has_key(connection: HTTPConnection) -> bool:
+    """Whether a request has anything in the place of a key, valid or not."""
+    return any(name in connection.headers for name in ("authorization", "x-api-key"))
 
 
 def address_share(connection: HTTPConnection) -> str:

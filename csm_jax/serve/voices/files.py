@@ -2,13 +2,14 @@
 
 A first line `speaker: 1` in the transcript sets the speaker number, which is 0 by default. A file
 that cannot be used is skipped and logged, because one bad voice must not prevent the server from
-starting.
+starting. A recording without a transcript is used, and logged too: the model speaks less well.
 """
 
 import logging
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,10 @@ logger = logging.getLogger("csm_jax.serve")
 
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 MAX_SPEAKER = 2**31 - 1
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NAME_RULE = (
+    "1 to 64 letters, digits, spaces, - _ and . make a name, from a letter or digit to another"
+)
+_MAX_NAME = 64
 # Longer numbers are not int32, and Python converts very long ones slowly or not at all.
 _SPEAKER = re.compile(r"speaker:[ \t]*(-?\d+)[ \t]*\r?\n", re.IGNORECASE)
 _MAX_DIGITS = 10
@@ -37,7 +41,7 @@ class VoiceFile:
     """A recording and its transcript.
 
     Attributes:
-      text: transcript of `audio`.
+      text: transcript of `audio`; "" without one.
       audio: float32 [num_samples] at 24 kHz.
     """
 
@@ -48,8 +52,18 @@ class VoiceFile:
 
 
 def is_voice_name(name: str) -> bool:
-    """Whether a name is valid for a voice."""
-    return _NAME.fullmatch(name) is not None
+    """Whether a name is valid for a voice: see `NAME_RULE`.
+
+    Accents have to be written in one character where Unicode has one (NFC).
+    """
+    if not 0 < len(name) <= _MAX_NAME or unicodedata.normalize("NFC", name) != name:
+        return False
+    kinds = [unicodedata.category(character)[0] for character in name]
+    # Marks (M) are parts of letters in many scripts.
+    is_word = all(
+        kind in "LNM" or character in " -_." for kind, character in zip(kinds, name, strict=True)
+    )
+    return is_word and kinds[0] in "LN" and name[-1] not in " ."
 
 
 def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
@@ -66,11 +80,15 @@ def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
         )
         raise InputError(message) from error
     recordings = [directory / name for name in names if _is_recording(Path(name))]
+    found: dict[str, str] = {}
     if len(recordings) > _MAX_VOICES:
         logger.warning("%r: only the first %d voices are read", str(directory), _MAX_VOICES)
     for path in recordings[:_MAX_VOICES]:
         try:
-            yield _read_voice(path, limits)
+            voice = _read_voice(path, limits)
+            if (other := found.setdefault(voice.name, path.name)) != path.name:
+                raise InputError(f"{other} has the same name")
+            yield voice
         except InputError as error:
             logger.warning("%r is left out: %s", str(path), error)
 
@@ -89,14 +107,26 @@ def check_transcript(text: str, limits: Limits) -> str:
 
 
 def _is_recording(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and is_voice_name(path.stem)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def _read_voice(path: Path, limits: Limits) -> VoiceFile:
-    speaker, text = _parse(_read_text(path.with_suffix(".txt"), limits))
-    text = check_transcript(text, limits)
+    # File systems of Apple's write accents as characters of their own.
+    name = unicodedata.normalize("NFC", path.stem)
+    if not is_voice_name(name):
+        raise InputError(f"a voice cannot be called {name[:80]!r}: {NAME_RULE}")
+    speaker, text = _read_transcript(path.with_suffix(".txt"), limits)
     audio = decode_recording(_read_file(path, limits.audio_bytes), limits, "the recording")
-    return VoiceFile(path.stem, speaker, text, audio)
+    return VoiceFile(name, speaker, text, audio)
+
+
+def _read_transcript(path: Path, limits: Limits) -> tuple[int, str]:
+    """The speaker number and the transcript, which is "" if the file is missing."""
+    if not os.path.lexists(path):
+        logger.warning("%r is missing: the voice is used without its transcript", str(path))
+        return 0, ""
+    speaker, text = _parse(_read_text(path, limits))
+    return speaker, check_transcript(text, limits)
 
 
 def _read_text(path: Path, limits: Limits) -> str:

@@ -7,6 +7,7 @@ gets the name of an added one, the owner of the added voice keeps using that.
 import io
 import logging
 import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,12 @@ from csm_jax.io.audio import SAMPLE_RATE, encode_audio
 from csm_jax.prompt.turns import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
-from csm_jax.serve.voices.files import check_transcript, is_voice_name, read_voices
+from csm_jax.serve.voices.files import (
+    NAME_RULE,
+    check_transcript,
+    is_voice_name,
+    read_voices,
+)
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -30,7 +36,7 @@ class Voice:
     """A voice: a recording with its transcript, which becomes the first turn of a prompt.
 
     Attributes:
-      text: transcript of the recording.
+      text: transcript of the recording; "" if there is none.
       seconds: length of the recording.
       codes: int32 [num_frames, Q], the recording encoded.
       owner: None for a shared voice.
@@ -51,7 +57,7 @@ class Voice:
     def turn(self, speaker: int | None = None) -> Segment:
         """The turn of context that gives this voice to `speaker`, by default its own number."""
         number = self.speaker if speaker is None else speaker
-        return Segment(number, self.text, codes=self.codes)
+        return Segment(number, self.text or None, codes=self.codes)
 
 
 class Voices:
@@ -99,29 +105,44 @@ class Voices:
         return [*self._shared.values(), *self._own.values()]
 
     def find(self, name: str, owner: str) -> Voice:
-        """A voice of `owner`, or a shared one. Raises `InputError` if there is none."""
-        found = self._own.get((owner, name)) or self._shared.get(name)
-        if found is None:
+        """A voice of `owner`, or a shared one, by its name in any case.
+
+        Raises:
+          InputError: there is none, or there are several in other cases than that of `name`.
+        """
+        if found := self._own.get((owner, name)) or self._shared.get(name):
+            return found
+        similar = self._similar(name, owner)
+        if len(similar) > 1:
+            names = " or ".join(voice.name for voice in similar)
+            raise InputError(f"voice {name[:80]!r} can be {names}: write it as it is listed")
+        if not similar:
             known = ", ".join(voice.name for voice in self.visible_to(owner)) or "none"
             raise InputError(f"there is no voice {name[:80]!r}; known: {known}")
-        return found
+        return similar[0]
+
+    def _similar(self, name: str, owner: str) -> list[Voice]:
+        """The voices whose names differ at most in case, or in how accents are written."""
+        wanted = _fold(name)
+        return [voice for voice in self.visible_to(owner) if _fold(voice.name) == wanted]
 
     def find_api_voice(self, name: str, owner: str, known_names: Sequence[str]) -> Voice | None:
         """The voice of a name, or the substitute for a name that an API's clients use.
 
-        The first of `known_names` stands for the first shared voice, and so on, so that adding a
-        voice changes no other. Without shared voices they stand for those of the owner, and
-        without any voices the result is None.
+        The first of `known_names`, which are lower case, stands for the first shared voice, and so
+        on, so that adding a voice changes no other. Without shared voices they stand for those of
+        the owner, and without any voices the result is None.
 
         Raises:
           InputError: there is no voice of that name, and it is not one of `known_names`.
         """
-        if self.has(name, owner) or name not in known_names:
+        if name.casefold() not in known_names or self._similar(name, owner):
             return self.find(name, owner)
         voices = [self._shared[each] for each in sorted(self._shared)] or self.visible_to(owner)
-        return voices[known_names.index(name) % len(voices)] if voices else None
+        return voices[known_names.index(name.casefold()) % len(voices)] if voices else None
 
     def has(self, name: str, owner: str) -> bool:
+        """Whether there is a voice of exactly this name."""
         return (owner, name) in self._own or name in self._shared
 
     def recording(self, voice: Voice) -> bytes:
@@ -154,8 +175,9 @@ class Voices:
 
     def delete(self, owner: str, name: str) -> None:
         """Removes a voice of an owner. Raises `InputError` if there is no such voice."""
-        if not self.find(name, owner).is_own:
-            raise InputError(f"voice {name} is a preset, and stays")
+        if (owner, name) not in self._own:
+            # Raises another error if there is no such voice at all.
+            raise InputError(f"voice {self.find(name, owner).name} is a preset, and stays")
         with self._changing:
             self._store.delete(owner, name)
             self._own = {key: voice for key, voice in self._own.items() if key != (owner, name)}
@@ -181,9 +203,11 @@ class Voices:
         return Voice(name, speaker, text, len(audio) / SAMPLE_RATE, codes, owner)
 
 
+def _fold(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold()
+
+
 def check_name(name: str) -> None:
     """Raises `InputError` for an invalid name of a voice."""
     if not is_voice_name(name):
-        raise InputError(
-            f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, - and _ make a name"
-        )
+        raise InputError(f"a voice cannot be called {name[:80]!r}: {NAME_RULE}")
