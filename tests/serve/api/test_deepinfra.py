@@ -65,6 +65,28 @@ def test_names_of_presets_stand_for_the_voices_of_the_server(server):
     assert infer(server, preset_voice="nobody").status_code == 400
 
 
+def test_no_preset_is_the_default(server):
+    """As documented: the first call speaks in any voice."""
+    plain = server.post("/generate", json=FIELDS | {"temperature": 0.9, "speaker": 0})
+    for fields in ({}, {"preset_voice": None}, {"preset_voice": "None"}):
+        assert audio_of(infer(server, **fields).json()) == plain.content
+
+
+def test_the_default_voice_of_the_server_is_the_preset(model):
+    settings = Settings(**SMALL, default_voice="slt")
+    with serve(model, settings) as running:
+        default, named = (infer(running, **more).json() for more in ({}, {"preset_voice": "slt"}))
+        none = infer(running, preset_voice="none").json()
+    assert audio_of(default) == audio_of(named) != audio_of(none)
+
+
+def test_a_recording_without_a_transcript_gives_the_voice(server, recording):
+    """With a notice."""
+    answer = infer(server, speaker_audio=base64.b64encode(recording).decode())
+    assert "no_transcript" in answer.headers["x-notices"]
+    assert median_pitch(as_samples(audio_of(answer.json())), 24_000) < 130
+
+
 @pytest.mark.parametrize("kind", ["multipart", "json", "data uri"])
 def test_a_recording_gives_the_voice(server, recording, transcript, kind):
     fields = FIELDS | {"speaker_transcript": transcript}
@@ -87,7 +109,7 @@ def test_max_audio_length_ms_limits_the_speech(server):
     [
         ({"text": ""}, "text"),
         ({"response_format": "aiff"}, "response_format"),
-        ({"speaker_audio": "AAAA"}, "speaker_audio needs speaker_transcript"),
+        ({"speaker_audio": "AAAA"}, "speaker_audio: not readable as audio"),
         ({"speaker_audio": "AAAA", "speaker_transcript": "Hi."}, "speaker_audio"),
         ({"speaker_audio": "data:audio/wav,AA", "speaker_transcript": "Hi."}, "data URI"),
         ({"webhook": "http://localhost/"}, "webhooks are off"),

@@ -133,7 +133,6 @@ def test_the_model_is_listed_with_its_sampling(client):
         ({"voice": "nobody"}, openai.BadRequestError, None),
         ({"speed": 5}, openai.BadRequestError, "speed"),
         ({"response_format": "midi"}, openai.BadRequestError, "response_format"),
-        ({"model": "whisper-1"}, openai.NotFoundError, "model"),
         ({"extra_body": {"temperature": -1}}, openai.BadRequestError, "temperature"),
         ({"extra_body": {"top_k": 0}}, openai.BadRequestError, "top_k"),
         ({"extra_body": {"seed": "x"}}, openai.BadRequestError, "seed"),

@@ -81,7 +81,8 @@ def test_presets_cannot_be_replaced_or_deleted(server, recording, transcript):
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a.b", "a" * 65, "a b", "ä", "-a"]
+    "name",
+    ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a..", "a" * 65, "a ", "a\u0308", "-a"],
 )
 def test_names_with_paths_are_refused(server, recording, transcript, name):
     before = sorted(PRESETS[0].iterdir())

@@ -92,7 +92,7 @@ def test_a_cut_is_reported_in_x_notices(server):
         ({"text": ""}, "text"),
         ({"speaker": -1}, "speaker"),
         ({"voice": "nobody"}, "no voice 'nobody'"),
-        ({"audio": "AAAA"}, "audio needs audio_text"),
+        ({"audio": "AAAA"}, "audio: not readable as audio"),
         ({"audio": "AAAA", "audio_text": "Hi."}, "not readable as audio"),
         ({"audio": "!", "audio_text": "Hi."}, "not base64"),
         ({"streaming": "perhaps"}, "streaming"),

@@ -63,7 +63,7 @@ def test_a_valid_key_is_accepted(guarded, headers):
     ],
 )
 def test_a_request_without_a_valid_key_gets_401(guarded, headers):
-    for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices"):
+    for path in ("/v1/models", "/openapi.json", "/nowhere", "/v1/audio/voices/rms"):
         response = guarded.get(path, headers={k: v.encode("latin-1") for k, v in headers.items()})
         assert response.status_code == 401
         assert response.json()["error"]["type"] == "authentication_error"

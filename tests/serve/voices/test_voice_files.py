@@ -145,10 +145,52 @@ def test_a_recording_without_speech_is_skipped(voices, caplog):
     check(voices, caplog)
 
 
-@pytest.mark.parametrize("name", ["-a.wav", "ä.wav", "a b.wav", "a\nb.wav", ".wav", "a.exe"])
-def test_files_with_invalid_names_are_skipped(voices, name):
+@pytest.mark.parametrize("name", [".wav", "._good.wav", "a.exe"])
+def test_hidden_and_other_files_are_skipped(voices, name, caplog):
     shutil.copy(voices / "good.wav", voices / name)
     assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", ["-a", "a\nb", "a ", "a" * 65, "a(1)", "\u202ea", "_"])
+def test_a_file_with_an_invalid_name_is_skipped(voices, name, caplog):
+    add(voices, name)
+    check(voices, caplog)
+    assert "cannot be called" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("Mary Jane", "Mary Jane"),
+        ("anna.v2", "anna.v2"),
+        ("zoë", "zoë"),
+        ("zoe\u0308", "zoë"),  # as Apple's file systems write it
+        ("हिन्दी", "हिन्दी"),
+        ("小明", "小明"),
+        ("7", "7"),
+    ],
+)
+def test_names_of_people_are_names_of_voices(voices, file, name):
+    add(voices, file, "speaker: 2\nhello")
+    [voice] = [voice for voice in read_voices(voices, LIMITS) if voice.name != "good"]
+    assert (voice.name, voice.speaker, voice.text) == (name, 2, "hello")
+
+
+def test_a_second_recording_of_a_name_is_skipped(voices, caplog):
+    soundfile.write(voices / "good.flac", tone(0.7), 24_000)
+    [voice] = read_voices(voices, LIMITS)
+    assert len(voice.audio) == round(0.7 * 24_000)
+    assert "good.flac has the same name" in caplog.text
+
+
+def test_a_recording_without_a_transcript_is_used_and_told(voices, caplog):
+    add(voices, "anna").with_suffix(".txt").unlink()
+    assert [(each.name, each.text) for each in read_voices(voices, LIMITS)] == [
+        ("anna", ""),
+        ("good", "hello"),
+    ]
+    assert "anna.txt' is missing" in caplog.text
 
 
 def test_a_byte_order_mark_is_not_part_of_the_transcript(voices):
