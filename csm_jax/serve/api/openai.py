@@ -58,6 +58,11 @@ class VoiceId(Fields):
     id: str = Field(max_length=64)
 
 
+def name_of(voice: str | int | VoiceId) -> str:
+    """The name of a voice, in all forms that clients send."""
+    return voice.id if isinstance(voice, VoiceId) else str(voice)
+
+
 class Speech(Options):
     """The fields of OpenAI's API; sampling, seed and length go in `extra_body`."""
 
@@ -78,7 +83,7 @@ class Speech(Options):
 
     @property
     def voice_name(self) -> str:
-        return self.voice.id if isinstance(self.voice, VoiceId) else str(self.voice)
+        return name_of(self.voice)
 
     @property
     def is_streamed(self) -> bool:
