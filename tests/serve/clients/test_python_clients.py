@@ -1,0 +1,213 @@
+"""Packages that speak through OpenAI's API, unchanged: their speech is what was asked for."""
+
+import base64
+import io
+import wave
+
+import numpy as np
+import pytest
+from hearing import median_pitch, recognize_digits
+from serving import as_samples
+from word_errors import count_errors
+
+TEXT = "one two three four"
+
+
+def check_speech(audio: np.ndarray, rate: int = 24_000) -> None:
+    """The speech of a woman (slt, OpenAI's ash) with the words of `TEXT`."""
+    assert audio.dtype == np.float32
+    assert median_pitch(audio, rate) > 130
+    assert count_errors(TEXT.split(), recognize_digits(audio, rate)) <= 1
+
+
+def from_pcm(data: str) -> np.ndarray:
+    return np.frombuffer(base64.b64decode(data), "<i2").astype(np.float32) / 32768
+
+
+@pytest.mark.parametrize("form", ["mp3", "wav", None])
+def test_litellm(server, python, form):
+    data = python(
+        "litellm",
+        """
+        import base64, json, litellm
+        more = {"response_format": FORM} if FORM else {}
+        speech = litellm.speech(
+            model="openai/csm-1b", input=TEXT, voice="ash", api_base=URL, api_key="none", **more
+        )
+        print(json.dumps(base64.b64encode(speech.content).decode()))
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+        FORM=form,
+    )
+    check_speech(as_samples(base64.b64decode(data)))
+
+
+@pytest.mark.parametrize("model", ["tts-1", "gpt-4o-mini-tts"])
+def test_livekit(server, python, model):
+    """Its two forms: a file, and events with pieces of one."""
+    heard = python(
+        "livekit.plugins.openai",
+        """
+        import asyncio, base64, json
+        from livekit.agents import utils
+        from livekit.plugins import openai
+
+        async def main():
+            tts = openai.TTS(model=MODEL, voice="ash", base_url=URL, api_key="none")
+            frames = [event.frame async for event in tts.synthesize(TEXT)]
+            data = b"".join(bytes(frame.data) for frame in frames)
+            await tts.aclose()
+            print(json.dumps([base64.b64encode(data).decode(), frames[0].sample_rate]))
+
+        asyncio.run(main())
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+        MODEL=model,
+    )
+    check_speech(from_pcm(heard[0]), heard[1])
+
+
+def test_pipecat(server, python):
+    heard = python(
+        "pipecat",
+        """
+        import asyncio, base64, json
+        from pipecat.frames.frames import TTSAudioRawFrame, TTSSpeakFrame
+        from pipecat.services.openai.tts import OpenAITTSService
+        from pipecat.tests.utils import SleepFrame, run_test
+
+        async def main():
+            service = OpenAITTSService(
+                api_key="none", base_url=URL, voice="ash", sample_rate=24000
+            )
+            sent = [TTSSpeakFrame(TEXT), SleepFrame(15)]
+            down, _ = await run_test(service, frames_to_send=sent)
+            frames = [frame for frame in down if isinstance(frame, TTSAudioRawFrame)]
+            data = b"".join(frame.audio for frame in frames)
+            print(json.dumps([base64.b64encode(data).decode(), frames[0].sample_rate]))
+
+        asyncio.run(main())
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+    )
+    check_speech(from_pcm(heard[0]), heard[1])
+
+
+def test_open_webui_lists_our_voices(server, python):
+    """The functions of its router, without the rest of that package, which they do not use."""
+    models, voices = python(
+        "open_webui",
+        """
+        import ast, asyncio, importlib.util, inspect, json, logging, os, types
+        import aiohttp
+
+        directory = importlib.util.find_spec("open_webui").submodule_search_locations[0]
+        with open(os.path.join(directory, "routers", "audio.py"), encoding="utf-8") as file:
+            tree = ast.parse(file.read())
+        names = ("get_available_models", "get_available_voices")
+        tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
+        for node in tree.body:
+            node.decorator_list, node.returns = [], None
+            for argument in node.args.args:
+                argument.annotation = None
+        config = types.SimpleNamespace(TTS_ENGINE="openai", TTS_OPENAI_API_BASE_URL=URL)
+        app = types.SimpleNamespace(state=types.SimpleNamespace(config=config))
+        scope = {"aiohttp": aiohttp, "log": logging.getLogger(), "AIOHTTP_CLIENT_SESSION_SSL": None}
+        scope |= {"AIOHTTP_CLIENT_TIMEOUT_MODEL_LIST": 10}
+        exec(compile(tree, "audio.py", "exec"), scope)
+
+        async def ask(name):
+            answer = scope[name](types.SimpleNamespace(app=app))
+            return await answer if inspect.isawaitable(answer) else answer
+
+        print(json.dumps([asyncio.run(ask(name)) for name in names]))
+        """,
+        URL=f"{server.url}/v1",
+    )
+    assert [model["id"] for model in models] == ["csm-1b"]
+    assert voices == {"rms": "rms", "slt": "slt"}
+
+
+def test_home_assistant(server, python):
+    """Its proxy `wyoming-openai` reads the head of a WAV file that is streamed."""
+    heard = python(
+        "wyoming_openai",
+        """
+        import asyncio, base64, json, socket, subprocess, sys
+        from wyoming.audio import AudioChunk, AudioStart, AudioStop
+        from wyoming.client import AsyncTcpClient
+        from wyoming.tts import Synthesize, SynthesizeVoice
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        proxy = subprocess.Popen(
+            [sys.executable, "-m", "wyoming_openai", "--uri", f"tcp://127.0.0.1:{port}",
+             "--tts-openai-url", URL, "--tts-openai-key", "none", "--tts-models", "csm-1b",
+             "--tts-voices", "ash", "--languages", "en"],
+        )
+
+        async def connect():
+            for _ in range(100):
+                try:
+                    client = AsyncTcpClient("127.0.0.1", port)
+                    await client.connect()
+                    return client
+                except OSError:
+                    await asyncio.sleep(0.2)
+            raise SystemExit("the proxy does not start")
+
+        async def main():
+            client = await connect()
+            voice = SynthesizeVoice(name="ash")
+            await client.write_event(Synthesize(text=TEXT, voice=voice).event())
+            data, rate = b"", None
+            while True:
+                event = await asyncio.wait_for(client.read_event(), 60)
+                if AudioStart.is_type(event.type):
+                    rate = AudioStart.from_event(event).rate
+                elif AudioChunk.is_type(event.type):
+                    data += AudioChunk.from_event(event).audio
+                elif AudioStop.is_type(event.type):
+                    break
+            print(json.dumps([base64.b64encode(data).decode(), rate]))
+
+        try:
+            asyncio.run(main())
+        finally:
+            proxy.terminate()
+            proxy.wait()
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+    )
+    check_speech(from_pcm(heard[0]), heard[1])
+
+
+def test_sillytavern(server):
+    """The body that its server sends for the settings of its provider "OpenAI Compatible"."""
+    body = {"model": "tts-1", "input": TEXT, "voice": "ash", "response_format": "mp3", "speed": 1}
+    answer = server.post("/v1/audio/speech", json=body)
+    assert answer.headers["content-type"] == "audio/mpeg"
+    check_speech(as_samples(answer.content))
+
+
+def test_a_file_of_openai_client_opens_in_the_standard_library(server, python):
+    data = python(
+        "openai",
+        """
+        import base64, json, openai
+        client = openai.OpenAI(base_url=URL, api_key="none")
+        speech = client.audio.speech.create(
+            model="tts-1", input=TEXT, voice="ash", response_format="wav"
+        )
+        print(json.dumps(base64.b64encode(speech.content).decode()))
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+    )
+    with wave.open(io.BytesIO(base64.b64decode(data))) as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+    check_speech(samples.astype(np.float32) / 32768)
