@@ -64,6 +64,7 @@ def test_many_generated_requests_cause_no_server_error(target, mode):
 RECORDING = (PRESETS[0] / "rms.flac").read_bytes()[:4000]
 SPEECH = {"model": "csm-1b", "input": "one", "voice": "slt", "max_audio_length_ms": 240}
 SCENE = {"scene": [{"text": "one", "speaker_id": 0}], "context": [], "max_audio_length_ms": 240}
+CHAT = {"messages": [{"role": "user", "content": "one"}], "max_audio_length_ms": 240}
 SHORTLY = {"text": "one", "max_audio_length_ms": 240}
 # The originals: path, JSON, and whether they are also sent as forms.
 REQUESTS = [
@@ -72,6 +73,7 @@ REQUESTS = [
     ("/v1/audio/speech", SPEECH | {"stream_format": "sse", "top_k": 5}, False),
     ("/v1/inference/sesame/csm-1b", SHORTLY | {"preset_voice": "slt", "min_p": 0.1}, True),
     ("/fal-ai/csm-1b", SCENE, False),
+    ("/v1/chat/completions", CHAT, False),
     ("/queue/fal-ai/csm-1b", SCENE | {"seed": 1}, False),
     ("/v1/audio/voices", {"name": "a", "speaker": 0, "text": "one", "audio": "AAAA"}, True),
     ("/v1/batches", {"input_file_id": "file-x", "endpoint": "/v1/audio/speech"}, True),

@@ -171,6 +171,22 @@ class TestNotices:
         assert len(ignored(f"x{i}" for i in range(1000))) == 16
 
 
+class TestRefusals:
+    """One line that says what is wrong."""
+
+    @pytest.mark.parametrize("text", ["\u200b\u2060", "\ufeff", "\u00ad \u200d", "\u2800"])
+    def test_text_that_nobody_can_see(self, server, text):
+        answer = server.post(PATH, json=FIELDS | {"input": text})
+        assert answer.status_code == 400
+        assert answer.json()["detail"] == "the text is empty: there is nothing to say"
+
+    @pytest.mark.parametrize("headers", [{}, {"Content-Type": ""}])
+    def test_a_missing_content_type(self, server, headers):
+        answer = server.post(PATH, content=b'{"input": "one"}', headers=headers)
+        assert answer.status_code == 415
+        assert "Content-Type" in answer.json()["detail"]
+
+
 class TestReferences:
     """A voice in the request itself."""
 

@@ -21,7 +21,10 @@ def test_fal_subscribe(server, node):
     audio = found["data"]["audio"]
     assert audio["content_type"] == "audio/wav"
     samples = as_samples(httpx.get(audio["url"]).content)
-    assert count_errors("one two three four five".split(), recognize_digits(samples, 24_000)) <= 1
+    assert (
+        count_errors(["one", "two", "three", "four", "five"], recognize_digits(samples, 24_000))
+        <= 1
+    )
 
 
 def test_the_ai_sdk(server, node):
