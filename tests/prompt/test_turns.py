@@ -8,7 +8,15 @@ import pytest
 
 from csm_jax import config
 from csm_jax.errors import InputError
-from csm_jax.prompt.turns import Segment, check_text, join_rows, text_rows, turn_rows
+from csm_jax.prompt.turns import (
+    Segment,
+    Turn,
+    check_text,
+    check_turn,
+    join_rows,
+    text_rows,
+    turn_rows,
+)
 
 CONFIG = dataclasses.replace(config.tiny(), num_codebooks=3)
 BOS, EOS = 256, 257
@@ -62,6 +70,24 @@ def test_the_rows_of_a_turn_with_codes():
         *expected_text("[0]b"),
     ]
     assert mask.tolist() == [TEXT] * 6 + [SOUND] * 3 + [TEXT] * 6
+
+
+@pytest.mark.parametrize("turn", [{"codes": CODES}, {"audio": AUDIO}])
+def test_a_recording_without_a_transcript_has_no_rows_of_text(turn):
+    frames, mask = build("b", context=[Segment(1, None, **turn)])
+    codes = turn.get("codes", ENCODED)
+    assert frames.tolist() == [*expected_audio(codes), *expected_text("[0]b")]
+    assert mask.tolist() == [SOUND] * (len(codes) + 1) + [TEXT] * 6
+    assert Turn(Segment(1, None, **turn), CONFIG, TOKENIZER).length == (
+        len(CODES) + 1 if "codes" in turn else -(-len(AUDIO) // CONFIG.codec.frame_size) + 1
+    )
+
+
+def test_a_turn_with_neither_text_nor_audio_is_refused():
+    with pytest.raises(InputError, match="neither a text nor audio"):
+        build(context=[Segment(0, None)])
+    with pytest.raises(InputError, match="neither a text nor audio"):
+        check_turn(Segment(0, None), CONFIG)
 
 
 def test_turns_follow_in_their_order():
