@@ -120,7 +120,7 @@ async def _complete(
         raise ApiError(400, message, param="modalities")
     with await service.admit(caller) as permit:
         request, notices = await _read_request(service, spoken, caller, fields)
-        completion = Completion(fields.model or service.settings.model_name, request.text, caller)
+        completion = Completion(service.settings.model_name, request.text, caller)
         audio_format = "pcm" if fields.audio.format == _PCM else fields.audio.format
         if fields.stream:
             has_usage = fields.stream_options.include_usage

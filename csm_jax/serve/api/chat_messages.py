@@ -101,7 +101,8 @@ def read_script(
             turns.append(Segment(speaker, speech.text, codes=speech.codes))
             continue
         parts, text = _split_text(message)
-        is_script = message is conversation[-1] or (next_speech and next_speech.text == text)
+        was_spoken = next_speech is not None and next_speech.text == text
+        is_script = was_spoken or message is conversation[-1]
         turns += _as_turns(parts if is_script else message.content, speaker)
     _, text = _split_text(conversation[-1])
     if text is None:
