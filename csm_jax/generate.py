@@ -48,6 +48,8 @@ def define_flags(values: flags.FlagValues) -> None:
     model_flags.define_flags(values)
     define(texts, "context_audio", [], "recording of an earlier turn; repeatable, oldest first")
     define(texts, "context_text", [], "its transcript; repeatable, in the same order")
+    without = "accept recordings of earlier turns without transcripts; the speech can be less clear"
+    define(flag, "context_without_text", False, without)
     define(numbers, "context_speaker", [], "its speaker; repeatable, in the same order")
     define(text, "script", None, "JSON list of turns to speak instead of --text")
     dataclass_flags.define_flags(values, Sampling)
@@ -114,7 +116,8 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
         script = [Turn(values.speaker, values.text)]
     turns = _read_context(values) + script
     for turn in turns:
-        check_text(turn.text)
+        if turn.text or turn.audio is None or not values.context_without_text:
+            check_text(turn.text)
         if turn.audio is not None and not turn.audio.is_file():
             raise InputError(f"context audio {turn.audio} does not exist")
     return turns
@@ -123,10 +126,13 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
 def _read_context(values: flags.FlagValues) -> list[Turn]:
     audio, text, speakers = values.context_audio, values.context_text, values.context_speaker
     speakers = speakers or [0] * len(audio)
+    if values.context_without_text:
+        text = text or [""] * len(audio)
     if not len(audio) == len(text) == len(speakers):
         raise InputError(
             f"{len(audio)} --context_audio, {len(text)} --context_text and {len(speakers)} "
-            "--context_speaker: every context turn needs one of each"
+            "--context_speaker: every context turn needs one of each; or give no text and "
+            "--context_without_text"
         )
     return [
         Turn(speaker, words, Path(file))
@@ -165,7 +171,7 @@ def _speak_turns(
             speak(turn)
         else:
             audio = load_audio(turn.audio, sample_rate)
-            conversation.add(Segment(turn.speaker, turn.text, audio))
+            conversation.add(Segment(turn.speaker, turn.text or None, audio))
 
 
 def _speak(model: Generator, job: _Job, report: Report) -> Conversation:

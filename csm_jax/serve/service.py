@@ -44,7 +44,7 @@ logger = logging.getLogger("csm_jax.serve")
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
 _NO_TRANSCRIPT = Notice(
     "no_transcript",
-    "a recording has no transcript: the model hears the voice, but what it says can be less clear",
+    "a recording of the context has no transcript: the speech can be less clear",
 )
 # A voice can have any speaker number; the longest number has the most tokens.
 _SPEAKERS = (0, MAX_SPEAKER)

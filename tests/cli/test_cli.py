@@ -291,6 +291,16 @@ def test_the_command_line_gives_the_codes_of_the_library(model, files, tmp_path,
     np.testing.assert_allclose(audio, clipped, atol=1 / 32_767)
 
 
+@pytest.mark.parametrize("text", [[], ["--context_text="]])
+def test_a_context_can_be_without_text(model, files, tmp_path, text):
+    flags = [HI, f"--context_audio={files}/voice.wav", *text, "--context_without_text"]
+    _, codes = spoken(tmp_path, "a", *flags)
+    recording = csm_jax.io.audio.load_audio(files / "voice.wav", RATE)
+    context = [csm_jax.Segment(0, None, recording)]
+    wanted = model.generate_codes(HI.removeprefix("--text="), 0, context, max_audio_length_ms=400)
+    np.testing.assert_array_equal(codes, wanted)
+
+
 def test_the_same_seed_gives_the_same_file_and_another_seed_other_codes(tmp_path):
     same = [spoken(tmp_path, name, HI, "--seed=1") for name in "ab"]
     np.testing.assert_array_equal(same[0][1], same[1][1])

@@ -7,8 +7,8 @@
 
 The model does not think of answers. The last text of the last message is spoken, by the assistant;
 the messages before it are the conversation so far, of two speakers. Recordings (`input_audio`) are
-heard, with the text of the same message as their transcript, and speech of earlier responses is
-found again by its id (`{"role": "assistant", "audio": {"id": ...}}`).
+part of it, with the text of the same message as their transcript, and so is the speech of earlier
+responses, by its id: `{"role": "assistant", "audio": {"id": ...}}`.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""What the bodies of all APIs have in common: null is not given, and unknown fields are told."""
+"""What the bodies of all APIs have in common: null is not given, and unknown fields are reported."""
 
 import re
 from collections.abc import Iterable
@@ -61,10 +61,10 @@ class Fields(BaseModel):
 
 def ignored(names: Iterable[str]) -> list[Notice]:
     """Notices of fields that are not followed, such as "instructions_ignored"."""
-    told = dict.fromkeys(
+    reported = dict.fromkeys(
         name if _NAME.fullmatch(name) else "field" for name in names if name not in _WITHOUT_EFFECT
     )
     return [
         Notice(f"{name}_ignored", f"{name} is not known here: the speech does not follow it")
-        for name in list(told)[:_MOST_NAMED]
+        for name in list(reported)[:_MOST_NAMED]
     ]

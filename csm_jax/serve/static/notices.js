@@ -5,6 +5,7 @@ const WORDS = {
   cut: "cut at the longest length, which the settings can raise",
   nothing_said: "the model generated no speech; try another seed",
   context_dropped: "the context is too long: the oldest turns were dropped",
+  no_transcript: "a recording has no transcript: the speech can be less clear",
   resampled: "a part was generated again, because it repeated itself or fell silent",
   guard_cut:
     "cut because it repeated itself, fell silent or did not end; " +

@@ -69,14 +69,14 @@ def test_two_turns_equal_those_of_the_library(server, turns):
 
 
 def test_a_dialogue_equals_that_of_the_library(server, client, turns, recording, transcript):
-    """The user is heard, and has another number than the assistant."""
+    """The user's recording is context, of another speaker than the assistant."""
     data = base64.b64encode(recording).decode()
-    heard = [
+    content = [
         {"type": "text", "text": transcript},
         {"type": "input_audio", "input_audio": {"data": data, "format": "flac"}},
     ]
-    said = {"role": "assistant", "content": TEXTS[1]}
-    messages = [user(TEXTS[0]), spoken(turns[0]), {"role": "user", "content": heard}, said]
+    last = {"role": "assistant", "content": TEXTS[1]}
+    messages = [user(TEXTS[0]), spoken(turns[0]), {"role": "user", "content": content}, last]
     audio = complete(client, messages).choices[0].message.audio
     conversation = Conversation(server.service.model, max_audio_length_ms=10_000)
     conversation.speak(TEXTS[0], 0, seed=SEED)
@@ -145,19 +145,19 @@ def test_the_speech_of_a_stream_is_found_again(client, turns):
 
 
 def test_the_least_that_a_client_sends(server):
-    answer = post(server, max_audio_length_ms=400)
-    assert answer.status_code == 200
-    assert answer.headers["x-notices"] == "cut"
-    choice = answer.json()["choices"][0]
+    response = post(server, max_audio_length_ms=400)
+    assert response.status_code == 200
+    assert response.headers["x-notices"] == "cut"
+    choice = response.json()["choices"][0]
     assert choice["finish_reason"] == "length"
     assert base64.b64decode(choice["message"]["audio"]["data"]).startswith(b"RIFF")
 
 
-def test_what_is_not_followed_is_told(server):
+def test_what_is_not_followed_is_reported(server):
     messages = [{"role": "system", "content": "Be kind."}, user("one") | {"mood": "glad"}]
     fields = {"messages": messages, "model": "gpt-5", "tools": [], "max_tokens": 100}
-    told = post(server, **fields, max_audio_length_ms=400).headers["x-notices"].split(",")
-    assert set(told) - {"cut"} == {
+    kinds = post(server, **fields, max_audio_length_ms=400).headers["x-notices"].split(",")
+    assert set(kinds) - {"cut"} == {
         "instructions_ignored",
         "max_tokens_ignored",
         "model_ignored",
@@ -183,9 +183,9 @@ def test_what_is_not_followed_is_told(server):
     ],
 )
 def test_errors_name_the_invalid_field(server, fields, message):
-    answer = post(server, **fields)
-    assert answer.status_code == 400
-    assert message in answer.json()["detail"]
+    response = post(server, **fields)
+    assert response.status_code == 400
+    assert message in response.json()["detail"]
 
 
 def test_speech_is_found_by_its_owner_only(model):

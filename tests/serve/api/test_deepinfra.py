@@ -82,9 +82,9 @@ def test_the_default_voice_of_the_server_is_the_preset(model):
 
 def test_a_recording_without_a_transcript_gives_the_voice(server, recording):
     """With a notice."""
-    answer = infer(server, speaker_audio=base64.b64encode(recording).decode())
-    assert "no_transcript" in answer.headers["x-notices"]
-    assert median_pitch(as_samples(audio_of(answer.json())), 24_000) < 130
+    response = infer(server, speaker_audio=base64.b64encode(recording).decode())
+    assert "no_transcript" in response.headers["x-notices"]
+    assert median_pitch(as_samples(audio_of(response.json())), 24_000) < 130
 
 
 @pytest.mark.parametrize("kind", ["multipart", "json", "data uri"])

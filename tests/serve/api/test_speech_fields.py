@@ -23,13 +23,13 @@ FIELDS = {"input": "one two three", "seed": 4, "response_format": "wav"}
 
 
 def speak(server, **fields) -> httpx.Response:
-    answer = server.post(PATH, json=FIELDS | fields)
-    assert answer.status_code == 200, answer.text
-    return answer
+    response = server.post(PATH, json=FIELDS | fields)
+    assert response.status_code == 200, response.text
+    return response
 
 
-def notices(answer: httpx.Response) -> list[str]:
-    return [kind for kind in answer.headers.get("x-notices", "").split(",") if kind]
+def notices(response: httpx.Response) -> list[str]:
+    return [kind for kind in response.headers.get("x-notices", "").split(",") if kind]
 
 
 class TestNull:
@@ -58,8 +58,8 @@ class TestNull:
         assert server.post(path, json=fields).status_code == 200
 
     def test_a_required_field_is_missing(self, server):
-        answer = server.post(PATH, json={"input": None})
-        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "input")
+        response = server.post(PATH, json={"input": None})
+        assert (response.status_code, response.json()["error"]["param"]) == (400, "input")
 
     def test_a_nested_field(self):
         class Inner(Fields):
@@ -100,19 +100,21 @@ class TestVoices:
 
     @pytest.mark.parametrize("name", ["nobody", -1, True, 0.5, [], "9" * 12])
     def test_other_names_are_refused(self, server, name):
-        answer = server.post(PATH, json=FIELDS | {"voice": name})
-        assert answer.status_code == 400
-        assert "voice" in answer.json()["detail"]
+        response = server.post(PATH, json=FIELDS | {"voice": name})
+        assert response.status_code == 400
+        assert "voice" in response.json()["detail"]
 
-    def test_names_that_differ_in_case_only_are_told_apart(self, server, recording, transcript):
+    def test_names_that_differ_in_case_only_are_ambiguous_in_another_case(
+        self, server, recording, transcript
+    ):
         audio = base64.b64encode(recording).decode()
         for name in ("Ann", "ANN"):
             body = {"name": name, "text": transcript, "audio": audio}
             server.post("/v1/audio/voices", json=body).raise_for_status()
         try:
-            answer = server.post(PATH, json=FIELDS | {"voice": "ann"})
-            assert answer.status_code == 400
-            assert "ANN or Ann" in answer.json()["detail"]
+            response = server.post(PATH, json=FIELDS | {"voice": "ann"})
+            assert response.status_code == 400
+            assert "ANN or Ann" in response.json()["detail"]
             speak(server, voice="Ann", max_audio_length_ms=240)
         finally:
             for name in ("Ann", "ANN"):
@@ -136,8 +138,8 @@ class TestModels:
 
     @pytest.mark.parametrize("name", ["kokoro", "hexgrad/Kokoro-82M", "whisper-1", "tts-1-ultra"])
     def test_others_are_served_with_a_notice(self, server, name):
-        answer = speak(server, model=name, max_audio_length_ms=240, stream=True)
-        assert notices(answer) == ["model_ignored"]
+        response = speak(server, model=name, max_audio_length_ms=240, stream=True)
+        assert notices(response) == ["model_ignored"]
         assert server.get(f"/v1/models/{name}").status_code == 404
 
     def test_a_strict_server_refuses_others(self):
@@ -152,18 +154,18 @@ class TestModels:
 
 
 class TestNotices:
-    def test_fields_that_are_not_followed_are_told(self, server):
+    def test_fields_that_are_not_followed_are_reported(self, server):
         fields = {"format": "mp3", "emotion": "joy", "instructions": "whisper", "user": "me"}
-        answer = speak(server, **fields, ref_text="unused")
-        told = ["emotion_ignored", "format_ignored", "instructions_ignored", "ref_text_ignored"]
-        assert notices(answer) == told
-        assert notices(speak(server, **fields, stream=True)) == told[:3]
+        response = speak(server, **fields, ref_text="unused")
+        kinds = ["emotion_ignored", "format_ignored", "instructions_ignored", "ref_text_ignored"]
+        assert notices(response) == kinds
+        assert notices(speak(server, **fields, stream=True)) == kinds[:3]
 
     @pytest.mark.parametrize("path", ["/generate", "/v1/inference/sesame/csm-1b", "/fal-ai/csm-1b"])
     def test_in_the_other_apis(self, server, path):
         scene = {"text": "one", "scene": [{"text": "one"}], "max_audio_length_ms": 240}
-        told = notices(server.post(path, json=scene | {"pitch": 3}))
-        assert "pitch_ignored" in told
+        kinds = notices(server.post(path, json=scene | {"pitch": 3}))
+        assert "pitch_ignored" in kinds
 
     def test_names_are_limited_in_kind_and_number(self):
         kinds = [notice.kind for notice in ignored(["a\r\nb: c", "é", "x" * 99, "fine"])]
@@ -176,15 +178,15 @@ class TestRefusals:
 
     @pytest.mark.parametrize("text", ["\u200b\u2060", "\ufeff", "\u00ad \u200d", "\u2800"])
     def test_text_that_nobody_can_see(self, server, text):
-        answer = server.post(PATH, json=FIELDS | {"input": text})
-        assert answer.status_code == 400
-        assert answer.json()["detail"] == "the text is empty: there is nothing to say"
+        response = server.post(PATH, json=FIELDS | {"input": text})
+        assert response.status_code == 400
+        assert response.json()["detail"] == "the text is empty: there is nothing to say"
 
     @pytest.mark.parametrize("headers", [{}, {"Content-Type": ""}])
     def test_a_missing_content_type(self, server, headers):
-        answer = server.post(PATH, content=b'{"input": "one"}', headers=headers)
-        assert answer.status_code == 415
-        assert "Content-Type" in answer.json()["detail"]
+        response = server.post(PATH, content=b'{"input": "one"}', headers=headers)
+        assert response.status_code == 415
+        assert "Content-Type" in response.json()["detail"]
 
 
 class TestReferences:
@@ -195,34 +197,34 @@ class TestReferences:
         """Of a man, where the first speaker is a woman by default."""
         audio = head + base64.b64encode(recording).decode()
         fields = {"ref_audio": audio, "ref_text": transcript, "input": "one two three four"}
-        answer = speak(server, **fields)
-        assert median_pitch(as_samples(answer.content), 24_000) < 130
-        assert notices(answer) == []
+        response = speak(server, **fields)
+        assert median_pitch(as_samples(response.content), 24_000) < 130
+        assert notices(response) == []
         as_turn = {"audio": audio, "audio_text": transcript, "text": "one two three four"}
         same = server.post("/generate", json=as_turn | {"seed": 4})
-        assert same.content == answer.content
+        assert same.content == response.content
 
-    def test_a_named_voice_beside_it_is_told(self, server, recording, transcript):
+    def test_a_named_voice_beside_it_is_reported(self, server, recording, transcript):
         audio = base64.b64encode(recording).decode()
         fields = {"ref_audio": audio, "ref_text": transcript, "max_audio_length_ms": 240}
         assert "voice_ignored" in notices(speak(server, voice="alloy", **fields))
         assert "voice_ignored" not in notices(speak(server, voice="1", **fields))
 
-    def test_a_recording_without_transcript_is_told(self, server, recording):
+    def test_a_recording_without_transcript_is_reported(self, server, recording):
         audio = base64.b64encode(recording).decode()
-        told = notices(speak(server, ref_audio=audio, max_audio_length_ms=240))
-        assert "no_transcript" in told
+        kinds = notices(speak(server, ref_audio=audio, max_audio_length_ms=240))
+        assert "no_transcript" in kinds
 
     @pytest.mark.parametrize("audio", ["AAAA", "!", "data:audio/wav,AA"])
     def test_other_data_is_refused(self, server, audio):
-        answer = server.post(PATH, json=FIELDS | {"ref_audio": audio, "ref_text": "Hi."})
-        assert answer.status_code == 400
-        assert answer.json()["detail"].startswith("ref_audio")
+        response = server.post(PATH, json=FIELDS | {"ref_audio": audio, "ref_text": "Hi."})
+        assert response.status_code == 400
+        assert response.json()["detail"].startswith("ref_audio")
 
     @pytest.mark.parametrize("url", ["https://a.example/a.wav", "file:///etc/passwd"])
     def test_addresses_are_not_fetched_by_default(self, server, url):
-        answer = server.post(PATH, json=FIELDS | {"ref_audio": url, "ref_text": "Hi."})
-        assert (answer.status_code, answer.json()["error"]["code"]) == (400, "fetching_off")
+        response = server.post(PATH, json=FIELDS | {"ref_audio": url, "ref_text": "Hi."})
+        assert (response.status_code, response.json()["error"]["code"]) == (400, "fetching_off")
 
 
 class TestLengths:
@@ -230,31 +232,33 @@ class TestLengths:
 
     @pytest.mark.parametrize("fields", [{}, {"stream": False}, {"stream_format": None}])
     def test_a_wav_file_has_its_length(self, server, fields):
-        answer = speak(server, **fields)
-        assert int(answer.headers["content-length"]) == len(answer.content)
-        with wave.open(io.BytesIO(answer.content)) as file:
-            assert file.getnframes() * 2 + 44 == len(answer.content)
+        response = speak(server, **fields)
+        assert int(response.headers["content-length"]) == len(response.content)
+        with wave.open(io.BytesIO(response.content)) as file:
+            assert file.getnframes() * 2 + 44 == len(response.content)
             assert len(file.readframes(file.getnframes())) == file.getnframes() * 2
 
     @pytest.mark.parametrize("form", ["mp3", "flac", "opus", "pcm"])
     def test_stream_false_is_a_whole_file(self, server, form):
-        answer = speak(server, stream=False, response_format=form)
-        assert "content-length" in answer.headers
+        response = speak(server, stream=False, response_format=form)
+        assert "content-length" in response.headers
         assert "content-length" not in speak(server, response_format=form).headers
 
     @pytest.mark.parametrize("fields", [{"stream": True}, {"stream_format": "audio"}])
     def test_a_stream_has_none(self, server, fields):
-        answer = speak(server, **fields)
-        assert "content-length" not in answer.headers
+        response = speak(server, **fields)
+        assert "content-length" not in response.headers
         whole = speak(server).content
-        assert len(answer.content) == len(whole)
-        one, two = (np.frombuffer(data[44:], "<i2").astype(int) for data in (answer.content, whole))
+        assert len(response.content) == len(whole)
+        one, two = (
+            np.frombuffer(data[44:], "<i2").astype(int) for data in (response.content, whole)
+        )
         assert np.abs(one - two).max() <= 1
 
     def test_stream_false_with_events_is_refused(self, server):
-        answer = server.post(PATH, json=FIELDS | {"stream": False, "stream_format": "sse"})
-        assert answer.status_code == 400
-        assert "stream_format" in answer.json()["detail"]
+        response = server.post(PATH, json=FIELDS | {"stream": False, "stream_format": "sse"})
+        assert response.status_code == 400
+        assert "stream_format" in response.json()["detail"]
 
 
 class TestLists:
@@ -271,8 +275,8 @@ class TestLists:
 
     @pytest.mark.parametrize("path", ["/", "/healthz", "/v1/models", "/v1/audio/voices"])
     def test_head(self, server, path):
-        answer = httpx.head(server.url + path)
-        assert (answer.status_code, answer.content) == (200, b"")
+        response = httpx.head(server.url + path)
+        assert (response.status_code, response.content) == (200, b"")
 
 
 class TestListsWithKeys:

@@ -46,7 +46,7 @@ def test_litellm(server, python, form):
 @pytest.mark.parametrize("model", ["tts-1", "gpt-4o-mini-tts"])
 def test_livekit(server, python, model):
     """Its two forms: a file, and events with pieces of one."""
-    heard = python(
+    data, rate = python(
         "livekit.plugins.openai",
         """
         import asyncio, base64, json
@@ -66,11 +66,11 @@ def test_livekit(server, python, model):
         URL=f"{server.url}/v1",
         MODEL=model,
     )
-    check_speech(from_pcm(heard[0]), heard[1])
+    check_speech(from_pcm(data), rate)
 
 
 def test_pipecat(server, python):
-    heard = python(
+    data, rate = python(
         "pipecat",
         """
         import asyncio, base64, json
@@ -93,7 +93,7 @@ def test_pipecat(server, python):
         TEXT=TEXT,
         URL=f"{server.url}/v1",
     )
-    check_speech(from_pcm(heard[0]), heard[1])
+    check_speech(from_pcm(data), rate)
 
 
 def test_open_webui_lists_our_voices(server, python):
@@ -120,8 +120,8 @@ def test_open_webui_lists_our_voices(server, python):
         exec(compile(tree, "audio.py", "exec"), scope)
 
         async def ask(name):
-            answer = scope[name](types.SimpleNamespace(app=app))
-            return await answer if inspect.isawaitable(answer) else answer
+            response = scope[name](types.SimpleNamespace(app=app))
+            return await response if inspect.isawaitable(response) else response
 
         print(json.dumps([asyncio.run(ask(name)) for name in names]))
         """,
@@ -133,7 +133,7 @@ def test_open_webui_lists_our_voices(server, python):
 
 def test_home_assistant(server, python):
     """Its proxy `wyoming-openai` reads the head of a WAV file that is streamed."""
-    heard = python(
+    data, rate = python(
         "wyoming_openai",
         """
         import asyncio, base64, json, socket, subprocess, sys
@@ -183,15 +183,15 @@ def test_home_assistant(server, python):
         TEXT=TEXT,
         URL=f"{server.url}/v1",
     )
-    check_speech(from_pcm(heard[0]), heard[1])
+    check_speech(from_pcm(data), rate)
 
 
 def test_sillytavern(server):
     """The body that its server sends for the settings of its provider "OpenAI Compatible"."""
     body = {"model": "tts-1", "input": TEXT, "voice": "ash", "response_format": "mp3", "speed": 1}
-    answer = server.post("/v1/audio/speech", json=body)
-    assert answer.headers["content-type"] == "audio/mpeg"
-    check_speech(as_samples(answer.content))
+    response = server.post("/v1/audio/speech", json=body)
+    assert response.headers["content-type"] == "audio/mpeg"
+    check_speech(as_samples(response.content))
 
 
 def test_a_file_of_openai_client_opens_in_the_standard_library(server, python):

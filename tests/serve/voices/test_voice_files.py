@@ -184,7 +184,7 @@ def test_a_second_recording_of_a_name_is_skipped(voices, caplog):
     assert "good.flac has the same name" in caplog.text
 
 
-def test_a_recording_without_a_transcript_is_used_and_told(voices, caplog):
+def test_a_recording_without_a_transcript_is_used_and_logged(voices, caplog):
     add(voices, "anna").with_suffix(".txt").unlink()
     assert [(each.name, each.text) for each in read_voices(voices, LIMITS)] == [
         ("anna", ""),
