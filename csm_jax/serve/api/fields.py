@@ -1,4 +1,4 @@
-"""What the bodies of all APIs have in common: null is not given, and unknown fields are reported."""
+"""What all request bodies have in common: null is not given, and unknown fields are reported."""
 
 import re
 from collections.abc import Iterable

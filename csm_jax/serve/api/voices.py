@@ -20,7 +20,8 @@ from csm_jax.serve.api.schemas import (
 )
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
-from csm_jax.serve.voices.registry import Voice, Voices, check_name
+from csm_jax.serve.voices.files import check_name
+from csm_jax.serve.voices.registry import Voice, Voices
 
 
 class VoiceEntry(BaseModel):

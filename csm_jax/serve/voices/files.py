@@ -24,9 +24,6 @@ logger = logging.getLogger("csm_jax.serve")
 
 SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
 MAX_SPEAKER = 2**31 - 1
-NAME_RULE = (
-    "1 to 64 letters, digits, spaces, - _ and . make a name, from a letter or digit to another"
-)
 _MAX_NAME = 64
 # Longer numbers are not int32, and Python converts very long ones slowly or not at all.
 _SPEAKER = re.compile(r"speaker:[ \t]*(-?\d+)[ \t]*\r?\n", re.IGNORECASE)
@@ -51,19 +48,28 @@ class VoiceFile:
     audio: np.ndarray
 
 
-def is_voice_name(name: str) -> bool:
-    """Whether a name is valid for a voice: see `NAME_RULE`.
+def check_name(name: str) -> str:
+    """The name of a voice with accents as Unicode composes them (NFC).
 
-    Accents have to be written in one character where Unicode has one (NFC).
+    Raises:
+      InputError: it is not a valid name.
     """
-    if not 0 < len(name) <= _MAX_NAME or unicodedata.normalize("NFC", name) != name:
+    composed = unicodedata.normalize("NFC", name)
+    if not _is_name(composed):
+        raise InputError(
+            f"a voice cannot be called {name[:80]!r}: 1 to 64 letters, digits, spaces, - _ and . "
+            "make a name, which begins with a letter or digit, and does not end with a space or ."
+        )
+    return composed
+
+
+def _is_name(name: str) -> bool:
+    if not 0 < len(name) <= _MAX_NAME:
         return False
+    # The first letters of Unicode's categories; in many scripts marks are parts of letters.
     kinds = [unicodedata.category(character)[0] for character in name]
-    # Marks (M) are parts of letters in many scripts.
-    is_word = all(
-        kind in "LNM" or character in " -_." for kind, character in zip(kinds, name, strict=True)
-    )
-    return is_word and kinds[0] in "LN" and name[-1] not in " ."
+    is_valid = [kind in "LNM" or each in " -_." for kind, each in zip(kinds, name, strict=True)]
+    return all(is_valid) and kinds[0] in "LN" and name[-1] not in " ."
 
 
 def read_voices(directory: Path, limits: Limits) -> Iterator[VoiceFile]:
@@ -111,10 +117,7 @@ def _is_recording(path: Path) -> bool:
 
 
 def _read_voice(path: Path, limits: Limits) -> VoiceFile:
-    # File systems of Apple's write accents as characters of their own.
-    name = unicodedata.normalize("NFC", path.stem)
-    if not is_voice_name(name):
-        raise InputError(f"a voice cannot be called {name[:80]!r}: {NAME_RULE}")
+    name = check_name(path.stem)
     speaker, text = _read_transcript(path.with_suffix(".txt"), limits)
     audio = decode_recording(_read_file(path, limits.audio_bytes), limits, "the recording")
     return VoiceFile(name, speaker, text, audio)

@@ -21,12 +21,7 @@ from csm_jax.io.audio import SAMPLE_RATE, encode_audio
 from csm_jax.prompt.turns import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
-from csm_jax.serve.voices.files import (
-    NAME_RULE,
-    check_transcript,
-    is_voice_name,
-    read_voices,
-)
+from csm_jax.serve.voices.files import check_name, check_transcript, read_voices
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -161,7 +156,7 @@ class Voices:
           QuotaError: there are too many.
           StorageError: it cannot be stored.
         """
-        check_name(name)
+        name = check_name(name)
         if name in self._shared and (owner, name) not in self._own:
             raise InputError(f"voice {name} is a preset, and stays: choose another name")
         text = check_transcript(text, self._limits)
@@ -205,9 +200,3 @@ class Voices:
 
 def _fold(name: str) -> str:
     return unicodedata.normalize("NFC", name).casefold()
-
-
-def check_name(name: str) -> None:
-    """Raises `InputError` for an invalid name of a voice."""
-    if not is_voice_name(name):
-        raise InputError(f"a voice cannot be called {name[:80]!r}: {NAME_RULE}")

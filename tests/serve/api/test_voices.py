@@ -10,6 +10,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from urllib.parse import quote
 
 import httpx
 import numpy as np
@@ -82,7 +83,7 @@ def test_presets_cannot_be_replaced_or_deleted(server, recording, transcript):
 
 @pytest.mark.parametrize(
     "name",
-    ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a..", "a" * 65, "a ", "a\u0308", "-a"],
+    ["", ".", "..", "../a", "a/b", "/etc/passwd", "a\\b", "a..", "a" * 65, "a ", "a(1)", "-a"],
 )
 def test_names_with_paths_are_refused(server, recording, transcript, name):
     before = sorted(PRESETS[0].iterdir())
@@ -90,6 +91,17 @@ def test_names_with_paths_are_refused(server, recording, transcript, name):
     assert sorted(PRESETS[0].iterdir()) == before
     with pytest.raises(InputError):
         check_name(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "stored"), [("Mary Jane", "Mary Jane"), ("anna.v2", "anna.v2"), ("zoe\u0308", "zoë")]
+)
+def test_names_of_people_are_names_of_voices(server, recording, transcript, name, stored):
+    added = add(server, recording, transcript, name=name)
+    assert (added.status_code, added.json()["id"]) == (201, stored)
+    fields = {"input": "one", "voice": name.upper(), "max_audio_length_ms": 240}
+    assert server.post("/v1/audio/speech", json=fields).status_code == 200
+    assert httpx.delete(f"{server.url}{PATH}/{quote(stored)}").status_code == 204
 
 
 @pytest.mark.parametrize("path", ["..%2f..%2fconfig.json", "%2e%2e", "rms.flac", "nobody"])
