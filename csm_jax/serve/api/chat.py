@@ -28,7 +28,7 @@ from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.chat_messages import MAX_MESSAGES, Message, Script, Speakers, read_script
 from csm_jax.serve.api.context import read_context
-from csm_jax.serve.api.fields import Fields, ignored
+from csm_jax.serve.api.fields import AnyCase, Fields, ignored
 from csm_jax.serve.api.model_names import check_model
 from csm_jax.serve.api.openai import EVENTS, VOICES, VoiceId, name_of
 from csm_jax.serve.api.parsing import describe, read_fields
@@ -52,7 +52,7 @@ _PCM = "pcm16"
 
 class AudioOptions(Fields):
     voice: str | StrictInt | VoiceId = Field("", description="as for /v1/audio/speech")
-    format: Literal["wav", "mp3", "flac", "opus", "aac", "pcm16", "pcm"] = "wav"
+    format: Annotated[Literal["wav", "mp3", "flac", "opus", "aac", "pcm16", "pcm"], AnyCase] = "wav"
 
 
 class StreamOptions(Fields):

@@ -5,7 +5,7 @@ curl localhost:8000/v1/inference/sesame/csm-1b -F text="Hello." -F response_form
 
 import base64
 import time
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field
 from csm_jax.inference.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import UploadedTurn, read_context
-from csm_jax.serve.api.fields import ignored
+from csm_jax.serve.api.fields import AnyCase, ignored
 from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import (
     NOTICES,
@@ -39,7 +39,7 @@ class Inference(Options):
     """The fields of DeepInfra's API; any voice of the server can be `preset_voice`."""
 
     text: Text
-    response_format: Literal["wav", "mp3", "opus", "flac", "pcm"] = "wav"
+    response_format: Annotated[Literal["wav", "mp3", "opus", "flac", "pcm"], AnyCase] = "wav"
     preset_voice: str | None = Field(
         None, max_length=64, description='default: "none", unless the server has a default voice'
     )

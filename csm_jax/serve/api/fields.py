@@ -4,7 +4,14 @@ import re
 from collections.abc import Iterable
 from typing import Any, ClassVar, Self
 
-from pydantic import BaseModel, ConfigDict, ModelWrapValidatorHandler, PrivateAttr, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
+    model_validator,
+)
 
 from csm_jax.inference.request import Notice
 
@@ -26,6 +33,8 @@ _WITHOUT_EFFECT = frozenset(
         "timeout",
     ]
 )
+# Of a field with fixed values, which are lower case: accepts them in any case.
+AnyCase = BeforeValidator(lambda value: value.lower() if isinstance(value, str) else value)
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
 _MOST_NAMED = 16
 

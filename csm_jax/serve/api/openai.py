@@ -13,7 +13,7 @@ import functools
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
@@ -22,7 +22,7 @@ from pydantic import BaseModel, Field, StrictInt
 from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import Context, UploadedTurn, fetch_recording, read_context
-from csm_jax.serve.api.fields import Fields, ignored
+from csm_jax.serve.api.fields import AnyCase, Fields, ignored
 from csm_jax.serve.api.model_names import check_model, is_model, no_model
 from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect, speak_file, speak_streamed
@@ -71,10 +71,12 @@ class Speech(Options):
     voice: str | StrictInt | VoiceId = Field(
         "", description='a name of /v1/audio/voices, OpenAI\'s, a number, or "default"'
     )
-    response_format: FormatName = "mp3"
+    response_format: Annotated[FormatName, AnyCase] = "mp3"
     speed: float = Field(1.0, ge=0.25, le=4.0)
     stream: bool | None = Field(None, description="not of OpenAI's API")
-    stream_format: Literal["audio", "sse"] | None = Field(None, description='default: "audio"')
+    stream_format: Annotated[Literal["audio", "sse"], AnyCase] | None = Field(
+        None, description='default: "audio"'
+    )
     instructions: str | None = Field(None, description="not followed: the model has none")
     ref_audio: Recording | None = Field(
         None, description="a voice to speak in, base64 or a data: URI; not of OpenAI's API"

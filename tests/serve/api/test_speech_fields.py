@@ -238,6 +238,11 @@ class TestLengths:
             assert file.getnframes() * 2 + 44 == len(response.content)
             assert len(file.readframes(file.getnframes())) == file.getnframes() * 2
 
+    @pytest.mark.parametrize("path", [PATH, "/v1/inference/sesame/csm-1b"])
+    def test_formats_are_accepted_in_any_case(self, server, path):
+        fields = FIELDS | {"text": "one", "response_format": "FLAC", "max_audio_length_ms": 240}
+        assert server.post(path, json=fields).status_code == 200
+
     @pytest.mark.parametrize("form", ["mp3", "flac", "opus", "pcm"])
     def test_stream_false_is_a_whole_file(self, server, form):
         response = speak(server, stream=False, response_format=form)
