@@ -1,7 +1,8 @@
 """Prompts: a conversation as the frames that the backbone is prefilled with.
 
 A turn is BOS, "[speaker]text", EOS, then its audio frames and one frame of zeros; the turn to be
-spoken has text only (SesameAILabs/csm `generator.py`).
+spoken has text only (SesameAILabs/csm `generator.py`). A recording without a transcript keeps its
+"[speaker]", which is how the model knows whose voice it is.
 """
 
 import unicodedata
@@ -69,13 +70,12 @@ class Turn:
         """Raises `InputError`: a text is empty; audio or codes are not what they should be."""
         self._config = config
         _check_contents(turn)
-        self._text: Prompt | None = None
+        if turn.text is not None:
+            check_text(turn.text)
+        self._text = _tagged_rows(turn.text or "", turn.speaker, config, tokenizer)
         self._audio: np.ndarray | None = None
         self._sound: Prompt | None = None
-        self.length = 0
-        if turn.text is not None:
-            self._text = text_rows(turn.text, turn.speaker, config, tokenizer)
-            self.length += len(self._text.frames)
+        self.length = len(self._text.frames)
         if turn.codes is not None:
             self._sound = _audio_rows(np.asarray(turn.codes), config)
             self.length += len(self._sound.frames)
@@ -85,7 +85,7 @@ class Turn:
             self.length += -(-len(self._audio) // config.codec.frame_size) + 1
 
     def rows(self, encode: Encode | None = None) -> list[Prompt]:
-        """The rows of its text and of its audio, as it has them; `encode` is called at most once.
+        """The rows of its text, and of its audio if it has any; `encode` is called at most once.
 
         Raises:
           ValueError: the turn has audio, and there is no `encode`.
@@ -95,7 +95,7 @@ class Turn:
                 raise ValueError("a turn with audio needs the codec")
             self._sound = _audio_rows(np.asarray(encode(self._audio)), self._config)
             self._audio = None
-        return [rows for rows in (self._text, self._sound) if rows is not None]
+        return [self._text] if self._sound is None else [self._text, self._sound]
 
 
 def check_turn(turn: Segment, config: CSMConfig) -> None:
@@ -103,7 +103,7 @@ def check_turn(turn: Segment, config: CSMConfig) -> None:
     _check_contents(turn)
     if turn.text is not None:
         check_text(turn.text)
-        check_unicode(f"[{turn.speaker}]{turn.text}")
+    check_unicode(f"[{turn.speaker}]{turn.text or ''}")
     if turn.codes is not None:
         _check_codes(np.asarray(turn.codes), config)
     elif turn.audio is not None:
@@ -140,6 +140,10 @@ def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) 
       InputError: the text is empty.
     """
     check_text(text)
+    return _tagged_rows(text, speaker, config, tokenizer)
+
+
+def _tagged_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
     ids = tokenizer.encode(f"[{speaker}]{text}")
     frames = np.zeros((len(ids), config.num_codebooks + 1), np.int32)
     frames[:, -1] = ids

@@ -73,14 +73,15 @@ def test_the_rows_of_a_turn_with_codes():
 
 
 @pytest.mark.parametrize("turn", [{"codes": CODES}, {"audio": AUDIO}])
-def test_a_recording_without_a_transcript_has_no_rows_of_text(turn):
-    frames, mask = build("b", context=[Segment(1, None, **turn)])
+def test_a_recording_without_a_transcript_has_its_speaker_but_no_words(turn):
+    segment = Segment(1, None, **turn)
+    frames, mask = build("b", context=[segment])
     codes = turn.get("codes", ENCODED)
-    assert frames.tolist() == [*expected_audio(codes), *expected_text("[0]b")]
-    assert mask.tolist() == [SOUND] * (len(codes) + 1) + [TEXT] * 6
-    assert Turn(Segment(1, None, **turn), CONFIG, TOKENIZER).length == (
-        len(CODES) + 1 if "codes" in turn else -(-len(AUDIO) // CONFIG.codec.frame_size) + 1
-    )
+    rows = [*expected_text("[1]"), *expected_audio(codes)]
+    assert frames.tolist() == [*rows, *expected_text("[0]b")]
+    assert mask.tolist() == [TEXT] * 5 + [SOUND] * (len(codes) + 1) + [TEXT] * 6
+    num_frames = len(CODES) if "codes" in turn else -(-len(AUDIO) // CONFIG.codec.frame_size)
+    assert Turn(segment, CONFIG, TOKENIZER).length == 5 + num_frames + 1
 
 
 def test_a_turn_with_neither_text_nor_audio_is_refused():

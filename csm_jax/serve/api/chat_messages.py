@@ -125,9 +125,9 @@ def _find(find: Callable[[str], SpokenTurn | None], turn_id: str) -> SpokenTurn:
 
 def _split_text(message: Message) -> tuple[Sequence[TextPart | AudioPart], str | None]:
     """A message without the text at its end, and that text; None if its end is no text."""
-    *parts, last = message.content or [None]
+    last = message.content[-1] if message.content else None
     if isinstance(last, TextPart):
-        return parts, last.text
+        return message.content[:-1], last.text
     return message.content, None
 
 
