@@ -169,8 +169,9 @@ def _ends_sentence(match: re.Match[str]) -> bool:
         return True
     following = text[match.end()]  # there is one: the text is stripped
     if marks == ".":
-        before = text[max(0, match.start() - _LONGEST_ABBREVIATION) : match.start()].split()
-        word = before[-1] if before else ""
+        # An abbreviation is joined to its dot.
+        before = text[max(0, match.start() - _LONGEST_ABBREVIATION) : match.start()]
+        word = _SPACE.split(before)[-1]
         is_number = word.lower() == "no" and following.isdigit()
         return not (is_number or following == "." or _ABBREVIATION.fullmatch(word))
     # An ellipsis may stand within a sentence.

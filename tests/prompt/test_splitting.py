@@ -4,7 +4,7 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from csm_jax.errors import InputError
@@ -250,6 +250,7 @@ def test_the_parts_may_take_as_long_as_the_text():
     assert total == pytest.approx(needed_seconds(text) - needed_seconds(""))
 
 
+@example(["5", "\n. 5", ""])
 @given(st.lists(st.text("aB5.!。…\"' \n", max_size=6), max_size=30))
 def test_sentences_do_not_depend_on_the_pieces(pieces):
     """The result is compared with a search of the whole rest."""

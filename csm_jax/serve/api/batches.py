@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter
 
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.batch_worker import BatchLine, BatchWorker, Endpoint
-from csm_jax.serve.api.fields import Fields
+from csm_jax.serve.api.fields import Fields, reported
 from csm_jax.serve.api.parsing import describe, parse_json_sync, read_fields
 from csm_jax.serve.api.responses import cancel_on_disconnect
 from csm_jax.serve.errors import ApiError
@@ -172,12 +172,15 @@ def _check_count(count: int) -> None:
 
 
 def _parse_line(text: bytes, limits: Limits) -> NewLine:
-    """Parses a line, and drops fields that are not needed. Raises `ApiError`."""
+    """Parses a line, and drops the values of unknown fields. Raises `ApiError`."""
     if len(text) > limits.json_bytes:
         message = f"it has {len(text)} bytes, but at most {limits.json_bytes} are read"
         raise ApiError(400, message, code="too_long")
     line = parse_json_sync(_LINE, text, limits)
-    return NewLine(line.custom_id, line.model_dump_json(exclude_unset=True))
+    stored = line.model_dump(mode="json", exclude_unset=True)
+    # Their names are for the notices of the result.
+    stored["body"] |= dict.fromkeys(reported(line.body.unknown), True)
+    return NewLine(line.custom_id, json.dumps(stored))
 
 
 def _found(row: T | None, kind: str, name: str | None) -> T:

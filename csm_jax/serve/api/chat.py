@@ -51,9 +51,7 @@ _PCM = "pcm16"
 
 
 class AudioOptions(Fields):
-    voice: str | StrictInt | VoiceId = Field(
-        default="", description="as for /v1/audio/speech"
-    )
+    voice: str | StrictInt | VoiceId = Field(default="", description="as for /v1/audio/speech")
     format: Annotated[Literal["wav", "mp3", "flac", "opus", "aac", "pcm16", "pcm"], AnyCase] = "wav"
 
 

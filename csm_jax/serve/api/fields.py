@@ -68,12 +68,16 @@ class Fields(BaseModel):
         return fields
 
 
+def reported(names: Iterable[str]) -> list[str]:
+    """Those of the names of fields that are worth a notice: a few, short and printable."""
+    relevant = (name for name in names if name not in _WITHOUT_EFFECT)
+    printable = (name if _NAME.fullmatch(name) else "field" for name in relevant)
+    return list(dict.fromkeys(printable))[:_MOST_NAMED]
+
+
 def ignored(names: Iterable[str]) -> list[Notice]:
     """Notices of fields that are not followed, such as "instructions_ignored"."""
-    reported = dict.fromkeys(
-        name if _NAME.fullmatch(name) else "field" for name in names if name not in _WITHOUT_EFFECT
-    )
     return [
         Notice(f"{name}_ignored", f"{name} is not known here: the speech does not follow it")
-        for name in list(reported)[:_MOST_NAMED]
+        for name in reported(names)
     ]

@@ -136,11 +136,15 @@ def router(service: Service) -> APIRouter:
     def models() -> Models:
         return Models(data=[Model(id=settings.model_name, sampling=default)])
 
-    @routes.get("/models/{name:path}", response_model_exclude_none=True)
+    @routes.get("/models/{name}", response_model_exclude_none=True)
     def model(name: str) -> Model:
         if not is_model(settings, name):
             raise no_model(settings, name)
         return Model(id=name, sampling=default)
+
+    @routes.get("/models/{owner}/{name}", response_model_exclude_none=True)
+    def model_of_owner(owner: str, name: str) -> Model:
+        return model(f"{owner}/{name}")
 
     @routes.get("/audio/models")
     def named_models() -> NamedModels:

@@ -91,7 +91,7 @@ def test_the_result_of_a_failed_line_has_an_error(server):
         (b"", "0 lines"),
         (b"{", "line 1"),
         (lines(1) + lines(1), "line 2: custom_id 'line-0' is there twice"),
-        (lines(1) + b'{"custom_id": "b", "body": {}}', "line 2: body.model"),
+        (lines(1) + b'{"custom_id": "b", "body": {}}', "line 2: body.input"),
         (b'{"custom_id": "b", "url": "/v1/chat", "body": {}}', "line 1: url"),
         (lines(1, speed=9), "line 1: body.speed"),
         (lines(1, instructions="x" * 300_000), "line 1: it has 300"),
@@ -108,8 +108,8 @@ def test_a_file_with_an_invalid_line_is_refused(server, data, message):
     assert message in response.json()["detail"]
 
 
-def test_a_line_is_stored_without_unknown_fields(server):
-    """Unknown fields would otherwise be read again each time."""
+def test_a_line_is_stored_without_the_values_of_unknown_fields(server):
+    """They would otherwise be read again each time. Their names are reported in the result."""
     data = lines(1, junk="x" * 200_000, instructions=None)
     batch = server.post("/v1/batches", files={"file": data}).json()
 
@@ -120,9 +120,11 @@ def test_a_line_is_stored_without_unknown_fields(server):
     [(name, body)] = server.service.store.database.call(read)
     assert name == "line-0"
     given = json.loads(data)
-    del given["body"]["junk"]
+    given["body"]["junk"] = True
+    del given["body"]["instructions"]  # null is not given
     assert json.loads(body) == given
-    wait(server.url, batch["id"])
+    [result] = results(server.url, wait(server.url, batch["id"]))
+    assert result["response"]["body"]["notices"] == "junk_ignored"
 
 
 def test_files_of_a_caller_are_read_a_few_at_a_time(server, monkeypatch):

@@ -284,13 +284,14 @@ class TestLists:
         assert (response.status_code, response.content) == (200, b"")
 
 
-class TestListsWithKeys:
-    @pytest.fixture(scope="class")
-    def guarded(self, model):
-        settings = Settings(**SMALL, api_keys=("first-key",), default_voice="SLT")
-        with serve(model, settings) as running:
-            yield running
+@pytest.fixture(scope="module")
+def guarded(model):
+    settings = Settings(**SMALL, api_keys=("first-key",), default_voice="SLT")
+    with serve(model, settings) as running:
+        yield running
 
+
+class TestListsWithKeys:
     def test_shared_voices_are_listed_without_a_key(self, guarded, recording, transcript):
         key = {"Authorization": "Bearer first-key"}
         body = {"name": "mine", "text": transcript, "audio": base64.b64encode(recording).decode()}

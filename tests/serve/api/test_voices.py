@@ -140,11 +140,13 @@ def test_the_number_of_added_voices_is_limited(model, recording, transcript):
     assert voices.find("a", "").speaker == 1
 
 
-def test_a_recording_without_a_transcript_is_refused(model, tmp_path, recording, caplog):
+def test_a_recording_without_a_transcript_is_a_voice(model, tmp_path, recording, caplog):
     Path(tmp_path / "a.flac").write_bytes(recording)
     with caplog.at_level(logging.WARNING):
-        assert make_voices(model, presets=[tmp_path]).visible_to("") == []
+        [voice] = make_voices(model, presets=[tmp_path]).visible_to("")
     assert "a.txt" in caplog.text
+    assert voice.turn().text is None
+    assert len(voice.codes) == round(voice.seconds * 12.5 + 0.5)
 
 
 @pytest.fixture
