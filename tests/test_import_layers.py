@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 # stands for all its modules that are not in the list themselves.
 LAYERS = """
 csm_jax.errors
+csm_jax.arguments
 csm_jax.config
 csm_jax.io
 csm_jax.model

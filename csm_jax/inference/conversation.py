@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from csm_jax.arguments import whole_number
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
@@ -38,12 +39,12 @@ class Conversation:
     def __init__(
         self,
         model: Generator | Engine,
-        turns: Iterable[Segment] = (),
+        turns: Iterable[Segment] | None = (),
         *,
-        seed: int = 0,
-        sampling: Sampling = DEFAULT_SAMPLING,
+        seed: int | None = 0,
+        sampling: Sampling | None = DEFAULT_SAMPLING,
         max_audio_length_ms: float | None = None,
-        guard: str | bool = "on",
+        guard: str | bool | None = "on",
     ):
         """Begins a conversation.
 
@@ -52,12 +53,12 @@ class Conversation:
           turns: earlier turns, oldest first.
         """
         self._model = model
-        self.turns = list(turns)
-        self.seed = seed
+        self.turns = list(turns or ())
+        self.seed = 0 if seed is None else whole_number(seed, "seed")
         self.num_spoken = 0
-        self.sampling = sampling
+        self.sampling = sampling or DEFAULT_SAMPLING
         self.max_audio_length_ms = max_audio_length_ms
-        self.guard = guard
+        self.guard = "on" if guard is None else guard
 
     @property
     def next_seed(self) -> int:

@@ -2,10 +2,11 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from csm_jax.arguments import fill_defaults, real_number, whole_number
 from csm_jax.errors import InputError
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment, check_text
@@ -20,6 +21,9 @@ logger = logging.getLogger("csm_jax")
 @dataclass(frozen=True)
 class Request:
     """A text to speak as the next turn of a conversation, and how to speak it.
+
+    None stands for the default of every field but `text`. Whole numbers may be integers of numpy
+    or jax.
 
     Attributes:
       text: of any length; beyond about 300 characters it is split at sentences, and each part is
@@ -47,7 +51,16 @@ class Request:
     shared_turns: int = 0
 
     def __post_init__(self):
+        fill_defaults(self)
         check_text(self.text)
+        for name in ("speaker", "seed", "shared_turns"):
+            object.__setattr__(self, name, whole_number(getattr(self, name), name))
+        if self.max_audio_length_ms is not None:
+            milliseconds = real_number(self.max_audio_length_ms, "max_audio_length_ms")
+            object.__setattr__(self, "max_audio_length_ms", milliseconds)
+        object.__setattr__(self, "context", _turns(self.context))
+        if not isinstance(self.sampling, Sampling):
+            raise InputError(f"sampling is of type {type(self.sampling).__name__}, not Sampling")
         if isinstance(self.guard, bool):
             object.__setattr__(self, "guard", "on" if self.guard else "off")
         if self.guard not in GUARD:
@@ -56,6 +69,17 @@ class Request:
             raise InputError(
                 f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
             )
+
+
+def _turns(context: Any) -> Sequence[Segment]:
+    """A context as a sequence of segments. Raises `InputError` for one that is none."""
+    is_list = isinstance(context, Iterable) and not isinstance(context, str | bytes | dict)
+    turns = context if isinstance(context, Sequence) else tuple(context) if is_list else None
+    if turns is None or not all(isinstance(turn, Segment) for turn in turns):
+        raise InputError(
+            "context must be a list of turns, [csm_jax.Segment(speaker, text, audio), ...]"
+        )
+    return turns
 
 
 def as_request(text: str | Request, **fields: Any) -> Request:
@@ -70,7 +94,7 @@ class Notice:
     """A remark about the speech of a request, such as that it was cut.
 
     Attributes:
-      kind: "cut", "nothing_said", "context_dropped", "resampled" or "guard_cut".
+      kind: "cut", "nothing_said", "context_dropped", "silent_context", "resampled" or "guard_cut".
       message: the same as a sentence.
     """
 
