@@ -11,7 +11,8 @@ import numpy as np
 from csm_jax.cli import flags as cli
 from csm_jax.errors import InputError, OutputError
 from csm_jax.io.audio import check_output, encode_audio, open_audio, save_audio, to_pcm, wav_header
-from csm_jax.io.files import check_file, replace_file, reporting
+from csm_jax.io.files import reporting
+from csm_jax.io.outputs import check_writable, write_output
 
 STDOUT = "-"
 PIPE_FORMATS = ("wav", "pcm")
@@ -46,7 +47,7 @@ def check_codes_out(path: Path) -> None:
     if path.suffix != ".npy":
         raise OutputError(f"codes are written as .npy, not to {path}")
     with reporting(f"{path} cannot be written"):
-        check_file(path)
+        check_writable(path)
 
 
 def save_speech(out: str, audio_format: str | None, audio: np.ndarray, sample_rate: int) -> None:
@@ -61,8 +62,8 @@ def save_speech(out: str, audio_format: str | None, audio: np.ndarray, sample_ra
 def open_speech(out: str, audio_format: str | None, sample_rate: int) -> Iterator[Write]:
     """Yields a function that writes the next samples, float32 [n].
 
-    A file appears when the block ends without an error. Standard output is written at once, the
-    header with the first samples.
+    A file appears when the block ends without an error. Standard output, and a pipe or device in
+    place of the file, is written at once.
     """
     if out != STDOUT:
         with open_audio(out, sample_rate) as write:
@@ -85,7 +86,7 @@ def save_codes(path: Path, codes: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.save(buffer, codes)
     with reporting(f"{path} could not be written"):
-        replace_file(path, buffer.getvalue())
+        write_output(path, buffer.getvalue())
 
 
 def _write_to_pipe(data: bytes) -> None:
