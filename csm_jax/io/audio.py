@@ -1,12 +1,12 @@
 """Audio files of the usual formats to mono float32 samples and back.
 
-libsndfile (soundfile) encodes and decodes, soxr resamples. Sample rates are in Hz.
+libsndfile (soundfile) encodes and decodes, ffmpeg what libsndfile has not (`compressed.py`), soxr
+resamples. Sample rates are in Hz.
 """
 
 import contextlib
 import io
 import os
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,10 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, OutputError, first_line
-from csm_jax.io.files import check_file, new_file, replace_file, reporting
+from csm_jax.io.compressed import decode_compressed, find_demuxer
+from csm_jax.io.files import new_file, reporting
+from csm_jax.io.outputs import check_writable, is_stream, open_stream, write_all, write_output
+from csm_jax.io.wav import wav_header, whole_wav
 
 SAMPLE_RATE = 24_000
 
@@ -24,7 +27,7 @@ _INT16_SCALE = 32_768
 # A recording of speech lasts at least so long, and somewhere is louder than this (-60 dBFS).
 _MIN_SECONDS = 0.1
 SILENT_PEAK = 1e-3
-# Float samples go from -1 to 1; peaks above that are clipped, and none is above this.
+# Float samples go from -1 to 1; a loud recording may go a little beyond, another scale far.
 _MAX_PEAK = 2.0
 
 
@@ -50,9 +53,10 @@ _FORMATS = {
 def load_audio(path: str | os.PathLike[str], sample_rate: int) -> np.ndarray:
     """Reads a recording as mono float32 [num_samples] at `sample_rate` Hz.
 
-    The content decides the format (wav, flac, mp3, ogg, opus and others that libsndfile reads),
-    except that `.pcm` and `.raw` are headerless signed 16-bit little-endian mono at `sample_rate`.
-    Channels are averaged; another rate is resampled with soxr (HQ).
+    The content decides the format (wav, flac, mp3, ogg, opus and others that libsndfile reads; m4a,
+    mp4, webm and aac, for which PyAV must be installed), except that `.pcm` and `.raw` are
+    headerless signed 16-bit little-endian mono at `sample_rate`. Channels are averaged; another
+    rate is resampled with soxr (HQ).
 
     Raises `InputError` for a file that is missing, unreadable, not audio, empty, not finite, or
     raw with half a sample at its end.
@@ -76,9 +80,12 @@ def decode_audio(data: bytes, path: Path, sample_rate: int) -> np.ndarray:
     """`load_audio` of the bytes that were read from `path`."""
     if is_headerless(path):
         return check_audio(_decode_raw(data, path), str(path))
-    samples, file_rate = _decode(data, path)
-    with np.errstate(invalid="ignore", over="ignore"):  # check_audio says it in one line
-        mono = samples.mean(axis=1)
+    if find_demuxer(data):
+        mono, file_rate = decode_compressed(data, str(path))
+    else:
+        samples, file_rate = _decode(whole_wav(data, str(path)), path)
+        with np.errstate(invalid="ignore", over="ignore"):  # check_audio says it in one line
+            mono = samples.mean(axis=1)
     samples = check_audio(mono, str(path))
     if file_rate == sample_rate:
         return samples
@@ -94,30 +101,41 @@ def is_headerless(path: Path) -> bool:
 def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:
     """A caller's array as float32 [num_samples]; int16 is scaled by 1 / 32768.
 
-    `name` is what errors call it. Raises `InputError` for another shape or dtype, 0 samples, or
-    samples that are not finite.
+    `name` is what errors call it. Raises `InputError` for another shape or dtype, 0 samples,
+    samples that are not finite, or a peak that float samples do not have.
     """
-    samples = _mono_float32(audio, name)
+    samples = check_samples(audio, name)
     if not len(samples):
         raise InputError(f"{name}: no samples; give a recording that is not empty")
     return samples
 
 
-def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
-    """`check_audio` of samples at 24 kHz that are a recording of speech.
-
-    Raises `InputError` also for a recording that is too short, silent, or of another scale.
-    """
-    samples = check_audio(audio, name)
-    peak, seconds = float(np.abs(samples).max()), len(samples) / SAMPLE_RATE
-    # A constant is no sound either.
-    if (swing := float(np.ptp(samples)) / 2) < SILENT_PEAK:
-        raise InputError(f"{name}: silent, with a peak of {swing:.2g}; record it louder")
-    if peak > _MAX_PEAK:
+def check_samples(audio: np.ndarray, name: str = "audio") -> np.ndarray:
+    """`check_audio` of samples that may be 0 in number."""
+    samples = _mono_float32(audio, name)
+    if (peak := float(np.abs(samples).max(initial=0))) > _MAX_PEAK:
         raise InputError(
             f"{name}: a peak of {peak:.3g}, but float samples go from -1 to 1; divide by 32768 "
             "what was 16 bits"
         )
+    return samples
+
+
+def is_silent(samples: np.ndarray) -> bool:
+    """Whether float samples [n], n > 0, hold no sound: a constant, or under -60 dBFS."""
+    return float(np.ptp(samples)) / 2 < SILENT_PEAK
+
+
+def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
+    """`check_audio` of samples at 24 kHz that are a recording of speech.
+
+    Raises `InputError` also for a recording that is too short or silent.
+    """
+    samples = check_audio(audio, name)
+    seconds = len(samples) / SAMPLE_RATE
+    if is_silent(samples):
+        swing = float(np.ptp(samples)) / 2
+        raise InputError(f"{name}: silent, with a peak of {swing:.2g}; record it louder")
     if seconds < _MIN_SECONDS:
         raise InputError(
             f"{name}: {len(samples)} samples last {seconds:.3g} s, and speech at least "
@@ -158,6 +176,8 @@ def encode_audio(audio: np.ndarray, sample_rate: int, suffix: str) -> bytes:
 def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int) -> None:
     """Writes `audio` in the format of the path's suffix (see `encode_audio`), whole or not at all.
 
+    A symbolic link stays, and its target is replaced; a pipe or device gets the bytes.
+
     Raises what `encode_audio` and `check_output` raise, and `OutputError` when writing fails; then
     an older file at `path` is unchanged.
     """
@@ -165,7 +185,7 @@ def save_audio(path: str | os.PathLike[str], audio: np.ndarray, sample_rate: int
     check_output(path)
     data = encode_audio(audio, sample_rate, path.suffix)
     with reporting(_failure(path)):
-        replace_file(path, data)
+        write_output(path, data)
 
 
 @contextlib.contextmanager
@@ -174,14 +194,41 @@ def open_audio(
 ) -> Iterator[Callable[[np.ndarray], None]]:
     """Gives a function that writes the next samples, float [n], to an audio file.
 
-    They are written beside `path`, which is replaced when the block ends without an error. Raises
-    what `save_audio` raises.
+    They are written beside `path`, which is replaced when the block ends without an error. A pipe
+    or device gets them at once if it is of plain samples (.wav, .pcm), and at the end otherwise.
+    Raises what `save_audio` raises.
     """
     path = Path(path)
     check_output(path)
     how = _format(path.suffix, str(path))
+    opened = _open_stream if is_stream(path) else _open_file
+    with reporting(_failure(path)), opened(path, sample_rate, how) as write:
+        yield write
+
+
+@contextlib.contextmanager
+def _open_stream(
+    path: Path, sample_rate: int, how: _Format
+) -> Iterator[Callable[[np.ndarray], None]]:
+    descriptor = open_stream(path)
+    try:
+        if how.coding == "PCM_16" and how.container != "FLAC":
+            write_all(descriptor, wav_header(sample_rate) if how.container == "WAV" else b"")
+            yield lambda samples: write_all(descriptor, to_pcm(samples))
+        else:
+            chunks = [np.zeros(0, np.float32)]
+            yield chunks.append
+            write_all(descriptor, _encode(np.concatenate(chunks), sample_rate, how))
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _open_file(
+    path: Path, sample_rate: int, how: _Format
+) -> Iterator[Callable[[np.ndarray], None]]:
     num_samples = 0
-    with reporting(_failure(path)), new_file(path) as temporary, _Sink(temporary, "r+") as sink:
+    with new_file(path) as temporary, _Sink(temporary, "r+") as sink:
         with soundfile.SoundFile(
             sink, "w", sample_rate, channels=1, format=how.container, subtype=how.coding
         ) as file:
@@ -217,18 +264,6 @@ class _Sink(io.FileIO):
             raise self._error
 
 
-def wav_header(sample_rate: int) -> bytes:
-    """The header of a wav file of 16-bit mono samples whose length is not known yet.
-
-    It has the largest possible lengths, which players take for "until it ends" (as ffmpeg and sox
-    write and read it).
-    """
-    unknown = 0xFFFFFFFF
-    audio_format = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, sample_rate, 2 * sample_rate, 2, 16)
-    riff = struct.pack("<4sI4s", b"RIFF", unknown, b"WAVE")
-    return riff + audio_format + struct.pack("<4sI", b"data", unknown)
-
-
 def to_pcm(samples: np.ndarray) -> bytes:
     """Float samples [n], clipped to [-1, 1], as signed 16-bit little-endian."""
     return _to_int16(samples).astype("<i2").tobytes()
@@ -243,7 +278,7 @@ def check_output(path: str | os.PathLike[str]) -> None:
     path = Path(path)
     _format(path.suffix, str(path))
     with reporting(_failure(path)):
-        check_file(path)
+        check_writable(path)
 
 
 def check_format(suffix: str) -> None:
@@ -286,9 +321,9 @@ def _decode_raw(data: bytes, path: Path) -> np.ndarray:
 
 def _mono_float32(audio: np.ndarray, name: str) -> np.ndarray:
     audio = np.asarray(audio)
-    expected = f"give mono float samples [num_samples] at {SAMPLE_RATE} Hz (load_audio reads files)"
+    expected = f"give float samples at {SAMPLE_RATE} Hz (load_audio reads files)"
     if audio.ndim != 1:
-        raise InputError(f"{name} has shape {audio.shape}; {expected}")
+        raise InputError(f"{name} has shape {audio.shape}; mono audio is [num_samples]: {expected}")
     if np.issubdtype(audio.dtype, np.int16):
         return audio.astype(np.float32) / _INT16_SCALE
     if not np.issubdtype(audio.dtype, np.floating):

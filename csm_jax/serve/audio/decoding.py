@@ -1,7 +1,8 @@
 """Decodes recordings of requests within limits.
 
 A compressed file of a few megabytes can unpack to gigabytes, so the limits apply during decoding.
-libsndfile decodes, because it never opens other files or URLs.
+libsndfile decodes, because it never opens other files or URLs; what it has not is decoded by
+`io/compressed.py`, which keeps ffmpeg from doing so.
 """
 
 import base64
@@ -18,12 +19,17 @@ import soxr
 
 from csm_jax.errors import InputError, first_line
 from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech
+from csm_jax.io.compressed import (
+    MAX_CHANNELS,
+    MAX_RATE,
+    MIN_RATE,
+    decode_compressed,
+    find_demuxer,
+)
+from csm_jax.io.wav import whole_wav
 from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits
 
-MAX_CHANNELS = 8
-MAX_RATE = 192_000
-MIN_RATE = 4_000
 # Length of the blocks that are decoded one by one.
 _BLOCK_SECONDS = 1
 # The first bytes of the accepted formats. libsndfile also reads two dozen rare ones, whose decoders
@@ -68,14 +74,18 @@ def decode_base64(text: str, limits: Limits, name: str = "audio") -> bytes:
 
 
 def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.ndarray:
-    """Decodes WAV, FLAC, Ogg (Opus, Vorbis) or MP3 to mono float32 [num_samples] at 24 kHz.
+    """Decodes a recording to mono float32 [num_samples] at 24 kHz.
+
+    It may be WAV, FLAC, Ogg (Opus, Vorbis) or MP3, or what `find_demuxer` knows: M4A, WebM, AAC.
 
     Raises:
       InputError: it is not audio, not speech (`check_speech`), or beyond a limit.
     """
-    with _open_audio(data, limits, name) as file:
-        samples = _read(file, limits, name)
-        rate = file.samplerate
+    if _is_compressed(data, limits, name):
+        samples, rate = decode_compressed(data, name, limits.audio_seconds)
+    else:
+        with _open_audio(data, limits, name) as file:
+            samples, rate = _read(file, limits, name), file.samplerate
     if not len(samples) or not np.isfinite(samples).all():
         raise InputError(f"{name}: no samples, or some that are not finite")
     if rate != SAMPLE_RATE:
@@ -85,22 +95,30 @@ def decode_recording(data: bytes, limits: Limits, name: str = "audio") -> np.nda
 
 def check_head(data: bytes, limits: Limits, name: str = "audio") -> None:
     """Checks a recording as far as possible without decoding it. Raises `InputError`."""
+    if _is_compressed(data, limits, name):
+        decode_compressed(data, name, limits.audio_seconds)
+        return
     with _open_audio(data, limits, name) as file:
         if limits.audio_seconds * file.samplerate < file.frames < _UNKNOWN_FRAMES:
             raise InputError(_too_long(name, limits))
 
 
+def _is_compressed(data: bytes, limits: Limits, name: str) -> bool:
+    """Whether `io/compressed.py` decodes a recording. Raises `InputError` for too large a one."""
+    if len(data) > limits.audio_bytes:
+        raise InputError(_too_large(name, limits))
+    return find_demuxer(data) is not None
+
+
 @contextlib.contextmanager
 def _open_audio(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundFile]:
     """Opens a file. Raises `InputError` for bytes that are not audio in an accepted format."""
-    if len(data) > limits.audio_bytes:
-        raise InputError(_too_large(name, limits))
     if not _is_known(data):
         raise InputError(_not_readable(name))
     try:
         if data.startswith(b"OggS"):
             data = checked_ogg(data)
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
+        with soundfile.SoundFile(io.BytesIO(whole_wav(data, name))) as file:
             if file.format not in _CONTAINERS:
                 raise InputError(_not_readable(name))
             if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
@@ -138,7 +156,7 @@ def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
 
 
 def _not_readable(name: str) -> str:
-    return f"{name}: not readable as audio; send WAV, FLAC, Ogg or MP3"
+    return f"{name}: not readable as audio; send WAV, FLAC, Ogg or MP3, M4A, WebM or AAC"
 
 
 def _too_large(name: str, limits: Limits) -> str:
