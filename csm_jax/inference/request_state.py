@@ -75,6 +75,7 @@ class RequestState:
         self._turns = self._newest_turns(request.context)
         # Older turns of the context, which have been left out.
         self._num_omitted = len(request.context) - len(self._turns)
+        self._report_silence()
         # Positions of the shared turns; 0 once the first of them has to be left out.
         self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
@@ -217,6 +218,14 @@ class RequestState:
     def _generated_turn(self) -> Turn:
         turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
         return Turn(turn, self._config, self._model.tokenizer)
+
+    def _report_silence(self) -> None:
+        for number, turn in enumerate(self._turns, self._num_omitted + 1):
+            if turn.is_silent:
+                message = (
+                    f"the recording of turn {number} of the context is silent: record it louder"
+                )
+                self._notify(Notice("silent_context", message))
 
     def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
         second = self._total * self._config.frame_ms / 1000

@@ -16,6 +16,7 @@ from flax import nnx
 
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
+from csm_jax.io.audio import check_samples
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
@@ -209,21 +210,18 @@ class Codec:
         the last frame of a length that is not a multiple of the frame size may differ.
 
         Args:
-          audio: float [num_samples] at `sample_rate`, or a list of these.
+          audio: float from -1 to 1 or int16, [num_samples] at `sample_rate`, or a list of these.
           num_codebooks: how many codes a frame, 1 to all; None is all.
 
         Returns:
           int32 [ceil(num_samples / frame_size), num_codebooks], or a list of these.
 
         Raises:
-          InputError: another number of axes or of codebooks.
+          InputError: another number of codebooks, or what `check_samples` refuses.
         """
         count = self.num_codebooks if num_codebooks is None else num_codebooks
         self._check_num_codebooks(count)
-        rows = [np.asarray(row, np.float32) for row in _as_list(audio)]
-        for row in rows:
-            if row.ndim != 1:
-                raise InputError(f"audio has shape {row.shape}; mono audio is [num_samples]")
+        rows = [check_samples(row) for row in _as_list(audio)]
         lengths = [-(-len(row) // self.frame_size) for row in rows]  # in frames
         state = self.encode_stream_state(len(rows))
         blocks = [np.zeros((len(rows), 0, count), np.int32)]

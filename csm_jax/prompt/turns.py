@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csm_jax.arguments import whole_number
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.io.audio import check_audio
+from csm_jax.io.audio import check_audio, is_silent
 from csm_jax.prompt.tokenizer import Tokenizer, check_unicode
 
 # Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.
@@ -41,7 +42,7 @@ class Segment:
     """One turn of the conversation so far.
 
     Attributes:
-      speaker: any number; the same number is the same voice.
+      speaker: any whole number, of Python or numpy; the same number is the same voice.
       text: the transcript of `audio`; None for a recording without one.
       audio: float [num_samples] at 24 kHz, mono; None for a turn of text alone.
       codes: int [num_frames, Q], used instead of `audio` where the codes are known already.
@@ -52,9 +53,14 @@ class Segment:
     audio: np.ndarray | None = None
     codes: np.ndarray | None = None
 
+    def __post_init__(self):
+        object.__setattr__(self, "speaker", whole_number(self.speaker, "speaker"))
+
 
 def check_text(text: str) -> None:
     """Raises `InputError` for text without speech: spaces, marks and invisible characters."""
+    if not isinstance(text, str):
+        raise InputError(f"the text is of type {type(text).__name__}, but must be a str")
     if all(_is_silent(character) for character in text):
         raise InputError("the text is empty: there is nothing to say")
 
@@ -64,6 +70,7 @@ class Turn:
 
     Attributes:
       length: positions that its rows take.
+      is_silent: whether it has audio without a sound in it.
     """
 
     def __init__(self, turn: Segment, config: CSMConfig, tokenizer: Tokenizer):
@@ -76,11 +83,13 @@ class Turn:
         self._audio: np.ndarray | None = None
         self._sound: Prompt | None = None
         self.length = len(self._text.frames)
+        self.is_silent = False
         if turn.codes is not None:
             self._sound = _audio_rows(np.asarray(turn.codes), config)
             self.length += len(self._sound.frames)
         elif turn.audio is not None:
             self._audio = check_audio(turn.audio)
+            self.is_silent = is_silent(self._audio)
             # The codec pads to whole frames; a frame of zeros ends the turn.
             self.length += -(-len(self._audio) // config.codec.frame_size) + 1
 

@@ -6,6 +6,7 @@ const WORDS = {
   nothing_said: "the model generated no speech; try another seed",
   context_dropped: "the context is too long: the oldest turns were dropped",
   no_transcript: "a recording has no transcript: the speech can be less clear",
+  silent_context: "a recording of the context is silent; record it louder",
   resampled: "a part was generated again, because it repeated itself or fell silent",
   guard_cut:
     "cut because it repeated itself, fell silent or did not end; " +
