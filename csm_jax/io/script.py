@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from csm_jax.errors import InputError
+from csm_jax.io.text import read_text
 
 _FIELDS = {"speaker": int, "text": str, "audio": str}
 
@@ -26,10 +27,9 @@ def read_script(path: Path) -> list[Turn]:
     Raises:
       InputError: the file or one of its turns is malformed; the turn is named by its number.
     """
+    text = read_text(path, f"script {path}")
     try:
-        turns = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"script {path} cannot be read: {error.strerror}") from error
+        turns = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise InputError(f"script {path} is not JSON: {error}") from error
     if not isinstance(turns, list) or not turns:

@@ -24,6 +24,7 @@ from csm_jax.cli import flags as cli
 from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.engine_config import EngineConfig
+from csm_jax.io.text import read_text
 from csm_jax.model.sampling import Sampling
 from csm_jax.serve.settings import Settings
 
@@ -148,11 +149,7 @@ def _keys(values: flags.FlagValues) -> tuple[str, ...]:
     if given := os.environ.get(KEYS_VARIABLE, ""):
         lines += _some_keys([key.strip() for key in given.split(",")], KEYS_VARIABLE)
     if (name := values.api_keys_file) is not None:
-        try:
-            text = Path(name).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{name} cannot be read: {error}") from error
-        lines += _some_keys(read_keys(text), name)
+        lines += _some_keys(read_keys(read_text(Path(name))), name)
     parse_keys(lines)
     return tuple(lines)
 

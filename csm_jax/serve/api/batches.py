@@ -9,6 +9,7 @@ A line of the file is {"custom_id": "a", "method": "POST", "url": "/v1/audio/spe
 itself, as a form. `batch_worker.py` runs the lines.
 """
 
+import codecs
 import io
 import json
 from collections.abc import AsyncIterator, Callable
@@ -147,6 +148,7 @@ async def _create_batch(service: Service, caller: Caller, fields: NewBatch) -> B
 def _parse_lines(data: bytes, limits: Limits) -> list[NewLine]:
     """Parses the lines of a file. Raises `ApiError` for the first invalid one."""
     lines: dict[str, NewLine] = {}
+    data = data.removeprefix(codecs.BOM_UTF8)
     _check_count(data.count(b"\n") // 2)  # blank lines are skipped, up to a number
     for text in filter(bytes.strip, io.BytesIO(data)):
         number = len(lines) + 1

@@ -1,6 +1,7 @@
 """Batches: in the background, complete, and unaffected by restarts and full disks."""
 
 import base64
+import codecs
 import json
 import logging
 import os
@@ -19,6 +20,7 @@ from serving import SMALL, as_samples, serve
 from stores import limit_pages
 
 from csm_jax.serve.api import batch_worker
+from csm_jax.serve.api.batches import _parse_lines
 from csm_jax.serve.settings import Limits, Settings
 from csm_jax.serve.store import database
 
@@ -398,3 +400,9 @@ def test_the_openai_client_pages_through_batches(server):
         files = [each.id for each in client.files.list(limit=3)]
     assert listed[:5] == made[::-1]
     assert len(files) == len(set(files)) >= 10
+
+
+def test_a_file_may_begin_with_a_byte_order_mark():
+    """As some editors write it."""
+    marked = _parse_lines(codecs.BOM_UTF8 + lines(2), Limits())
+    assert [line.custom_id for line in marked] == ["line-0", "line-1"]
