@@ -1,4 +1,4 @@
-"""Voices as files: `NAME.flac` (or .wav, .mp3, .ogg, .opus) with `NAME.txt`, its transcript.
+"""Voices as files: a recording `NAME.flac`, or of another suffix, and `NAME.txt`, its transcript.
 
 A first line `speaker: 1` in the transcript sets the speaker number, which is 0 by default. A file
 that cannot be used is skipped and logged, because one bad voice must not prevent the server from
@@ -6,6 +6,7 @@ starting. A recording without a transcript is used, and logged too: the model sp
 """
 
 import logging
+import mimetypes
 import os
 import re
 import stat
@@ -17,12 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from csm_jax.errors import InputError, first_line
+from csm_jax.io.compressed import SUFFIXES as COMPRESSED_SUFFIXES
+from csm_jax.io.text import decode_text
 from csm_jax.serve.audio.decoding import decode_recording
 from csm_jax.serve.settings import Limits
 
 logger = logging.getLogger("csm_jax.serve")
 
-SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus")
+SUFFIXES = (".flac", ".wav", ".mp3", ".ogg", ".opus", *COMPRESSED_SUFFIXES)
 MAX_SPEAKER = 2**31 - 1
 _MAX_NAME = 64
 # Longer numbers are not int32, and Python converts very long ones slowly or not at all.
@@ -113,10 +116,16 @@ def check_transcript(text: str, limits: Limits) -> str:
 
 
 def _is_recording(path: Path) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    """Whether a file is meant as a voice. Hidden ones are not: macOS adds `._NAME` to each."""
+    if path.name.startswith("."):
+        return False
+    kind = mimetypes.guess_type(path.name)[0] or ""
+    return path.suffix.lower() in SUFFIXES or kind.startswith("audio/")
 
 
 def _read_voice(path: Path, limits: Limits) -> VoiceFile:
+    if path.suffix.lower() not in SUFFIXES:
+        raise InputError(f"recordings are {', '.join(SUFFIXES)}: convert it")
     name = check_name(path.stem)
     speaker, text = _read_transcript(path.with_suffix(".txt"), limits)
     audio = decode_recording(_read_file(path, limits.audio_bytes), limits, "the recording")
@@ -134,11 +143,7 @@ def _read_transcript(path: Path, limits: Limits) -> tuple[int, str]:
 
 def _read_text(path: Path, limits: Limits) -> str:
     data = _read_file(path, _BYTES_PER_CHARACTER * limits.text_characters + 100)
-    try:
-        # With or without the byte order mark that some editors write.
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path.name} is not UTF-8 ({error.reason}): save it as UTF-8") from error
+    return decode_text(data, path.name)
 
 
 def _read_file(path: Path, max_bytes: int) -> bytes:

@@ -3,6 +3,7 @@
 import logging
 import os
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -228,3 +229,50 @@ def test_a_missing_directory_is_refused(tmp_path, make):
     make(tmp_path / "voices")
     with pytest.raises(InputError, match="cannot be read"):
         list(read_voices(tmp_path / "voices", LIMITS))
+
+
+NAMES = ["Mary Jane", "anna.v2", "zoë", "李雷", "a", "x" * 64]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_voice_has_the_name_of_its_file(voices, name):
+    add(voices, name, text=f"I am {name}.")
+    found = {voice.name: voice.text for voice in read_voices(voices, LIMITS)}
+    assert found == {"good": "hello", name: f"I am {name}."}
+
+
+def test_a_decomposed_name_is_the_composed_one(voices):
+    """macOS stores a diaeresis as a character of its own."""
+    add(voices, unicodedata.normalize("NFD", "zoë"))
+    assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good", "zoë"]
+
+
+TOLD = ["-a.wav", "a\nb.wav", "a,b.wav", "a|b.wav", "a\u200bb.wav", "a .wav", "y" * 65 + ".wav"]
+TOLD += ["O'Neil (older).wav", "50% slower.wav", "a.aiff", "a.wma", "a.AU"]
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_recording_that_is_no_voice_is_told_of(voices, caplog, name):
+    shutil.copy(voices / "good.wav", voices / name)
+    (voices / name).with_suffix(".txt").write_text("hello")
+    with caplog.at_level(logging.WARNING):
+        assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+    (record,) = caplog.records
+    assert "is left out" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+@pytest.mark.parametrize("name", ["._good.wav", ".hidden.wav", "README.md", "notes.json"])
+def test_files_that_are_not_meant_as_voices_are_passed_over(voices, caplog, name):
+    shutil.copy(voices / "good.wav", voices / name)
+    with caplog.at_level(logging.WARNING):
+        assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+    assert not caplog.records
+
+
+def test_of_two_files_of_one_name_the_second_is_told_of(voices, caplog):
+    soundfile.write(voices / "good.flac", tone(), 24_000)
+    with caplog.at_level(logging.WARNING):
+        assert [voice.name for voice in read_voices(voices, LIMITS)] == ["good"]
+    (record,) = caplog.records
+    assert "good.flac has the same name" in record.getMessage()
