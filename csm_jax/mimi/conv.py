@@ -103,12 +103,12 @@ class Conv1d(StreamingLayer):
         self.dilation = dilation
         shape = (kernel_size, in_channels, out_channels)
         self.weight = nnx.Param(_init_weight(shape, kernel_size * in_channels, rngs))
-        self.bias = nnx.Param(jnp.zeros((out_channels,))) if use_bias else None
+        self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32)) if use_bias else None
 
     def init_state(self, batch: int) -> Array:
         kernel_size, in_channels, _ = self.weight.shape
         past = (kernel_size - 1) * self.dilation + 1 - self.stride
-        return jnp.zeros((batch, past, in_channels))
+        return jnp.zeros((batch, past, in_channels), jnp.float32)
 
     def step(self, x: Array, state: Array) -> tuple[Array, Array]:
         if x.shape[1] % self.stride:
@@ -176,11 +176,11 @@ class ConvTranspose1d(StreamingLayer):
         fan_in = taps * (1 if depthwise else in_channels)
         self.depthwise = depthwise
         self.weight = nnx.Param(_init_weight(shape, fan_in, rngs))
-        self.bias = nnx.Param(jnp.zeros((out_channels,))) if use_bias else None
+        self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32)) if use_bias else None
 
     def init_state(self, batch: int) -> Array:
         taps, in_channels, _, _ = self.weight.shape
-        return jnp.zeros((batch, taps - 1, in_channels))
+        return jnp.zeros((batch, taps - 1, in_channels), jnp.float32)
 
     def step(self, x: Array, state: Array) -> tuple[Array, Array]:
         batch, length, _ = x.shape

@@ -63,7 +63,7 @@ class TransformerLayer(StreamingLayer):
         window = self.config.attention_window
         heads = (batch, length, self.config.num_heads, self.config.head_dim)
         frequencies = rope_frequencies(self.config.head_dim, self.config.rope_theta)
-        positions = cache.length[:, None] + jnp.arange(length)[None]  # [B, T]
+        positions = cache.length[:, None] + jnp.arange(length, dtype=jnp.int32)[None]  # [B, T]
 
         query = apply_rope(self.q(x).reshape(heads), positions, frequencies)
         key = apply_rope(self.k(x).reshape(heads), positions, frequencies)
@@ -91,6 +91,7 @@ def _visible(seen: Array, length: int, window: int) -> Array:
     Args:
       seen: int32 [B], positions before this block; the cache ends with the last of them.
     """
-    query = seen[:, None, None] + jnp.arange(length)[None, :, None]
-    key = seen[:, None, None] - window + jnp.arange(window + length)[None, None]
+    query = seen[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, :, None]
+    offsets = jnp.arange(window + length, dtype=jnp.int32)[None, None]
+    key = seen[:, None, None] - window + offsets
     return (key >= 0) & (key <= query) & (key > query - window)

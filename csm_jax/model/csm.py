@@ -110,7 +110,9 @@ class CSM(nnx.Module):
           int32 [B, Q].
         """
         # One number decides one code.
-        draw = functools.partial(jax.random.uniform, shape=(self.config.num_codebooks,))
+        shape = (self.config.num_codebooks,)
+        # The type is named: where jax's default is float64, other numbers would be drawn.
+        draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32)
         uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = self.backbone_logits(hidden)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
@@ -178,7 +180,8 @@ class CSM(nnx.Module):
         states, _ = self.depth_decoder(self.projection(inputs), cache, remat=remat)
         by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
         heads = jax.tree.map(
-            lambda table: lookup(table, jnp.arange(len(table))), self.depth_heads.matrix
+            lambda table: lookup(table, jnp.arange(len(table), dtype=jnp.int32)),
+            self.depth_heads.matrix,
         )
         return by_codebook(states[:, 1:], heads)
 

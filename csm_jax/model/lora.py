@@ -132,7 +132,7 @@ def _fuse_qkv(config: LlamaConfig, parts: Mapping[str, LowRank | None]) -> LowRa
     for name in _QKV:
         low, rows = parts[name], _layer_shapes(config)[f"attn/{name}"][0]
         rank = 0 if low is None else len(low.down)
-        up = jnp.zeros((rows, 0)) if low is None else low.up
+        up = jnp.zeros((rows, 0), jnp.float32) if low is None else low.up
         ups.append(jnp.pad(up, ((0, 0), (before, total - before - rank))))
         before += rank
     query, key, value = ups

@@ -152,7 +152,7 @@ def _prefix_sums(mass: Array) -> Array:
 
 
 def _prefix_sums_by_comparison(mass: Array) -> Array:
-    ids = jnp.arange(mass.shape[1])
+    ids = jnp.arange(mass.shape[1], dtype=jnp.int32)
     return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
 
 
@@ -258,13 +258,14 @@ def _largest_reaching(ranks: Array, weights: Array, target: Array) -> Array:
       int32 [B].
     """
     lowest = jnp.iinfo(jnp.int32).min
+    first, bits = np.int32(0), np.int32(32)  # also where jax counts in 64 bits
 
     def try_bit(i: Array, threshold: Array) -> Array:
         # From the lowest number up: setting the sign bit of two's complement is adding 2^31,
         # which wraps around to 0.
-        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), 31 - i)
+        candidate = threshold ^ jax.lax.shift_left(jnp.int32(1), np.int32(31) - i)
         reached = jnp.where(ranks >= candidate[:, None], weights, 0)
         return jnp.where(jnp.sum(reached, axis=-1) >= target, candidate, threshold)
 
     # Unrolled, it takes as long to run and twice as long to compile.
-    return jax.lax.fori_loop(0, 32, try_bit, jnp.full(target.shape, lowest))
+    return jax.lax.fori_loop(first, bits, try_bit, jnp.full(target.shape, lowest, jnp.int32))

@@ -86,7 +86,7 @@ def choose_frames(loss_mask: AnyArray, share: float, keys: Array) -> tuple[Array
       Positions, int32 [B, K]; and bool [B, K], those of them that count.
     """
     length = loss_mask.shape[1]
-    scores = jax.vmap(lambda key: jax.random.uniform(key, (length,)))(keys)
+    scores = jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
     _, chosen = jax.lax.top_k(jnp.where(loss_mask, scores, -1), num_chosen(length, share))
     wanted = num_depth_frames(loss_mask, share)  # [B]
     return chosen, jnp.arange(chosen.shape[1])[None] < wanted[:, None]
