@@ -4,9 +4,12 @@ A name is OWNER/NAME or OWNER/NAME@REVISION, where a revision is a branch, a tag
 """
 
 import contextlib
+import functools
 import logging
 import os
 import re
+import stat
+import tempfile
 import urllib.parse
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.config import read_json
-from csm_jax.errors import CheckpointError, first_line
+from csm_jax.errors import CheckpointError, OutputError, first_line
 from csm_jax.io.files import make_once, replace_file
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
@@ -34,11 +37,41 @@ logger = logging.getLogger("csm_jax")
 
 
 def cache_directory() -> Path:
-    """The directory of this package's cache: $CSM_JAX_CACHE, or csm-jax in the user's own cache."""
-    if "CSM_JAX_CACHE" in os.environ:
-        return Path(os.environ["CSM_JAX_CACHE"])
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "csm-jax"
+    """The directory of this package's cache: $CSM_JAX_CACHE, or csm-jax in the user's own cache.
+
+    A user without a home directory, as in a container, has a directory for temporary files instead.
+    """
+    if given := os.environ.get("CSM_JAX_CACHE"):
+        return Path(given)
+    if root := os.environ.get("XDG_CACHE_HOME"):
+        return Path(root) / "csm-jax"
+    try:
+        return Path.home() / ".cache" / "csm-jax"
+    except RuntimeError:
+        return _temporary_cache()
+
+
+@functools.cache
+def _temporary_cache() -> Path:
+    """A private directory, the same one each time unless another user has taken its name."""
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    directory = Path(tempfile.gettempdir()) / f"csm-jax-{user}"
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        found = directory.lstat()
+        # Compiled programs are run from it: nobody else may write there.
+        is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
+        if not is_private or found.st_uid != user:
+            directory = Path(tempfile.mkdtemp(prefix="csm-jax-"))
+    except OSError as error:
+        raise OutputError(
+            f"{directory} cannot be made ({error.strerror}) and the user has no home directory: "
+            "name a directory for the cache with CSM_JAX_CACHE"
+        ) from error
+    logger.warning(
+        "the user has no home directory: the cache is %s; CSM_JAX_CACHE names another", directory
+    )
+    return directory
 
 
 def is_name(name: str) -> bool:
@@ -142,7 +175,9 @@ def _known_commit(repository: str, revision: str, file: str) -> str | None:
 
 def _cached_commit(repository: str, revision: str, file: str) -> str | None:
     """The commit of a revision in the cache of the hub's library."""
-    cached = huggingface_hub.try_to_load_from_cache(repository, file, revision=revision)
+    cached = huggingface_hub.try_to_load_from_cache(
+        repository, file, cache_dir=_hub_cache(), revision=revision
+    )
     return Path(cached).parent.name if isinstance(cached, str) else None
 
 
@@ -223,7 +258,7 @@ def _wanted(repository: str, commit: str, snapshot: Path) -> list[str]:
 
 def _fetch(repository: str, file: str, revision: str) -> Path:
     try:
-        return Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+        return _download(repository, file, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         is_absent = isinstance(error, HfHubHTTPError) and isinstance(error, EntryNotFoundError)
         if file == "config.json" and is_absent:
@@ -231,13 +266,26 @@ def _fetch(repository: str, file: str, revision: str) -> Path:
         raise _unreachable(repository, file, error) from error
 
 
+def _download(repository: str, file: str, revision: str) -> Path:
+    """A file of the hub, in the cache of the hub's library."""
+    found = huggingface_hub.hf_hub_download(
+        repository, file, revision=revision, cache_dir=_hub_cache()
+    )
+    return Path(found)
+
+
+def _hub_cache() -> Path | None:
+    """None for huggingface_hub's own cache; it makes a directory `~` for users without a home."""
+    return cache_directory() / "hub" if constants.HF_HUB_CACHE.startswith("~") else None
+
+
 def _refuse_adapters(repository: str, revision: str) -> None:
     """Raises `CheckpointError` if a repository without a model holds adapters."""
     try:
-        config = huggingface_hub.hf_hub_download(repository, peft_files.CONFIG, revision=revision)
+        config = _download(repository, peft_files.CONFIG, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return
-    raise peft_files.not_a_checkpoint(repository, read_json(Path(config)))
+    raise peft_files.not_a_checkpoint(repository, read_json(config))
 
 
 def _unreachable(repository: str, wanted: str, error: Exception) -> CheckpointError:

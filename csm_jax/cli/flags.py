@@ -6,19 +6,24 @@ import signal
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from logging import CRITICAL
-from typing import TextIO
+from typing import Any, TextIO
 
 import jax
 from absl import flags, logging
 from huggingface_hub.utils import logging as hub_logging
 
-from csm_jax.errors import CSMError, OutputError
+from csm_jax.errors import CSMError, OutputError, first_line
 from csm_jax.hub import cache_directory
 
 USAGE_ERROR = 2
 HELP_WIDTH = 100
+# How jax's errors begin when JAX_PLATFORMS asks for what is not there; its cache's failures have no
+# type of their own either.
+_MISSING_DEVICE = ("Unable to initialize backend", "Unknown backend")
+_CACHE_FAILURE = "persistent compilation cache"
 # Signals that end a program from outside: a machine that shuts down, a terminal that closes.
 _END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -53,12 +58,28 @@ def run(
     An error whose message is meant for the user is one line on stderr and exit code 2. When the
     reader of a pipe has gone, such as `head`, the command ends without a message and with 0.
     """
+    _open_closed_streams()
     try:
         return _run(program, doc, define, main, sys.argv[1:] if argv is None else argv)
     except BrokenPipeError:
         return 0
     finally:
         _abandon_closed_pipes()
+
+
+def _open_closed_streams() -> None:
+    """Lets what is written to a closed standard stream go nowhere.
+
+    Otherwise the next file that is opened gets its number, and with it the messages of libraries;
+    and Python prints to standard output what is meant for a standard error of None.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # the lowest free number
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, as long as the program
 
 
 def _run(
@@ -76,10 +97,15 @@ def _run(
             return 0
         _parse(values, program, argv)
         _prepare_jax()
-        with _unwinding():
+        with _unwinding(), _one_cache_warning():
             main(values)
     except (CSMError, flags.Error) as error:
         warn(f"{program}: error: {' '.join(str(error).split())}")
+        return USAGE_ERROR
+    except RuntimeError as error:
+        if not str(error).startswith(_MISSING_DEVICE):
+            raise
+        warn(f"{program}: error: {_missing_device(error)}")
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
@@ -144,6 +170,40 @@ def _describe(values: flags.FlagValues) -> str:
     )
     lines = [f"--{name}: {values[name].help} (default: {values[name].value})" for name in values]
     return "\n".join(wrap.fill(line) for line in lines)
+
+
+def _missing_device(error: RuntimeError) -> str:
+    """jax's message as one that says what to do."""
+    wanted = os.environ.get("JAX_PLATFORMS", "")
+    return (
+        f"JAX_PLATFORMS is {wanted!r}, which jax has not here ({first_line(error)}): unset "
+        "it, or install what jax needs for it, such as pip install 'csm-jax[gpu]'"
+    )
+
+
+@contextlib.contextmanager
+def _one_cache_warning() -> Iterator[None]:
+    """Makes one line of jax's warnings, one for each program, that its cache cannot be used."""
+    show_warning, is_told = warnings.showwarning, False
+
+    def show_once(message: Warning | str, *arguments: Any, **named: Any) -> None:
+        nonlocal is_told
+        if _CACHE_FAILURE not in str(message):
+            show_warning(message, *arguments, **named)
+        elif not is_told:
+            is_told = True
+            reason = " ".join(str(message).rpartition("': ")[2].split())
+            directory = jax.config.values["jax_compilation_cache_dir"]
+            warn(
+                f"the cache of compiled programs in {directory} cannot be used ({reason}): they "
+                "are compiled again each time; CSM_JAX_CACHE names another directory"
+            )
+
+    warnings.showwarning = show_once
+    try:
+        yield
+    finally:
+        warnings.showwarning = show_warning
 
 
 def _prepare_jax() -> None:

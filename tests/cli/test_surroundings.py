@@ -1,0 +1,174 @@
+"""Commands in unusual surroundings: closed streams, missing devices, no home, full caches."""
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+import wave
+
+import numpy as np
+import pytest
+from fixtures import CONFIG
+
+from csm_jax.io import audio
+
+COMMAND = [sys.executable, "-m", "csm_jax.generate", "--checkpoint=random:tiny", "--text=Hi."]
+COMMAND += ["--guard=off", "--max_audio_length_ms=800"]
+NOISE = "random:tiny: the weights are random, the sound is noise and not speech"
+NUM_SAMPLES = 10 * CONFIG.codec.frame_size
+
+
+def shell(redirections: str, *flags: str, **named) -> subprocess.CompletedProcess:
+    """Runs the command with redirections of a shell; gives the bytes of what is not redirected."""
+    script = ["/bin/bash", "-c", f'exec "$@" {redirections}', "bash", *COMMAND, *flags]
+    return subprocess.run(script, capture_output=True, check=False, **named)
+
+
+def run(*flags: str, environment: dict[str, str] | None = None, **named):
+    variables = os.environ | (environment or {})
+    return subprocess.run(
+        [*COMMAND, *flags], capture_output=True, text=True, env=variables, check=False, **named
+    )
+
+
+def assert_complete(path) -> None:
+    with wave.open(str(path)) as file:
+        assert file.getnframes() == NUM_SAMPLES
+
+
+# --- Closed streams -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stream", [["--stream"], []])
+@pytest.mark.parametrize("redirections", ["2>&-", "<&-", ">&-", "<&- >&- 2>&-"])
+def test_a_file_is_complete_whatever_streams_are_closed(tmp_path, redirections, stream):
+    done = shell(redirections, f"--out={tmp_path}/a.wav", *stream)
+    assert (done.returncode, done.stdout) == (0, b"")
+    assert_complete(tmp_path / "a.wav")
+
+
+@pytest.mark.parametrize("stream", [["--stream"], []])
+def test_without_stderr_no_message_is_inside_the_sound(stream):
+    done = shell("2>&-", "--out=-", "--format=pcm", *stream)
+    assert done.returncode == 0
+    assert len(done.stdout) == 2 * NUM_SAMPLES
+
+
+@pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>&-"])
+def test_an_error_without_stderr_has_its_exit_code(tmp_path, redirections):
+    done = shell(redirections, f"--out={tmp_path}/a.wav", "--top_k=0")
+    assert (done.returncode, done.stdout) == (2, b"")
+
+
+# --- Devices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("platform", ["rocm", "nonsense", "tpu,rocm"])
+def test_a_device_that_is_not_there_is_one_line(tmp_path, platform):
+    done = run(f"--out={tmp_path}/a.wav", environment={"JAX_PLATFORMS": platform})
+    line = done.stderr.splitlines()[-1]
+    assert done.returncode == 2
+    assert line.startswith(f"csm_jax.generate: error: JAX_PLATFORMS is '{platform}'")
+    assert "Traceback" not in done.stderr
+
+
+def codes(tmp_path, name: str, environment: dict[str, str], *flags: str) -> np.ndarray:
+    out = [f"--out={tmp_path}/{name}.wav", f"--codes_out={tmp_path}/{name}.npy"]
+    done = run(*out, *flags, environment=environment)
+    assert done.returncode == 0, done.stderr
+    return np.load(tmp_path / f"{name}.npy")
+
+
+@pytest.mark.parametrize("flags", [[], ["--stream"], ["--greedy"], ["--quantize=int8"]])
+def test_codes_are_the_same_with_64_bit_numbers(tmp_path, flags):
+    voice = tmp_path / "voice.wav"
+    noise = 0.1 * np.random.default_rng(0).standard_normal(5 * CONFIG.codec.frame_size)
+    audio.save_audio(voice, noise, audio.SAMPLE_RATE)
+    context = [f"--context_audio={voice}", "--context_text=Before.", *flags]
+    wide = codes(tmp_path, "wide", {"JAX_ENABLE_X64": "1"}, *context)
+    usual = codes(tmp_path, "usual", {"JAX_ENABLE_X64": "0"}, *context)
+    np.testing.assert_array_equal(wide, usual)
+    assert wide.dtype == usual.dtype == np.int32
+
+
+# --- Caches ---------------------------------------------------------------------------------------
+
+
+def messages(done: subprocess.CompletedProcess) -> list[str]:
+    lines = done.stderr.splitlines()
+    return [line for line in lines if line != NOISE and not line.startswith("the speech was cut")]
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    environment = {"CSM_JAX_CACHE": str(tmp_path / "file")}
+    done = run(f"--out={tmp_path}/a.wav", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path / "a.wav")
+    (line,) = messages(done)
+    assert line.startswith(f"the cache of compiled programs in {tmp_path}/file/xla cannot be used")
+    assert line.endswith("CSM_JAX_CACHE names another directory")
+
+
+def test_a_full_cache_is_one_line(tmp_path):
+    """A limit on the size of files fails like a full disk."""
+    (tmp_path / "a.wav").symlink_to("/dev/null")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
+
+    environment = {"CSM_JAX_CACHE": str(tmp_path / "cache")}
+    done = run(f"--out={tmp_path}/a.wav", environment=environment, preexec_fn=limit)
+    assert done.returncode == 0, done.stderr
+    (line,) = messages(done)
+    assert os.strerror(27) in line
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a home")
+def test_a_user_without_a_home_has_a_temporary_cache(tmp_path):
+    """As in a container that is run with --user and an unknown number."""
+    tmp_path.chmod(0o777)
+    for parent in [*tmp_path.parents][:3]:
+        parent.chmod(0o755)
+    unset = {"HOME", "CSM_JAX_CACHE", "XDG_CACHE_HOME", "HF_HOME"}
+    variables = {name: value for name, value in os.environ.items() if name not in unset}
+    done = subprocess.run(
+        [*COMMAND, f"--out={tmp_path}/a.wav"],
+        env=variables | {"TMPDIR": str(tmp_path)},
+        cwd=tmp_path,
+        user=54_321,
+        group=54_321,
+        extra_groups=[],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert_complete(tmp_path / "a.wav")
+    assert sorted(os.listdir(tmp_path)) == ["a.wav", "csm-jax-54321"]
+    assert messages(done) == [
+        f"the user has no home directory: the cache is {tmp_path}/csm-jax-54321; "
+        "CSM_JAX_CACHE names another"
+    ]
+
+
+# --- Signals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
+    flags = ["--stream", "--max_audio_length_ms=160000", f"--out={tmp_path}/a.wav"]
+    process = subprocess.Popen([*COMMAND, *flags], stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".*.partial")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(number)
+    assert process.wait(30) in (-number, 130)
+    assert process.stderr is not None
+    assert b"Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert os.listdir(tmp_path) == []
