@@ -191,10 +191,10 @@ def _read_examples(
     values: flags.FlagValues, pretrained: PretrainedModel, path: Path
 ) -> list[Example]:
     """The conversations of a file; all its problems are printed before."""
-    conversations, problems = read_conversations(path)
+    conversations, problems = read_conversations(path, cli.warn)
     directory = Path(values.codes_cache or cache_directory() / "codes")
     cache = CodeCache(directory, pretrained.codec, pretrained.config.num_codebooks)
-    recordings = list(dict.fromkeys(turn.audio for each in conversations for turn in each.turns))
+    recordings = list(dict.fromkeys(turn.source for each in conversations for turn in each.turns))
     with tqdm(total=len(recordings), unit="recording", disable=None, leave=False) as bar:
         codes = cache.codes(recordings, bar.update)
     selection = _selection(values, pretrained)

@@ -18,6 +18,21 @@ from csm_jax.mimi.codec import Codec
 READ_SECONDS, BATCH_SECONDS = 1200.0, 120.0
 
 
+class Clip(NamedTuple):
+    """A part of a recording, in seconds; an end of None is that of the recording."""
+
+    path: Path
+    start: float
+    end: float | None
+
+    def __str__(self) -> str:
+        end = "its end" if self.end is None else f"{self.end:g} s"
+        return f"{self.path}, {self.start:g} s to {end}"
+
+
+Source = Path | Clip
+
+
 class CodeCache:
     """Codes on disk, by the content of recordings and the weights of the codec.
 
@@ -29,12 +44,13 @@ class CodeCache:
     def __init__(self, directory: Path, codec: Codec, num_codebooks: int):
         self._codec = codec
         self._num_codebooks = num_codebooks
+        self._decoded: tuple[tuple[Path, bytes] | None, np.ndarray] = None, np.zeros(0)
         self._directory = directory / f"{codec.fingerprint[:16]}-{num_codebooks}"
 
     def codes(
-        self, paths: Sequence[Path], progress: Callable[[int], object] = lambda num_files: None
-    ) -> dict[Path, np.ndarray | InputError]:
-        """Codes int32 [num_frames, Q] of every recording, or what is wrong with it.
+        self, paths: Sequence[Source], progress: Callable[[int], object] = lambda num_files: None
+    ) -> dict[Source, np.ndarray | InputError]:
+        """Codes int32 [num_frames, Q] of every recording or part of one, or what is wrong with it.
 
         Args:
           progress: called with the number of files that are done since the last call.
@@ -42,7 +58,7 @@ class CodeCache:
         Raises:
           OutputError: the codes cannot be written.
         """
-        found: dict[Path, np.ndarray | InputError] = {}
+        found: dict[Source, np.ndarray | InputError] = {}
         missing: list[_Recording] = []
         num_samples = 0
         for path in dict.fromkeys(paths):
@@ -63,29 +79,40 @@ class CodeCache:
 
     def _encode(
         self, recordings: Sequence["_Recording"], progress: Callable[[int], object]
-    ) -> dict[Path, np.ndarray]:
-        codes = {}
+    ) -> dict[Source, np.ndarray]:
+        codes: dict[Source, np.ndarray] = {}
         for batch in _batches(recordings, self._codec.sample_rate):
             rows = self._codec.encode([each.samples for each in batch], self._num_codebooks)
             for recording, row in zip(batch, rows, strict=True):
                 self._write(recording.file, row)
-                codes[recording.path] = row
+                codes[recording.source] = row
             progress(len(batch))
         return codes
 
-    def _read(self, path: Path) -> "np.ndarray | _Recording":
+    def _read(self, source: Source) -> "np.ndarray | _Recording":
         """The cached codes of a recording, or the recording, which is to be encoded."""
+        path = source.path if isinstance(source, Clip) else source
         # Read once: were it read again for its name, it could have changed since.
         data = read_recording(path)
         # The same bytes are other samples where the suffix says so.
         kind = "-headerless" if is_headerless(path) else ""
-        file = self._directory / f"{hashlib.sha256(data).hexdigest()}{kind}.npy"
+        part = f"-{source.start:g}-{source.end or 'end'}" if isinstance(source, Clip) else ""
+        file = self._directory / f"{hashlib.sha256(data).hexdigest()}{kind}{part}.npy"
         cached = self._load(file)
         if cached is not None:
             return cached
-        return _Recording(
-            path, file, _not_silent(decode_audio(data, path, self._codec.sample_rate), path)
-        )
+        samples = self._decode(data, path)
+        if isinstance(source, Clip):
+            samples = _cut(samples, source, self._codec.sample_rate)
+        return _Recording(source, file, _not_silent(samples, source))
+
+    def _decode(self, data: bytes, path: Path) -> np.ndarray:
+        """The samples of a recording; the last one is kept, since its parts come one by one."""
+        last, samples = self._decoded
+        if last != (path, data):
+            samples = decode_audio(data, path, self._codec.sample_rate)
+            self._decoded = (path, data), samples
+        return samples
 
     def _load(self, file: Path) -> np.ndarray | None:
         try:
@@ -113,7 +140,7 @@ class CodeCache:
 class _Recording(NamedTuple):
     """Samples to encode, and the file for their codes."""
 
-    path: Path
+    source: Source
     file: Path
     samples: np.ndarray
 
@@ -124,7 +151,16 @@ def _content(codes: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _not_silent(audio: np.ndarray, path: Path) -> np.ndarray:
+def _cut(audio: np.ndarray, clip: Clip, sample_rate: int) -> np.ndarray:
+    """The samples of a part. Raises `InputError` if the recording has none there."""
+    end = None if clip.end is None else round(clip.end * sample_rate)
+    samples = audio[round(clip.start * sample_rate) : end]
+    if not len(samples):
+        raise InputError(f"{clip}: the recording lasts {len(audio) / sample_rate:g} s")
+    return samples
+
+
+def _not_silent(audio: np.ndarray, path: Source) -> np.ndarray:
     """The same audio. Raises `InputError` if there is no speech in it."""
     peak = float(np.abs(audio).max())
     if peak < SILENT_PEAK:

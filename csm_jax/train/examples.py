@@ -100,7 +100,7 @@ def _make(
 def _segments(conversation: RecordedConversation, codes: Codes) -> list[Segment]:
     def segment(index: int) -> Segment:
         turn = conversation.turns[index]
-        found = codes[turn.audio]
+        found = codes[turn.source]
         if isinstance(found, InputError):
             raise InputError(f"turn {index + 1}: {found}")
         return Segment(turn.speaker, turn.text, codes=found)

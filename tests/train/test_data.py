@@ -60,7 +60,7 @@ LINES = [
     ([TURN], None),
     ("  ", None),
     ("[{", "not JSON"),
-    (TURN, "not a list of turns"),
+    (5, "not a list of turns"),
     ([], "not a list of turns"),
     ([5], "turn 1: expected an object with speaker and text"),
     ([TURN, TURN | {"txet": "b"}], "turn 2: unknown field txet"),
