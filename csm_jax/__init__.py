@@ -17,6 +17,7 @@ from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Notice, Request
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment
 
 __all__ = [
@@ -40,5 +41,6 @@ __all__ = [
     "Ticket",
     "csm_1b",
     "load",
+    "normalize_text",
     "tiny",
 ]

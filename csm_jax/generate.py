@@ -8,6 +8,7 @@ Context turns are given by repeating --context_audio, --context_text and --conte
 order; a whole conversation by --script=turns.json; many texts by --manifest.
 """
 
+import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from csm_jax.io.audio import check_format, load_audio
 from csm_jax.io.files import make_directory
 from csm_jax.io.script import Turn, read_script
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
 
 PROGRAM = "csm_jax.generate"
@@ -54,6 +56,8 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "script", None, "JSON list of turns to speak instead of --text")
     dataclass_flags.define_flags(values, Sampling)
     define(text, "codes_out", None, "also write the codes there, int32 [frames, codebooks] .npy")
+    normal = "speak texts as they are read aloud in English: no markup, numbers as words"
+    define(flag, "normalize", False, normal)
     define(text, "manifest", None, "JSON lines to speak instead of --text, a file for each")
     define(text, "out_dir", None, "directory for the files of --manifest; existing ones are kept")
     lines = "lines of --manifest that are generated at once"
@@ -114,6 +118,8 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
         script = read_script(Path(values.script))
     else:
         script = [Turn(values.speaker, values.text)]
+    if values.normalize:
+        script = [_normalized(turn) for turn in script]
     turns = _read_context(values) + script
     for turn in turns:
         if turn.text or turn.audio is None or not values.context_without_text:
@@ -121,6 +127,13 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
         if turn.audio is not None and not turn.audio.is_file():
             raise InputError(f"context audio {turn.audio} does not exist")
     return turns
+
+
+def _normalized(turn: Turn) -> Turn:
+    """A turn to speak as it is read aloud; the transcript of a recording stays."""
+    if turn.audio is not None:
+        return turn
+    return dataclasses.replace(turn, text=normalize_text(turn.text))
 
 
 def _read_context(values: flags.FlagValues) -> list[Turn]:
@@ -214,7 +227,7 @@ def _stream(model: Generator, job: _Job, report: Report) -> Conversation:
 def _speak_manifest(values: flags.FlagValues) -> None:
     """Speaks the lines of a manifest, or this process's share of them."""
     out_dir, suffix = _check_manifest_flags(values)
-    lines = read_manifest(Path(values.manifest), _read_defaults(values))
+    lines = read_manifest(Path(values.manifest), _read_defaults(values), values.normalize)
     index, count = processes.join(values)
     model = model_flags.load_model(values)
     check_lines(model, lines)

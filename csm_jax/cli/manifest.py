@@ -27,9 +27,11 @@ from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.request_state import RequestState
-from csm_jax.io.audio import load_audio, save_audio
+from csm_jax.io.audio import is_silent, load_audio, save_audio
 from csm_jax.io.script import Turn, parse_turn
+from csm_jax.io.text import read_text
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
 
 _NUMBER = (int, float)
@@ -73,22 +75,18 @@ class Line:
     context: Sequence[Turn]
 
 
-def read_manifest(path: Path, default: Request) -> list[Line]:
+def read_manifest(path: Path, default: Request, normalize: bool = False) -> list[Line]:
     """Reads and checks a manifest.
 
     Args:
       default: the values of the fields that a line does not have.
+      normalize: whether texts are spoken as `normalize_text` makes them.
 
     Raises:
       InputError: the file or one of its lines is malformed; the line is named by its number.
     """
-    try:
-        # Only a line feed ends a line: JSON allows other line ends of Unicode within a text.
-        texts = path.read_text(encoding="utf-8").split("\n")
-    except OSError as error:
-        raise InputError(f"manifest {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InputError(f"manifest {path} cannot be read as UTF-8: {error}") from error
+    # Only a line feed ends a line: JSON allows other line ends of Unicode within a text.
+    texts = read_text(path, f"manifest {path}").split("\n")
     numbered = [(number, text) for number, text in enumerate(texts, 1) if text.strip()]
     if not numbered:
         raise InputError(f"manifest {path} has no lines")
@@ -98,7 +96,15 @@ def read_manifest(path: Path, default: Request) -> list[Line]:
         for number, text in numbered
     ]
     _check_names(lines)
-    return lines
+    return [_normalized(line) for line in lines] if normalize else lines
+
+
+def _normalized(line: Line) -> Line:
+    try:
+        text = normalize_text(line.request.text)
+        return dataclasses.replace(line, request=dataclasses.replace(line.request, text=text))
+    except InputError as error:
+        raise InputError(f"{line.where}: {error}") from error
 
 
 def check_lines(model: Generator, lines: Sequence[Line]) -> None:
@@ -164,7 +170,7 @@ def _speak(
         save_audio(file, ticket.result(), engine.model.sample_rate)
     except CSMError as error:
         return [], error
-    return ticket.notices, None
+    return [*recordings.notices(line.context), *ticket.notices], None
 
 
 class _Recordings:
@@ -173,16 +179,31 @@ class _Recordings:
     def __init__(self, model: Generator):
         self._lock = threading.Lock()
         self._codes = functools.lru_cache(_MAX_CACHED_RECORDINGS)(functools.partial(_encode, model))
+        self._silent: set[Path] = set()
 
     def segment(self, turn: Turn) -> Segment:
         """The turn with the codes of its recording. Raises `InputError`."""
+        if turn.audio is None:
+            return Segment(turn.speaker, turn.text)
         with self._lock:
-            codes = turn.audio and self._codes(turn.audio)
+            codes, is_silent = self._codes(turn.audio)
+            if is_silent:
+                self._silent.add(turn.audio)
         return Segment(turn.speaker, turn.text, codes=codes)
 
+    def notices(self, turns: Iterable[Turn]) -> list[Notice]:
+        """What should be known of the recordings of these turns."""
+        return [
+            Notice("silent_context", f"{turn.audio} is silent: record it louder")
+            for turn in turns
+            if turn.audio in self._silent
+        ]
 
-def _encode(model: Generator, path: Path) -> np.ndarray:
-    return model.encode(load_audio(path, model.sample_rate))
+
+def _encode(model: Generator, path: Path) -> tuple[np.ndarray, bool]:
+    """The codes of a recording, and whether it is silent."""
+    audio = load_audio(path, model.sample_rate)
+    return model.encode(audio), is_silent(audio)
 
 
 def _parse(text: str, where: str, name: str, directory: Path, default: Request) -> Line:

@@ -107,6 +107,8 @@ class Settings:
       api_keys: lines `KEY [tenant=NAME] [weight=NUMBER]`; without any, requests need none.
       requests_per_minute: requests and utterances of one caller; 0 is no limit.
       speech_seconds_per_minute: seconds of speech of one caller; 0 is no limit.
+      normalize: whether texts are spoken as they are read aloud in English, without markup and with
+        numbers as words.
       fetch_urls: whether recordings are fetched from URLs in requests.
       allow_private: whether these URLs, and those of webhooks, may have private addresses.
       allowed_hosts: names of this server that are accepted in a Host header, besides IP addresses
@@ -130,6 +132,7 @@ class Settings:
     api_keys: tuple[str, ...] = ()
     requests_per_minute: int = 0
     speech_seconds_per_minute: int = 0
+    normalize: bool = False
     fetch_urls: bool = False
     allow_private: bool = False
     allowed_hosts: tuple[str, ...] = ()

@@ -380,3 +380,13 @@ def test_processes_share_the_lines_without_a_coordinator(tmp_path):
     flags = [*FLAGS, f"--manifest={write(tmp_path, *LINES)}", f"--out_dir={tmp_path / 'out'}"]
     assert run([*flags, "--num_processes=2", "--process_id=1"]) == 0
     assert names(tmp_path / "out") == ["4.wav", "two.wav"]
+
+
+def test_texts_are_normalized_if_it_is_asked_for(tmp_path):
+    pytest.importorskip("num2words")
+    path = write(tmp_path, {"text": "**5** cats 🐈"}, {"text": "Hi.", "context": [TURN]})
+    texts = [line.request.text for line in read_manifest(path, DEFAULT, normalize=True)]
+    assert texts == ["five cats", "Hi."]
+    assert read_manifest(path, DEFAULT)[0].request.text == "**5** cats 🐈"
+    with pytest.raises(InputError, match="line 1: the text is empty"):
+        read_manifest(write(tmp_path, {"text": "🐈"}), DEFAULT, normalize=True)

@@ -10,6 +10,7 @@ from pydantic import Field
 from csm_jax.cli.dataclass_flags import field_descriptions, field_types
 from csm_jax.inference.request import Request
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.fields import Fields
@@ -89,7 +90,7 @@ def make_request(
     check_turns(service, len(context))
     shared = [voice.turn(speaker)] if voice else []
     return Request(
-        text,
+        normalize_text(text) if service.settings.normalize else text,
         speaker,
         [*shared, *context],
         options.sampling(service.settings.sampling),
