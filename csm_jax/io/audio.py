@@ -29,6 +29,7 @@ _MIN_SECONDS = 0.1
 SILENT_PEAK = 1e-3
 # Float samples go from -1 to 1; a loud recording may go a little beyond, another scale far.
 _MAX_PEAK = 2.0
+_LOSSY = ("OPUS", "VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 
 
 class _Format(NamedTuple):
@@ -300,13 +301,27 @@ def _format(suffix: str, name: str) -> _Format:
 def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
     """Decodes to float32 [num_samples, num_channels] and the rate in Hz."""
     try:
-        return soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            samples = file.read(dtype="float32", always_2d=True)
+            return limit_overshoot(samples, file.subtype), file.samplerate
     except soundfile.LibsndfileError as error:
         # To libsndfile, a file of 0 bytes has an unknown format.
         reason = audio_error(error) if data else "the file is empty"
         raise InputError(
             f"{path}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
         ) from error
+
+
+def limit_overshoot(samples: np.ndarray, coding: str) -> np.ndarray:
+    """Decoded samples, whose peaks beyond full scale are cut where they are the decoder's own.
+
+    Lossy codings make peaks of 2.6 of recordings that were cut at 1; samples that are stored as
+    numbers have such peaks in another scale only.
+
+    Args:
+      coding: libsndfile's name.
+    """
+    return np.clip(samples, -_MAX_PEAK, _MAX_PEAK) if coding in _LOSSY else samples
 
 
 def _decode_raw(data: bytes, path: Path) -> np.ndarray:

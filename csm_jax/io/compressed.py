@@ -29,6 +29,8 @@ _CODECS |= {"libopus", "pcm_f32le", "pcm_s16le", "pcm_s16be", "eac3", "ac3"}
 # The first box of an MP4 file; older ones begin with other boxes.
 _BOX = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot)", re.DOTALL)
 MAX_CHANNELS = 8
+# Lossy codecs overshoot: peaks beyond these are none of the recording.
+_PEAKS = -2.0, 2.0
 MIN_RATE, MAX_RATE = 4_000, 192_000
 # Over an hour of packets of 21 ms; there are entries for each in several tables.
 _MAX_PACKETS = 200_000
@@ -109,7 +111,7 @@ def _decode(data: bytes, demuxer: str, name: str, max_seconds: float) -> tuple[n
                 raise InputError(f"{name}: {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz can be read")
             if block_rate != rate:
                 raise InputError(f"{name}: its sample rate changes; convert it to wav")
-            blocks.append(block)
+            blocks.append(block if codec.startswith("pcm") else np.clip(block, *_PEAKS))
             count += len(block)
             if count > max_seconds * rate:
                 raise InputError(f"{name}: longer than {max_seconds:g} s; cut it")

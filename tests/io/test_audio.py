@@ -423,3 +423,12 @@ def test_audio_that_is_not_finite_is_not_written(tmp_path):
     with one_line(InputError, "1 of 1"):
         audio.save_audio(tmp_path / "a.wav", np.array([np.nan], np.float32), RATE)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".opus", ".mp3", ".ogg"])
+def test_the_overshoot_of_a_lossy_coding_is_no_other_scale(tmp_path, suffix):
+    """A square wave at full scale, cut by a microphone, comes back with higher peaks."""
+    audio.save_audio(tmp_path / f"a{suffix}", np.sign(sine(440, 0.5)), RATE)
+    samples, _ = soundfile.read(tmp_path / f"a{suffix}")
+    assert np.abs(samples).max() > 1
+    assert np.abs(audio.load_audio(tmp_path / f"a{suffix}", RATE)).max() <= 2

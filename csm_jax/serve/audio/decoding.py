@@ -18,7 +18,7 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, first_line
-from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech
+from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech, limit_overshoot
 from csm_jax.io.compressed import (
     MAX_CHANNELS,
     MAX_RATE,
@@ -151,7 +151,7 @@ def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
         if total > most:
             raise InputError(_too_long(name, limits))
         with np.errstate(invalid="ignore", over="ignore"):
-            blocks.append(block.mean(axis=1))
+            blocks.append(limit_overshoot(block, file.subtype).mean(axis=1))
     return np.concatenate([np.zeros(0, np.float32), *blocks])
 
 
