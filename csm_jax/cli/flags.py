@@ -20,9 +20,7 @@ from csm_jax.hub import cache_directory
 
 USAGE_ERROR = 2
 HELP_WIDTH = 100
-# How jax's errors begin when JAX_PLATFORMS asks for what is not there; its cache's failures have no
-# type of their own either.
-_MISSING_DEVICE = ("Unable to initialize backend", "Unknown backend")
+# In jax's warnings, which have no type of their own.
 _CACHE_FAILURE = "persistent compilation cache"
 # Signals that end a program from outside: a machine that shuts down, a terminal that closes.
 _END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
@@ -102,10 +100,10 @@ def _run(
     except (CSMError, flags.Error) as error:
         warn(f"{program}: error: {' '.join(str(error).split())}")
         return USAGE_ERROR
-    except RuntimeError as error:
-        if not str(error).startswith(_MISSING_DEVICE):
+    except (RuntimeError, AssertionError):
+        if (problem := _find_missing_device()) is None:
             raise
-        warn(f"{program}: error: {_missing_device(error)}")
+        warn(f"{program}: error: {problem}")
         return USAGE_ERROR
     except KeyboardInterrupt:
         return 130
@@ -172,13 +170,20 @@ def _describe(values: flags.FlagValues) -> str:
     return "\n".join(wrap.fill(line) for line in lines)
 
 
-def _missing_device(error: RuntimeError) -> str:
-    """jax's message as one that says what to do."""
-    wanted = os.environ.get("JAX_PLATFORMS", "")
-    return (
-        f"JAX_PLATFORMS is {wanted!r}, which jax has not here ({first_line(error)}): unset "
-        "it, or install what jax needs for it, such as pip install 'csm-jax[gpu]'"
-    )
+def _find_missing_device() -> str | None:
+    """What is wrong with the platforms that the user wants jax to use; None if they are there.
+
+    jax says it when they are used first, with errors of several types and without a text for CUDA.
+    """
+    wanted = jax.config.jax_platforms
+    try:
+        jax.devices()
+    except Exception as error:
+        return (
+            f"JAX_PLATFORMS is {wanted!r}, which jax cannot use here ({first_line(error)}): unset "
+            "it, or install what jax needs for it, such as pip install 'csm-jax[gpu]'"
+        )
+    return None
 
 
 @contextlib.contextmanager

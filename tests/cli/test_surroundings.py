@@ -65,7 +65,7 @@ def test_an_error_without_stderr_has_its_exit_code(tmp_path, redirections):
 # --- Devices --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", ["rocm", "nonsense", "tpu,rocm"])
+@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense", "cuda,rocm"])
 def test_a_device_that_is_not_there_is_one_line(tmp_path, platform):
     done = run(f"--out={tmp_path}/a.wav", environment={"JAX_PLATFORMS": platform})
     line = done.stderr.splitlines()[-1]
