@@ -91,7 +91,7 @@ def frame_step(
 
 
 def _audio_columns(config: CSMConfig) -> Array:
-    return jnp.arange(config.num_codebooks + 1) < config.num_codebooks
+    return jnp.arange(config.num_codebooks + 1, dtype=jnp.int32) < config.num_codebooks
 
 
 @functools.partial(jax.jit, static_argnames=("config", "batch", "max_seq_len", "dtype", "mesh"))
@@ -142,7 +142,7 @@ def prefill(
     def place(whole: Array, part: Array) -> Array:
         # Padding may reach beyond the row.
         fitting = part[tuple(slice(size) for size in whole.shape)]
-        return jax.lax.dynamic_update_slice(whole, fitting, (index, 0, 0, 0))
+        return jax.lax.dynamic_update_slice_in_dim(whole, fitting, index, 0)
 
     layers = jax.tree.map(place, state.cache.layers, filled.layers)
     return keep_sharded(state._replace(cache=state.cache._replace(layers=layers)), mesh)
@@ -232,7 +232,7 @@ def run_frames(
     ) -> tuple[GenerationState, Array, Array]:
         state, buffer, count = carry
         state, codes = frame_step(model, state, sampling, kv_length)
-        buffer = jax.lax.dynamic_update_slice(buffer, codes[:, None], (0, count, 0))
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, codes[:, None], count, 1)
         return state, buffer, count + 1
 
     buffer = jnp.zeros((len(state.done), CHUNK_FRAMES, config.num_codebooks), jnp.int32)

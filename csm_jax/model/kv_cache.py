@@ -62,16 +62,16 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
     """
     if start.shape[0] == 1:
         return LayerCache(
-            jax.lax.dynamic_update_slice(cache.key, key, (0, 0, 0, start[0])),
-            jax.lax.dynamic_update_slice(cache.value, value, (0, 0, start[0], 0)),
+            jax.lax.dynamic_update_slice_in_dim(cache.key, key, start[0], 3),
+            jax.lax.dynamic_update_slice_in_dim(cache.value, value, start[0], 2),
         )
     return jax.vmap(_write_row)(cache, key, value, start)
 
 
 def _write_row(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
     return LayerCache(
-        jax.lax.dynamic_update_slice(cache.key, key, (0, 0, start)),
-        jax.lax.dynamic_update_slice(cache.value, value, (0, start, 0)),
+        jax.lax.dynamic_update_slice_in_dim(cache.key, key, start, 2),
+        jax.lax.dynamic_update_slice_in_dim(cache.value, value, start, 1),
     )
 
 
