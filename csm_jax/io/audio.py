@@ -237,8 +237,10 @@ def _open_file(
             def write(samples: np.ndarray) -> None:
                 nonlocal num_samples
                 num_samples += len(samples)
-                file.write(_as_coded(samples, how))
-                sink.check()
+                try:
+                    file.write(_as_coded(samples, how))
+                finally:
+                    sink.check()  # it knows why libsndfile failed
 
             yield write
         sink.check()

@@ -1,6 +1,7 @@
 """Outputs that are links, pipes and devices: written through, never replaced."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -154,3 +155,33 @@ def test_a_hard_link_keeps_its_old_content(tmp_path):
     save(tmp_path / "a.wav")
     assert (tmp_path / "b.wav").read_bytes() == b"old"
     assert soundfile.info(tmp_path / "a.wav").frames == len(TONE)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 64 kB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount, umount = shutil.which("mount"), shutil.which("umount")
+    command = [mount, "-t", "tmpfs", "-o", "size=64k", "tmpfs", place]
+    if mount is None or umount is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("a file system can only be mounted by root")
+    yield place
+    subprocess.run([umount, place], check=True)
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm"])
+def test_a_full_disk_is_one_line_that_says_so(small_disk, suffix):
+    noise = np.random.default_rng(0).uniform(-1, 1, 2_000_000).astype(np.float32)
+    path = small_disk / f"a{suffix}"
+    with pytest.raises(OutputError, match=r"No space left on device\): choose"):
+        audio.save_audio(path, noise, RATE)
+    with pytest.raises(OutputError, match=r"No space left on device\): choose"):
+        stream_all(path, noise)
+    assert os.listdir(small_disk) == []
+
+
+def stream_all(path: Path, samples: np.ndarray) -> None:
+    with audio.open_audio(path, RATE) as write:
+        for start in range(0, len(samples), 48_000):
+            write(samples[start : start + 48_000])
