@@ -13,7 +13,7 @@ import io
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
@@ -97,13 +97,8 @@ def _decode(data: bytes, demuxer: str, name: str, max_seconds: float) -> tuple[n
         metadata_errors="ignore",
         io_open=_open_nothing,
     ) as container:
-        if not container.streams.audio:
-            raise InputError(f"{name}: there is no sound in it; give a recording of speech")
-        stream = container.streams.audio[0]
-        codec = stream.codec_context.name
-        if codec not in _CODECS:
-            raise InputError(f"{name}: its codec {codec} is not read; convert it to wav")
-        stream.codec_context.thread_count = 1
+        stream = _audio_stream(container, name)
+        is_lossy = not stream.codec_context.name.startswith("pcm")
         rate, blocks, count = 0, [np.zeros(0, np.float32)], 0
         for block, block_rate in _blocks(container, stream, name):
             rate = rate or block_rate
@@ -111,15 +106,27 @@ def _decode(data: bytes, demuxer: str, name: str, max_seconds: float) -> tuple[n
                 raise InputError(f"{name}: {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz can be read")
             if block_rate != rate:
                 raise InputError(f"{name}: its sample rate changes; convert it to wav")
-            blocks.append(block if codec.startswith("pcm") else np.clip(block, *_PEAKS))
+            blocks.append(np.clip(block, *_PEAKS) if is_lossy else block)
             count += len(block)
             if count > max_seconds * rate:
                 raise InputError(f"{name}: longer than {max_seconds:g} s; cut it")
         return np.concatenate(blocks), rate or 1
 
 
+def _audio_stream(container: "av.container.InputContainer", name: str) -> "av.AudioStream":
+    """The first stream of sound. Raises `InputError` if there is none that is decoded here."""
+    if not container.streams.audio:
+        raise InputError(f"{name}: there is no sound in it; give a recording of speech")
+    stream = container.streams.audio[0]
+    codec = stream.codec_context.name
+    if codec not in _CODECS:
+        raise InputError(f"{name}: its codec {codec} is not read; convert it to wav")
+    stream.codec_context.thread_count = 1
+    return stream
+
+
 def _blocks(
-    container: "av.container.InputContainer", stream: Any, name: str
+    container: "av.container.InputContainer", stream: "av.AudioStream", name: str
 ) -> Iterator[tuple[np.ndarray, int]]:
     """Mono float32 [n] of each packet's frames, and their rate in Hz."""
     import av
