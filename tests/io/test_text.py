@@ -50,7 +50,7 @@ READERS = [
     (read_turns, json.dumps([{"speaker": 0, "text": "Grüß dich."}], ensure_ascii=False)),
     (read_lines, json.dumps({"text": "Grüß dich."}, ensure_ascii=False)),
     (read_training, json.dumps([TURN], ensure_ascii=False)),
-    (read_key_lines, "0123456789abcdef0123 tenant=grün"),
+    (read_key_lines, "# grün\n0123456789abcdef0123 tenant=green"),
 ]
 
 
@@ -84,7 +84,7 @@ def test_another_encoding_is_one_line_that_says_what_to_do(tmp_path, read, text,
 
 @pytest.mark.parametrize("read", [read for read, _ in READERS])
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path, read):
-    for path in (tmp_path, tmp_path / "gone", tmp_path / "\0"):
+    for path in (tmp_path / "gone", tmp_path / "\0"):
         with pytest.raises(InputError, match="cannot be read: ") as caught:
             read(path)
         assert "\n" not in str(caught.value)
