@@ -19,9 +19,10 @@ def whole_number(value: Any, name: str) -> int:
     Raises `InputError`, which calls it `name`, for anything else, booleans included.
     """
     plain = _plain(value)
-    if isinstance(plain, float) and plain.is_integer():
-        return int(plain)
-    if not isinstance(plain, bool):
+    if isinstance(plain, float):
+        if plain.is_integer():
+            return int(plain)
+    elif not isinstance(plain, bool):
         try:
             return operator.index(plain)
         except TypeError:

@@ -92,7 +92,7 @@ def test_silence_as_context_is_told(model, level, offset):
     request = csm_jax.Request("Hi.", context=turns, guard="off", max_audio_length_ms=80)
     model.generate(request, notify=notices.append)
     told = [notice.message for notice in notices if notice.kind == "silent_context"]
-    assert told == ["the audio of turn 2 of the context is silent: record it louder"]
+    assert told == ["the recording of turn 2 of the context is silent: record it louder"]
 
 
 def test_a_quiet_recording_is_no_silence(model):

@@ -8,7 +8,7 @@ import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from logging import CRITICAL
+from logging import CRITICAL, StreamHandler, getLogger
 from typing import Any, TextIO
 
 import jax
@@ -94,8 +94,8 @@ def _run(
             show(f"{(doc or '').strip()}\n\nflags:\n{_describe(values)}")
             return 0
         _parse(values, program, argv)
-        _prepare_jax()
-        with _unwinding(), _one_cache_warning():
+        with _unwinding(), _plain_log(), _one_cache_warning():
+            _prepare_jax()
             main(values)
     except (CSMError, flags.Error) as error:
         warn(f"{program}: error: {' '.join(str(error).split())}")
@@ -175,7 +175,7 @@ def _find_missing_device() -> str | None:
 
     jax says it when they are used first, with errors of several types and without a text for CUDA.
     """
-    wanted = jax.config.jax_platforms
+    wanted = jax.config.values["jax_platforms"]
     try:
         jax.devices()
     except Exception as error:
@@ -184,6 +184,19 @@ def _find_missing_device() -> str | None:
             "it, or install what jax needs for it, such as pip install 'csm-jax[gpu]'"
         )
     return None
+
+
+@contextlib.contextmanager
+def _plain_log() -> Iterator[None]:
+    """Prints the warnings of the library without absl's prefix."""
+    logger, handler = getLogger("csm_jax"), StreamHandler(sys.stderr)
+    propagates, logger.propagate = logger.propagate, False
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 @contextlib.contextmanager

@@ -9,29 +9,24 @@ ffmpeg's libraries (PyAV) decode them, within these limits, since anyone may sen
    ffmpeg allocates an entry for each.
 """
 
-import io
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
 
 import numpy as np
 
 from csm_jax.errors import InputError
-
-if TYPE_CHECKING:
-    import av
+from csm_jax.io import av_decoder
 
 SUFFIXES = (".m4a", ".mp4", ".mov", ".3gp", ".webm", ".aac", ".amr")
 _MP4, _MATROSKA, _ADTS, _AMR = "mov", "matroska", "aac", "amr"
-_CODECS = {"aac", "alac", "amrnb", "amrwb", "amr_nb", "amr_wb", "flac", "mp3", "mp3float", "opus"}
-_CODECS |= {"libopus", "pcm_f32le", "pcm_s16le", "pcm_s16be", "eac3", "ac3"}
 # The first box of an MP4 file; older ones begin with other boxes.
 _BOX = re.compile(rb".{4}(ftyp|moov|mdat|wide|free|skip|pnot)", re.DOTALL)
-MAX_CHANNELS = 8
-# Lossy codecs overshoot: peaks beyond these are none of the recording.
-_PEAKS = -2.0, 2.0
-MIN_RATE, MAX_RATE = 4_000, 192_000
+# Seconds that decoding may take beside one for each of the recording.
+_TIMEOUT = 60
 # Over an hour of packets of 21 ms; there are entries for each in several tables.
 _MAX_PACKETS = 200_000
 _MAX_BOXES = 100_000
@@ -65,85 +60,42 @@ def decode_compressed(
     demuxer = find_demuxer(data)
     if demuxer is None:
         raise ValueError(f"{name}: not in a container that is decoded here")
-    try:
-        import av
-    except ImportError as error:
-        raise InputError(
-            f"{name}: PyAV reads this format, and is missing: pip install av, or convert the "
-            "recording to wav"
-        ) from error
     if demuxer == _MP4:
         # A user's own file may be long, but its packets are not shorter than a byte.
         _check_tables(data, name, len(data) if max_seconds == math.inf else _MAX_PACKETS)
-    try:
-        return _decode(data, demuxer, name, max_seconds)
-    except (av.error.FFmpegError, UnicodeError, ValueError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = getattr(error, "strerror", None) or type(error).__name__
+    done = _run(data, demuxer, name, max_seconds)
+    last = (done.stderr.decode(errors="replace").splitlines() or [""])[-1]
+    if done.returncode == 0 and last.isdecimal():
+        return np.frombuffer(done.stdout, np.float32), int(last)
+    if done.returncode == av_decoder.REFUSED:
+        raise InputError(f"{name}: {last}")
+    if last.startswith(("ModuleNotFoundError", "ImportError")):
         raise InputError(
-            f"{name}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
-        ) from error
+            f"{name}: PyAV reads this format, and is missing: pip install av, or convert the "
+            "recording to wav"
+        )
+    raise InputError(_failed(name, f"its decoder ended with {done.returncode}"))
 
 
-def _decode(data: bytes, demuxer: str, name: str, max_seconds: float) -> tuple[np.ndarray, int]:
-    import av
-
-    options = {"enable_drefs": "0", "use_absolute_path": "0"} if demuxer == _MP4 else {}
-    with av.open(
-        io.BytesIO(data),
-        format=demuxer,
-        options={"protocol_whitelist": "", "format_whitelist": demuxer, **options},
-        metadata_errors="ignore",
-        io_open=_open_nothing,
-    ) as container:
-        stream = _audio_stream(container, name)
-        is_lossy = not stream.codec_context.name.startswith("pcm")
-        rate, blocks, count = 0, [np.zeros(0, np.float32)], 0
-        for block, block_rate in _blocks(container, stream, name):
-            rate = rate or block_rate
-            if not MIN_RATE <= rate <= MAX_RATE:
-                raise InputError(f"{name}: {rate} Hz; {MIN_RATE} to {MAX_RATE} Hz can be read")
-            if block_rate != rate:
-                raise InputError(f"{name}: its sample rate changes; convert it to wav")
-            blocks.append(np.clip(block, *_PEAKS) if is_lossy else block)
-            count += len(block)
-            if count > max_seconds * rate:
-                raise InputError(f"{name}: longer than {max_seconds:g} s; cut it")
-        return np.concatenate(blocks), rate or 1
+def _run(
+    data: bytes, demuxer: str, name: str, max_seconds: float
+) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-P", av_decoder.__file__, demuxer, str(max_seconds)]
+    try:
+        return subprocess.run(  # noqa: S603, its arguments are those of this module
+            command,
+            input=data,
+            capture_output=True,
+            env=os.environ | {"OPENBLAS_NUM_THREADS": "1"},  # threads take memory
+            timeout=None if max_seconds == math.inf else _TIMEOUT + max_seconds,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise InputError(_failed(name, type(error).__name__)) from error
 
 
-def _audio_stream(container: "av.container.InputContainer", name: str) -> "av.AudioStream":
-    """The first stream of sound. Raises `InputError` if there is none that is decoded here."""
-    if not container.streams.audio:
-        raise InputError(f"{name}: there is no sound in it; give a recording of speech")
-    stream = container.streams.audio[0]
-    codec = stream.codec_context.name
-    if codec not in _CODECS:
-        raise InputError(f"{name}: its codec {codec} is not read; convert it to wav")
-    stream.codec_context.thread_count = 1
-    return stream
-
-
-def _blocks(
-    container: "av.container.InputContainer", stream: "av.AudioStream", name: str
-) -> Iterator[tuple[np.ndarray, int]]:
-    """Mono float32 [n] of each packet's frames, and their rate in Hz."""
-    import av
-
-    resampler = av.AudioResampler(format="fltp")
-    for frame in container.decode(stream):
-        frame = cast(av.AudioFrame, frame)
-        if not 1 <= frame.layout.nb_channels <= MAX_CHANNELS:
-            raise InputError(f"{name}: more than {MAX_CHANNELS} channels; convert it to mono")
-        for planar in resampler.resample(frame):
-            with np.errstate(invalid="ignore", over="ignore"):  # the caller checks the samples
-                mono = planar.to_ndarray().mean(axis=0)
-            yield mono, planar.sample_rate
-
-
-def _open_nothing(*_: object) -> None:
-    raise PermissionError("a recording opens no other file")
+def _failed(name: str, reason: str) -> str:
+    return f"{name}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
 
 
 def _check_tables(data: bytes, name: str, most: int) -> None:

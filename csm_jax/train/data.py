@@ -144,8 +144,8 @@ def _parse_row(
     start, end = (_seconds(given.pop(name, None), name) for name in ("start", "end"))
     if end is not None and end <= (start or 0):
         raise InputError(f"it ends at {end:g} s, where it has not begun")
-    if isinstance(given.get("audio"), dict):  # a column of the hub's type Audio
-        given["audio"] = given["audio"].get("path")
+    if isinstance(audio := given.get("audio"), dict):  # a column of the hub's type Audio
+        given["audio"] = audio.get("path")
     speaker = given.get("speaker")
     if speaker is None:
         given["speaker"] = 0

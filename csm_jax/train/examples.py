@@ -2,7 +2,6 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -11,11 +10,12 @@ from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.prompt.turns import Segment, join_rows, turn_rows
+from csm_jax.train.codes import Source
 from csm_jax.train.data import Problem, RecordedConversation, RecordedTurn, collect_or_fail
 
 TURNS = ("all", "last")
 # The codes of every recording, int32 [num_frames, Q], or the error of one that cannot be used.
-Codes = Mapping[Path, np.ndarray | InputError]
+Codes = Mapping[Source, np.ndarray | InputError]
 
 
 class Example(NamedTuple):

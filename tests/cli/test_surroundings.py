@@ -126,34 +126,6 @@ def test_a_full_cache_is_one_line(tmp_path):
     assert os.strerror(27) in line
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become a user without a home")
-def test_a_user_without_a_home_has_a_temporary_cache(tmp_path):
-    """As in a container that is run with --user and an unknown number."""
-    tmp_path.chmod(0o777)
-    for parent in [*tmp_path.parents][:3]:
-        parent.chmod(0o755)
-    unset = {"HOME", "CSM_JAX_CACHE", "XDG_CACHE_HOME", "HF_HOME"}
-    variables = {name: value for name, value in os.environ.items() if name not in unset}
-    done = subprocess.run(
-        [*COMMAND, f"--out={tmp_path}/a.wav"],
-        env=variables | {"TMPDIR": str(tmp_path)},
-        cwd=tmp_path,
-        user=54_321,
-        group=54_321,
-        extra_groups=[],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert_complete(tmp_path / "a.wav")
-    assert sorted(os.listdir(tmp_path)) == ["a.wav", "csm-jax-54321"]
-    assert messages(done) == [
-        f"the user has no home directory: the cache is {tmp_path}/csm-jax-54321; "
-        "CSM_JAX_CACHE names another"
-    ]
-
-
 # --- Signals --------------------------------------------------------------------------------------
 
 

@@ -19,13 +19,8 @@ import soxr
 
 from csm_jax.errors import InputError, first_line
 from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech, limit_overshoot
-from csm_jax.io.compressed import (
-    MAX_CHANNELS,
-    MAX_RATE,
-    MIN_RATE,
-    decode_compressed,
-    find_demuxer,
-)
+from csm_jax.io.av_decoder import MAX_CHANNELS, MAX_RATE, MIN_RATE
+from csm_jax.io.compressed import decode_compressed, find_demuxer
 from csm_jax.io.wav import whole_wav
 from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits
