@@ -62,6 +62,11 @@ def test_a_keys_variable_without_keys_is_refused(refuse, monkeypatch, given):
     assert "key" in refuse("--checkpoint=demo")
 
 
+def test_a_missing_library_of_the_normalizer_is_refused_at_the_start(refuse, monkeypatch):
+    monkeypatch.setitem(sys.modules, "num2words", None)
+    assert "pip install 'csm-jax[normalize]'" in refuse("--checkpoint=demo", "--normalize")
+
+
 def test_a_port_in_use_is_refused(refuse):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         message = refuse("--checkpoint=demo", f"--port={taken.getsockname()[1]}")

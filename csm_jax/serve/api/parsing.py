@@ -5,6 +5,7 @@ event loop waits for it even if it runs in a thread.
 """
 
 import asyncio
+import codecs
 import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -108,6 +109,8 @@ def _check_structure(data: bytes, limits: Limits) -> None:
 
 
 def _parse_json(kind: TypeAdapter[T], data: bytes) -> T:
+    # RFC 8259 lets readers ignore the byte order mark of some editors and clients.
+    data = data.removeprefix(codecs.BOM_UTF8)
     _check_json(data)
     try:
         return kind.validate_json(data)

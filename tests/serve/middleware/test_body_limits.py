@@ -98,7 +98,8 @@ def test_json_needs_its_type(kind, message):
         (b'{"text": "a", "speed": 1e999}', "speed: "),
         (b'{"text": "\xff"}', "not UTF-8 at byte 10"),
         ('{"text": "a"}'.encode("utf-16"), "not UTF-8"),
-        (b'\xef\xbb\xbf{"text": "a"}', "not JSON"),
+        (b"\xef\xbb\xbf", "not JSON"),
+        (b'\xef\xbb\xbf\xef\xbb\xbf{"text": "a"}', "not JSON"),
         (b'{"text": "\\ud800"}', "JSON"),
         (b"[" * 900, "not JSON|nested"),
         (b'{"text": "a", "x": ' + b"9" * 900 + b"9}", "more than 400 digits"),
@@ -114,6 +115,15 @@ def test_invalid_json_gets_400_with_a_message_of_one_line(body, message):
     assert any(part in detail for part in message.split("|")), detail
     assert "\n" not in detail
     assert len(detail) < 500
+
+
+@pytest.mark.parametrize("body", [{"text": "a"}, {"text": "\ufeffa", "speed": 1}])
+def test_json_may_begin_with_a_byte_order_mark(body):
+    """The editor of Windows and .NET write one; only the first is a mark."""
+    encoded = json.dumps(body, ensure_ascii=False).encode("utf-8-sig")
+    plain = json.dumps(body).encode()
+    assert post("/small", encoded).json() == post("/small", plain).json()
+    assert post("/small", encoded).status_code == 200
 
 
 def test_errors_quote_the_request_briefly():
