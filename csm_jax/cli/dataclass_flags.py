@@ -15,6 +15,8 @@ from typing import Any
 
 from absl import flags
 
+from csm_jax.errors import InputError
+
 _DEFINE: dict[Any, Callable[..., object]] = {
     bool: flags.DEFINE_boolean,
     int: flags.DEFINE_integer,
@@ -23,6 +25,13 @@ _DEFINE: dict[Any, Callable[..., object]] = {
     Path: flags.DEFINE_string,
     tuple[str, ...]: flags.DEFINE_list,
 }
+_PARSE: dict[Any, Callable[[str], Any]] = {
+    bool: {"true": True, "false": False}.__getitem__,
+    int: int,
+    float: float,
+    str: str,
+}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
 _NO_BOUNDS: Mapping[str, float] = types.MappingProxyType({})
 
 
@@ -57,6 +66,39 @@ def _define(
     name = field.name
     more = {"lower_bound": lower_bounds[name]} if name in lower_bounds else {}
     _DEFINE[kind](name, _default(field), descriptions.get(name, ""), flag_values=values, **more)
+
+
+def define_list_flags(values: flags.FlagValues, cls: type, names: Collection[str]) -> None:
+    """Defines a flag for each of these fields that takes several values, for `read_list_flags`."""
+    descriptions = field_descriptions(cls)
+    for name in names:
+        text = f"{descriptions.get(name, '')}; several values with commas between them"
+        flags.DEFINE_list(name, None, text, flag_values=values)
+
+
+def read_list_flags(
+    values: flags.FlagValues, cls: type, names: Collection[str]
+) -> dict[str, list[Any]]:
+    """The values of those fields whose flags are given, by name.
+
+    Raises:
+      InputError: a value is not of the field's type, or is given twice.
+    """
+    kinds = field_types(cls)
+    given = {}
+    for name in names:
+        if (texts := values[name].value) is not None:
+            given[name] = [_parse(name, text.strip(), kinds[name]) for text in texts]
+            if len(set(given[name])) < max(1, len(texts)):
+                raise InputError(f"--{name} is {','.join(texts)}: give each value once")
+    return given
+
+
+def _parse(name: str, text: str, kind: Any) -> Any:
+    try:
+        return _PARSE[kind](text)
+    except (KeyError, ValueError) as error:
+        raise InputError(f"--{name} is {text}, expected {_TYPE_NAMES[kind]}") from error
 
 
 def read_flags(

@@ -25,6 +25,7 @@ from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
+from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.request_state import RequestState
 from csm_jax.io.audio import is_silent, load_audio, save_audio
@@ -75,12 +76,29 @@ class Line:
     context: Sequence[Turn]
 
 
-def read_manifest(path: Path, default: Request, normalize: bool = False) -> list[Line]:
+def _read_json(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"not JSON: {error}") from error
+
+
+# Reads the fields of a line from its text; raises `InputError` with what is wrong.
+ReadFields = Callable[[str], object]
+
+
+def read_manifest(
+    path: Path,
+    default: Request,
+    normalize: bool = False,
+    read_fields: ReadFields = _read_json,
+) -> list[Line]:
     """Reads and checks a manifest.
 
     Args:
       default: the values of the fields that a line does not have.
       normalize: whether texts are spoken as `normalize_text` makes them.
+      read_fields: reads a line; by default its JSON.
 
     Raises:
       InputError: the file or one of its lines is malformed; the line is named by its number.
@@ -91,10 +109,13 @@ def read_manifest(path: Path, default: Request, normalize: bool = False) -> list
     if not numbered:
         raise InputError(f"manifest {path} has no lines")
     digits = len(str(numbered[-1][0]))
-    lines = [
-        _parse(text, f"{path}, line {number}", f"{number:0{digits}}", path.parent, default)
-        for number, text in numbered
-    ]
+
+    def parse(number: int, text: str) -> Line:
+        where = f"{path}, line {number}"
+        fields = _read_fields(text, where, read_fields)
+        return _parse(fields, where, f"{number:0{digits}}", path.parent, default)
+
+    lines = [parse(number, text) for number, text in numbered]
     _check_names(lines)
     return [_normalized(line) for line in lines] if normalize else lines
 
@@ -149,7 +170,7 @@ def speak_manifest(
     failed = []
     # Twice the batch: some threads encode context or write files while others wait for speech.
     with ThreadPoolExecutor(2 * max_batch) as workers, Engine(model, max_batch) as engine:
-        speak = functools.partial(_speak, engine, _Recordings(model))
+        speak = functools.partial(_speak, engine, Recordings(model))
         for (line, _), (notices, error) in zip(jobs, workers.map(speak, jobs), strict=True):
             for notice in notices:
                 warn(f"{line.where}: {notice.message}")
@@ -160,7 +181,7 @@ def speak_manifest(
 
 
 def _speak(
-    engine: Engine, recordings: "_Recordings", job: tuple[Line, Path]
+    engine: Engine, recordings: "Recordings", job: tuple[Line, Path]
 ) -> tuple[list[Notice], CSMError | None]:
     line, file = job
     try:
@@ -173,10 +194,13 @@ def _speak(
     return [*recordings.notices(line.context), *ticket.notices], None
 
 
-class _Recordings:
-    """The codes of context recordings; one that several lines name is encoded once."""
+class Recordings:
+    """The codes of context recordings; one that several lines name is encoded once.
 
-    def __init__(self, model: Generator):
+    Its methods can be called from any thread.
+    """
+
+    def __init__(self, model: LoadedModel):
         self._lock = threading.Lock()
         self._codes = functools.lru_cache(_MAX_CACHED_RECORDINGS)(functools.partial(_encode, model))
         self._silent: set[Path] = set()
@@ -200,20 +224,26 @@ class _Recordings:
         ]
 
 
-def _encode(model: Generator, path: Path) -> tuple[np.ndarray, bool]:
+def _encode(model: LoadedModel, path: Path) -> tuple[np.ndarray, bool]:
     """The codes of a recording, and whether it is silent."""
     audio = load_audio(path, model.sample_rate)
     return model.encode(audio), is_silent(audio)
 
 
-def _parse(text: str, where: str, name: str, directory: Path, default: Request) -> Line:
+def _read_fields(text: str, where: str, read_fields: ReadFields) -> dict[str, Any]:
     try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not JSON: {error}") from error
+        values = read_fields(text)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from error
     if not isinstance(values, dict):
         raise InputError(f"{where}: expected an object with text")
     _check_fields(values, where)
+    return values
+
+
+def _parse(
+    values: dict[str, Any], where: str, name: str, directory: Path, default: Request
+) -> Line:
     name = _checked_name(values.pop("id", name), where)
     turns = values.pop("context", [])
     context = [

@@ -1,7 +1,6 @@
 """The metrics of a run: JSON lines, TensorBoard and a plot."""
 
 import io
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from csm_jax.io.files import replace_file
+from csm_jax.io.json_lines import add_line, read_lines, write_lines
 
 METRICS, PLOT, TENSORBOARD = "metrics.jsonl", "loss.png", "tensorboard"
 
@@ -24,7 +24,7 @@ class Log:
         """Opens the files and drops what follows `step`, the last step that was completed."""
         self._path = directory / METRICS
         lines = [line for line in read_metrics(directory) if line["step"] <= step]
-        replace_file(self._path, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
+        write_lines(self._path, lines)
         self._events = _Events(directory / TENSORBOARD, step + 1)
 
     def write(self, step: int, figures: dict[str, Any]) -> None:
@@ -33,8 +33,7 @@ class Log:
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in figures.items()
         }
-        with open(self._path, "a") as file:
-            file.write(json.dumps({"step": step, **finite}) + "\n")
+        add_line(self._path, {"step": step, **finite})
         numbers = {name: v for name, v in finite.items() if isinstance(v, int | float)}
         self._events.write(step, numbers)
 
@@ -84,14 +83,7 @@ class _Events:
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
     """The lines of a run so far, without an incomplete one at the end."""
-    path = directory / METRICS
-    lines = []
-    for text in path.read_text().splitlines() if path.is_file() else []:
-        try:
-            lines.append(json.loads(text))
-        except ValueError:
-            break
-    return lines
+    return read_lines(directory / METRICS)
 
 
 def plot_losses(directory: Path) -> None:

@@ -40,6 +40,11 @@ def recognize_digits(audio: np.ndarray, sample_rate: int) -> list[str]:
     return found.hypstr.split() if found else []
 
 
+def transcribe_digits(audio: np.ndarray, sample_rate: int) -> str:
+    """`recognize_digits` as a recognizer of csm_jax.evaluate."""
+    return " ".join(recognize_digits(audio, sample_rate))
+
+
 def median_pitch(audio: np.ndarray, sample_rate: int) -> float:
     """Median pitch of the voiced pieces of float32 [num_samples] in Hz; nan if there are none.
 

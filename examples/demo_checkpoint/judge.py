@@ -9,9 +9,9 @@ import numpy as np
 from flite import VOICES, synthesize
 from hearing import median_pitch, recognize_digits
 from texts import draw_digits
-from word_errors import count_errors
 
 import csm_jax
+from csm_jax.evaluate.word_errors import count_errors
 from csm_jax.inference.generator import Generator
 from csm_jax.io.audio import SAMPLE_RATE, load_audio
 
@@ -35,7 +35,7 @@ class Spoken:
 
     @property
     def errors(self) -> int:
-        return count_errors(self.words, recognize_digits(self.audio, SAMPLE_RATE))
+        return count_errors(self.words, recognize_digits(self.audio, SAMPLE_RATE)).errors
 
     @property
     def ended(self) -> bool:

@@ -8,6 +8,7 @@ rate (Whisper tiny.en), DNSMOS, mel distance in nepers, and the perplexity of th
 used codebook.
 """
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,11 +16,13 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags, logging
 from codec_weights import read_weights
-from listeners import opinion, word_errors
 from sizes import VOICE_CODEC
 from speech_set import Utterance, read_manifests
 from texts import is_held_out_text
 
+from csm_jax.evaluate.judges import QualityModel, Recognizer, load_dnsmos, load_whisper
+from csm_jax.evaluate.normalization import load_normalizer
+from csm_jax.evaluate.word_errors import count_errors
 from csm_jax.io.audio import load_audio
 from csm_jax.mimi.codec import Codec
 from csm_jax.train.spectral import log_mel, mel_distance
@@ -41,20 +44,29 @@ class Figures(NamedTuple):
     distance: float
 
 
+@functools.cache
+def _load_judges() -> tuple[Recognizer, QualityModel]:
+    """Whisper tiny.en and DNSMOS."""
+    return load_whisper("en", None), load_dnsmos(None)
+
+
 def judge(
     utterances: Sequence[Utterance], recordings: Sequence[np.ndarray], decoded: Sequence[np.ndarray]
 ) -> Figures:
     """Measures decoded recordings against the recordings themselves."""
+    recognize, score = _load_judges()
+    normalize = load_normalizer("en")
     counts = [
-        word_errors(u.text, audio, RATE) for u, audio in zip(utterances, decoded, strict=True)
+        count_errors(normalize(u.text), normalize(recognize(audio, RATE)))
+        for u, audio in zip(utterances, decoded, strict=True)
     ]
-    wrong, total = np.sum(counts, axis=0)
+    errors = sum(each.errors for each in counts) / sum(each.words for each in counts)
     distances = [
         float(mel_distance(audio[None, : len(recording)], recording[None], RATE))
         for audio, recording in zip(decoded, recordings, strict=True)
     ]
-    opinions = [opinion(audio, RATE) for audio in decoded]
-    return Figures(float(wrong / total), float(np.mean(opinions)), float(np.mean(distances)))
+    opinions = [score(audio, RATE) for audio in decoded]
+    return Figures(errors, float(np.mean(opinions)), float(np.mean(distances)))
 
 
 def perplexities(codes: Sequence[np.ndarray]) -> list[float]:

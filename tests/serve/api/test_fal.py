@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from hearing import median_pitch, recognize_digits
 from serving import SMALL, as_samples, serve
-from word_errors import count_errors
 
+from csm_jax.evaluate.word_errors import count_errors
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.admission.concurrency import StreamLimiter
 from csm_jax.serve.api import fal
@@ -80,7 +80,7 @@ def test_a_scene_becomes_a_file(call, certificates):
     assert audio["content_type"] == "audio/wav"
     assert audio["file_name"].endswith(".wav")
     words = " ".join(turn["text"] for turn in SCENE).split()
-    assert count_errors(words, recognize_digits(as_samples(data), 24_000)) <= 2
+    assert count_errors(words, recognize_digits(as_samples(data), 24_000)).errors <= 2
 
 
 def test_a_scene_can_be_queued_and_fetched(call, certificates):

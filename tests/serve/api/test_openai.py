@@ -11,9 +11,9 @@ import openai
 import pytest
 from hearing import recognize_digits
 from serving import as_samples, same
-from word_errors import count_errors
 
 from csm_jax import Request
+from csm_jax.evaluate.word_errors import count_errors
 
 TEXT = "one two three four"
 # The same seed gives the same speech.
@@ -45,7 +45,7 @@ def test_the_speech_equals_that_of_the_library(client, expected):
     assert len(audio) == len(expected)
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
     recognized = recognize_digits(audio.astype(np.float32), 24_000)
-    assert count_errors(TEXT.split(), recognized) <= 1
+    assert count_errors(TEXT.split(), recognized).errors <= 1
 
 
 def decode(data: bytes, form: str) -> np.ndarray:
