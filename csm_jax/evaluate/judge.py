@@ -131,5 +131,6 @@ def load_recording(directory: TakeDirectory, take: Take) -> np.ndarray:
 
 def _cosine(first: np.ndarray, second: np.ndarray) -> float | None:
     """None if one of them is not finite, as of silence."""
-    cosine = float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
+    with np.errstate(invalid="ignore"):
+        cosine = float(first @ second / (np.linalg.norm(first) * np.linalg.norm(second)))
     return cosine if math.isfinite(cosine) else None

@@ -121,6 +121,8 @@ def load_whisper(language: str, directory: Path | None) -> Recognizer:
             _resample(audio, sample_rate),
             language=language,
             beam_size=5,
+            # Otherwise unclear speech is decoded again with random numbers.
+            temperature=0.0,
             without_timestamps=True,
             condition_on_previous_text=False,
         )

@@ -151,6 +151,22 @@ def test_other_flags_or_prompts_need_another_directory(prompts, spoken, capsys):
     assert "was begun with prompts" in capsys.readouterr().err
 
 
+def test_a_line_that_fails_is_named_at_the_end_and_tried_again(prompts, tmp_path, capsys):
+    lines = prompts.read_text().replace("0|before|voice.wav", "0|before|noise.wav")
+    prompts.write_text(lines)
+    (tmp_path / "noise.wav").write_text("this is not a recording")
+    given = [f"--prompts={prompts}", f"--out={tmp_path / 'out'}", *NOISE, *STUBS]
+    assert run(given) == 2
+    error = capsys.readouterr().err
+    assert "meta.lst, line 1: " in error
+    assert "csm_jax.evaluate: error: 1 lines failed, see above" in error
+    takes = read(tmp_path / "out" / NAME / "takes.jsonl")
+    assert [take["id"] for take in takes] == ["1", "2", "3"]
+    (tmp_path / "noise.wav").write_bytes((tmp_path / "voice.wav").read_bytes())
+    assert run(given) == 0
+    assert report(tmp_path / "out")["configurations"][NAME]["takes"] == 4
+
+
 def test_a_report_without_takes_is_refused(tmp_path, capsys):
     assert run([f"--out={tmp_path}", "--phases=report"]) == 2
     assert "has no takes: speak them first" in capsys.readouterr().err
