@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from absl import flags
 
 from csm_jax import hub
-from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.checkpoints import native_format
 from csm_jax.cli import flags as cli
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.loading import BUNDLED, Source, find_adapters, find_directory, open_source
+from csm_jax.loading import BUNDLED, Source, find_directory, open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
@@ -84,7 +84,7 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
 def _merge(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> None:
     """A native checkpoint with the adapters in its weights."""
     _refuse(values, ("codec", "tokenizer", "config"), "--adapters")
-    source = _opened(values)
+    source = open_source(values.source, values.adapters)
     int8 = values.quantize == "int8"
     native_format.save(
         out, source.config, source.tensors, source.tokenizer, _small_files(source), dtype, int8
@@ -99,7 +99,7 @@ def _to_huggingface(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None
     is_published = directory is not None and not native_format.is_native(directory)
     if is_published and values.source not in BUNDLED and values.adapters is None:
         raise CheckpointError(f"{directory} is no native checkpoint: --to=hf starts from one")
-    source = _opened(values)
+    source = open_source(values.source, values.adapters)
     if source.is_int8:
         raise CheckpointError(
             f"{values.source} is stored as int8, which this layout does not have: export the "
@@ -113,16 +113,6 @@ def _refuse(values: flags.FlagValues, names: Sequence[str], other: str) -> None:
     for name in names:
         if values[name].value is not None:
             raise InputError(f"--{name} and {other} do not go together: convert first")
-
-
-def _opened(values: flags.FlagValues) -> Source:
-    """The source, with the adapters in its weights if some are named."""
-    source = open_source(values.source)
-    if values.adapters is None:
-        return source
-    adapters = find_adapters(values.adapters)
-    tensors = peft_files.merge_files(source.tensors, source.config, adapters, source.is_int8)
-    return source._replace(tensors=tensors)
 
 
 def _small_files(source: Source) -> list[Path]:

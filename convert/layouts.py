@@ -107,9 +107,10 @@ def _find_model(source: Path) -> TensorSource:
     if tensors is not None:
         return tensors
     directory = source if source.is_dir() else source.parent
-    if peft_files.is_adapters(directory):
-        config = read_json(directory / peft_files.CONFIG)
-        raise peft_files.not_a_checkpoint(directory, config)
+    for adapters in (directory, *sorted(directory.iterdir())):
+        if peft_files.is_adapters(adapters):
+            config = read_json(adapters / peft_files.CONFIG)
+            raise peft_files.not_a_checkpoint(adapters, config)
     inside = [str(file.parent) for file in sorted(directory.glob("*/config.json"))]
     if source.is_dir() and inside:
         raise CheckpointError(

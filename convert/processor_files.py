@@ -138,22 +138,36 @@ def _add_special(
     """
     ids = config.text_token_ids
     added = {token["id"]: token for token in values.get("added_tokens") or []}
-    vocab = values["model"].get("vocab")
-    if not isinstance(vocab, dict):  # the list of a Unigram model has no room for other ids
-        return None
-    by_id = {number: text for text, number in vocab.items()}
-    by_id |= {number: token["content"] for number, token in added.items()}
+    vocab = values["model"]["vocab"]
+    by_id = _texts(vocab) | {number: token["content"] for number, token in added.items()}
     texts = []
     wanted = (tokenizer.bos, tokenizer.eos, ids.audio, ids.audio_eos)
     for number, name in zip(wanted, _NAMES, strict=True):
         text = by_id.setdefault(number, name)
         texts.append(text)
         if number not in added:
-            vocab[text] = number
+            _add(vocab, text, number)
             flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
             added[number] = {"id": number, "content": text, **flags, "special": True}
     values["added_tokens"] = [added[number] for number in sorted(added)]
     return texts if len({*texts}) == len(texts) else None
+
+
+def _texts(vocab: dict[str, int] | list[list[Any]]) -> dict[int, str]:
+    """The texts of a vocabulary by their ids; a Unigram model has a list of texts and scores."""
+    if isinstance(vocab, list):
+        return {i: text for i, (text, _) in enumerate(vocab)}
+    return {number: text for text, number in vocab.items()}
+
+
+def _add(vocab: dict[str, int] | list[list[Any]], text: str, number: int) -> None:
+    """Gives an id a text."""
+    if isinstance(vocab, dict):
+        vocab[text] = number
+        return
+    worst = min(score for _, score in vocab)
+    vocab += [[f"<|unused_{i}|>", worst] for i in range(len(vocab), number + 1)]
+    vocab[number][0] = text
 
 
 def _is_equal(values: dict[str, Any], tokenizer: Tokenizer) -> bool:

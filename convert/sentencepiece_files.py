@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 # Kinds of pieces, and of models.
 _NORMAL, _UNKNOWN, _USER_DEFINED, _BYTE = 1, 2, 4, 6
-_BPE = 2
+_UNIGRAM, _BPE = 1, 2
 _SPACE = "\u2581"
 
 
@@ -22,17 +22,16 @@ class _Piece(NamedTuple):
 
 
 def to_tokenizers(model: bytes) -> dict[str, Any] | None:
-    """The content of a `tokenizer.json` that encodes as a BPE model does; None for other models.
+    """The content of a `tokenizer.json` that encodes as a model does; None for words or letters.
 
     Symbols that the user defined are never merged with others: they are split off first.
     """
     fields = list(_fields(model))
     pieces = [_piece(value) for number, value in fields if number == 1]
     trainer = _message(fields, 2)
-    if trainer.get(3) != _BPE:
+    make_model = {_UNIGRAM: _unigram, _BPE: _bpe}.get(trainer.get(3, _UNIGRAM))
+    if make_model is None:
         return None
-    vocab = {piece.text: i for i, piece in enumerate(pieces)}
-    unknown = next((piece.text for piece in pieces if piece.kind == _UNKNOWN), None)
     symbols = sorted((p.text for p in pieces if p.kind == _USER_DEFINED), key=len, reverse=True)
     split = {
         "type": "Split",
@@ -54,19 +53,39 @@ def to_tokenizers(model: bytes) -> dict[str, Any] | None:
             "prepend_scheme": "first",
             "split": False,
         },
-        "model": {
-            "type": "BPE",
-            "dropout": None,
-            "unk_token": unknown,
-            "continuing_subword_prefix": None,
-            "end_of_word_suffix": None,
-            "fuse_unk": True,
-            "byte_fallback": any(piece.kind == _BYTE for piece in pieces),
-            "ignore_merges": True,
-            "vocab": vocab,
-            "merges": _merges(pieces),
-        },
+        "model": make_model(pieces),
     }
+
+
+def _bpe(pieces: list[_Piece]) -> dict[str, Any]:
+    return {
+        "type": "BPE",
+        "dropout": None,
+        "unk_token": next((piece.text for piece in pieces if piece.kind == _UNKNOWN), None),
+        "continuing_subword_prefix": None,
+        "end_of_word_suffix": None,
+        "fuse_unk": True,
+        "byte_fallback": _has_bytes(pieces),
+        "ignore_merges": True,
+        "vocab": {piece.text: i for i, piece in enumerate(pieces)},
+        "merges": _merges(pieces),
+    }
+
+
+def _unigram(pieces: list[_Piece]) -> dict[str, Any]:
+    # Pieces that no text spells score 0, which is the best: they get the worst.
+    worst = min((piece.score for piece in pieces if piece.kind == _NORMAL), default=0.0)
+    spelt = (_NORMAL, _USER_DEFINED)
+    return {
+        "type": "Unigram",
+        "unk_id": next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None),
+        "vocab": [[p.text, p.score if p.kind in spelt else worst] for p in pieces],
+        "byte_fallback": _has_bytes(pieces),
+    }
+
+
+def _has_bytes(pieces: list[_Piece]) -> bool:
+    return any(piece.kind == _BYTE for piece in pieces)
 
 
 def _normalizers(spec: dict[int, Any]) -> list[dict[str, Any]]:
@@ -76,8 +95,8 @@ def _normalizers(spec: dict[int, Any]) -> list[dict[str, Any]]:
         encoded = base64.b64encode(charsmap).decode()
         steps.append({"type": "Precompiled", "precompiled_charsmap": encoded})
     if spec.get(4, 1):
+        steps.append({"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""})
         steps.append({"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "})
-        steps.append({"type": "Strip", "strip_left": True, "strip_right": True})
     if spec.get(3, 1):
         steps.append({"type": "Prepend", "prepend": _SPACE})
     return [*steps, {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}]

@@ -120,9 +120,26 @@ def _check(values: flags.FlagValues) -> None:
     for name in ("holdout", "ema"):
         if not 0 <= (given := getattr(values, name)) < 1:
             raise InputError(f"--{name} is {given}, but must be 0 or more, and under 1")
+    _check_base(values)
     for speaker in values.speakers:
         if not speaker.removeprefix("-").isdecimal():
             raise InputError(f"--speakers has {speaker}, but must be numbers with commas between")
+
+
+def _check_base(values: flags.FlagValues) -> None:
+    """Raises `InputError` for new adapters of weights that are not saved anywhere."""
+    if not values.lora_rank or values.eval_only:
+        return
+    if values.adapters:
+        raise InputError(
+            "--adapters and --lora_rank do not go together, since the new adapters would need the "
+            "merged weights: merge with csm_jax.convert --adapters first, and train that checkpoint"
+        )
+    if values.from_scratch:
+        raise InputError(
+            "--from_scratch and --lora_rank do not go together, since the new weights would not be "
+            "saved with the adapters: leave out one of them"
+        )
 
 
 def _print_losses(values: flags.FlagValues) -> None:

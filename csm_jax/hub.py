@@ -1,6 +1,7 @@
 """Names on the Hugging Face hub: downloaded once, converted once, then read from the native copy.
 
 A name is OWNER/NAME or OWNER/NAME@REVISION, where a revision is a branch, a tag or a commit.
+Adapters can also lie in a folder: OWNER/NAME/FOLDER or OWNER/NAME/FOLDER@REVISION.
 """
 
 import contextlib
@@ -27,8 +28,8 @@ CODEC_REPOSITORY = "kyutai/mimi"
 # Files of a repository: recordings of voices, parameters, and adapters.
 _PROMPTS = re.compile(r"^prompts/")
 _WEIGHTS = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
-_ADAPTERS = re.compile(r"^adapter_model\.")
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_ADAPTERS = re.compile(r"(^|/)adapter_model\.")
+_NAME = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 # Seconds to wait for the hub to say which commit a branch is at.
 _TIMEOUT = 10.0
@@ -76,15 +77,33 @@ def _temporary_cache() -> Path:
 
 def is_name(name: str) -> bool:
     """Whether this can be the name of a repository."""
+    return is_adapters_name(name) and not _split_folder(name)[1]
+
+
+def is_adapters_name(name: str) -> bool:
+    """Whether this can be the name of a repository, or of a folder of one."""
     return bool(_NAME.fullmatch(name)) and not name.startswith((".", "~"))
 
 
 def _split(name: str) -> tuple[str, str]:
     """Repository and revision of a name."""
+    repository, folder, revision = _split_folder(name)
+    if folder:
+        raise _no_name(name)
+    return repository, revision
+
+
+def _split_folder(name: str) -> tuple[str, str, str]:
+    """Repository, folder and revision of a name; the folder is empty or ends with a slash."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise CheckpointError(f"{name} is no name on the hub, such as sesame/csm-1b")
-    return match[1], match[2] or "main"
+        raise _no_name(name)
+    folder = f"{match[2].lstrip('/')}/" if match[2] else ""
+    return match[1], folder, match[3] or "main"
+
+
+def _no_name(name: str) -> CheckpointError:
+    return CheckpointError(f"{name} is no name on the hub, such as sesame/csm-1b")
 
 
 def native_copy(name: str) -> Path:
@@ -145,7 +164,7 @@ def _commit(repository: str, revision: str, file: str = "config.json") -> str:
     except Exception as error:  # of the network library, which changes with the hub's library
         known = _known_commit(repository, revision, file)
         if known is None:
-            return _fetch(repository, file, revision).parent.name
+            return _snapshot(_fetch(repository, file, revision), file).name
         if not constants.HF_HUB_OFFLINE:
             logger.warning(
                 "%s: the hub does not say whether it was updated (%s); commit %s is used",
@@ -155,7 +174,7 @@ def _commit(repository: str, revision: str, file: str = "config.json") -> str:
             )
         return known
     if commit is None:
-        return _fetch(repository, file, revision).parent.name
+        return _snapshot(_fetch(repository, file, revision), file).name
     if commit != _cached_commit(repository, revision, file):
         # Moves the revision in the cache of the hub's library too, unless that is read only.
         with contextlib.suppress(CheckpointError):
@@ -178,7 +197,12 @@ def _cached_commit(repository: str, revision: str, file: str) -> str | None:
     cached = huggingface_hub.try_to_load_from_cache(
         repository, file, cache_dir=_hub_cache(), revision=revision
     )
-    return Path(cached).parent.name if isinstance(cached, str) else None
+    return _snapshot(Path(cached), file).name if isinstance(cached, str) else None
+
+
+def _snapshot(path: Path, file: str) -> Path:
+    """The directory of a commit in the cache of the hub's library, which has a file at `path`."""
+    return path.parents[file.count("/")]
 
 
 def _remember(repository: str, revision: str, commit: str) -> None:
@@ -214,16 +238,20 @@ def download(name: str) -> Path:
 
 
 def download_adapters(name: str) -> Path:
-    """Downloads a repository of adapters. Returns their directory. Raises `CheckpointError`."""
-    repository, revision = _split(name)
-    commit = _commit(repository, revision, peft_files.CONFIG)
-    snapshot = _fetch(repository, peft_files.CONFIG, commit).parent
-    files = _list(repository, commit, snapshot, _ADAPTERS)
+    """Downloads adapters of a repository, or of a folder of one. Returns their directory.
+
+    Raises `CheckpointError` as `native_copy` does.
+    """
+    repository, folder, revision = _split_folder(name)
+    config = folder + peft_files.CONFIG
+    commit = _commit(repository, revision, config)
+    path = _fetch(repository, config, commit)
+    files = _list(repository, commit, _snapshot(path, config), _ADAPTERS)
     for weights in (peft_files.WEIGHTS, peft_files.TORCH_WEIGHTS):
-        if weights in files:
-            _fetch(repository, weights, commit)
-            return snapshot
-    raise CheckpointError(f"{repository} has no {peft_files.WEIGHTS}: it holds no adapters")
+        if folder + weights in files:
+            _fetch(repository, folder + weights, commit)
+            return path.parent
+    raise CheckpointError(f"{name} has no {peft_files.WEIGHTS}: it holds no adapters")
 
 
 def download_prompts(name: str) -> list[Path]:
@@ -260,9 +288,8 @@ def _fetch(repository: str, file: str, revision: str) -> Path:
     try:
         return _download(repository, file, revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        is_absent = isinstance(error, HfHubHTTPError) and isinstance(error, EntryNotFoundError)
-        if file == "config.json" and is_absent:
-            _refuse_adapters(repository, revision)
+        if isinstance(error, HfHubHTTPError) and isinstance(error, EntryNotFoundError):
+            _check_kind(repository, file, revision)
         raise _unreachable(repository, file, error) from error
 
 
@@ -279,13 +306,28 @@ def _hub_cache() -> Path | None:
     return cache_directory() / "hub" if constants.HF_HUB_CACHE.startswith("~") else None
 
 
-def _refuse_adapters(repository: str, revision: str) -> None:
-    """Raises `CheckpointError` if a repository without a model holds adapters."""
+def _check_kind(repository: str, absent: str, revision: str) -> None:
+    """Raises `CheckpointError` if a repository has adapters instead of a model, or the reverse.
+
+    Args:
+      absent: a file that it does not have.
+    """
     try:
-        config = _download(repository, peft_files.CONFIG, revision)
+        files = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError):
         return
-    raise peft_files.not_a_checkpoint(repository, read_json(config))
+    found = sorted(file for file in files if Path(file).name == peft_files.CONFIG)
+    places = [str(Path(repository, file).parent) for file in found]
+    if absent == "config.json" and found:
+        raise peft_files.not_a_checkpoint(
+            places[0], read_json(_fetch(repository, found[0], revision))
+        )
+    if Path(absent).name == peft_files.CONFIG:
+        where = Path(repository, absent).parent
+        if found:
+            raise CheckpointError(f"{where} holds no adapters itself: name {' or '.join(places)}")
+        if "config.json" in files:
+            raise peft_files.not_adapters(where)
 
 
 def _unreachable(repository: str, wanted: str, error: Exception) -> CheckpointError:

@@ -1,5 +1,6 @@
 """Checkpoints by name: from what `load` is given to tensors, a config and a tokenizer."""
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +9,7 @@ import numpy as np
 
 from csm_jax import config as presets
 from csm_jax import hub
-from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
 from csm_jax.errors import CheckpointError
@@ -18,6 +19,8 @@ RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
 BUNDLED = {"demo": Path(__file__).with_name("demo")}
 NAMES = (*BUNDLED, *RANDOM)
+
+logger = logging.getLogger("csm_jax")
 
 
 class Source(NamedTuple):
@@ -36,15 +39,35 @@ class Source(NamedTuple):
     directory: Path | None
 
 
-def open_source(name: str | Path) -> Source:
-    """Finds a checkpoint by name.
+def open_source(name: str | Path, adapters: str | Path | None = None) -> Source:
+    """Finds a checkpoint by name, and adds adapters to its weights.
 
     Args:
-      name: as for `csm_jax.load`.
+      name, adapters: as for `csm_jax.load`.
 
     Raises:
-      CheckpointError: there is no such checkpoint, or its files cannot be read.
+      CheckpointError: there is no such checkpoint, or its files cannot be read; the same of the
+        adapters; or its weights are int8, to which nothing can be added.
     """
+    source = _open(name)
+    if adapters is None:
+        return source
+    directory = find_adapters(adapters)
+    tensors = peft_files.merge_files(source.tensors, source.config, directory, source.is_int8)
+    base = peft_files.base_name(directory)
+    if _is_other(base, str(name)):
+        logger.warning("%s: the adapters are of %s, and are added to %s", adapters, base, name)
+    return source._replace(tensors=tensors)
+
+
+def _is_other(base: str | None, name: str) -> bool:
+    """Whether two names are of different repositories; nothing is known of directories."""
+    if base is None or not hub.is_name(base) or Path(name).exists():
+        return False
+    return base.partition("@")[0].lower() != name.partition("@")[0].lower()
+
+
+def _open(name: str | Path) -> Source:
     directory = find_directory(str(name))
     if directory is None:
         config = RANDOM[str(name)]()
@@ -68,13 +91,13 @@ def find_adapters(name: str | Path) -> Path:
     """The directory of LoRA adapters, downloaded if need be.
 
     Args:
-      name: a directory, or a hub name such as someone/csm-lora.
+      name: a directory, or a hub name such as someone/csm-lora or someone/csm-lora/checkpoint-500.
 
     Raises:
       CheckpointError: there are no adapters of this name.
     """
     directory = Path(name).expanduser()
-    if directory.exists() or not hub.is_name(str(name)):
+    if directory.exists() or not hub.is_adapters_name(str(name)):
         return directory
     return hub.download_adapters(str(name))
 
@@ -90,6 +113,11 @@ def find_directory(name: str) -> Path | None:
     directory = BUNDLED.get(name) or Path(name).expanduser()
     if directory.is_dir():
         return directory
+    if directory.is_file():
+        raise CheckpointError(
+            f"checkpoint {name} is a file: name its directory, or convert the file first, with "
+            f"csm_jax.convert --source={name}"
+        )
     if hub.is_name(name):
         return hub.native_copy(name)
     raise CheckpointError(

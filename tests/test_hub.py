@@ -140,6 +140,8 @@ def hub(tmp_path_factory):
     (both / "prompts" / "mine.txt").write_text("What I say.")
     (root / "someone" / "else").mkdir()
     write_adapters(root / "someone" / "lora", fixtures.CONFIG)
+    (root / "someone" / "run").mkdir()
+    write_adapters(root / "someone" / "run" / "checkpoint-500", fixtures.CONFIG)
     several = root / "someone" / "several"
     several.mkdir()
     fixtures.write_config(several)
@@ -274,6 +276,32 @@ def test_adapters_are_downloaded_by_name(hub, run, tmp_path):
         "someone/lora/adapter_config.json",
         "someone/lora/adapter_model.safetensors",
     ]
+
+
+def test_adapters_in_a_folder_of_a_repository_are_found(hub, run):
+    code = """
+        import sys
+        from csm_jax import hub
+        from csm_jax.errors import CheckpointError
+        for name in sys.argv[1:]:
+            try:
+                print(hub.download_adapters(name).name)
+            except CheckpointError as error:
+                print("error:", error)
+    """
+    names = ["checkpoint-500", f"checkpoint-500@{COMMIT}", ""]
+    names = [f"someone/run/{name}".rstrip("/") for name in names] + ["someone/tuned"]
+    first, pinned, whole, model = run(*names, code=code)
+    assert first == pinned == "checkpoint-500"
+    assert whole == "error: someone/run holds no adapters itself: name someone/run/checkpoint-500"
+    assert model.startswith("error: someone/tuned holds a whole model and no adapters")
+    files = [f"checkpoint-500/{peft_files.CONFIG}", f"checkpoint-500/{peft_files.WEIGHTS}"]
+    assert hub.downloaded() == [f"someone/run/{file}" for file in files]
+    hub.seen.clear()
+    assert run(names[0], code=code, HF_HUB_OFFLINE="1") == [first]
+    assert run(names[0], code=code, HF_ENDPOINT=closed_port()) == [first]
+    (line,) = run("someone/run")
+    assert line.startswith("error: someone/run/checkpoint-500 holds adapters of sesame/gated-csm")
 
 
 def test_adapters_named_as_a_checkpoint_are_an_error_that_names_the_flag(run):

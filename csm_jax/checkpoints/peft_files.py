@@ -86,6 +86,12 @@ def is_adapters(directory: Path) -> bool:
     return (directory / CONFIG).is_file()
 
 
+def base_name(directory: Path) -> str | None:
+    """The name of the model that adapters are of, if they have it."""
+    name = _read_config(directory).get("base_model_name_or_path")
+    return name if isinstance(name, str) and name else None
+
+
 def not_a_checkpoint(where: str | Path, config: Mapping[str, Any]) -> CheckpointError:
     """The error of adapters that are named as a checkpoint.
 
@@ -96,6 +102,13 @@ def not_a_checkpoint(where: str | Path, config: Mapping[str, Any]) -> Checkpoint
     return CheckpointError(
         f"{where} holds adapters of {base} and no model: use --adapters={where}, with that model "
         "as the checkpoint"
+    )
+
+
+def not_adapters(where: str | Path) -> CheckpointError:
+    """The error of a checkpoint that is named as adapters."""
+    return CheckpointError(
+        f"{where} holds a whole model and no adapters: name it as the checkpoint"
     )
 
 
@@ -166,9 +179,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
     if inside := [str(path) for path in sorted(directory.iterdir()) if is_adapters(path)]:
         raise CheckpointError(f"{directory} holds no adapters itself: name {' or '.join(inside)}")
     if (directory / "config.json").is_file():
-        raise CheckpointError(
-            f"{directory} holds a whole model and no adapters: name it as the checkpoint"
-        )
+        raise not_adapters(directory)
     raise CheckpointError(f"{directory} holds no adapters: {CONFIG} is missing")
 
 

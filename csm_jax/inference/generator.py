@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.native_format import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.errors import CheckpointError
@@ -20,7 +20,7 @@ from csm_jax.inference.pacing import Pace, blocks
 from csm_jax.inference.request import Notice, Notify, Progress, Request, as_request, log_notice
 from csm_jax.inference.request_parameters import checks_call, generate_parameters, takes_request
 from csm_jax.inference.request_state import RequestState
-from csm_jax.loading import find_adapters, open_source
+from csm_jax.loading import open_source
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sharding import place_on
 
@@ -164,16 +164,11 @@ def load(
       InputError: another `dtype` or `quantize`.
     """
     precision = resolve(dtype, quantize or "none")
-    source = open_source(name)
+    source = open_source(name, adapters)
     if source.is_int8:
         precision = _as_int8(str(name), dtype, quantize)
-    tensors = source.tensors
-    if adapters is not None:
-        tensors = peft_files.merge_files(
-            tensors, source.config, find_adapters(adapters), source.is_int8
-        )
     params = native_format.place_params(
-        tensors, source.config, precision, _place(source.config, mesh)
+        source.tensors, source.config, precision, _place(source.config, mesh)
     )
     return Generator.from_params(source.config, params, source.tokenizer, precision, mesh)
 

@@ -36,6 +36,8 @@ except ImportError:  # Windows
 
 # Seconds that a short write waits for another to the same place, and between two attempts.
 PATIENCE, POLL = 10.0, 0.02
+# How often a directory is removed that is not empty afterwards.
+_ATTEMPTS = 50
 _LONGEST_NAME = 100
 _UNSUPPORTED = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.ENOLCK, errno.EINVAL}
 # Orbax and tensorstore quote the system's messages in errors of their own.
@@ -215,7 +217,17 @@ def _remove(path: Path) -> None:
     try:
         path.unlink(missing_ok=True)
     except OSError:
+        _remove_directory(path)
+
+
+def _remove_directory(path: Path) -> None:
+    """Removes a directory into which threads may still write, as far as that is possible."""
+    # Orbax writes in threads, which an interrupted writer does not wait for.
+    for _ in range(_ATTEMPTS):
         shutil.rmtree(path, ignore_errors=True)
+        if not path.exists():
+            return
+        time.sleep(POLL)
 
 
 # --- Files --------------------------------------------------------------------------------------
@@ -309,7 +321,7 @@ def new_directory(directory: Path, size: int = 0, replace: bool = False) -> Iter
                 directory.rename(workspace / "old")
             made.rename(directory)
         finally:
-            shutil.rmtree(workspace, ignore_errors=True)
+            _remove_directory(workspace)
 
 
 def _check_vacant(directory: Path, replace: bool) -> None:

@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from csm_jax.checkpoints import native_format, peft_files
+from csm_jax.checkpoints import native_format
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
-from csm_jax.loading import find_adapters, open_source
+from csm_jax.loading import open_source
 from csm_jax.mimi.codec import Codec
 from csm_jax.model import lora
 from csm_jax.model.csm import CSM
@@ -64,15 +64,10 @@ def load_pretrained(
       CheckpointError: there is no such checkpoint, or it is damaged.
       InputError: its weights are int8, which have no gradient.
     """
-    source = open_source(name)
+    source = open_source(name, adapters)
     if source.is_int8:
         raise InputError(
             f"{name} is stored as int8, which cannot be trained: use the checkpoint it was made of"
-        )
-    tensors = source.tensors
-    if adapters is not None:
-        tensors = peft_files.merge_files(
-            tensors, source.config, find_adapters(adapters), is_int8=False
         )
 
     def place(path: str, tensor: np.ndarray | jax.Array) -> np.ndarray | jax.Array:
@@ -80,7 +75,7 @@ def load_pretrained(
         return np.asarray(tensor) if path.startswith("codec/") else fsdp.shard(tensor, mesh)
 
     held = precision if frozen else FLOAT32
-    params = native_format.place_params(tensors, source.config, held, place)
+    params = native_format.place_params(source.tensors, source.config, held, place)
     if scratch_seed is not None:
         params["csm"] = fsdp.shard(_initialize(source.config, scratch_seed), mesh)
     return PretrainedModel(

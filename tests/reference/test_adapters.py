@@ -22,7 +22,7 @@ from csm_jax.checkpoints import native_format, peft_files, peft_options
 from csm_jax.convert import csm
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.errors import CheckpointError
-from csm_jax.loading import find_adapters
+from csm_jax.loading import find_adapters, open_source
 from csm_jax.model.precision import FLOAT32
 
 CONFIG = csm_jax.tiny()
@@ -269,6 +269,24 @@ def test_adapters_as_a_checkpoint_are_an_error_that_names_the_flag(tmp_path):
     write_plain(tmp_path, base_model_name_or_path="sesame/csm-1b")
     with pytest.raises(CheckpointError, match=r"adapters of sesame/csm-1b and no.*--adapters"):
         csm_jax.load(tmp_path)
+
+
+def test_a_directory_of_a_run_as_a_checkpoint_is_an_error_that_names_its_adapters(tmp_path):
+    write_plain(tmp_path / "checkpoint-500", base_model_name_or_path="sesame/csm-1b")
+    with pytest.raises(CheckpointError, match=r"--adapters=.*/checkpoint-500"):
+        csm_jax.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("base", "is_told"),
+    [("sesame/csm-1b", True), ("someone/else@v2", True), ("random:tiny", False), (None, False)],
+)
+def test_adapters_of_another_model_are_told(tmp_path, caplog, base, is_told):
+    write_plain(tmp_path, base_model_name_or_path=base)
+    with caplog.at_level(logging.WARNING, "csm_jax"):
+        open_source("random:tiny", tmp_path)
+    told = f"{tmp_path}: the adapters are of {base}, and are added to random:tiny"
+    assert [record.getMessage() for record in caplog.records] == [told] * is_told
 
 
 def test_a_checkpoint_as_adapters_is_an_error_that_names_the_way(native, tmp_path):

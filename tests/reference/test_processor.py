@@ -1,5 +1,6 @@
 """Exports with transformers' own processor: the same prompts, and the same speech."""
 
+import io
 import json
 
 import numpy as np
@@ -9,17 +10,20 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import fixtures
+import sentencepiece
+import tokenizers
 import torch
 import transformers
 
 import csm_jax
-from csm_jax.checkpoints import peft_files
+from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.convert import __main__ as convert
 from csm_jax.convert.processor_files import MAX_FRAMES
 from csm_jax.convert.sentencepiece_files import to_tokenizers
 from csm_jax.loading import BUNDLED, open_source
 from csm_jax.model.layers import LowRank
 from csm_jax.model.lora import LoRAConfig, init_adapters
+from csm_jax.prompt.tokenizer import load_tokenizer
 
 CONFIG = csm_jax.tiny()
 
@@ -80,19 +84,77 @@ def test_the_exported_demo_speaks_as_it_does_here(demo, processor):
     assert model.depth_decoder.generation_config.top_k == csm_jax.Sampling().top_k
 
 
-def test_the_sentencepiece_model_of_demo_has_an_equal_in_transformers_form():
-    """On random sentences, punctuation and characters that it does not know."""
-    import tokenizers
+def random_texts() -> list[str]:
+    """Turns of letters, punctuation and characters that the tokenizers do not know."""
+    random = np.random.default_rng(0)
+    letters = list("eeetaonishrdlu    .,!?'-;:0123456789[]ABCéÅﬁ語…\t")
+    return [f"[1]{''.join(random.choice(letters, random.integers(40)))}" for _ in range(300)]
 
+
+def test_the_sentencepiece_model_of_demo_has_an_equal_in_transformers_form():
     source = open_source("demo")
     content = to_tokenizers((BUNDLED["demo"] / "tokenizer.model").read_bytes())
     theirs = tokenizers.Tokenizer.from_str(json.dumps(content))
-    random = np.random.default_rng(0)
-    letters = list("eeetaonishrdlu    .,!?'-;:0123456789[]ABCéÅﬁ語…\t")
-    for _ in range(300):
-        text = "".join(random.choice(letters, random.integers(40)))
+    for text in random_texts():
         ours = source.tokenizer.encode(text)[1:-1]
         assert theirs.encode(text, add_special_tokens=False).ids == ours, repr(text)
+
+
+SENTENCES = ["one two three", "four five, six!", "the quick brown fox", "seven 7 eight 8?"] * 30
+
+
+def train_sentencepiece(**options) -> bytes:
+    model = io.BytesIO()
+    common = {"vocab_size": 70, "hard_vocab_limit": False, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(SENTENCES), model_writer=model, **(common | options)
+    )
+    return model.getvalue()
+
+
+@pytest.mark.parametrize("model_type", ["unigram", "bpe"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"byte_fallback": True, "vocab_size": 330},
+        {"user_defined_symbols": ["[0]", "[1]"]},
+        {"add_dummy_prefix": False, "remove_extra_whitespaces": False},
+        {"normalization_rule_name": "identity"},
+    ],
+)
+def test_sentencepiece_models_have_an_equal_in_transformers_form(model_type, options):
+    model = train_sentencepiece(model_type=model_type, **options)
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ours = tokenizers.Tokenizer.from_str(json.dumps(to_tokenizers(model)))
+    for text in random_texts():
+        got = ours.encode(text, add_special_tokens=False)
+        assert got.ids == theirs.encode(text), (text, got.tokens, theirs.encode_as_pieces(text))
+
+
+@pytest.mark.parametrize("model_type", ["word", "char"])
+def test_other_sentencepiece_models_have_none(model_type):
+    assert to_tokenizers(train_sentencepiece(model_type=model_type)) is None
+
+
+@pytest.mark.parametrize("is_json", [False, True])
+def test_a_checkpoint_with_a_unigram_tokenizer_is_exported(tmp_path, is_json):
+    """As `tokenizer.model`, or as `tokenizer.json`, which has a list of pieces."""
+    model = train_sentencepiece()
+    name = "tokenizer.json" if is_json else "tokenizer.model"
+    content = json.dumps(to_tokenizers(model)).encode() if is_json else model
+    (tmp_path / name).write_bytes(content)
+    tokenizer = load_tokenizer(tmp_path / name, CONFIG)
+    source, out = tmp_path / "native", tmp_path / "hf"
+    native_format.save(source, CONFIG, fixtures.params().items(), tokenizer)
+    assert convert.run([f"--source={source}", f"--out={out}", "--to=hf"]) == 0
+    processor = transformers.AutoProcessor.from_pretrained(out)
+    got = prompt_of(processor, turn("five foxes, 8!", 1))["input_ids"][0].tolist()
+    theirs = sentencepiece.SentencePieceProcessor(model_proto=model)
+    ids = CONFIG.text_token_ids
+    ends = (ids.bos, ids.eos) if is_json else (theirs.bos_id(), theirs.eos_id())
+    assert got == [ends[0], *theirs.encode("[1]five foxes, 8!"), ends[1]]
+    assert load_tokenizer(out, CONFIG).encode("[1]five foxes, 8!")[1:-1] == got[1:-1]
 
 
 def test_a_native_checkpoint_without_processor_files_gets_them(native, tmp_path):

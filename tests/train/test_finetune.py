@@ -271,6 +271,14 @@ def test_a_run_with_adapters_writes_them_alone(data, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            ["--data={data}", "--lora_rank=2", "--adapters=x"],
+            "--adapters first",
+        ),
+        (
+            ["--data={data}", "--lora_rank=2", "--from_scratch"],
+            "would not be saved",
+        ),
         (["--data=nowhere.jsonl"], "nowhere.jsonl"),
         (["--data={data}", "--depth_share=0"], "--depth_share is 0.0"),
         (["--data={data}", "--depth_share=2"], "--depth_share is 2.0"),
