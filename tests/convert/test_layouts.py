@@ -109,6 +109,12 @@ def test_checkpoints_in_directories_of_a_run_are_named(sesame, tmp_path):
         csm_jax.load(tmp_path)
 
 
+def test_a_file_as_a_checkpoint_is_an_error_that_names_the_way(sesame):
+    file = next(sesame.glob("*.safetensors"))
+    with pytest.raises(CheckpointError, match="is a file: name its directory, or convert"):
+        csm_jax.load(file)
+
+
 def test_a_missing_shard_is_named(mixed, tmp_path):
     directory = tmp_path / "part"
     shutil.copytree(mixed, directory)
