@@ -29,11 +29,14 @@ from csm_jax.serve.audio.encoding import FORMATS, encode
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.jobs.job import Job, JobHandler, Status
 from csm_jax.serve.jobs.runner import JobRunner
+from csm_jax.serve.middleware.request_log import request_id
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Limits
 
 APP = "fal-ai/csm-1b"
 _KIND = "fal"
+# Of a result; the JavaScript client reads it.
+_REQUEST_ID = "x-fal-request-id"
 # Lines, and turns of context, that are parsed. `Limits.turns` of a server can only be lower.
 MAX_TURNS = Limits.turns
 # How often a stream of a job's states looks at the queue, and how long the stream may last.
@@ -82,9 +85,8 @@ def router(service: Service) -> APIRouter:
     @routes.post(f"/{APP}", openapi_extra=describe(Scene))
     async def run(http: HTTPRequest, response: Response) -> SceneResponse:
         fields = await read_fields(http, Scene, recordings=True)
-        turns = (*fields.scene, *fields.context)
-        unknown = [*fields.unknown, *(name for turn in turns for name in turn.unknown)]
-        add_notices(response, ignored(unknown))
+        add_notices(response, ignored(_unknown(fields)))
+        response.headers[_REQUEST_ID] = request_id()
         return await cancel_on_disconnect(
             http, _speak(service, caller_of(http), fields, str(http.base_url))
         )
@@ -115,9 +117,10 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
 
     @routes.post(queue, openapi_extra=describe(Scene))
     async def submit(
-        http: HTTPRequest, fal_webhook: Annotated[str | None, Query()] = None
+        http: HTTPRequest, response: Response, fal_webhook: Annotated[str | None, Query()] = None
     ) -> dict[str, Any]:
         fields, caller = await read_fields(http, Scene, recordings=True), caller_of(http)
+        add_notices(response, ignored(_unknown(fields)))
         if fal_webhook:
             service.webhooks.check(fal_webhook, caller)
         queued = QueuedScene(base=str(http.base_url), fields=fields)
@@ -139,13 +142,18 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
         )
         return JobStatesResponse(service.event_stream_limiter, caller_of(http), states)
 
-    @routes.get(queue + "/requests/{job_id}")
-    async def result(http: HTTPRequest, job_id: str) -> SceneResponse:
+    @routes.get(queue + "/requests/{job_id}", response_model=SceneResponse)
+    async def result(
+        http: HTTPRequest, job_id: str, response: Response
+    ) -> SceneResponse | JSONResponse:
         job = await service.jobs.find(job_id, caller_of(http).owner)
         if job.status is not Status.COMPLETED:
             raise ApiError(400, "Request is still in progress", code="in_progress")
         if job.error:
-            raise job.error
+            failed = job.error.response
+            failed.headers[_REQUEST_ID] = job.id
+            return failed
+        response.headers[_REQUEST_ID] = job.id
         return SceneResponse.model_validate(job.result)
 
     @routes.put(queue + "/requests/{job_id}/cancel", status_code=202)
@@ -154,6 +162,11 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
         if not await service.jobs.cancel(job):
             return JSONResponse({"status": "ALREADY_COMPLETED"}, 400)
         return JSONResponse({"status": "CANCELLATION_REQUESTED"}, 202)
+
+
+def _unknown(fields: Scene) -> list[str]:
+    turns = (*fields.scene, *fields.context)
+    return [*fields.unknown, *(name for turn in turns for name in turn.unknown)]
 
 
 async def _speak(

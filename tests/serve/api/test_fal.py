@@ -8,6 +8,7 @@ import ssl
 import subprocess
 import sys
 import textwrap
+import time
 
 import httpx
 import numpy as np
@@ -185,6 +186,28 @@ def test_job_states_can_be_streamed(server):
     assert states[-1]["status"] == "COMPLETED"
     assert httpx.get(response["response_url"]).json()["audio"]["file_size"] > 20_000
     assert httpx.put(response["cancel_url"]).status_code == 400
+
+
+def test_responses_name_their_request_and_unknown_fields(server):
+    """The JavaScript client reads the id from a header of the result."""
+    scene = {"scene": [{"text": "one", "mood": "glad"}], "max_audio_length_ms": 240}
+    direct = server.post(f"/{APP}", json=scene, headers={"X-Request-ID": "mine"})
+    assert direct.headers["x-fal-request-id"] == direct.headers["x-request-id"]
+    long = {"scene": [{"text": "one " * 3000}]}
+    for body, status in ((scene, 200), (long, 400)):
+        queued = server.post(f"/queue/{APP}", json=body)
+        job = queued.json()
+        deadline = time.monotonic() + 60
+        while httpx.get(job["status_url"]).json()["status"] != "COMPLETED":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        result = httpx.get(job["response_url"])
+        assert (result.status_code, result.headers["x-fal-request-id"]) == (
+            status,
+            job["request_id"],
+        )
+        if status == 200:
+            assert queued.headers["x-notices"] == direct.headers["x-notices"] == "mood_ignored"
 
 
 def test_unknown_ids_get_404(server):

@@ -1,8 +1,9 @@
 """Real clients, each in a process of its own.
 
-Their packages pin versions that clash with those of the tests, so they can be in another
-environment, whose Python is CSM_JAX_CLIENTS_PYTHON (`pip install csm-jax[clients]` there). Packages
-of npm are in `node_modules` of this directory (`npm install`).
+Their packages pin versions that clash with those of the tests, and of each other, so they can be in
+other environments: CSM_JAX_CLIENTS_PYTHON lists the Pythons to look in, separated by colons
+(`pip install csm-jax[clients]` there, and `open-webui`). Packages of npm are in `node_modules` of
+this directory (`npm install`).
 """
 
 import json
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-PYTHON = os.environ.get("CSM_JAX_CLIENTS_PYTHON", sys.executable)
+PYTHONS = os.environ.get("CSM_JAX_CLIENTS_PYTHON", sys.executable).split(os.pathsep)
 SECONDS = 180
 
 
@@ -31,13 +32,22 @@ def python():
     """Runs Python code with a package, and returns what it prints as JSON."""
 
     def run(package: str, code: str, **values: object):
-        probe = f"import importlib.util as u; raise SystemExit(u.find_spec({package!r}) is None)"
-        if subprocess.run([PYTHON, "-c", probe], capture_output=True).returncode:
+        found = _find_python(package)
+        if found is None:
             pytest.skip(f"pip install csm-jax[clients]: there is no {package}")
         given = "".join(f"{name} = {value!r}\n" for name, value in values.items())
-        return _output([PYTHON, "-c", given + textwrap.dedent(code)])
+        return _output([found, "-c", given + textwrap.dedent(code)])
 
     return run
+
+
+def _find_python(package: str) -> str | None:
+    """The first of the Pythons that has a package."""
+    probe = f"import importlib.util as u; raise SystemExit(u.find_spec({package!r}) is None)"
+    for each in PYTHONS:
+        if subprocess.run([each, "-c", probe], capture_output=True).returncode == 0:
+            return each
+    return None
 
 
 @pytest.fixture(scope="session")

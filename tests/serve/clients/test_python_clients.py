@@ -43,8 +43,8 @@ def test_litellm(server, python, form):
     check_speech(as_samples(base64.b64decode(data)))
 
 
-@pytest.mark.parametrize("model", ["tts-1", "gpt-4o-mini-tts"])
-def test_livekit(server, python, model):
+@pytest.mark.parametrize("name", ["tts-1", "gpt-4o-mini-tts"])
+def test_livekit(server, python, name):
     """Its two forms: a file, and events with pieces of one."""
     data, rate = python(
         "livekit.plugins.openai",
@@ -64,7 +64,7 @@ def test_livekit(server, python, model):
         """,
         TEXT=TEXT,
         URL=f"{server.url}/v1",
-        MODEL=model,
+        MODEL=name,
     )
     check_speech(from_pcm(data), rate)
 
@@ -94,6 +94,53 @@ def test_pipecat(server, python):
         URL=f"{server.url}/v1",
     )
     check_speech(from_pcm(data), rate)
+
+
+def test_openai_agents(server, python):
+    """The text-to-speech part of a voice pipeline."""
+    data = python(
+        "agents.voice",
+        """
+        import asyncio, base64, json
+        from agents.voice import TTSModelSettings
+        from agents.voice.models.openai_tts import OpenAITTSModel
+        from openai import AsyncOpenAI
+
+        async def main():
+            client = AsyncOpenAI(base_url=URL, api_key="none")
+            settings = TTSModelSettings(voice="ash")
+            pieces = OpenAITTSModel("gpt-4o-mini-tts", client).run(TEXT, settings)
+            data = b"".join([piece async for piece in pieces])
+            print(json.dumps(base64.b64encode(data).decode()))
+
+        asyncio.run(main())
+        """,
+        TEXT=TEXT,
+        URL=f"{server.url}/v1",
+    )
+    check_speech(from_pcm(data))
+
+
+def test_deepinfra(server, python):
+    """Its client has no call of its own for speech, so it posts the documented request."""
+    found = python(
+        "deepinfra",
+        """
+        import json
+        from deepinfra.clients import DeepInfraClient, RequestSpec
+
+        body = {"text": TEXT, "preset_voice": "conversational_b", "response_format": "flac"}
+        client = DeepInfraClient("key", base_url=URL)
+        response = client.request(RequestSpec("POST", "/v1/inference/sesame/csm-1b", json=body))
+        print(json.dumps(response.json()))
+        """,
+        TEXT=TEXT,
+        URL=server.url,
+    )
+    head, data = found["audio"].split(",")
+    assert head == "data:audio/flac;base64"
+    assert found["inference_status"]["status"] == "succeeded"
+    check_speech(as_samples(base64.b64decode(data)))
 
 
 def test_open_webui_lists_our_voices(server, python):
