@@ -41,7 +41,7 @@ from csm_jax.serve.api.responses import (
     speak_whole,
 )
 from csm_jax.serve.api.schemas import Options, find_speaker, make_request
-from csm_jax.serve.api.spoken_turns import SpokenTurns
+from csm_jax.serve.api.spoken_turns import SpokenTurn, SpokenTurns
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
 from csm_jax.serve.speech_stream import SpeechStream
@@ -78,11 +78,13 @@ class Completion:
     """What all parts of a response have in common.
 
     Attributes:
-      text: that is spoken.
+      written: the text of the last message.
+      text: that is spoken, which a normalizer may have changed.
       audio_id: by which later requests refer to the speech.
     """
 
     model: str
+    written: str
     text: str
     caller: Caller
     audio_id: str = field(default_factory=SpokenTurns.new_id)
@@ -92,6 +94,11 @@ class Completion:
     def body(self, kind: str, choices: list[dict[str, Any]], **more: Any) -> dict[str, Any]:
         body = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
         return body | {"choices": choices} | more
+
+    def keep(self, spoken: SpokenTurns, speech: SpeechStream) -> SpokenTurn:
+        """Keeps the speech, so that later requests can refer to it."""
+        owner, codes = self.caller.owner, speech.codes()
+        return spoken.add(self.audio_id, owner, self.written, self.text, codes)
 
     def event(self, delta: dict[str, Any], reason: str | None = None) -> bytes:
         """A chunk of a streamed response."""
@@ -119,8 +126,8 @@ async def _complete(
         message = 'modalities has no "audio", but this model only speaks: add it'
         raise ApiError(400, message, param="modalities")
     with await service.admit(caller) as permit:
-        request, notices = await _read_request(service, spoken, caller, fields)
-        completion = Completion(service.settings.model_name, request.text, caller)
+        request, written, notices = await _read_request(service, spoken, caller, fields)
+        completion = Completion(service.settings.model_name, written, request.text, caller)
         audio_format = "pcm" if fields.audio.format == _PCM else fields.audio.format
         if fields.stream:
             has_usage = fields.stream_options.include_usage
@@ -135,7 +142,7 @@ async def _complete(
                 notices=notices,
             )
         file = await speak_whole(service, caller, request, audio_format, notices=notices)
-        kept = spoken.add(completion.audio_id, caller.owner, request.text, file.speech.codes())
+        kept = completion.keep(spoken, file.speech)
         write = functools.partial(_write, completion, file, kept.expires_at)
         content = await service.threads.work(caller, write)
         headers = {NOTICES: file.speech.notice_kinds}
@@ -144,8 +151,8 @@ async def _complete(
 
 async def _read_request(
     service: Service, spoken: SpokenTurns, caller: Caller, fields: Chat
-) -> tuple[Request, list[Notice]]:
-    """Makes the request to the engine, and notices of what it does not follow."""
+) -> tuple[Request, str, list[Notice]]:
+    """Makes the request to the engine. Also returns its text as it is written, and notices."""
     notices = check_model(service.settings, fields.model)
     voice, number = find_speaker(service, caller, name_of(fields.audio.voice), VOICES)
     speakers = Speakers(user=0 if number else 1, assistant=number)
@@ -156,7 +163,7 @@ async def _read_request(
     context = await read_context(service, caller, turns, "input_audio")
     request = make_request(service, script.text, number, fields, context.turns, voice)
     notices += [*dropped, *context.notices, *ignored(_not_followed(fields, script))]
-    return request, notices
+    return request, script.text, notices
 
 
 def _write(completion: Completion, file: SpokenFile, expires_at: int) -> str:
@@ -200,7 +207,7 @@ async def _events(
     async for piece in _in_threes(pieces):
         data = base64.b64encode(piece).decode()
         yield completion.event({"audio": {"id": audio_id, "data": data}})
-    kept = spoken.add(audio_id, completion.caller.owner, completion.text, speech.codes())
+    kept = completion.keep(spoken, speech)
     yield completion.event({"audio": {"id": audio_id, "expires_at": kept.expires_at}})
     yield completion.event({}, _reason(speech))
     if has_usage:

@@ -101,7 +101,7 @@ def read_script(
             turns.append(Segment(speaker, speech.text, codes=speech.codes))
             continue
         parts, text = _split_text(message)
-        was_spoken = next_speech is not None and next_speech.text == text
+        was_spoken = next_speech is not None and next_speech.written == text
         is_script = was_spoken or message is conversation[-1]
         turns += _as_turns(parts if is_script else message.content, speaker)
     _, text = _split_text(conversation[-1])

@@ -21,11 +21,14 @@ class SpokenTurn:
 
     Attributes:
       owner: the only one who can refer to it.
+      written: the text of the message.
+      text: that was spoken, which a normalizer may have changed.
       codes: int16 [num_frames, Q].
       expires_at: until when it is kept, in seconds of Unix time, unless room is needed.
     """
 
     owner: str
+    written: str
     text: str
     codes: np.ndarray
     expires_at: int
@@ -51,9 +54,12 @@ class SpokenTurns:
         """An id that cannot be guessed."""
         return f"audio_{secrets.token_hex(_ID_BYTES)}"
 
-    def add(self, turn_id: str, owner: str, text: str, codes: np.ndarray) -> SpokenTurn:
+    def add(
+        self, turn_id: str, owner: str, written: str, text: str, codes: np.ndarray
+    ) -> SpokenTurn:
         """Keeps a turn, and drops those that have expired or leave no room for it."""
-        turn = SpokenTurn(owner, text, codes.astype(np.int16), int(time.time() + KEPT_SECONDS))
+        expires_at = int(time.time() + KEPT_SECONDS)
+        turn = SpokenTurn(owner, written, text, codes.astype(np.int16), expires_at)
         self._turns[turn_id] = turn
         self._expire()
         self._make_room(

@@ -92,6 +92,23 @@ def test_a_dialogue_equals_that_of_the_library(server, client, turns, recording,
     np.testing.assert_allclose(samples(audio), np.clip(expected, -1, 1), atol=1e-4)
 
 
+def test_turns_of_a_server_with_a_normalizer_equal_those_of_the_library(model):
+    """The text of a message that was spoken is no turn of its own, though it was normalized."""
+    pytest.importorskip("num2words")
+    with serve(model, Settings(**SMALL, normalize=True)) as running:
+        body = {"audio": {"voice": "0"}, "seed": SEED}
+        fields = body | {"messages": [user("1 2 3")]}
+        message = running.post(PATH, json=fields).json()["choices"][0]["message"]
+        assert message["audio"]["transcript"] == TEXTS[0]
+        fields = body | {"messages": [user("1 2 3"), message, user("4 5")]}
+        second = running.post(PATH, json=fields).json()["choices"][0]["message"]["audio"]
+    conversation = Conversation(model, max_audio_length_ms=10_000)
+    for text in TEXTS:
+        expected = conversation.speak(text, 0, seed=SEED)
+    audio = as_samples(base64.b64decode(second["data"]))
+    np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-4)
+
+
 def test_the_response_has_the_fields_of_openai(client):
     completion = complete(client, [user(TEXTS[0])])
     [choice] = completion.choices
@@ -211,7 +228,7 @@ def test_speech_is_found_by_its_owner_only(model):
 class TestScript:
     """Messages as turns; `found` is the only earlier speech."""
 
-    FOUND = SpokenTurn("", "Hi.", np.zeros((2, 4), np.int16), 0)
+    FOUND = SpokenTurn("", "Hi.", "Hi.", np.zeros((2, 4), np.int16), 0)
 
     def read(self, *messages: dict):
         parsed = [Message.model_validate(message) for message in messages]
@@ -245,22 +262,22 @@ class TestSpokenTurns:
     def test_the_oldest_make_room_within_an_owner(self):
         turns = SpokenTurns(max_frames=1000, owner_frames=100)
         for number in range(5):
-            turns.add(f"a{number}", "a", "hello", np.zeros((40, 32), np.int32))
-            turns.add(f"b{number}", "b", "hello", np.zeros((1, 32), np.int32))
+            turns.add(f"a{number}", "a", "hello", "hello", np.zeros((40, 32), np.int32))
+            turns.add(f"b{number}", "b", "hello", "hello", np.zeros((1, 32), np.int32))
         assert [n for n in range(5) if turns.find(f"a{n}", "a")] == [3, 4]
         assert [n for n in range(5) if turns.find(f"b{n}", "b")] == [1, 2, 3, 4]
 
     def test_the_total_is_limited(self):
         turns = SpokenTurns(max_frames=100, owner_frames=80)
         for number in range(9):
-            turns.add(f"{number}", f"{number}", "hello", np.zeros((40, 32), np.int32))
+            turns.add(f"{number}", f"{number}", "hello", "hello", np.zeros((40, 32), np.int32))
         assert [n for n in range(9) if turns.find(f"{n}", f"{n}")] == [7, 8]
 
     def test_they_expire(self, monkeypatch):
         now = [1e9]
         monkeypatch.setattr(spoken_turns.time, "time", lambda: now[0])
         turns = SpokenTurns()
-        kept = turns.add("x", "", "hello", np.zeros((40, 32), np.int32))
+        kept = turns.add("x", "", "hello", "hello", np.zeros((40, 32), np.int32))
         now[0] = kept.expires_at - 1
         assert turns.find("x", "") is not None
         assert turns.find("x", "other") is None

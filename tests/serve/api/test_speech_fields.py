@@ -153,6 +153,19 @@ class TestModels:
         assert server.get("/v1/models/sesame/csm-1b").json()["id"] == "sesame/csm-1b"
 
 
+def test_sillytavern(server):
+    """The request of its provider "OpenAI Compatible", for which no key was entered.
+
+    From `src/endpoints/openai.js` of SillyTavern/SillyTavern at 00a72b5.
+    """
+    body = {"input": "one two three four", "response_format": "mp3", "voice": "ash"}
+    body |= {"speed": 1, "model": "tts-1"}
+    response = server.post(PATH, json=body, headers={"Authorization": "Bearer"})
+    assert response.headers["content-type"] == "audio/mpeg"
+    assert notices(response) == []
+    assert median_pitch(as_samples(response.content), 24_000) > 130
+
+
 class TestNotices:
     def test_fields_that_are_not_followed_are_reported(self, server):
         fields = {"format": "mp3", "emotion": "joy", "instructions": "whisper", "user": "me"}

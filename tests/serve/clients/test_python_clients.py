@@ -143,39 +143,55 @@ def test_deepinfra(server, python):
     check_speech(as_samples(base64.b64decode(data)))
 
 
-def test_open_webui_lists_our_voices(server, python):
-    """The functions of its router, without the rest of that package, which they do not use."""
-    models, voices = python(
+def test_open_webui(server, python):
+    """The application itself lists the voices and models, and speaks."""
+    found = python(
         "open_webui",
         """
-        import ast, asyncio, importlib.util, inspect, json, logging, os, types
-        import aiohttp
+        import base64, json, os, socket, subprocess, sys, tempfile, time
+        import httpx
 
-        directory = importlib.util.find_spec("open_webui").submodule_search_locations[0]
-        with open(os.path.join(directory, "routers", "audio.py"), encoding="utf-8") as file:
-            tree = ast.parse(file.read())
-        names = ("get_available_models", "get_available_voices")
-        tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
-        for node in tree.body:
-            node.decorator_list, node.returns = [], None
-            for argument in node.args.args:
-                argument.annotation = None
-        config = types.SimpleNamespace(TTS_ENGINE="openai", TTS_OPENAI_API_BASE_URL=URL)
-        app = types.SimpleNamespace(state=types.SimpleNamespace(config=config))
-        scope = {"aiohttp": aiohttp, "log": logging.getLogger(), "AIOHTTP_CLIENT_SESSION_SSL": None}
-        scope |= {"AIOHTTP_CLIENT_TIMEOUT_MODEL_LIST": 10}
-        exec(compile(tree, "audio.py", "exec"), scope)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        api = f"http://127.0.0.1:{port}/api/v1"
+        settings = {"AUDIO_TTS_ENGINE": "openai", "AUDIO_TTS_OPENAI_API_BASE_URL": URL}
+        settings |= {"AUDIO_TTS_OPENAI_API_KEY": "none", "USE_SLIM_DOCKER": "true"}
+        settings |= {"ENABLE_OLLAMA_API": "false", "OPENAI_API_BASE_URL": URL}
+        settings |= {"OFFLINE_MODE": "true", "WEBUI_AUTH": "false", "WEBUI_SECRET_KEY": "x"}
+        program = os.path.join(os.path.dirname(sys.executable), "open-webui")
+        data = tempfile.TemporaryDirectory()
+        server = subprocess.Popen(
+            [program, "serve", "--host=127.0.0.1", f"--port={port}"],
+            env=os.environ | settings | {"DATA_DIR": data.name},
+            stdout=sys.stderr,
+        )
 
-        async def ask(name):
-            response = scope[name](types.SimpleNamespace(app=app))
-            return await response if inspect.isawaitable(response) else response
+        def sign_in():
+            for _ in range(150):
+                try:
+                    account = {"email": "", "password": ""}
+                    return httpx.post(f"{api}/auths/signin", json=account).json()["token"]
+                except httpx.ConnectError:
+                    time.sleep(1)
+            raise SystemExit("the application does not start")
 
-        print(json.dumps([asyncio.run(ask(name)) for name in names]))
+        try:
+            client = httpx.Client(headers={"Authorization": f"Bearer {sign_in()}"}, timeout=60)
+            voices, models = (client.get(f"{api}/audio/{x}").json() for x in ("voices", "models"))
+            speech = client.post(f"{api}/audio/speech", json={"input": TEXT, "voice": "slt"})
+            audio = base64.b64encode(speech.content).decode()
+            print(json.dumps({"audio": audio} | voices | models))
+        finally:
+            server.terminate()
+            server.wait()
+            data.cleanup()
         """,
+        TEXT=TEXT,
         URL=f"{server.url}/v1",
     )
-    assert [model["id"] for model in models] == ["csm-1b"]
-    assert voices == {"rms": "rms", "slt": "slt"}
+    assert found["models"] == [{"id": "csm-1b", "name": "csm-1b"}]
+    assert found["voices"] == [{"id": name, "name": name} for name in ("rms", "slt")]
+    check_speech(as_samples(base64.b64decode(found["audio"])))
 
 
 def test_home_assistant(server, python):
@@ -231,14 +247,6 @@ def test_home_assistant(server, python):
         URL=f"{server.url}/v1",
     )
     check_speech(from_pcm(data), rate)
-
-
-def test_sillytavern(server):
-    """The body that its server sends for the settings of its provider "OpenAI Compatible"."""
-    body = {"model": "tts-1", "input": TEXT, "voice": "ash", "response_format": "mp3", "speed": 1}
-    response = server.post("/v1/audio/speech", json=body)
-    assert response.headers["content-type"] == "audio/mpeg"
-    check_speech(as_samples(response.content))
 
 
 def test_a_file_of_openai_client_opens_in_the_standard_library(server, python):
