@@ -71,9 +71,12 @@ def _define(
 def define_list_flags(values: flags.FlagValues, cls: type, names: Collection[str]) -> None:
     """Defines a flag for each of these fields that takes several values, for `read_list_flags`."""
     descriptions = field_descriptions(cls)
-    for name in names:
-        text = f"{descriptions.get(name, '')}; several values with commas between them"
-        flags.DEFINE_list(name, None, text, flag_values=values)
+    for field in dataclasses.fields(cls):
+        if field.name in names:
+            text = f"{descriptions.get(field.name, '')}; several values with commas between them"
+            if field.default is not None:
+                text += f"; usually {field.default}"
+            flags.DEFINE_list(field.name, None, text, flag_values=values)
 
 
 def read_list_flags(

@@ -79,7 +79,7 @@ def main(values: flags.FlagValues) -> None:
         failed = _speak(values, configurations, directories)
     for judge in loaded:
         for directory in directories:
-            _judge(directory, judge)
+            _judge(directory, judge, directories)
     if REPORT in values.phases:
         _report(values, out, configurations, directories)
     if failed:
@@ -146,10 +146,10 @@ def _settings(
     return {**shared, "prompts": checksum, **configuration.options}
 
 
-def _judge(directory: TakeDirectory, judge: Judge) -> None:
+def _judge(directory: TakeDirectory, judge: Judge, siblings: Sequence[TakeDirectory]) -> None:
     takes = directory.read()
     with lines_bar(len(takes)) as (_, progress):
-        judge_takes(directory, takes, judge, progress)
+        judge_takes(directory, takes, judge, siblings, progress)
 
 
 def _report(

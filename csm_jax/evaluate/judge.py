@@ -85,11 +85,14 @@ def judge_takes(
     directory: TakeDirectory,
     takes: Sequence[Take],
     judge: Judge,
+    siblings: Sequence[TakeDirectory] = (),
     progress: Callable[[int], object] = lambda num_takes: None,
 ) -> None:
     """Measures the takes that the judge has not measured yet.
 
     Args:
+      siblings: configurations with the same prompts. Of takes that are the same there, such as
+        those that no guard has changed, the figures are copied.
       progress: called with the number of takes that are finished; first of those that were.
 
     Raises:
@@ -99,20 +102,30 @@ def judge_takes(
     """
     path = figures_file(directory, judge.kind)
     with reporting(f"{path} could not be written"), locked(directory.path / judge.kind):
-        kept = [line for line in read_lines(path) if line.get("judge") == judge.name]
-        write_lines(path, kept)
-        known = {(line["id"], line["crc32"]) for line in kept}
-        left = [take for take in takes if (take.id, take.crc32) not in known]
+        known = _figures_by(judge, directory)
+        write_lines(path, known.values())
+        elsewhere = {k: line for each in siblings for k, line in _figures_by(judge, each).items()}
+        left = [take for take in takes if take.key not in known]
         progress(len(takes) - len(left))
         for take in left:
-            audio = load_recording(directory, take)
-            head = {"id": take.id, "judge": judge.name, "crc32": take.crc32}
-            add_line(path, head | judge.measure(take, audio))
+            add_line(path, elsewhere.get(take.key) or _measure(directory, take, judge))
             progress(1)
 
 
+def _figures_by(judge: Judge, directory: TakeDirectory) -> dict[tuple[str, int], dict[str, Any]]:
+    """The figures of this very judge, as `read_figures` returns them."""
+    figures = read_figures(directory, judge.kind)
+    return {key: line for key, line in figures.items() if line["judge"] == judge.name}
+
+
+def _measure(directory: TakeDirectory, take: Take, judge: Judge) -> dict[str, Any]:
+    audio = load_recording(directory, take)
+    head = {"id": take.id, "judge": judge.name, "crc32": take.crc32}
+    return head | judge.measure(take, audio)
+
+
 def read_figures(directory: TakeDirectory, kind: str) -> dict[tuple[str, int], dict[str, Any]]:
-    """The figures of a kind of judge so far, by the id of the take and the CRC-32 of its file."""
+    """The figures of a kind of judge so far, by `Take.key`."""
     lines = read_lines(figures_file(directory, kind))
     return {(line["id"], line["crc32"]): line for line in lines}
 

@@ -120,15 +120,11 @@ def read_results(name: str, directory: TakeDirectory) -> Results:
         raise InputError(f"{directory.path} has no takes: speak them first")
     judged = [read_figures(directory, kind) for kind in (WORDS, SIMILARITY, QUALITY)]
     rows = [
-        _row(take, {k: v for figures in judged for k, v in figures.get(_key(take), {}).items()})
+        _row(take, {k: v for figures in judged for k, v in figures.get(take.key, {}).items()})
         for take in takes
     ]
     columns = {each: np.array([row[each] for row in rows], np.float64) for each in rows[0]}
     return Results(name, takes, columns)
-
-
-def _key(take: Take) -> tuple[str, int]:
-    return take.id, take.crc32
 
 
 def _row(take: Take, figures: dict[str, Any]) -> dict[str, float | None]:

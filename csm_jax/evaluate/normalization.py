@@ -1,11 +1,14 @@
 """Texts and transcripts as words that can be compared."""
 
+import re
 from collections.abc import Callable
 
 from csm_jax.errors import CSMError, InputError
 
 # Languages that are written without spaces: their words are characters, as in seed-tts-eval.
 _WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")
+
+_WORD = re.compile(r"\d|[^\W\d_]+(?:'[^\W\d_]+)*|[$£€¥¢%]")
 
 Normalize = Callable[[str], list[str]]
 
@@ -41,8 +44,7 @@ def load_normalizer(language: str) -> Normalize:
 
 
 def _split_numbers(text: str) -> list[str]:
-    words = []
-    for word in text.split():
-        # The English normalizer converts all number words but this one.
-        words += list(word) if word.isdecimal() else ["1" if word == "one" else word]
-    return words
+    """Words, digits and the signs of money and percentages; "7.997" are four digits."""
+    words = _WORD.findall(text)
+    # The English normalizer converts all number words but this one.
+    return ["1" if word == "one" else word for word in words]

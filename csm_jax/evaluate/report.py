@@ -135,7 +135,7 @@ def _worst(results: Results, directory: TakeDirectory) -> str:
     for index in order[:_MAX_WORST]:
         take = results.takes[index]
         if rates[index] > 0:
-            line = figures[take.id, take.crc32]
+            line = figures[take.key]
             rows.append([take.id, f"{rates[index]:.2f}", line["reference"], line["heard"]])
     if not rows:
         return ""

@@ -53,6 +53,11 @@ class Take:
     chunks_in_time: int
     crc32: int
 
+    @property
+    def key(self) -> tuple[str, int]:
+        """What figures belong to: the line and the recording."""
+        return self.id, self.crc32
+
 
 class TakeDirectory:
     """The directory of a configuration: `settings.json`, `takes.jsonl` and `audio/`."""

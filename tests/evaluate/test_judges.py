@@ -1,13 +1,23 @@
 """What judges say of a take."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import soundfile
 
 from csm_jax import CSMError, InputError
 from csm_jax.evaluate import judges
-from csm_jax.evaluate.judge import quality_judge, similarity_judge, word_judge
-from csm_jax.evaluate.takes import Take
+from csm_jax.evaluate.judge import (
+    QUALITY,
+    judge_takes,
+    quality_judge,
+    read_figures,
+    similarity_judge,
+    word_judge,
+)
+from csm_jax.evaluate.takes import Take, TakeDirectory
 
 TONE = np.full(24_000, 0.5, np.float32)
 NOTHING = np.zeros(0, np.float32)
@@ -46,6 +56,30 @@ def test_similarity_is_the_cosine_to_the_prompt(tmp_path):
     assert judge.measure(take(), TONE) == {"similarity": None}
     vectors[24_000] = np.zeros(2)
     assert judge.measure(take(str(tmp_path / "prompt.wav")), TONE) == {"similarity": None}
+
+
+def spoken(path: Path, *takes: Take) -> TakeDirectory:
+    directory = TakeDirectory(path)
+    with directory.writing({}):
+        for each in takes:
+            soundfile.write(directory.recording(each.id), TONE, 24_000)
+            directory.add(each)
+    return directory
+
+
+def test_a_take_that_another_configuration_has_too_is_measured_once(tmp_path):
+    """A configuration's take is the same if its recording is."""
+    first = spoken(tmp_path / "first", take(), replace(take(), id="b"))
+    second = spoken(tmp_path / "second", take(), replace(take(), id="b", crc32=1))
+    measured = []
+    judge = quality_judge("test", lambda *_: float(len(measured.append(1) or measured)))
+    for directory in (first, second):
+        judge_takes(directory, directory.read(), judge, [first, second])
+    assert [line["quality"] for line in read_figures(first, QUALITY).values()] == [1, 2]
+    assert [line["quality"] for line in read_figures(second, QUALITY).values()] == [1, 3]
+    other = replace(judge, name="other")
+    judge_takes(second, second.read(), other, [first, second])
+    assert [line["quality"] for line in read_figures(second, QUALITY).values()] == [4, 5]
 
 
 def test_none_is_no_judge():
