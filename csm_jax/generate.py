@@ -157,7 +157,8 @@ def _read_defaults(values: flags.FlagValues) -> Request:
     """The values of the flags for every turn or line; without --text, a placeholder is the text."""
     given = dataclass_flags.read_flags(values, Request, REQUEST_FLAGS)
     given["text"] = given["text"] or "?"
-    return Request(**given, sampling=Sampling(**dataclass_flags.read_flags(values, Sampling)))
+    sampling = Sampling(**dataclass_flags.read_flags(values, Sampling))
+    return Request(**given, sampling=sampling, pauses=values.normalize)
 
 
 def _warn(notice: Notice) -> None:
@@ -172,6 +173,7 @@ def _conversation(model: Generator | Engine, job: _Job) -> Conversation:
         sampling=defaults.sampling,
         max_audio_length_ms=defaults.max_audio_length_ms,
         guard=defaults.guard,
+        pauses=defaults.pauses,
     )
 
 

@@ -123,7 +123,9 @@ def read_manifest(
 def _normalized(line: Line) -> Line:
     try:
         text = normalize_text(line.request.text)
-        return dataclasses.replace(line, request=dataclasses.replace(line.request, text=text))
+        return dataclasses.replace(
+            line, request=dataclasses.replace(line.request, text=text, pauses=True)
+        )
     except InputError as error:
         raise InputError(f"{line.where}: {error}") from error
 

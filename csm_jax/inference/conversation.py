@@ -45,6 +45,7 @@ class Conversation:
         sampling: Sampling | None = DEFAULT_SAMPLING,
         max_audio_length_ms: float | None = None,
         guard: str | bool | None = "on",
+        pauses: bool = False,
     ):
         """Begins a conversation.
 
@@ -59,6 +60,7 @@ class Conversation:
         self.sampling = sampling or DEFAULT_SAMPLING
         self.max_audio_length_ms = max_audio_length_ms
         self.guard = "on" if guard is None else guard
+        self.pauses = pauses
 
     @property
     def next_seed(self) -> int:
@@ -95,6 +97,7 @@ class Conversation:
             self.max_audio_length_ms,
             self.next_seed if seed is None else seed,
             self.guard,
+            pauses=self.pauses,
         )
 
     def speak(
@@ -127,7 +130,7 @@ class Conversation:
         else:
             codes = self._model.generate_codes(request, progress=progress, notify=notify)
             audio = self._model.decode(codes)
-        self.add_spoken(text, speaker, codes)
+        self.add_spoken(request.spoken_text, speaker, codes)
         return audio
 
     def stream(
@@ -162,10 +165,10 @@ class Conversation:
         except GeneratorExit:
             ticket.cancel()
             yielded = ticket.codes_so_far()[: num_samples // engine.model.codec.frame_size]
-            self.add_spoken(request.text, request.speaker, yielded)
+            self.add_spoken(request.spoken_text, request.speaker, yielded)
             raise
         _report(ticket, notify)
-        self.add_spoken(request.text, request.speaker, ticket.codes())
+        self.add_spoken(request.spoken_text, request.speaker, ticket.codes())
 
 
 def _report(ticket: Ticket, notify: Notify | None) -> None:

@@ -154,7 +154,8 @@ class Engine:
 
         Args:
           text: what to speak, or a `Request`.
-          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns: as in
+          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns,
+            pauses: as in
             `Request`; beside one, they replace its own.
           stream: whether there are chunks while it is generated; otherwise the thread that asks
             for the result decodes it, and no other request waits for that.

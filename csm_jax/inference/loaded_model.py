@@ -90,6 +90,12 @@ class LoadedModel:
         return self.codec.decode(self.codec.clamp(codes))
 
     @functools.cached_property
+    def silent_frame(self) -> np.ndarray:
+        """The codes of digital silence, int32 [Q], once the codec has settled."""
+        silence = np.zeros(SILENCE_FRAMES * self.codec.frame_size, np.float32)
+        return self.encode(silence)[-1]
+
+    @functools.cached_property
     def silent_codes(self) -> frozenset[int]:
         """The codebook-0 codes of silence, found by encoding it: digital, and with faint noise."""
         noise = np.random.default_rng(0).standard_normal(SILENCE_FRAMES * self.codec.frame_size)

@@ -9,6 +9,7 @@ from typing import Any
 from csm_jax.arguments import fill_defaults, real_number, whole_number
 from csm_jax.errors import InputError
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.turns import Segment, check_text
 
 GUARD = ("on", "off")
@@ -39,6 +40,8 @@ class Request:
         False leaves it alone, as greedy sampling always does.
       shared_turns: how many of the first turns of the context are the same in other requests, such
         as the sample of a voice: an `Engine` prefills them once.
+      pauses: whether `[pause:0.5s]` and the other marks of `prompt/pauses.py` are silences of that
+        length, which the model hears before it speaks on. Without it they are text like any other.
     """
 
     text: str
@@ -49,10 +52,12 @@ class Request:
     seed: int = 0
     guard: str | bool = "on"
     shared_turns: int = 0
+    pauses: bool = False
 
     def __post_init__(self):
         fill_defaults(self)
         check_text(self.text)
+        check_text(self.spoken_text)
         for name in ("speaker", "seed", "shared_turns"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.max_audio_length_ms is not None:
@@ -61,6 +66,8 @@ class Request:
         object.__setattr__(self, "context", _turns(self.context))
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling is of type {type(self.sampling).__name__}, not Sampling")
+        if not isinstance(self.pauses, bool):
+            raise InputError(f"pauses is {self.pauses!r}, but must be True or False")
         if isinstance(self.guard, bool):
             object.__setattr__(self, "guard", "on" if self.guard else "off")
         if self.guard not in GUARD:
@@ -69,6 +76,16 @@ class Request:
             raise InputError(
                 f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
             )
+
+    @property
+    def spoken_text(self) -> str:
+        """The transcript of the speech: the text without the marks of pauses that it has."""
+        return split_pauses(self.text).text if self.pauses else self.text
+
+    @property
+    def pause_seconds(self) -> float:
+        """The length of all pauses that the text asks for."""
+        return split_pauses(self.text).seconds if self.pauses else 0.0
 
 
 def _turns(context: Any) -> Sequence[Segment]:

@@ -21,6 +21,7 @@ from csm_jax.inference.request import (
     Request,
     log_notice,
 )
+from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.splitting import needed_seconds, split_text
 from csm_jax.prompt.turns import Segment, Turn, check_turn, join_rows, text_rows
 
@@ -70,8 +71,8 @@ class RequestState:
         self._notify = notify
         limit = model.config.backbone.max_seq_len
         self._window = min(max_seq_len or limit, limit)
-        self._parts = split_text(request.text, model.inference.max_part_characters)
-        self._max_total_frames = self._total_frames()
+        lead, self._parts, self._pauses = self._split()
+        self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         self._turns = self._newest_turns(request.context)
         # Older turns of the context, which have been left out.
         self._num_omitted = len(request.context) - len(self._turns)
@@ -79,8 +80,9 @@ class RequestState:
         # Positions of the shared turns; 0 once the first of them has to be left out.
         self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
-        self._total = 0
-        self._was_cut = False
+        # Silence before the first part, and all frames so far.
+        self._total = self._lead = min(lead, self._max_total_frames - 1)
+        self._has_spoken = self._was_cut = False
         # Here, so that a request that does not fit is refused before anything runs.
         self._start_part()
         self._is_new = True
@@ -94,10 +96,14 @@ class RequestState:
         """The next utterance to generate; None after the last part or at the limit of frames."""
         if self._is_new:
             self._is_new = False
+            self._before = self._unreleased = self._silence(self._lead)
+            if any(self._pauses):
+                _ = self._model.silent_frame  # here, where the codec may run
             return self._utterance()
         self._turns.append(self._generated_turn())
         left = len(self._parts) - self._part - 1
         if not left or self._total >= self._max_total_frames:
+            self._was_cut |= left > 0
             self._report_end(left)
             return None
         self._start_part()
@@ -106,8 +112,16 @@ class RequestState:
     def accept(self, codes: np.ndarray) -> Step:
         """Takes the next frames of the utterance, int32 [n, Q], with its end of speech if any.
 
-        What comes after the end of speech or after `max_frames` is ignored.
+        What comes after the end of speech or after `max_frames` is ignored. Pauses of the text are
+        released with the first and the last frames.
         """
+        step = self._accept(codes)
+        before, self._unreleased = self._unreleased, self._silence(0)
+        if step.is_over:
+            self._after = self._pause(self._pauses[self._part])
+        return step._replace(released=np.concatenate([before, step.released, self._after]))
+
+    def _accept(self, codes: np.ndarray) -> Step:
         ends = np.flatnonzero((codes == 0).all(axis=-1))
         has_ended = len(ends) > 0
         frames = (codes[: ends[0]] if has_ended else codes)[: self._left]
@@ -139,6 +153,20 @@ class RequestState:
     def _keep(self, frames: np.ndarray) -> None:
         self._codes = np.concatenate([self._codes, frames])
         self._total += len(frames)
+        self._has_spoken |= len(frames) > 0
+
+    def _pause(self, num_frames: int) -> np.ndarray:
+        """Silence after a part, as far as the limit of all frames allows it."""
+        num_fit = min(num_frames, self._max_total_frames - self._total)
+        self._was_cut |= num_fit < num_frames
+        self._total += num_fit
+        return self._silence(num_fit)
+
+    def _silence(self, num_frames: int) -> np.ndarray:
+        """int32 [num_frames, Q]."""
+        if not num_frames:
+            return np.zeros((0, self._config.num_codebooks), np.int32)
+        return np.tile(self._model.silent_frame, (num_frames, 1))
 
     def _resample(self, verdict: Verdict) -> Rewind:
         self._num_resampled += 1
@@ -149,7 +177,8 @@ class RequestState:
     def _start_part(self) -> None:
         self._part += 1
         self._num_resampled = 0
-        self._codes = np.zeros((0, self._config.num_codebooks), np.int32)
+        # What the model generates, and the silence that is released with it.
+        self._codes = self._before = self._after = self._unreleased = self._silence(0)
         request, text = self._request, self._parts[self._part]
         self._rows = text_rows(text, request.speaker, self._config, self._model.tokenizer)
         needed = int(1000 * self._needed_seconds(text) / self._config.frame_ms)
@@ -216,7 +245,8 @@ class RequestState:
         return free
 
     def _generated_turn(self) -> Turn:
-        turn = Segment(self._request.speaker, self._parts[self._part], codes=self._codes)
+        codes = np.concatenate([self._before, self._codes, self._after])
+        turn = Segment(self._request.speaker, self._parts[self._part], codes=codes)
         return Turn(turn, self._config, self._model.tokenizer)
 
     def _report_silence(self) -> None:
@@ -244,7 +274,7 @@ class RequestState:
             self._was_cut = True  # reported at the end, with what is missing
 
     def _report_end(self, num_missing: int) -> None:
-        if not self._total:
+        if not self._has_spoken:
             message = f"the model generated no speech for {self._request.text!r}: try another seed"
             self._notify(Notice("nothing_said", message))
         if self._was_cut:
@@ -254,11 +284,28 @@ class RequestState:
             message = f"the speech was cut at {second:g} s and {lack}: raise max_audio_length_ms"
             self._notify(Notice("cut", message))
 
-    def _total_frames(self) -> int:
-        """The most frames of all parts together."""
+    def _split(self) -> tuple[int, list[str], list[int]]:
+        """Frames of silence before the text, its parts, and the frames of silence after each."""
+        most = self._model.inference.max_part_characters
+        if not self._request.pauses:
+            parts = split_text(self._request.text, most)
+            return 0, parts, [0] * len(parts)
+        before, pieces = split_pauses(self._request.text)
+        parts, pauses = [], []
+        for piece in pieces:
+            parts += split_text(piece.text, most)
+            pauses += [0] * (len(parts) - len(pauses) - 1) + [self._num_frames(piece.pause)]
+        return self._num_frames(before), parts, pauses
+
+    def _num_frames(self, seconds: float) -> int:
+        return round(1000 * seconds / self._config.frame_ms)
+
+    def _total_frames(self, num_silent: int) -> int:
+        """The most frames of all parts together, of which so many are pauses."""
         milliseconds = self._request.max_audio_length_ms
         if milliseconds is None:
             needed = 1000 * sum(map(self._needed_seconds, self._parts))
+            needed += num_silent * self._config.frame_ms
             milliseconds = max(DEFAULT_MAX_AUDIO_LENGTH_MS, needed)
         frames = milliseconds / self._config.frame_ms
         if not 1 <= frames < math.inf:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable
 
 from csm_jax.errors import InputError
+from csm_jax.prompt.pauses import MARK
 
 _EMOJI = re.compile(
     "[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u200d\u20e3\U000e0020-\U000e007f]+"
@@ -72,11 +73,20 @@ def normalize_text(text: str) -> str:
     """A text as it is read aloud in English.
 
     Markdown is taken off, and emoji; of a link its words stay, of a URL its host ("example dot
-    com"). Numbers, dates, times, amounts of money and units become words.
+    com"). Numbers, dates, times, amounts of money and units become words. Marks of pauses
+    (`pauses.py`) stay.
 
     Raises:
       InputError: num2words is missing.
     """
+    pieces, start = [], 0
+    for mark in MARK.finditer(text):
+        pieces += [_normalize(text[start : mark.start()]), mark[0]]
+        start = mark.end()
+    return " ".join(filter(None, [*pieces, _normalize(text[start:])]))
+
+
+def _normalize(text: str) -> str:
     text = _EMOJI.sub(" ", text)
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)

@@ -178,6 +178,11 @@ class SpeechStream:
     def _seconds(self, chunk: np.ndarray) -> float:
         return len(chunk) / self._service.model.sample_rate
 
+    @property
+    def text(self) -> str:
+        """The transcript of the speech."""
+        return self._ticket.request.spoken_text
+
     def codes(self) -> np.ndarray:
         """The codes of the whole speech, int32 [num_frames, Q], after its end."""
         return self._ticket.codes()
@@ -189,7 +194,7 @@ class SpeechStream:
     @property
     def num_tokens(self) -> int:
         """The number of tokens of the text."""
-        return len(self._service.model.tokenizer.encode(self._ticket.request.text))
+        return len(self._service.model.tokenizer.encode(self.text))
 
     @property
     def num_frames(self) -> int:

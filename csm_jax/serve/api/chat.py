@@ -127,7 +127,7 @@ async def _complete(
         raise ApiError(400, message, param="modalities")
     with await service.admit(caller) as permit:
         request, written, notices = await _read_request(service, spoken, caller, fields)
-        completion = Completion(service.settings.model_name, written, request.text, caller)
+        completion = Completion(service.settings.model_name, written, request.spoken_text, caller)
         audio_format = "pcm" if fields.audio.format == _PCM else fields.audio.format
         if fields.stream:
             has_usage = fields.stream_options.include_usage

@@ -368,7 +368,7 @@ class RealtimeSession:
                 await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
         sent_codes = speech.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        await self._remember(Segment(utterance.settings.speaker, utterance.text, codes=sent_codes))
+        await self._remember(Segment(utterance.settings.speaker, speech.text, codes=sent_codes))
         await self._send_event(
             "done",
             id=utterance.id,

@@ -58,7 +58,7 @@ async def speak_scene(
         finally:
             speech.cancel()
         _check_length(service, audio)
-        conversation.add_spoken(line.text, line.speaker, speech.codes())
+        conversation.add_spoken(request.spoken_text, line.speaker, speech.codes())
         progress(f"line {number} of {len(lines)} spoken")
     return np.concatenate([np.zeros(0, np.float32), *audio])
 

@@ -97,6 +97,7 @@ def make_request(
         options.max_audio_length_ms,
         random.getrandbits(32) if options.seed is None else options.seed,
         shared_turns=len(shared),
+        pauses=service.settings.normalize,
     )
 
 
