@@ -42,7 +42,7 @@ logger = logging.getLogger("csm_jax.serve")
 
 # Two frames of this are generated before the server is ready.
 _WARM_UP = Request("a", max_audio_length_ms=160, guard="off")
-_NO_TRANSCRIPT = Notice(
+NO_TRANSCRIPT = Notice(
     "no_transcript",
     "a recording of the context has no transcript: the speech can be less clear",
 )
@@ -296,7 +296,7 @@ class Service:
             self.rate_limits.check_speech(caller)
         started = time.perf_counter()
         if any(turn.text is None for turn in request.context):
-            notices = [*notices, _NO_TRANSCRIPT]
+            notices = [*notices, NO_TRANSCRIPT]
         request = await self.encode_context(self._limited(request), caller)
         submission = _Submission(self.engine)
         submit = functools.partial(

@@ -21,7 +21,7 @@ Every turn is context for those after it; of a cancelled one, the part that was 
 
 `text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order of arrival.
 The fields of a session are optional; `"voice": null` removes the voice. A `say` has the same
-fields, which hold for that turn only.
+fields, which hold for that turn only. A `turn` has a text, a recording, or both.
 """
 
 import asyncio
@@ -93,7 +93,7 @@ class Flush(Fields):
 class AddTurn(Fields):
     type: Literal["turn"]
     speaker: Speaker
-    text: Text
+    text: str | None = None
     audio: str | None = Field(None, description="base64")
 
 
@@ -274,8 +274,9 @@ class RealtimeSession:
         self._waiting.put_nowait(Utterance(self._last_id, text, settings or self._settings))
 
     async def _add_turn(self, turn: AddTurn) -> None:
-        check_text(turn.text)
-        check_length(self._service, turn.text)
+        if turn.text is not None or turn.audio is None:
+            check_text(turn.text or "")
+            check_length(self._service, turn.text or "")
         codes = None
         if turn.audio is not None:
             with await self._service.admit(self._caller):

@@ -8,18 +8,17 @@ from pydantic import BaseModel, Field
 
 from csm_jax.io.audio import SAMPLE_RATE, decode_audio, encode_audio
 from csm_jax.serve.admission.caller import Caller, caller_of
-from csm_jax.serve.api.fields import Fields
+from csm_jax.serve.api.fields import Fields, ignored
 from csm_jax.serve.api.parsing import describe, read_fields
-from csm_jax.serve.api.responses import cancel_on_disconnect
+from csm_jax.serve.api.responses import add_notices, cancel_on_disconnect
 from csm_jax.serve.api.schemas import (
     Recording,
     Speaker,
-    Text,
     check_length,
     read_recording,
 )
 from csm_jax.serve.errors import ApiError
-from csm_jax.serve.service import Service
+from csm_jax.serve.service import NO_TRANSCRIPT, Service
 from csm_jax.serve.voices.files import check_name
 from csm_jax.serve.voices.registry import Voice, Voices
 
@@ -40,7 +39,9 @@ class VoiceList(BaseModel):
 class NewVoice(Fields):
     name: str = Field(max_length=64)
     speaker: Speaker = 0
-    text: Text = Field(description="transcript of the recording")
+    text: str = Field(
+        "", description="transcript of the recording, without which the speech can be less clear"
+    )
     audio: Recording = Field(description="the recording: a file, or base64 in JSON")
 
 
@@ -59,11 +60,13 @@ def router(service: Service) -> APIRouter:
         return VoiceList(voices=entries)
 
     @routes.post("", status_code=201, openapi_extra=describe(NewVoice, forms=True))
-    async def add(http: HTTPRequest) -> VoiceEntry:
+    async def add(http: HTTPRequest, response: Response) -> VoiceEntry:
         fields = await read_fields(http, NewVoice, recordings=True, forms=True)
         check_name(fields.name)
         check_length(service, fields.text)
-        return _entry(await cancel_on_disconnect(http, _add(service, caller_of(http), fields)))
+        voice = await cancel_on_disconnect(http, _add(service, caller_of(http), fields))
+        add_notices(response, ignored(fields.unknown) + [NO_TRANSCRIPT] * (not voice.text))
+        return _entry(voice)
 
     @routes.get("/{name}", response_class=Response)
     async def download(http: HTTPRequest, name: str) -> Response:

@@ -159,7 +159,7 @@ class Voices:
         name = check_name(name)
         if name in self._shared and (owner, name) not in self._own:
             raise InputError(f"voice {name} is a preset, and stays: choose another name")
-        text = check_transcript(text, self._limits)
+        text = check_transcript(text, self._limits) if text.strip() else ""
         data = encode_audio(audio, SAMPLE_RATE, ".flac")
         voice = self._make(owner, name, speaker, text, data)
         # The lock keeps memory and store consistent when a name is added twice at once.

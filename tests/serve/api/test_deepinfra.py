@@ -80,9 +80,14 @@ def test_the_default_voice_of_the_server_is_the_preset(model):
     assert audio_of(default) == audio_of(named) != audio_of(none)
 
 
-def test_a_recording_without_a_transcript_gives_the_voice(server, recording):
+@pytest.mark.parametrize("kind", ["multipart", "json"])
+def test_a_recording_without_a_transcript_gives_the_voice(server, recording, kind):
     """With a notice."""
-    response = infer(server, speaker_audio=base64.b64encode(recording).decode())
+    if kind == "multipart":
+        files = {"speaker_audio": ("a.flac", recording)}
+        response = server.post(PATH, data=FIELDS | {"speaker_transcript": ""}, files=files)
+    else:
+        response = infer(server, speaker_audio=base64.b64encode(recording).decode())
     assert "no_transcript" in response.headers["x-notices"]
     assert median_pitch(as_samples(audio_of(response.json())), 24_000) < 130
 

@@ -83,15 +83,17 @@ def test_text_is_spoken_sentence_by_sentence(talk):
     assert talk.listen()[0]["text"] == "six"
 
 
-def test_earlier_turns_are_context(talk, recording, transcript):
+@pytest.mark.parametrize("has_text", [True, False])
+def test_earlier_turns_are_context(talk, recording, transcript, has_text):
     """A turn in another voice with the same speaker number sets the voice."""
     audio = base64.b64encode(recording).decode()
     talk.ask("session", seed=1)
-    added = talk.ask("turn", speaker=0, text=transcript, audio=audio)
+    added = talk.ask("turn", speaker=0, text=transcript if has_text else None, audio=audio)
     assert added == {"type": "turn", "turns": 1}
-    talk.send("text", text="one two three four")
-    talk.send("flush")
-    assert median_pitch(talk.listen()[1], 24_000) < 130
+    talk.send("say", text="one two three four")
+    _, speech, done = talk.listen()
+    assert median_pitch(speech, 24_000) < 130
+    assert done["notices"] == ("" if has_text else "no_transcript")
     assert talk.ask("turn", speaker=1, text="nine")["turns"] == 3
 
 

@@ -111,13 +111,27 @@ def test_unknown_voices_get_404(server, path):
 
 @pytest.mark.parametrize(
     ("fields", "message"),
-    [({"text": ""}, "text"), ({"text": "  "}, "transcript"), ({"speaker": "x"}, "speaker")],
+    [({"text": "a" * 200_000}, "characters"), ({"speaker": "x"}, "speaker")],
 )
 def test_errors_name_the_invalid_field(server, recording, transcript, fields, message):
     response = add(server, recording, transcript, **fields)
     assert response.status_code == 400
     assert message in response.json()["detail"]
     assert "mine" not in names(server)
+
+
+@pytest.mark.parametrize("fields", [{}, {"text": ""}, {"text": " \n"}])
+def test_a_voice_without_a_transcript_is_added_with_a_notice(server, recording, fields):
+    """It is the voice of the recording, a man's."""
+    data = {"name": "mine", **fields}
+    added = server.post(PATH, data=data, files={"audio": ("a.flac", recording)})
+    assert (added.status_code, added.headers["x-notices"]) == (201, "no_transcript")
+    assert added.json()["text"] == ""
+    body = {"input": "one two three four", "voice": "mine", "response_format": "wav", "seed": 1}
+    response = server.post("/v1/audio/speech", json=body)
+    assert response.headers["x-notices"] == "no_transcript"
+    assert median_pitch(as_samples(response.content), 24_000) < 130
+    assert httpx.delete(f"{server.url}{PATH}/mine").status_code == 204
 
 
 def test_added_voices_outlive_the_process(model, tmp_path, recording, transcript):
@@ -229,11 +243,10 @@ def test_adding_a_voice_does_not_change_the_meaning_of_api_names(model, noise):
     assert voices.find_api_voice("alloy", "anna", ["alloy"]).name == before
 
 
-@pytest.mark.parametrize("text", ["", " \n", "a" * 101])
-def test_a_transcript_has_the_limits_of_a_request(model, noise, text):
+def test_a_transcript_has_the_limits_of_a_request(model, noise):
     voices = make_voices(model, Limits(text_characters=100))
     with pytest.raises(InputError, match="transcript"):
-        voices.add("anna", "a", 0, text, noise)
+        voices.add("anna", "a", 0, "a" * 101, noise)
     assert voices.visible_to("anna") == []
 
 

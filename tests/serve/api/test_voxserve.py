@@ -60,10 +60,11 @@ def test_a_temperature_overrides_a_greedy_default():
     assert Options(temperature=0).sampling(Sampling(top_k=7)).greedy
 
 
+@pytest.mark.parametrize("has_text", [True, False])
 @pytest.mark.parametrize("kind", ["json", "form"])
-def test_context_audio_gives_the_voice(server, recording, transcript, kind):
+def test_context_audio_gives_the_voice(server, recording, transcript, kind, has_text):
     """Speaker 0 is slt by default, and rms after a turn of rms."""
-    fields = {"audio_text": transcript, "text": "one two three four"}
+    fields = {"text": "one two three four"} | ({"audio_text": transcript} if has_text else {})
     if kind == "json":
         response = generate(server, **fields, audio=base64.b64encode(recording).decode())
     else:
@@ -71,6 +72,7 @@ def test_context_audio_gives_the_voice(server, recording, transcript, kind):
             "/generate", data=FIELDS | fields, files={"audio": ("rms.flac", recording)}
         )
     plain = generate(server, text="one two three four")
+    assert ("no_transcript" in response.headers.get("x-notices", "")) != has_text
     assert median_pitch(as_samples(response.content), 24_000) < 130
     assert median_pitch(as_samples(plain.content), 24_000) > 130
 
