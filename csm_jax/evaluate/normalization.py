@@ -8,6 +8,7 @@ from csm_jax.errors import CSMError, InputError
 # Languages that are written without spaces: their words are characters, as in seed-tts-eval.
 _WITHOUT_SPACES = ("zh", "ja", "th", "lo", "my", "yue")
 
+_LEADING_ZERO = re.compile(r"(?<![\d.,])0\d+")
 _WORD = re.compile(r"\d|[^\W\d_]+(?:'[^\W\d_]+)*|[$£€¥¢%]")
 
 Normalize = Callable[[str], list[str]]
@@ -38,12 +39,17 @@ def load_normalizer(language: str) -> Normalize:
         raise CSMError(f"{error.name} is missing: pip install 'csm-jax[evaluate]'") from error
     if language == "en":
         english = EnglishTextNormalizer({})
-        return lambda text: _split_numbers(english(text))
+        return lambda text: _find_words(english(_keep_zeros(text)))
     basic = BasicTextNormalizer(split_letters=language in _WITHOUT_SPACES)
-    return lambda text: _split_numbers(basic(text))
+    return lambda text: _find_words(basic(text))
 
 
-def _split_numbers(text: str) -> list[str]:
+def _keep_zeros(text: str) -> str:
+    """A text with spaces in numbers like 0117, of which the English normalizer makes 117."""
+    return _LEADING_ZERO.sub(lambda found: " ".join(found[0]), text)
+
+
+def _find_words(text: str) -> list[str]:
     """Words, digits and the signs of money and percentages; "7.997" are four digits."""
     words = _WORD.findall(text)
     # The English normalizer converts all number words but this one.
