@@ -4,6 +4,7 @@ Off unless it is asked for, because the reference speaks texts as they are. The 
 num2words'; what this module knows itself is where in a text numbers, dates, amounts and units are.
 """
 
+import functools
 import re
 from collections.abc import Callable
 
@@ -13,15 +14,20 @@ from csm_jax.prompt.pauses import MARK
 _EMOJI = re.compile(
     "[\U0001f000-\U0001faff\u2600-\u27bf\u2b00-\u2bff\ufe0f\u200d\u20e3\U000e0020-\U000e007f]+"
 )
-# What stays of markdown, in the order in which it is taken off.
-_MARKUP = [
+# The target of a link, which may have parentheses, and its title.
+_TARGET = r"\((?:[^()\s]|\([^()\s]*+\))*+(?:\s+\"[^\"\n]{0,200}\")?\)"
+# What stays of markdown, in the order in which it is taken off. Strangers' texts come here, so no
+# pattern may search to the end of a text from each of its characters: runs are possessive, or end
+# at what can begin the next match, and spaces have become single ones before.
+_MARKUP: list[tuple[re.Pattern, str | Callable[[re.Match], str]]] = [
     (re.compile(r"^[ \t]*(?:```|~~~).*$", re.MULTILINE), ""),
     (re.compile(r"^[ \t]*(?:[-*_][ \t]*){3,}$", re.MULTILINE), ""),
     (re.compile(r"^[ \t]*\|?(?:[ \t]*:?-+:?[ \t]*\|)+[ \t:-]*$", re.MULTILINE), ""),
-    (re.compile(r"!?\[([^\]\n]*)\]\([^)\s]*(?:\s+\"[^\"]*\")?\)"), r"\1"),
-    (re.compile(r"<(https?://[^>\s]+)>"), r"\1"),
+    (re.compile(rf"!\[([^\[\]\n]*)\]{_TARGET}"), r"\1"),
+    (re.compile(rf"\[([^\[\]\n]*)\]{_TARGET}"), r"\1"),
+    (re.compile(r"<(https?://[^<>\s]+)>"), r"\1"),
     (re.compile(r"^[ \t]*(?:>[ \t]*)+", re.MULTILINE), ""),
-    (re.compile(r"^[ \t]*#{1,6}[ \t]+(.*?)[ \t]*#*[ \t]*$", re.MULTILINE), r"\1"),
+    (re.compile(r"^[ \t]*#{1,6}[ \t]+(.*)$", re.MULTILINE), lambda found: _heading(found[1])),
     (re.compile(r"^[ \t]*[-*+\u2022][ \t]+(?:\[[ xX]\][ \t]+)?", re.MULTILINE), ""),
     (re.compile(r"`+([^`\n]*)`+"), r"\1"),
     (re.compile(r"(\*{1,3}|~~)(?=\S)([^*~\n]+?)(?<=\S)\1"), r"\2"),
@@ -30,7 +36,7 @@ _MARKUP = [
     (re.compile(r"[ \t]+\|[ \t]+"), ", "),
 ]
 _URL = re.compile(r"\b(?:https?://|www\.)[^\s<>\"')\]]+[^\s<>\"')\].,;:!?]", re.IGNORECASE)
-_EMAIL = re.compile(r"\b[\w.+-]+@[\w-]+(?:\.[\w-]+)+\b")
+_EMAIL = re.compile(r"(?<![\w.+-])[\w.+-]++@[\w-]+(?:\.[\w-]+)+\b")
 _NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?"
 _CURRENCIES = {
     "$": ("dollar", "dollars", "cent", "cents"),
@@ -87,7 +93,7 @@ def normalize_text(text: str) -> str:
 
 
 def _normalize(text: str) -> str:
-    text = _EMOJI.sub(" ", text)
+    text = re.sub(r"[^\S\n]+", " ", _EMOJI.sub(" ", text))
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     text = _URL.sub(_speak_url, text)
@@ -99,6 +105,14 @@ def _normalize(text: str) -> str:
     return re.sub(r"\s*\n\s*", "\n", text).strip()
 
 
+def _heading(line: str) -> str:
+    """A heading without the signs that may close it: "C#" is none of them."""
+    line = line.rstrip()
+    opened = line.rstrip("#")
+    return opened.rstrip() if opened[-1:] in ("", " ") else line
+
+
+@functools.lru_cache(4096)
 def _words(number: str | int, to: str = "cardinal") -> str:
     try:
         from num2words import num2words
@@ -108,7 +122,7 @@ def _words(number: str | int, to: str = "cardinal") -> str:
         ) from error
     text = str(number).replace(",", "")
     if len(text.partition(".")[0]) > _MAX_DIGITS:
-        return " ".join(num2words(int(digit)) for digit in text if digit.isdecimal())
+        return " ".join(_words(digit) for digit in text if digit.isdecimal())
     value = float(text) if "." in text else int(text)
     return num2words(value, to=to).replace(",", "")
 

@@ -1,6 +1,7 @@
 """Texts as they are read aloud; the words are those that a person would say."""
 
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -29,6 +30,9 @@ SPOKEN = {
     "| a | b |\n|---|:-:|\n| c | d |": "a, b\nc, d",
     "One.\n\n---\n\nTwo.": "One.\nTwo.",
     "- [x] done": "done",
+    "# About C#\n## Title ##\n# #": "About C#\nTitle",
+    '[Foo (bar)](https://example.com/Foo_(bar) "A title") is it': "Foo (bar) is it",
+    "[![alt](a.png)](https://example.com)": "alt",
     # URLs and addresses
     "Go to https://www.example.com/a?b=1#c.": "Go to example dot com.",
     "www.example.co.uk is it": "example dot co dot uk is it",
@@ -75,6 +79,34 @@ def test_a_text_becomes_what_a_person_would_say(text):
 
 def test_a_number_of_many_digits_is_read_by_digits():
     assert normalize_text("9" * 20) == " ".join(["nine"] * 20)
+
+
+# Texts on which patterns with two ways to match take quadratic time or more.
+REPEATED = ["[", "[a](", "[a](b ", '[a](b "', "![", "*a ", "_a", "`", "#", "# ", "> ", "| ", "|-"]
+REPEATED += [
+    " ",
+    "\u2003",
+    "\n",
+    " \n",
+    "a.",
+    "a@",
+    "<http://",
+    "www.",
+    "1,",
+    "1-",
+    "$1,",
+    "[pause:",
+]
+REPEATED += ["9" * 15 + " ", "1", "<break ", "[pause:"]
+
+
+@pytest.mark.parametrize("piece", REPEATED)
+def test_the_time_does_not_explode(piece):
+    """A server normalizes texts of strangers of up to 10 000 characters."""
+    start = time.process_time()
+    for before, behind in (("", ""), ("# ", "a"), ("|", "a")):
+        normalize_text(before + (piece * 10_000)[:10_000] + behind)
+    assert time.process_time() - start < 2
 
 
 @settings(max_examples=100, deadline=None)
