@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from csm_jax.checkpoints.torch_files import TORCH_SUFFIXES
 from csm_jax.errors import CheckpointError
 
 INDEX = ".index.json"
@@ -16,7 +17,7 @@ INDEX = ".index.json"
 _MANIFESTS = ("transformers.safetensors", "model.safetensors", "pytorch_model.bin", "ckpt.pt")
 _OTHER_RANK = len(_MANIFESTS) + 1
 _SHARD = re.compile(r"-(\d+)-of-(\d+)(?=\.\w+$)")
-_SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt")
+_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 # What training programs save beside the weights, and adapters.
 _NO_WEIGHTS = re.compile(
     r"(optimizer|scheduler|scaler|rng_state|random_states|training_args|adapter_model)\b.*"
@@ -55,7 +56,7 @@ class Candidate:
 def candidates(
     names: Collection[str], read_json: Callable[[str], Mapping[str, Any]]
 ) -> list[Candidate]:
-    """All checkpoints among files, those of the lowest rank first.
+    """All checkpoints among files.
 
     Args:
       names: of the files of a directory or of the top of a repository.
@@ -70,8 +71,7 @@ def candidates(
     if named := _named_by_config(names, read_json):
         found = [_of_name(named, 0, read_json), *(c for c in found if c.name != named)]
     used = {file for each in found if each.rank < _OTHER_RANK for file in each.files}
-    kept = [each for each in found if each.rank < _OTHER_RANK or not used & {*each.files}]
-    return sorted(kept, key=lambda each: each.rank)
+    return [each for each in found if each.rank < _OTHER_RANK or not used & {*each.files}]
 
 
 def by_rank(found: Iterable[Candidate]) -> Iterator[list[Candidate]]:
@@ -109,10 +109,7 @@ def ambiguous(where: str, several: Iterable[Candidate]) -> CheckpointError:
 
 
 def _is_weights(name: str) -> bool:
-    if "/" in name or _NO_WEIGHTS.fullmatch(name):
-        return False
-    is_torch_bin = name.startswith("pytorch_model") and name.endswith(".bin")
-    return name.endswith(_SUFFIXES) or is_torch_bin
+    return name.endswith(_SUFFIXES) and "/" not in name and not _NO_WEIGHTS.fullmatch(name)
 
 
 def _stems_of_indices(names: Collection[str]) -> set[str]:

@@ -119,7 +119,7 @@ def write_adapters(
 
     Args:
       directory, replace: as in `files.new_directory`.
-      base: name of the checkpoint that was adapted.
+      base: name of the checkpoint that was adapted, as for `csm_jax.load`.
 
     Raises:
       OutputError: it exists or cannot be written.
@@ -128,9 +128,11 @@ def write_adapters(
     for path, low in adapters.items():
         tensors[f"{_PREFIX}{_peft_name(path)}.lora_A.weight"] = np.asarray(low.down)
         tensors[f"{_PREFIX}{_peft_name(path)}.lora_B.weight"] = np.asarray(low.up)
+    name, _, revision = (base, "", "") if Path(base).exists() else base.partition("@")
     values = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": name,
+        "revision": revision or None,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": 0.0,

@@ -167,6 +167,7 @@ def test_names_alone_decide_what_is_downloaded():
     assert chosen("model.safetensors", "backup.safetensors", *parts) == {"model.safetensors"}
     assert chosen("ckpt.pt", "model.safetensors", "old/x.safetensors") == {"model.safetensors"}
     assert chosen("only.pt", "optimizer.pt", "adapter_model.safetensors") == {"only.pt"}
+    assert chosen("model.bin", "training_args.bin", "optimizer.bin") == {"model.bin"}
     assert chosen("README.md") == set()
     with pytest.raises(CheckpointError, match=r"model_1000\.pt, model_final\.pt"):
         chosen("model_1000.pt", "model_final.pt")

@@ -203,7 +203,9 @@ def flat_items(params):
 def test_peft_loads_written_adapters(adapted, tmp_path):
     peft = pytest.importorskip("peft")
     model, adapters, config, _ = adapted
-    peft_files.write_adapters(tmp_path / "ours", adapters, config, "base")
+    peft_files.write_adapters(tmp_path / "ours", adapters, config, "someone/base@v2")
+    settings = peft.LoraConfig.from_pretrained(tmp_path / "ours")
+    assert (settings.base_model_name_or_path, settings.revision) == ("someone/base", "v2")
     fresh = oracles.hf_model(CONFIG, seed=3)
     loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours")
     batch = padded_batch("everything")
