@@ -24,7 +24,8 @@ class _Piece(NamedTuple):
 def to_tokenizers(model: bytes) -> dict[str, Any] | None:
     """The content of a `tokenizer.json` that encodes as a model does; None for words or letters.
 
-    Symbols that the user defined are never merged with others: they are split off first.
+    Symbols that the user defined are never merged with others: they are split off first. Names of
+    control pieces in a text become these pieces, as with all tokenizers of transformers.
     """
     fields = list(_fields(model))
     pieces = [_piece(value) for number, value in fields if number == 1]
@@ -73,13 +74,10 @@ def _bpe(pieces: list[_Piece]) -> dict[str, Any]:
 
 
 def _unigram(pieces: list[_Piece]) -> dict[str, Any]:
-    # Pieces that no text spells score 0, which is the best: they get the worst.
-    worst = min((piece.score for piece in pieces if piece.kind == _NORMAL), default=0.0)
-    spelt = (_NORMAL, _USER_DEFINED)
     return {
         "type": "Unigram",
         "unk_id": next((i for i, piece in enumerate(pieces) if piece.kind == _UNKNOWN), None),
-        "vocab": [[p.text, p.score if p.kind in spelt else worst] for p in pieces],
+        "vocab": [[piece.text, piece.score] for piece in pieces],
         "byte_fallback": _has_bytes(pieces),
     }
 

@@ -174,7 +174,7 @@ def test_names_alone_decide_what_is_downloaded():
 
 
 def test_every_file_of_weights_is_in_one_candidate():
-    names = ["a.safetensors", "b-1-of-2.safetensors", "b-2-of-2.safetensors", "c.pt", "notes.txt"]
-    found = candidates(names, lambda name: {})
+    names = ["a.safetensors", "b-1-of-2.safetensors", "b-2-of-2.safetensors", "c.pt", "d.pt", INDEX]
+    found = candidates(names, lambda name: {"weight_map": {"x": "a.safetensors", "y": "d.pt"}})
     files = [file for each in found for file in each.files]
     assert sorted(files) == sorted(names[:-1])
