@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 from hearing import median_pitch, recognize_digits
-from word_errors import count_errors
 
 import csm_jax
+from csm_jax.evaluate.word_errors import count_errors
 from csm_jax.io.audio import load_audio
 from csm_jax.loading import BUNDLED
 
@@ -51,7 +51,7 @@ def _measure(
     speech = model.generate_batch(requests)
     rate = model.sample_rate
     wrong = sum(
-        count_errors(text.split(), recognize_digits(audio, rate))
+        count_errors(text.split(), recognize_digits(audio, rate)).errors
         for text, audio in zip(texts, speech, strict=True)
     )
     return wrong, sum((median_pitch(audio, rate) < PITCH_HZ) == is_man for audio in speech)

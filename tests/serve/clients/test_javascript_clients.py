@@ -8,7 +8,8 @@ import numpy as np
 from hearing import recognize_digits
 from serving import as_samples
 from test_python_clients import TEXT, check_speech, from_pcm
-from word_errors import count_errors
+
+from csm_jax.evaluate.word_errors import count_errors
 
 SCENE = [{"text": "one two three", "speaker_id": 0}, {"text": "four five", "speaker_id": 1}]
 
@@ -23,7 +24,7 @@ def test_fal_subscribe(server, node):
     assert audio["content_type"] == "audio/wav"
     data = httpx.get(audio["url"]).content
     words = ["one", "two", "three", "four", "five"]
-    assert count_errors(words, recognize_digits(as_samples(data), 24_000)) <= 2
+    assert count_errors(words, recognize_digits(as_samples(data), 24_000)).errors <= 2
     direct = server.post("/fal-ai/csm-1b", json={"scene": SCENE, "seed": 3}).json()
     assert httpx.get(direct["audio"]["url"]).content == data
 

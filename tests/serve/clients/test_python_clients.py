@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from hearing import median_pitch, recognize_digits
 from serving import as_samples
-from word_errors import count_errors
+
+from csm_jax.evaluate.word_errors import count_errors
 
 TEXT = "one two three four"
 
@@ -17,7 +18,7 @@ def check_speech(audio: np.ndarray, rate: int = 24_000) -> None:
     """The speech of a woman (slt, OpenAI's ash) with the words of `TEXT`."""
     assert audio.dtype == np.float32
     assert median_pitch(audio, rate) > 130
-    assert count_errors(TEXT.split(), recognize_digits(audio, rate)) <= 1
+    assert count_errors(TEXT.split(), recognize_digits(audio, rate)).errors <= 1
 
 
 def from_pcm(data: str) -> np.ndarray:
