@@ -1,6 +1,8 @@
 """A recording of another scale is refused wherever it comes in, and a silent one is told of."""
 
 import json
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from csm_jax.inference.request_state import RequestState
 from csm_jax.io.audio import check_audio, load_audio
 from csm_jax.prompt.turns import Segment
 from csm_jax.train.codes import CodeCache
+from csm_jax.train.data import read_conversations
 
 RATE = 24_000
 FRAME = CONFIG.codec.frame_size
@@ -111,3 +114,24 @@ def test_the_command_tells_of_silence(files, capsys):
     (files / "lines.jsonl").write_text(2 * f"{json.dumps(line)}\n")
     assert run([*flags, f"--manifest={files}/lines.jsonl", f"--out_dir={files}/out"]) == 0
     assert capsys.readouterr().err.count("silent.wav is silent: record it louder") == 2
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="needs ffmpeg")
+def test_a_lossless_recording_of_a_phone_is_that_of_its_wav_file(tmp_path, model):
+    """As a file, as training data, in a directory of pairs, and as context of the command."""
+    soundfile.write(tmp_path / "a.wav", TONE, RATE)
+    command = ["ffmpeg", "-v", "error", "-i", "a.wav", "-c:a", "alac", "a.m4a"]
+    subprocess.run(command, cwd=tmp_path, check=True)
+    wav, m4a = tmp_path / "a.wav", tmp_path / "a.m4a"
+    np.testing.assert_array_equal(load_audio(m4a, RATE), load_audio(wav, RATE))
+    codes = CodeCache(tmp_path / "cache", model.codec, CONFIG.num_codebooks).codes([wav, m4a])
+    np.testing.assert_array_equal(codes[m4a], codes[wav])
+    (tmp_path / "a.txt").write_text("Before.")
+    conversations, problems = read_conversations(tmp_path)
+    assert not problems
+    assert [turn.audio for each in conversations for turn in each.turns] == [m4a, wav]
+    flags = ["--checkpoint=random:tiny", "--text=Hi.", "--max_audio_length_ms=400", "--guard=off"]
+    for path in (wav, m4a):
+        context = [f"--context_audio={path}", "--context_text=Before.", f"--out={tmp_path}/out.wav"]
+        assert run([*flags, *context, f"--codes_out={path}.npy"]) == 0
+    np.testing.assert_array_equal(np.load(f"{m4a}.npy"), np.load(f"{wav}.npy"))
