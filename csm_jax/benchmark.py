@@ -109,10 +109,10 @@ def _frame_loop(
         seconds, left = 0.0, num_frames
         while left:
             started = time.perf_counter()
-            codes, done = rows.run(min(left, CHUNK_FRAMES))
+            frames = rows.run(min(left, CHUNK_FRAMES))
             seconds += time.perf_counter() - started
-            left -= codes.shape[1]
-            if done.all():
+            left -= frames.codes.shape[1]
+            if frames.done.all():
                 raise InputError("all rows ended before the measurement did: use random weights")
         return seconds
 

@@ -212,7 +212,7 @@ def generate(
     codes = np.zeros((len(prompts), 0, config.num_codebooks), np.int32)
     ended = np.zeros(len(prompts), bool)
     while codes.shape[1] < max_frames and not ended.all():
-        more, ended = batch.run(chunk)
+        more, _, ended = batch.run(chunk)
         assert more.shape[1] > 0, "neither at its limit nor at its end, but no frames"
         codes = np.concatenate([codes, more], axis=1)
         watch(codes.shape[1])

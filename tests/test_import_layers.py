@@ -19,6 +19,7 @@ csm_jax.io
 csm_jax.model
 csm_jax.mimi
 csm_jax.prompt
+csm_jax.align
 csm_jax.checkpoints
 csm_jax.convert
 csm_jax.hub

@@ -14,6 +14,7 @@ from csm_jax.inference.decode_step import (
     CHUNK_FRAMES,
     Params,
     Row,
+    TextRows,
     init_state,
     prefill,
     prefill_prefix,
@@ -23,6 +24,7 @@ from csm_jax.inference.decode_step import (
 from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.llama import Head
 from csm_jax.model.sampling import Sampling, SamplingParams
 from csm_jax.model.sharding import check_rows, place_rows
 from csm_jax.prompt.turns import Prompt
@@ -38,6 +40,8 @@ class Utterance(NamedTuple):
       max_frames: the most frames that are generated.
       num_shared: positions at the beginning of the prompt that other prompts have too, fewer than
         all: they are prefilled on their own, and their keys and values are kept.
+      num_text: positions at the end of the prompt, which are the text that is spoken.
+      end_bias: as for `CSM.generate_frame`; a batch without alignment heads ignores it.
     """
 
     prompt: Prompt
@@ -45,6 +49,8 @@ class Utterance(NamedTuple):
     seed: int
     max_frames: int
     num_shared: int = 0
+    num_text: int = 0
+    end_bias: float = 0.0
 
     @property
     def max_length(self) -> int:
@@ -53,18 +59,41 @@ class Utterance(NamedTuple):
 
 
 class Rewind(NamedTuple):
-    """Where an utterance continues from: `codes` [n, Q], its first frames, with another seed."""
+    """Where an utterance continues from.
+
+    Attributes:
+      codes: int32 [n, Q], its first frames.
+      seed: of what follows.
+      end_bias: of what follows, in addition to that of the utterance.
+    """
 
     codes: np.ndarray
     seed: int
+    end_bias: float = 0.0
+
+
+class BatchFrames(NamedTuple):
+    """Frames of all slots, on the host.
+
+    Attributes:
+      codes: int32 [B, n, Q], zeros from a row's end on.
+      attention: float32 [B, n, N, L], as in `Frames`; None without alignment heads.
+      done: bool [B], the rows that have ended.
+    """
+
+    codes: np.ndarray
+    attention: np.ndarray | None
+    done: np.ndarray
 
 
 @dataclass
 class _Slot:
-    """The utterance that a row of the batch generates, and the number of its frames so far."""
+    """The utterance that a row of the batch generates, the number of its frames so far, and the
+    end bias of the next ones."""
 
     utterance: Utterance
     num_frames: int = 0
+    end_bias: float = 0.0
 
     @property
     def left(self) -> int:
@@ -91,8 +120,15 @@ class DecodeBatch:
         max_seq_len: int,
         mesh: Mesh | None = None,
         inference: InferenceConfig = DEFAULT_INFERENCE,
+        heads: tuple[Head, ...] = (),
     ):
-        """Raises `InputError` if the data axis of `mesh`, where `params` lie, does not divide a
+        """Makes a batch of free slots.
+
+        Args:
+          mesh: the devices that `params` lie on.
+          heads: the alignment heads, whose attention to the text every run returns.
+
+        Raises `InputError` if the data axis of `mesh`, where `params` lie, does not divide a
         size of more than 1."""
         check_rows(size, mesh)
         self.config = config
@@ -101,6 +137,7 @@ class DecodeBatch:
         self._params = params
         self._mesh = mesh
         self._inference = inference
+        self._heads = heads
         self._state = init_state(
             config=config,
             batch=size,
@@ -120,8 +157,9 @@ class DecodeBatch:
         for length in buckets(self.max_seq_len, self._inference.min_bucket):
             static = {"config": self.config, "mesh": self._mesh}
             yield prefill, (self._params, self._shapes, *self._empty(length), index, None), static
-            arguments = self._params, self._shapes, self._sampling, np.int32(1), np.bool_(True)
-            yield run_frames, arguments, static | {"kv_length": length}
+            flags = np.int32(1), np.bool_(True), self._text_rows()
+            arguments = self._params, self._shapes, self._sampling, *flags
+            yield run_frames, arguments, static | {"kv_length": length, "heads": self._heads}
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
 
     def prefix_programs(self, prefix_length: int) -> Iterator[Program]:
@@ -188,7 +226,11 @@ class DecodeBatch:
             done=np.bool_(False),
         )
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
-        slot.num_frames = num_frames
+        slot.num_frames, slot.end_bias = num_frames, to.end_bias
+
+    def set_end_bias(self, index: int, end_bias: float) -> None:
+        """Sets the end bias of a slot's next frames, in addition to that of its utterance."""
+        self._taken(index).end_bias = end_bias
 
     def leave(self, index: int) -> None:
         """Frees a slot."""
@@ -196,31 +238,31 @@ class DecodeBatch:
         self._state = set_row(self._state, np.int32(index), self._empty_row(), mesh=self._mesh)
         self._stack_sampling()
 
-    def run(self, num_frames: int, pause: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    def run(self, num_frames: int, pause: bool = False) -> BatchFrames:
         """Generates up to `num_frames` frames of all rows: until all end, or one is at its limit.
 
         Args:
           pause: stop as soon as any row ends.
-
-        Returns:
-          Codes int32 [B, n, Q], zeros from a row's end on; and bool [B], the rows that have ended.
         """
         taken = [slot for slot in self._slots if slot]
         wanted = min(num_frames, CHUNK_FRAMES, *(slot.left for slot in taken))
-        self._state, codes, count = run_frames(
+        self._state, frames, count = run_frames(
             self._params,
             self._state,
             self._sampling,
             np.int32(wanted),
             np.bool_(pause),
+            self._text_rows(),
             config=self.config,
             kv_length=self._kv_length(),
+            heads=self._heads,
             mesh=self._mesh,
         )
-        codes, done, count = jax.device_get((codes, self._state.done, count))
+        (codes, attention), done, count = jax.device_get((frames, self._state.done, count))
         for slot in taken:
             slot.num_frames += int(count)
-        return codes[:, :count], done
+        attention = None if attention is None else attention[:, :count]
+        return BatchFrames(codes[:, :count], attention, done)
 
     def wait(self) -> None:
         """Blocks until the device has finished all computations so far."""
@@ -274,6 +316,19 @@ class DecodeBatch:
         """Positions that attention has to read, for the longest that any row can become."""
         lengths = [slot.utterance.max_length for slot in self._slots if slot]
         return self.bucket(max(lengths, default=1))
+
+    def _text_rows(self) -> TextRows | None:
+        """Where the texts of all rows begin; None if no attention is wanted."""
+        if not self._heads:
+            return None
+        starts = np.zeros(self.size, np.int32)
+        end_bias = np.zeros(self.size, np.float32)
+        for index, slot in enumerate(self._slots):
+            if slot:
+                utterance = slot.utterance
+                starts[index] = len(utterance.prompt.frames) - utterance.num_text
+                end_bias[index] = utterance.end_bias + slot.end_bias
+        return place_rows(TextRows(starts, end_bias), self._mesh)
 
     def _stack_sampling(self) -> None:
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]

@@ -4,8 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
 from csm_jax.inference.decode_batch import DecodeBatch, bucket
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request_state import RequestState, Step
@@ -27,7 +25,10 @@ class BatchStep(NamedTuple):
 
 def new_batch(model: LoadedModel, size: int, max_seq_len: int) -> DecodeBatch:
     """An empty batch for a model."""
-    return DecodeBatch(model.config, model.params, size, max_seq_len, model.mesh, model.inference)
+    heads = model.alignment.heads if model.alignment else ()
+    return DecodeBatch(
+        model.config, model.params, size, max_seq_len, model.mesh, model.inference, heads
+    )
 
 
 def run_batch(
@@ -46,12 +47,13 @@ def run_batch(
         None raises the error.
     """
     started = time.perf_counter()
-    codes, _ = batch.run(num_frames, pause)
+    frames = batch.run(num_frames, pause)
     seconds = time.perf_counter() - started
     steps = {}
     for index, state in requests.items():
         try:
-            step = state.accept(codes[index])
+            attention = None if frames.attention is None else frames.attention[index]
+            step = state.accept(frames.codes[index], attention)
         except Exception as error:
             if fail is None:
                 raise
@@ -60,19 +62,19 @@ def run_batch(
         if step.rewind is not None:
             batch.rewind(index, step.rewind)
         steps[index] = step
-    return BatchStep(steps, codes.shape[1], seconds)
+    return BatchStep(steps, frames.codes.shape[1], seconds)
 
 
 def run_alone(
     model: LoadedModel, state: RequestState, next_chunk: Callable[[], int]
-) -> Iterator[np.ndarray]:
+) -> Iterator[Step]:
     """Runs one request in a batch of its own.
 
     Args:
       next_chunk: returns how many frames to generate next.
 
     Yields:
-      Its frames, int32 [n, Q], as they are released.
+      The outcomes of its steps, in which its frames are released.
     """
     while (utterance := state.next_utterance()) is not None:
         length = bucket(utterance.max_length, model.inference.min_bucket)
@@ -82,4 +84,4 @@ def run_alone(
         while not is_over:
             step = run_batch(batch, {0: state}, next_chunk()).steps[0]
             is_over = step.is_over
-            yield step.released
+            yield step

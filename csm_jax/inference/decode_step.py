@@ -17,12 +17,15 @@ from jax.typing import ArrayLike
 from csm_jax.config import CSMConfig
 from csm_jax.model.csm import CSM, bind
 from csm_jax.model.kv_cache import KVCache
-from csm_jax.model.layers import Array, Params
+from csm_jax.model.layers import AnyArray, Array, Params
+from csm_jax.model.llama import Head
 from csm_jax.model.sampling import SamplingParams
 from csm_jax.model.sharding import keep_sharded
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25
+# Positions of a text whose attention is returned, at most; a part of a text has fewer tokens.
+TEXT_POSITIONS = 512
 
 
 class GenerationState(NamedTuple):
@@ -59,22 +62,55 @@ class Row(NamedTuple):
     done: ArrayLike
 
 
+class TextRows(NamedTuple):
+    """Where the text that each row speaks lies, and what to do about its end.
+
+    Attributes:
+      start: int32 [B], its first position in the cache.
+      end_bias: float32 [B], as for `CSM.generate_frame`.
+    """
+
+    start: AnyArray
+    end_bias: AnyArray
+
+
+class Frames(NamedTuple):
+    """Frames of all rows.
+
+    Attributes:
+      codes: int32 [B, F, Q].
+      attention: float32 [B, F, N, L], how much N heads attended to the first L positions of the
+        text, at the step that sampled the frame; None without such heads.
+    """
+
+    codes: Array
+    attention: Array | None
+
+
 def frame_step(
-    model: CSM, state: GenerationState, sampling: SamplingParams, kv_length: int | None = None
-) -> tuple[GenerationState, Array]:
+    model: CSM,
+    state: GenerationState,
+    sampling: SamplingParams,
+    kv_length: int | None = None,
+    text: TextRows | None = None,
+    heads: tuple[Head, ...] = (),
+) -> tuple[GenerationState, Frames]:
     """One frame for every row: the pure function all generation is made of.
 
     Args:
       kv_length: as for `Llama.__call__`.
+      text: None leaves the end of speech alone, and there is no attention to return.
+      heads: whose attention to `text` is returned.
 
     Returns:
-      The next state, and codes int32 [B, Q]. A frame of zeros is the end of speech; rows that
-      are done keep returning zeros.
+      The next state, and one frame. A frame of zeros is the end of speech; rows that are done keep
+      returning zeros.
     """
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    hidden, cache = model.backbone(embedded, state.cache, kv_length)
+    hidden, cache, weights = model.backbone.attend(embedded, state.cache, kv_length, heads)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
+    end_bias = None if text is None else jnp.asarray(text.end_bias)
+    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, end_bias)
     codes = jnp.where(state.done[:, None], 0, codes)
     # Rows that are done do not advance: they would run out of their cache.
     lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
@@ -87,7 +123,17 @@ def frame_step(
         seen=state.seen | jax.nn.one_hot(codes[:, 0], state.seen.shape[1], dtype=bool),
         done=state.done | jnp.all(codes == 0, axis=-1),
     )
-    return state, codes
+    attention = None if text is None else _text_weights(weights[:, :, 0], text)[:, None]
+    return state, Frames(codes[:, None], attention)
+
+
+def _text_weights(weights: Array, text: TextRows) -> Array:
+    """The part of weights [B, N, S] that belongs to the text: [B, N, L]."""
+    length = min(weights.shape[-1], TEXT_POSITIONS)
+    # Where the text begins near the end of the cache, what lies beyond is 0.
+    padded = jnp.pad(weights, ((0, 0), (0, 0), (0, length)))
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)
+    return jax.vmap(take)(padded, text.start)
 
 
 def _audio_columns(config: CSMConfig) -> Array:
@@ -195,7 +241,7 @@ def set_row(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "kv_length", "mesh"), donate_argnames="state"
+    jax.jit, static_argnames=("config", "kv_length", "heads", "mesh"), donate_argnames="state"
 )
 def run_frames(
     params: Params,
@@ -203,39 +249,51 @@ def run_frames(
     sampling: SamplingParams,
     num_frames: Array,
     pause: Array,
+    text: TextRows | None = None,
     *,
     config: CSMConfig,
     kv_length: int | None = None,
+    heads: tuple[Head, ...] = (),
     mesh: Mesh | None = None,
-) -> tuple[GenerationState, Array, Array]:
+) -> tuple[GenerationState, Frames, Array]:
     """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
 
     `state` is donated: use the one returned.
 
     Args:
       pause: bool [], whether to stop as soon as any row ends.
+      text, heads: as for `frame_step`.
       kv_length: as for `Llama.__call__`.
 
     Returns:
-      The state; codes int32 [B, CHUNK_FRAMES, Q]; and how many of those frames were run.
+      The state; `CHUNK_FRAMES` frames; and how many of those were run.
     """
     model = bind(config, params)
     done_before = state.done
 
-    def unfinished(carry: tuple[GenerationState, Array, Array]) -> Array:
+    def unfinished(carry: tuple[GenerationState, Frames, Array]) -> Array:
         state, _, count = carry
         has_ended = jnp.any(state.done & ~done_before)
         return (count < num_frames) & ~jnp.all(state.done) & ~(pause & has_ended)
 
     def body(
-        carry: tuple[GenerationState, Array, Array],
-    ) -> tuple[GenerationState, Array, Array]:
-        state, buffer, count = carry
-        state, codes = frame_step(model, state, sampling, kv_length)
-        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, codes[:, None], count, 1)
-        return state, buffer, count + 1
+        carry: tuple[GenerationState, Frames, Array],
+    ) -> tuple[GenerationState, Frames, Array]:
+        state, buffers, count = carry
+        state, frame = frame_step(model, state, sampling, kv_length, text, heads)
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=count, axis=1)
+        return state, jax.tree.map(put, buffers, frame), count + 1
 
-    buffer = jnp.zeros((len(state.done), CHUNK_FRAMES, config.num_codebooks), jnp.int32)
-    carry = state, buffer, jnp.zeros((), jnp.int32)
-    state, buffer, count = jax.lax.while_loop(unfinished, body, carry)
-    return keep_sharded(state, mesh), buffer, count
+    batch, length = len(state.done), min(kv_length or _room(state), TEXT_POSITIONS)
+    buffers = Frames(
+        jnp.zeros((batch, CHUNK_FRAMES, config.num_codebooks), jnp.int32),
+        None if text is None else jnp.zeros((batch, CHUNK_FRAMES, len(heads), length)),
+    )
+    carry = state, buffers, jnp.zeros((), jnp.int32)
+    state, buffers, count = jax.lax.while_loop(unfinished, body, carry)
+    return keep_sharded(state, mesh), buffers, count
+
+
+def _room(state: GenerationState) -> int:
+    """Positions of a row."""
+    return state.cache.layers[0].value.shape[2]

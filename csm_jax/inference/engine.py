@@ -27,7 +27,7 @@ from csm_jax.inference.engine_config import EngineConfig
 from csm_jax.inference.engine_core import EngineCore
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.pacing import Pace
-from csm_jax.inference.request import Request
+from csm_jax.inference.request import OnWord, Request
 from csm_jax.inference.request_parameters import submit_parameters, takes_request
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.scheduler import SlotScheduler
@@ -149,6 +149,7 @@ class Engine:
         share: str,
         weight: float,
         keep: bool,
+        on_word: OnWord | None,
     ) -> Ticket:
         """Queues a request; its context is encoded before this returns.
 
@@ -165,6 +166,8 @@ class Engine:
             proportion to their weights, as long as all of them need more.
           keep: whether the ticket keeps its chunks, for every iterator; otherwise they are gone
             once its first listener has got them.
+          on_word: called in the engine's thread with each word, as `Generator.generate` does; it
+            must not take long. If it raises, it is not called again.
 
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
@@ -173,9 +176,10 @@ class Engine:
         """
         # Before the work, and again after it.
         self._claim_place(background, wait)
-        ticket = Ticket(request, self.model, stream, keep)
+        ticket = Ticket(request, self.model, stream, keep, on_word)
         started = time.perf_counter()
         state = RequestState(self.model, request, ticket.notices.append, self.max_seq_len)
+        ticket.alignment = state.alignment
         utterance = state.next_utterance()
         now = time.perf_counter()
         ticket.timing.context = now - started

@@ -165,6 +165,7 @@ class EngineCore:
         """Gives a request the frames that were released, and plans its next part."""
         request.next = request.state.next_utterance() if step.is_over else None
         request.ticket.add_frames(step.released)
+        request.ticket.add_words(step.words)
         if request.pace:
             request.undecoded = np.concatenate([request.undecoded, step.released])
         request.is_finished = step.is_over and request.next is None

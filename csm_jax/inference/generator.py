@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from csm_jax.align import heads as alignment_heads
 from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.native_format import Place, on_default_device
 from csm_jax.config import CSMConfig
@@ -17,9 +18,23 @@ from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.pacing import Pace, blocks
-from csm_jax.inference.request import Notice, Notify, Progress, Request, as_request, log_notice
-from csm_jax.inference.request_parameters import checks_call, generate_parameters, takes_request
-from csm_jax.inference.request_state import RequestState
+from csm_jax.inference.request import (
+    Notice,
+    Notify,
+    OnWord,
+    Progress,
+    Request,
+    as_request,
+    log_notice,
+)
+from csm_jax.inference.request_parameters import (
+    checks_call,
+    generate_parameters,
+    speak_parameters,
+    takes_request,
+)
+from csm_jax.inference.request_state import RequestState, Step
+from csm_jax.inference.speech import Speech
 from csm_jax.loading import open_source
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sharding import place_on
@@ -35,13 +50,17 @@ class Generator(LoadedModel):
         model = csm_jax.load("sesame/csm-1b")
         audio = model.generate("Hello.", speaker=0, context=[...], sampling=..., seed=0)
 
-    `generate`, `generate_codes` and `stream` have the same parameters: those of a `Request`, or
-    one `Request`. A call that does not fit them raises `InputError`.
+    `generate`, `generate_codes`, `stream` and `speak` take the fields of a `Request`, or one
+    `Request`. A call that does not fit them raises `InputError`.
     """
 
     @takes_request(generate_parameters)
     def generate(
-        self, request: Request, progress: Progress | None, notify: Notify | None
+        self,
+        request: Request,
+        progress: Progress | None,
+        notify: Notify | None,
+        on_word: OnWord | None,
     ) -> np.ndarray:
         """Speaks a text as the next turn of a conversation.
 
@@ -53,6 +72,8 @@ class Generator(LoadedModel):
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.
+          on_word: called with each word and its times, in order, as soon as they are certain. They
+            come from the frames alone; those of `speak` are sharpened by the sound.
 
         Returns:
           float32 [num_samples] at `sample_rate`; empty if the model ends at once.
@@ -60,24 +81,39 @@ class Generator(LoadedModel):
         Raises:
           InputError: text or context that is empty, malformed or does not fit.
         """
-        return self.decode(self.generate_codes(request, progress=progress, notify=notify))
+        options = {"progress": progress, "notify": notify, "on_word": on_word}
+        return self.decode(self.generate_codes(request, **options))
 
     @takes_request(generate_parameters)
     def generate_codes(
-        self, request: Request, progress: Progress | None, notify: Notify | None
+        self,
+        request: Request,
+        progress: Progress | None,
+        notify: Notify | None,
+        on_word: OnWord | None,
     ) -> np.ndarray:
         """Like `generate`, but returns the codes: int32 [num_frames, Q], without the last frame
         of zeros, which is the end of speech."""
         state = RequestState(self, request, notify or log_notice)
-        chunk_frames = CHUNK_FRAMES if progress is None else _PROGRESS_FRAMES
-        chunks = [np.zeros((0, self.config.num_codebooks), np.int32)]
-        for chunk in _reporting(run_alone(self, state, lambda: chunk_frames), progress):
-            chunks.append(chunk)
-        return np.concatenate(chunks)
+        return self._codes(state, progress, on_word)
+
+    @takes_request(speak_parameters)
+    def speak(self, request: Request, progress: Progress | None) -> Speech:
+        """Like `generate`, but returns audio, codes, words with their times, and notices."""
+        notices: list[Notice] = []
+        state = RequestState(self, request, notices.append)
+        codes = self._codes(state, progress, None)
+        audio = self.decode(codes)
+        words = state.alignment.words(audio)
+        return Speech(audio, self.sample_rate, codes, tuple(words), tuple(notices))
 
     @takes_request(generate_parameters)
     def stream(
-        self, request: Request, progress: Progress | None, notify: Notify | None
+        self,
+        request: Request,
+        progress: Progress | None,
+        notify: Notify | None,
+        on_word: OnWord | None,
     ) -> Iterator[np.ndarray]:
         """Like `generate`, but yields the speech as it is generated: float32 [n] at `sample_rate`.
 
@@ -86,7 +122,7 @@ class Generator(LoadedModel):
         the call, not when the first chunk is asked for.
         """
         state = RequestState(self, request, notify or log_notice)
-        return self._stream(state, progress)
+        return self._stream(state, progress, on_word)
 
     @checks_call
     def generate_batch(
@@ -118,24 +154,40 @@ class Generator(LoadedModel):
                 tell(index, notice)
         return audio
 
-    def _stream(self, state: RequestState, progress: Progress | None) -> Iterator[np.ndarray]:
+    def _codes(
+        self, state: RequestState, progress: Progress | None, on_word: OnWord | None
+    ) -> np.ndarray:
+        chunk_frames = CHUNK_FRAMES if progress is None else _PROGRESS_FRAMES
+        steps = run_alone(self, state, lambda: chunk_frames)
+        chunks = [np.zeros((0, self.config.num_codebooks), np.int32)]
+        return np.concatenate([*chunks, *_reporting(steps, progress, on_word)])
+
+    def _stream(
+        self, state: RequestState, progress: Progress | None, on_word: OnWord | None
+    ) -> Iterator[np.ndarray]:
         pace = Pace(self.config.frame_ms / 1000)
         codec_state = self.codec.decode_stream_state()
-        for frames in _reporting(run_alone(self, state, pace.next_chunk), progress):
+        steps = run_alone(self, state, pace.next_chunk)
+        for frames in _reporting(steps, progress, on_word):
             for block in blocks(frames):
                 audio, codec_state = self.codec.decode_frames(block[None], codec_state)
                 pace.played(len(block))
                 yield np.asarray(audio)[0]
 
 
-def _reporting(chunks: Iterator[np.ndarray], progress: Progress | None) -> Iterator[np.ndarray]:
-    """Passes on chunks of frames, and reports how many frames there are so far."""
+def _reporting(
+    steps: Iterator[Step], progress: Progress | None, on_word: OnWord | None
+) -> Iterator[np.ndarray]:
+    """Yields the frames of the steps, and reports their number and the words."""
     num_frames = 0
-    for chunk in chunks:
-        num_frames += len(chunk)
+    for step in steps:
+        num_frames += len(step.released)
         if progress is not None:
             progress(num_frames)
-        yield chunk
+        if on_word is not None:
+            for word in step.words:
+                on_word(word)
+        yield step.released
 
 
 def load(
@@ -171,7 +223,14 @@ def load(
     params = native_format.place_params(
         source.tensors, source.config, precision, _place(source.config, mesh)
     )
-    return Generator.from_params(source.config, params, source.tokenizer, precision, mesh)
+    return Generator.from_params(
+        source.config,
+        params,
+        source.tokenizer,
+        precision,
+        mesh,
+        alignment_heads.read(source.directory, source.config),
+    )
 
 
 def _place(config: CSMConfig, mesh: Mesh | None) -> Place:

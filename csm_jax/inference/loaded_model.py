@@ -8,6 +8,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from csm_jax.align.heads import AlignmentHeads
 from csm_jax.config import CSMConfig
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.mimi.codec import Codec
@@ -32,6 +33,7 @@ class LoadedModel:
       precision: the types that `params` are held and computed in.
       mesh: the devices that `params` lie on; None for a single one.
       inference: how requests are split, limited and batched.
+      alignment: the heads that tell which word is spoken; None where the checkpoint has none.
     """
 
     config: CSMConfig
@@ -41,6 +43,7 @@ class LoadedModel:
     precision: Precision
     mesh: Mesh | None = None
     inference: InferenceConfig = DEFAULT_INFERENCE
+    alignment: AlignmentHeads | None = None
 
     @classmethod
     def from_params(
@@ -50,6 +53,7 @@ class LoadedModel:
         tokenizer: Tokenizer,
         precision: Precision,
         mesh: Mesh | None = None,
+        alignment: AlignmentHeads | None = None,
     ) -> Self:
         """A model of parameters in two sections, as `native_format.place_params` returns them.
 
@@ -57,7 +61,7 @@ class LoadedModel:
           CheckpointError: the codec has more than one channel.
         """
         codec = Codec(config.codec, params["codec"])
-        return cls(config, params["csm"], tokenizer, codec, precision, mesh)
+        return cls(config, params["csm"], tokenizer, codec, precision, mesh, alignment=alignment)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from csm_jax.align.words import Word
 from csm_jax.arguments import fill_defaults, real_number, whole_number
 from csm_jax.errors import InputError
 from csm_jax.model.sampling import Sampling
@@ -111,7 +112,9 @@ class Notice:
     """A remark about the speech of a request, such as that it was cut.
 
     Attributes:
-      kind: "cut", "nothing_said", "context_dropped", "silent_context", "resampled" or "guard_cut".
+      kind: "cut", "nothing_said", "context_dropped", "silent_context"; of the guard "resampled",
+        "guard_cut", "continued" (an early end was not taken) or "ended" (what followed the last
+        word was not).
       message: the same as a sentence.
     """
 
@@ -121,6 +124,8 @@ class Notice:
 
 # Is given every notice as it arises.
 Notify = Callable[[Notice], None]
+# Is given every word as soon as its times are certain.
+OnWord = Callable[[Word], None]
 # Is called now and then with the number of frames generated so far.
 Progress = Callable[[int], None]
 

@@ -11,7 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from csm_jax.errors import InputError
-from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, as_request
+from csm_jax.inference.request import (
+    DEFAULT_SAMPLING,
+    Notify,
+    OnWord,
+    Progress,
+    Request,
+    as_request,
+)
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
 
@@ -33,8 +40,24 @@ def generate_parameters(
     *,
     progress: Progress | None = None,
     notify: Notify | None = None,
+    on_word: OnWord | None = None,
 ) -> None:
     """The parameters of `Generator.generate`, `generate_codes` and `stream`."""
+
+
+def speak_parameters(
+    text: str | Request,
+    speaker: int = 0,
+    context: Sequence[Segment] = (),
+    sampling: Sampling = DEFAULT_SAMPLING,
+    max_audio_length_ms: float | None = None,
+    seed: int = 0,
+    guard: str | bool = "on",
+    shared_turns: int = 0,
+    *,
+    progress: Progress | None = None,
+) -> None:
+    """The parameters of `Generator.speak`, which returns what the others report."""
 
 
 def submit_parameters(
@@ -54,6 +77,7 @@ def submit_parameters(
     share: str = "",
     weight: float = 1.0,
     keep: bool = True,
+    on_word: OnWord | None = None,
 ) -> None:
     """The parameters of `Engine.submit`."""
 

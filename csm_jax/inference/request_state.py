@@ -10,9 +10,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csm_jax.align.speech import PartAlignment, SpeechAlignment
+from csm_jax.align.words import Word
 from csm_jax.errors import InputError
 from csm_jax.inference.decode_batch import Rewind, Utterance
-from csm_jax.inference.guard import Action, Guard, Verdict
+from csm_jax.inference.decode_step import TEXT_POSITIONS
+from csm_jax.inference.guard import Guard
+from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import (
     DEFAULT_MAX_AUDIO_LENGTH_MS,
@@ -21,9 +25,21 @@ from csm_jax.inference.request import (
     Request,
     log_notice,
 )
+<<<<<<< HEAD
 from csm_jax.prompt.pauses import split_pauses
+=======
+from csm_jax.inference.text_guard import TextGuard
+>>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
 from csm_jax.prompt.splitting import needed_seconds, split_text
 from csm_jax.prompt.turns import Segment, Turn, check_turn, join_rows, text_rows
+
+# What a guard did, by the kind of its notice.
+_DONE = {
+    "resampled": "it went on from there with another seed",
+    "continued": "it went on from there",
+    "ended": "it was ended there",
+    "guard_cut": "it was cut there",
+}
 
 
 class Step(NamedTuple):
@@ -33,11 +49,13 @@ class Step(NamedTuple):
       released: int32 [n, Q], the frames for the caller.
       rewind: where the utterance has to go back to, if it has to.
       is_over: the utterance needs no more frames.
+      words: those whose times have become certain.
     """
 
     released: np.ndarray
     rewind: Rewind | None
     is_over: bool
+    words: Sequence[Word] = ()
 
 
 class RequestState:
@@ -45,6 +63,9 @@ class RequestState:
 
     Call `next_utterance` until it returns None, and `accept` with every utterance's frames until
     it returns that the utterance is over.
+
+    Attributes:
+      alignment: the words of the parts that are over.
     """
 
     def __init__(
@@ -80,9 +101,16 @@ class RequestState:
         # Positions of the shared turns; 0 once the first of them has to be left out.
         self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
+<<<<<<< HEAD
         # Silence before the first part, and all frames so far.
         self._total = self._lead = min(lead, self._max_total_frames - 1)
         self._has_spoken = self._was_cut = False
+=======
+        self._total = 0
+        self.alignment = SpeechAlignment(model.sample_rate)
+        self._aligned: PartAlignment | None = None
+        self._was_cut = False
+>>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
         # Here, so that a request that does not fit is refused before anything runs.
         self._start_part()
         self._is_new = True
@@ -101,6 +129,8 @@ class RequestState:
                 _ = self._model.silent_frame  # here, where the codec may run
             return self._utterance()
         self._turns.append(self._generated_turn())
+        if self._aligned is not None:
+            self.alignment.add(self._aligned, len(self._codes))
         left = len(self._parts) - self._part - 1
         if not left or self._total >= self._max_total_frames:
             self._was_cut |= left > 0
@@ -109,9 +139,10 @@ class RequestState:
         self._start_part()
         return self._utterance()
 
-    def accept(self, codes: np.ndarray) -> Step:
-        """Takes the next frames of the utterance, int32 [n, Q], with its end of speech if any.
+    def accept(self, codes: np.ndarray, attention: np.ndarray | None = None) -> Step:
+        """Takes the next frames of the utterance, with its end of speech if any.
 
+<<<<<<< HEAD
         What comes after the end of speech or after `max_frames` is ignored. Pauses of the text are
         released with the first and the last frames.
         """
@@ -122,28 +153,48 @@ class RequestState:
         return step._replace(released=np.concatenate([before, step.released, self._after]))
 
     def _accept(self, codes: np.ndarray) -> Step:
+=======
+        What comes after the end of speech or after `max_frames` is ignored.
+
+        Args:
+          codes: int32 [n, Q].
+          attention: of the alignment heads, float32 [n, N, L].
+        """
+        step = self._accept(codes, attention)
+        if self._aligned is None:
+            return step
+        words = self._aligned.decide(len(self._codes), step.is_over)
+        return step._replace(words=words)
+
+    def _accept(self, codes: np.ndarray, attention: np.ndarray | None) -> Step:
+>>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
         ends = np.flatnonzero((codes == 0).all(axis=-1))
         has_ended = len(ends) > 0
         frames = (codes[: ends[0]] if has_ended else codes)[: self._left]
         self._left -= len(frames)
-        if self._guard is None:
+        mass = None
+        if self._aligned is not None and attention is not None:
+            mass = self._aligned.push(attention[: len(frames)])
+        if self._guarded is None:
             self._keep(frames)
             return Step(frames, None, self._is_over(has_ended))
-        return self._accept_guarded(self._guard, frames, has_ended)
+        step = self._guarded_step(self._guarded, frames, mass, has_ended)
+        self._keep(step.released)
+        if step.remark is not None:
+            self._report_guard(step.remark)
+        if self._aligned is not None:
+            self._aligned.tracker.truncate(len(self._guarded.codes))
+        return Step(step.released, self._rewind(step.back), step.is_over)
 
-    def _accept_guarded(self, guard: Guard, frames: np.ndarray, has_ended: bool) -> Step:
-        verdict = guard.accept(frames)
-        self._keep(verdict.released)
-        if verdict.action is Action.RESAMPLE:
-            return Step(verdict.released, self._resample(verdict), False)
-        if verdict.action is Action.CUT:
-            self._report_guard("guard_cut", verdict, "it was cut there")
-            return Step(verdict.released, None, True)
-        if not self._is_over(has_ended):
-            return Step(verdict.released, None, False)
-        held = guard.finish()
-        self._keep(held)
-        return Step(np.concatenate([verdict.released, held]), None, True)
+    def _guarded_step(
+        self, guarded: GuardedFrames, frames: np.ndarray, mass: np.ndarray | None, has_ended: bool
+    ) -> GuardedStep:
+        step = guarded.accept(frames, mass)
+        if step.back or step.is_over or not self._is_over(has_ended):
+            return step
+        # Without room for more frames there is nothing to decide about the end.
+        last = guarded.end() if has_ended and self._left else guarded.finish()
+        return last._replace(released=np.concatenate([step.released, last.released]))
 
     def _is_over(self, has_ended: bool) -> bool:
         if not has_ended and not self._left:
@@ -168,11 +219,13 @@ class RequestState:
             return np.zeros((0, self._config.num_codebooks), np.int32)
         return np.tile(self._model.silent_frame, (num_frames, 1))
 
-    def _resample(self, verdict: Verdict) -> Rewind:
-        self._num_resampled += 1
-        self._left = self._max_frames - verdict.kept
-        self._report_guard("resampled", verdict, "it went on from there with another seed")
-        return Rewind(self._codes, _derive(self._request.seed, self._part, self._num_resampled))
+    def _rewind(self, back: GoBack | None) -> Rewind | None:
+        if back is None or self._guarded is None:
+            return None
+        self._num_resampled += back.new_seed
+        self._left = self._max_frames - back.num_frames
+        seed = _derive(self._request.seed, self._part, self._num_resampled)
+        return Rewind(self._guarded.codes, seed, back.end_bias)
 
     def _start_part(self) -> None:
         self._part += 1
@@ -186,17 +239,33 @@ class RequestState:
         room = self._make_room(len(self._rows.frames), min(allowed, needed // 2))
         self._max_frames = min(allowed, room)
         self._is_limited_by_window = room < allowed
-        self._guard = None
+        self._aligned = self._new_alignment(text)
+        self._guarded = None
         if request.guard == "on" and not request.sampling.greedy:
-            self._guard = self._new_guard(needed)
+            self._guarded = self._new_guarded(needed)
             # One more than it may have, for the guard to see it.
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
 
-    def _new_guard(self, max_frames: int) -> Guard:
+    def _new_alignment(self, text: str) -> PartAlignment | None:
+        """The alignment of the part; None without alignment heads, or for a text too long."""
         model = self._model
-        limits = model.inference.guard
-        return Guard(max_frames, model.config.num_codebooks, model.silent_codes, limits)
+        if model.alignment is None or len(self._rows.frames) > TEXT_POSITIONS:
+            return None
+        seconds = self._config.frame_ms / 1000
+        return PartAlignment(
+            text, self._request.speaker, model.tokenizer, model.alignment, seconds, self._total
+        )
+
+    def _new_guarded(self, max_frames: int) -> GuardedFrames:
+        """The guards of the part, whose text needs at most `max_frames`."""
+        model, inference = self._model, self._model.inference
+        num_codebooks = self._config.num_codebooks
+        guard = Guard(max_frames, num_codebooks, model.silent_codes, inference.guard)
+        text_guard = None
+        if self._aligned is not None:
+            text_guard = TextGuard(self._aligned.texts, inference.text_guard)
+        return GuardedFrames(guard, text_guard, model.silent_codes, num_codebooks)
 
     def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
         """The newest turns, until the window is full; older ones are only checked."""
@@ -218,6 +287,8 @@ class RequestState:
             _derive(self._request.seed, self._part, 0),
             self._max_frames,
             self._num_shared,
+            len(self._rows.frames),
+            self._model.inference.end_bias,
         )
 
     def _make_room(self, length: int, num_frames: int) -> int:
@@ -249,6 +320,7 @@ class RequestState:
         turn = Segment(self._request.speaker, self._parts[self._part], codes=codes)
         return Turn(turn, self._config, self._model.tokenizer)
 
+<<<<<<< HEAD
     def _report_silence(self) -> None:
         for number, turn in enumerate(self._turns, self._num_omitted + 1):
             if turn.is_silent:
@@ -261,6 +333,13 @@ class RequestState:
         second = self._total * self._config.frame_ms / 1000
         message = f"the speech {verdict.reason} at {second:.1f} s: {what_was_done}"
         self._notify(Notice(kind, message))
+=======
+    def _report_guard(self, remark: Remark) -> None:
+        frames = self._total - len(self._codes) + remark.frame
+        second = frames * self._config.frame_ms / 1000
+        message = f"the speech {remark.reason} at {second:.1f} s: {_DONE[remark.kind]}"
+        self._notify(Notice(remark.kind, message))
+>>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
 
     def _report_full(self) -> None:
         """The part has as many frames as it may have, and has not ended."""

@@ -3,14 +3,16 @@
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from csm_jax.align.speech import SpeechAlignment
+from csm_jax.align.words import Word
 from csm_jax.errors import CSMError
 from csm_jax.inference.loaded_model import LoadedModel
-from csm_jax.inference.request import Notice, Request
+from csm_jax.inference.request import Notice, OnWord, Request
 
 logger = logging.getLogger("csm_jax")
 
@@ -42,14 +44,23 @@ class Ticket:
       timing: where its time went; complete when it is over.
       notices: remarks about the speech so far; complete when the request is over.
       is_cancelled: whether `cancel` was called.
+      alignment: the words of the parts of the text that are over.
     """
 
-    def __init__(self, request: Request, model: LoadedModel, stream: bool, keep: bool):
+    def __init__(
+        self,
+        request: Request,
+        model: LoadedModel,
+        stream: bool,
+        keep: bool,
+        on_word: OnWord | None = None,
+    ):
         """Starts without frames.
 
         Args:
           stream: whether there are chunks while it is generated.
           keep: whether chunks are kept after a listener has got them.
+          on_word: called with each word.
         """
         self.request = request
         self.timing = Timing()
@@ -64,6 +75,8 @@ class Ticket:
         self._chunks: list[np.ndarray] = []
         self._listeners: list[Callable[[np.ndarray | None], None]] = []
         self._error: CSMError | None = None
+        self._on_word = on_word
+        self.alignment = SpeechAlignment(model.sample_rate)
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields the speech as it is generated, float32 [n]; every iterator from the beginning.
@@ -101,6 +114,11 @@ class Ticket:
             return self._model.decode(codes)
         return np.concatenate([np.zeros(0, np.float32), *self._chunks])
 
+    def words(self) -> list[Word]:
+        """Waits for the end; the words of the text with their times, sharpened by the sound.
+        Empty if the checkpoint has no alignment heads. Raises as iterating does."""
+        return self.alignment.words(self.result())
+
     def cancel(self) -> None:
         """Ends the request at the next step; nothing happens if it is over."""
         self.is_cancelled = True
@@ -129,6 +147,16 @@ class Ticket:
     def add_frames(self, codes: np.ndarray) -> None:
         """Adds the next frames, int32 [n, Q]."""
         self._frames.append(codes)
+
+    def add_words(self, words: Sequence[Word]) -> None:
+        """Passes on words whose times have become certain."""
+        for word in words:
+            try:
+                if self._on_word is not None:
+                    self._on_word(word)
+            except Exception:
+                self._on_word = None
+                logger.exception("on_word has failed, and is not called again")
 
     def add_chunk(self, chunk: np.ndarray) -> None:
         """Adds the next audio, float32 [n], and passes it to the listeners."""

@@ -73,7 +73,7 @@ class TransformerLayer(StreamingLayer):
 
         # Every query head has its own keys: groups of one.
         visible = _visible(cache.length, length, window)
-        mixed = attention(query[..., None, :], key, value, visible)
+        mixed, _ = attention(query[..., None, :], key, value, visible)
         cache = WindowCache(key[..., -window:], value[:, :, -window:], cache.length + length)
         return self.o(mixed.reshape(batch, length, dim)), cache
 

@@ -5,6 +5,7 @@ A frame is a row of Q audio codes and one text id, Q + 1 columns; a mask says wh
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +24,12 @@ from csm_jax.model.layers import (
     normal,
     pack,
 )
-from csm_jax.model.llama import Llama
+from csm_jax.model.llama import Head, Llama
 from csm_jax.model.precision import FLOAT32, Precision, Role
 from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
+
+# The code before, the cache of the depth decoder, and the end bias of the next code.
+_DepthCarry = tuple[Array, KVCache, Array | None]
 
 
 class CSM(nnx.Module):
@@ -96,7 +100,12 @@ class CSM(nnx.Module):
         return linear_float32(hidden, self.codebook0_head.matrix)
 
     def generate_frame(
-        self, hidden: Array, keys: Array, sampling: SamplingParams, seen: Array
+        self,
+        hidden: Array,
+        keys: Array,
+        sampling: SamplingParams,
+        seen: Array,
+        end_bias: Array | None = None,
     ) -> Array:
         """Samples one frame: codebook 0 from the backbone, the rest from the depth decoder.
 
@@ -105,6 +114,8 @@ class CSM(nnx.Module):
           keys: one PRNG key per row [B], for this frame alone.
           sampling: values per row.
           seen: bool [B, V], codebook-0 ids that the repetition penalty applies to.
+          end_bias: float32 [B], added to the logits of the end of speech, which is a frame of
+            zeros: of id 0 of each codebook after codes that are all 0. -inf excludes it.
 
         Returns:
           int32 [B, Q].
@@ -116,37 +127,45 @@ class CSM(nnx.Module):
         uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = self.backbone_logits(hidden)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
+        logits = _with_end_bias(logits, end_bias)
         first = sample(logits, uniform[0], sampling.backbone)
-        return self._sample_depth(hidden, first, uniform[1:], sampling)
+        return self._sample_depth(hidden, first, uniform[1:], sampling, end_bias)
 
     def _sample_depth(
-        self, hidden: Array, first: Array, uniform: Array, sampling: SamplingParams
+        self,
+        hidden: Array,
+        first: Array,
+        uniform: Array,
+        sampling: SamplingParams,
+        end_bias: Array | None,
     ) -> Array:
         """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
         config = self.config.depth_decoder
         num_codebooks = self.config.num_codebooks
         heads = self.depth_heads.matrix
 
-        def next_code(inputs: Array, cache: KVCache, codebook: Array) -> tuple[Array, KVCache]:
+        def next_code(
+            inputs: Array, cache: KVCache, codebook: Array, end_bias: Array | None
+        ) -> tuple[Array, KVCache]:
             states, cache = self.depth_decoder(self.projection(inputs), cache)
             head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            logits = linear_float32(states[:, -1], head)
+            logits = _with_end_bias(linear_float32(states[:, -1], head), end_bias)
             return sample(logits, uniform[codebook - 1], sampling.depth_decoder), cache
 
-        def body(
-            carry: tuple[Array, KVCache], codebook: Array
-        ) -> tuple[tuple[Array, KVCache], Array]:
-            code, cache = carry
+        def body(carry: _DepthCarry, codebook: Array) -> tuple[_DepthCarry, Array]:
+            code, cache, end_bias = carry
             inputs = self.embed_code(code, codebook - 1)[:, None]  # [B, 1, D]
-            code, cache = next_code(inputs, cache, codebook)
-            return (code, cache), code
+            code, cache = next_code(inputs, cache, codebook, end_bias)
+            return (code, cache, _where_zero(end_bias, code)), code
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
         cache = KVCache.create(config, len(first), num_codebooks, hidden.dtype, num_lengths=1)
         inputs = jnp.stack([hidden, self.embed_code(first, 0)], axis=1)  # [B, 2, D]
         codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
-        second, cache = next_code(inputs, cache, codebooks[0])
-        _, rest = jax.lax.scan(body, (second, cache), codebooks[1:])
+        end_bias = _where_zero(end_bias, first)
+        second, cache = next_code(inputs, cache, codebooks[0], end_bias)
+        carry = second, cache, _where_zero(end_bias, second)
+        _, rest = jax.lax.scan(body, carry, codebooks[1:])
         return jnp.concatenate([first[None], second[None], rest]).T
 
     def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
@@ -156,9 +175,17 @@ class CSM(nnx.Module):
           frames, mask: as for `embed`; padded on the right.
           remat: as for `Llama.__call__`.
         """
+        return self.attend(frames, mask, remat=remat)[0]
+
+    def attend(
+        self, frames: AnyArray, mask: AnyArray, heads: Sequence[Head] = (), remat: bool = False
+    ) -> tuple[Array, Array]:
+        """Like `hidden`, and returns the attention of some heads too, as `Llama.attend` does."""
         batch, length, _ = frames.shape
         cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)
-        return self.backbone(self.embed(frames, mask), cache, remat=remat)[0]
+        embedded = self.embed(frames, mask)
+        states, _, attention = self.backbone.attend(embedded, cache, heads=heads, remat=remat)
+        return states, attention
 
     def depth_logits(self, hidden: Array, codes: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced depth decoder.
@@ -184,6 +211,16 @@ class CSM(nnx.Module):
             self.depth_heads.matrix,
         )
         return by_codebook(states[:, 1:], heads)
+
+
+def _with_end_bias(logits: Array, end_bias: Array | None) -> Array:
+    """Logits [B, V] with the bias [B] of id 0, if there is one."""
+    return logits if end_bias is None else logits.at[:, 0].add(end_bias)
+
+
+def _where_zero(end_bias: Array | None, code: Array) -> Array | None:
+    """The bias of rows whose code [B] is 0; no other frame can become the end of speech."""
+    return None if end_bias is None else jnp.where(code == 0, end_bias, 0)
 
 
 def bind(config: CSMConfig, params: Params) -> CSM:

@@ -288,7 +288,7 @@ def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def attention(query: Array, key: Array, value: Array, visible: Array) -> Array:
+def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[Array, Array]:
     """Grouped-query attention with an explicit mask.
 
     Args:
@@ -298,18 +298,19 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> Array:
       visible: bool [B, T, S], the keys that each query attends to; or [1, T, S].
 
     Returns:
-      [B, T, K, G, H].
+      [B, T, K, G, H]; and the weights of the values, float32 [B, K, G, T, S].
     """
     # The softmax runs in float32, from float32 scores: bfloat16 has 8 bits for what may be
     # hundreds of nearly equal weights.
     scores = _scores(query, key) * query.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    return jnp.einsum(
+    mixed = jnp.einsum(
         "BKGTS,BKSH->BTKGH",
         weights.astype(value.dtype),
         value,
         precision=jax.lax.Precision.HIGHEST,
     )
+    return mixed, weights
 
 
 def _scores(query: Array, key: Array) -> Array:

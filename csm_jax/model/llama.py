@@ -1,6 +1,7 @@
 """The Llama stack (Llama 3.2): backbone and depth decoder are two sizes of it."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from csm_jax.model.layers import (
 )
 from csm_jax.model.precision import Precision
 
+# An attention head of a stack: its layer, and its number among the layer's query heads.
+Head = tuple[int, int]
+
 
 class Attention(nnx.Module):
     """Causal grouped-query self-attention over a preallocated cache.
@@ -38,7 +42,7 @@ class Attention(nnx.Module):
 
     def __call__(
         self, x: Array, cache: LayerCache, positions: Array, kv_length: int
-    ) -> tuple[Array, LayerCache]:
+    ) -> tuple[Array, LayerCache, Array]:
         """Attends to the cache, after the new positions have been written to it.
 
         Args:
@@ -47,7 +51,8 @@ class Attention(nnx.Module):
           kv_length: as for `Llama.__call__`.
 
         Returns:
-          [B, T, D], and the cache with the new positions.
+          [B, T, D]; the cache with the new positions; and how much the queries attend to each
+          position of it, float32 [B, N, T, S].
         """
         config = self.config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -59,8 +64,11 @@ class Attention(nnx.Module):
         )
         slots = jnp.arange(kv_length, dtype=jnp.int32)
         visible = slots[None, None, :] <= positions[:, :, None]  # [B, T, S]
-        mixed = attention(query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible)
-        return self.o(mixed.reshape(*x.shape[:2], -1)), cache
+        mixed, weights = attention(
+            query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
+        )
+        by_head = weights.reshape(len(x), config.num_heads, *weights.shape[3:])
+        return self.o(mixed.reshape(*x.shape[:2], -1)), cache, by_head
 
 
 class MLP(nnx.Module):
@@ -86,10 +94,11 @@ class Block(nnx.Module):
 
     def __call__(
         self, x: Array, cache: LayerCache, positions: Array, kv_length: int
-    ) -> tuple[Array, LayerCache]:
-        mixed, cache = self.attn(self.attn_norm(x), cache, positions, kv_length)
+    ) -> tuple[Array, LayerCache, Array]:
+        """Maps [B, T, D] to the same, with the cache and the weights of `Attention`."""
+        mixed, cache, weights = self.attn(self.attn_norm(x), cache, positions, kv_length)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x)), cache, weights
 
 
 class Llama(nnx.Module):
@@ -119,14 +128,38 @@ class Llama(nnx.Module):
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
         """
+        states, cache, _ = self.attend(x, cache, kv_length, (), remat)
+        return states, cache
+
+    def attend(
+        self,
+        x: Array,
+        cache: KVCache,
+        kv_length: int | None = None,
+        heads: Sequence[Head] = (),
+        remat: bool = False,
+    ) -> tuple[Array, KVCache, Array]:
+        """Like calling the stack, and returns the attention of some heads too.
+
+        Args:
+          heads: which of them; no computation depends on the others' weights.
+
+        Returns:
+          Hidden states and cache; and the attention of each new position to each position of the
+          cache, float32 [B, len(heads), T, S].
+        """
         length = x.shape[1]
         kv_length = kv_length or cache.layers[0].value.shape[2]
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
-        layers = []
+        layers, weights = [], []
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             call = functools.partial(block, kv_length=kv_length)
             call = jax.checkpoint(call) if remat else call
-            x, layer_cache = call(x, layer_cache, positions)
+            x, layer_cache, attention_weights = call(x, layer_cache, positions)
             layers.append(layer_cache)
-        return self.norm(x), KVCache(tuple(layers), cache.lengths + length)
+            weights.append(attention_weights)
+        nothing = jnp.zeros((len(x), 0, length, kv_length), jnp.float32)
+        chosen = [weights[layer][:, head, None] for layer, head in heads]
+        attended = jnp.concatenate([nothing, *chosen], axis=1)
+        return self.norm(x), KVCache(tuple(layers), cache.lengths + length), attended

@@ -48,6 +48,17 @@ class Tokenizer(abc.ABC):
         check_unicode(text)
         return [self.bos, *self._encode(text), self.eos]
 
+    def encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        """The ids of `encode`, each with the characters of `text` that it stands for.
+
+        Returns:
+          (id, start, end) of every id. BOS and EOS stand for no characters, and start where they
+          end; ids of parts of one character have the same start and end.
+        """
+        check_unicode(text)
+        end = len(text)
+        return [(self.bos, 0, 0), *self._encode_with_offsets(text), (self.eos, end, end)]
+
     def save(self, directory: Path) -> None:
         """Writes the tokenizer's file into an existing directory, byte for byte as it was read.
 
@@ -64,6 +75,10 @@ class Tokenizer(abc.ABC):
     @abc.abstractmethod
     def _encode(self, text: str) -> list[int]:
         """The ids of `text` alone."""
+
+    @abc.abstractmethod
+    def _encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        """The ids of `text` alone, as `encode_with_offsets`."""
 
     @abc.abstractmethod
     def _content(self) -> bytes:
@@ -100,6 +115,10 @@ class BPETokenizer(Tokenizer):
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def _encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(i, *offset) for i, offset in zip(encoded.ids, encoded.offsets, strict=True)]
+
     def _content(self) -> bytes:
         return self._json.encode()
 
@@ -129,6 +148,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _encode(self, text: str) -> list[int]:
         return self._processor.encode(text)
+
+    def _encode_with_offsets(self, text: str) -> list[tuple[int, int, int]]:
+        encoded = self._processor.encode_as_offset_mapping(text)
+        return [(i, *offset) for i, offset in zip(encoded["ids"], encoded["offsets"], strict=True)]
 
     def _content(self) -> bytes:
         return self._model

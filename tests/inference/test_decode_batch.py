@@ -44,7 +44,7 @@ def run_on(batch: DecodeBatch, num_frames: int) -> np.ndarray:
     """Codes [B, num_frames, Q] of as many runs as necessary."""
     codes = np.zeros((batch.size, 0, NUM_CODEBOOKS), np.int32)
     while codes.shape[1] < num_frames:
-        codes = np.concatenate([codes, batch.run(num_frames - codes.shape[1])[0]], axis=1)
+        codes = np.concatenate([codes, batch.run(num_frames - codes.shape[1]).codes], axis=1)
     return codes
 
 
@@ -65,7 +65,7 @@ def test_utterances_join_and_leave_without_effect_on_others(sampling, schedule):
                 generated[running[index]] = np.zeros((0, NUM_CODEBOOKS), np.int32)
                 prompt = make_prompt(length, seed=length)
                 batch.join(index, Utterance(prompt, values, seed, NUM_FRAMES))
-        codes, _ = batch.run(int(rng.integers(1, 9)))
+        codes = batch.run(int(rng.integers(1, 9))).codes
         for index, each in list(running.items()):
             generated[each] = np.concatenate([generated[each], codes[index]])
             if rng.random() < 0.2:
@@ -155,12 +155,12 @@ def test_frames_that_were_rewound_are_not_penalized():
 def test_rewinding_after_the_end_of_speech():
     batch = new_batch(countdown())
     batch.join(1, Utterance(count_from(6), GREEDY, 0, 40))
-    codes, ended = batch.run(20)
+    codes, _, ended = batch.run(20)
     np.testing.assert_array_equal(up_to_the_end(codes[1]), counted(6))
     assert ended.all()
-    assert batch.run(20)[0].shape == (3, 0, NUM_CODEBOOKS)
+    assert batch.run(20).codes.shape == (3, 0, NUM_CODEBOOKS)
     batch.rewind(1, Rewind(codes[1, :2], seed=1))
-    again, ended = batch.run(20)
+    again, _, ended = batch.run(20)
     np.testing.assert_array_equal(again, codes[:, 2:])
     assert ended.all()
 
@@ -174,9 +174,9 @@ def test_a_run_with_pause_stops_when_a_row_ends():
     batch.join(0, Utterance(count_from(3), GREEDY, 0, 30))
     batch.join(2, Utterance(count_from(9), GREEDY, 0, 30))
     runs = [batch.run(25, pause=True) for _ in range(3)]
-    assert [codes.shape[1] for codes, _ in runs] == [3, 6, 0]
-    assert [ended.tolist() for _, ended in runs] == [[True, True, False], [True] * 3, [True] * 3]
-    codes = np.concatenate([codes for codes, _ in runs], axis=1)
+    assert [run.codes.shape[1] for run in runs] == [3, 6, 0]
+    assert [run.done.tolist() for run in runs] == [[True, True, False], [True] * 3, [True] * 3]
+    codes = np.concatenate([run.codes for run in runs], axis=1)
     for row, count in zip(codes, (3, 1, 9), strict=True):
         np.testing.assert_array_equal(up_to_the_end(row), counted(count))
 
@@ -185,12 +185,12 @@ def test_a_run_stops_at_the_limit_of_a_row():
     batch = new_batch()
     batch.join(0, Utterance(PROMPTS[0], GREEDY, 0, NUM_FRAMES))
     batch.join(1, Utterance(PROMPTS[1], GREEDY, 0, 4))
-    first = batch.run(25)[0]
+    first = batch.run(25).codes
     assert first.shape[1] == 4
-    assert batch.run(25)[0].shape[1] == 0
+    assert batch.run(25).codes.shape[1] == 0
     batch.leave(1)
     codes = np.concatenate([first[0], run_on(batch, NUM_FRAMES - 4)[0]])
     np.testing.assert_array_equal(codes, alone(5, GREEDY, 0))
-    assert batch.run(25)[0].shape[1] == 0
+    assert batch.run(25).codes.shape[1] == 0
     batch.rewind(0, Rewind(codes[:22], seed=0))
-    assert batch.run(25)[0].shape[1] == NUM_FRAMES - 22
+    assert batch.run(25).codes.shape[1] == NUM_FRAMES - 22

@@ -68,7 +68,10 @@ def empty_state(batch: int) -> GenerationState:
 
 def run_state(params, state, sampling, num_frames: int, kv_length: int = 64):
     values, count, never = SamplingParams.stack(sampling), np.int32(num_frames), np.bool_(False)
-    return run_frames(params, state, values, count, never, config=CONFIG, kv_length=kv_length)
+    state, frames, count = run_frames(
+        params, state, values, count, never, config=CONFIG, kv_length=kv_length
+    )
+    return state, frames.codes, count
 
 
 def likeliest(params, prompt, codes: np.ndarray) -> np.ndarray:

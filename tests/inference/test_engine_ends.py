@@ -104,10 +104,10 @@ def test_sizes_below_one_are_refused(model, sizes):
 def test_a_failing_request_does_not_affect_others(model, alone, monkeypatch, stream):
     accept = RequestState.accept
 
-    def fail(self, codes):
+    def fail(self, codes, attention=None):
         if self._request.seed == 66 and self._total >= 3:
             raise InputError("this one is bad")
-        return accept(self, codes)
+        return accept(self, codes, attention)
 
     monkeypatch.setattr(RequestState, "accept", fail)
     with Engine(model, max_batch=3) as engine:

@@ -60,13 +60,13 @@ def run_requests(batch: DecodeBatch) -> np.ndarray:
     """Codes [B, n, Q] of requests that join, are rewound, leave and are replaced."""
     for index in range(8):
         batch.join(index, utterance(index))
-    chunks = [batch.run(9)[0], batch.run(4)[0]]
+    chunks = [batch.run(9).codes, batch.run(4).codes]
     batch.rewind(3, Rewind(chunks[0][3, :5], seed=99))
-    chunks.append(batch.run(6, pause=True)[0])
+    chunks.append(batch.run(6, pause=True).codes)
     batch.leave(6)
-    chunks.append(batch.run(3)[0])
+    chunks.append(batch.run(3).codes)
     batch.join(6, utterance(1))
-    chunks.append(batch.run(9)[0])
+    chunks.append(batch.run(9).codes)
     return np.concatenate(chunks, axis=1)
 
 

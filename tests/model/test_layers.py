@@ -204,12 +204,14 @@ def naive_attention(query, key, value, visible) -> np.ndarray:
     query, key, value = float64(query, key, value)
     batch, length, kv_heads, group, head_dim = query.shape
     out = np.zeros(query.shape)
+    all_weights = np.zeros((batch, kv_heads, group, length, key.shape[-1]))
     for b, t, k, g in np.ndindex(batch, length, kv_heads, group):
         seen = np.flatnonzero(visible[b, t])
         scores = [query[b, t, k, g] @ key[b, k, :, s] / head_dim**0.5 for s in seen]
         weights = np.exp(np.array(scores) - max(scores))
+        all_weights[b, k, g, t, seen] = weights / weights.sum()
         out[b, t, k, g] = weights / weights.sum() @ value[b, k, seen]
-    return out
+    return out, all_weights
 
 
 @every_dtype
@@ -220,11 +222,12 @@ def test_attention_equals_a_loop(dtype, num_kv_heads, group):
     value = normal(11, 2, num_kv_heads, 7, 8, dtype=dtype)
     visible = np.random.default_rng(12).random((2, 4, 7)) < 0.6
     visible[..., 3] = True
-    got = jax.jit(attention)(query, key, value, visible)
-    expected = naive_attention(query, key, value, visible)
+    got, weights = jax.jit(attention)(query, key, value, visible)
+    expected, expected_weights = naive_attention(query, key, value, visible)
     # Attention weights are rounded too; sums of mixed signs keep the errors of their terms.
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
 
 
 @every_dtype
@@ -239,15 +242,15 @@ def test_the_softmax_of_attention_is_float32(dtype):
 def test_a_mask_without_a_batch_axis_applies_to_all_rows():
     query, key, value = normal(13, 2, 3, 2, 3, 8), normal(14, 2, 2, 8, 5), normal(15, 2, 2, 5, 8)
     visible = np.tri(3, 5, 2, dtype=bool)[None]
-    expected = attention(query, key, value, np.repeat(visible, 2, axis=0))
-    np.testing.assert_array_equal(attention(query, key, value, visible), expected)
+    expected = attention(query, key, value, np.repeat(visible, 2, axis=0))[0]
+    np.testing.assert_array_equal(attention(query, key, value, visible)[0], expected)
 
 
 def test_masked_keys_have_no_effect():
     query, key, value = normal(13, 1, 2, 2, 3, 8), normal(14, 1, 2, 8, 5), normal(15, 1, 2, 5, 8)
     visible = np.array([[[1, 0, 1, 1, 0], [1, 0, 1, 0, 0]]], bool)
-    expected = attention(query, key, value, visible)
+    expected = attention(query, key, value, visible)[0]
     key[..., [1, 4]], value[:, :, [1, 4]] = 1e6, -1e6
-    np.testing.assert_array_equal(attention(query, key, value, visible), expected)
-    changed = attention(query, key, value, np.ones_like(visible))
+    np.testing.assert_array_equal(attention(query, key, value, visible)[0], expected)
+    changed = attention(query, key, value, np.ones_like(visible))[0]
     assert not np.allclose(changed, expected)

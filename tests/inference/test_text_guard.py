@@ -1,0 +1,147 @@
+"""The guard that knows the text: early ends, and words that are missing, repeated or too many."""
+
+import numpy as np
+import pytest
+
+from csm_jax.inference.guard import Guard
+from csm_jax.inference.guarded_frames import GuardedFrames
+from csm_jax.inference.text_guard import TextGuard, TextGuardLimits
+
+WORDS = ["one", "two", "three", "four"]
+SILENT = 7
+Q = 3
+
+
+def frames_of(words, silent=()) -> tuple[np.ndarray, np.ndarray]:
+    """Different frames, and the attention to the word of each; None attends to nothing."""
+    codes = np.arange(100, 100 + len(words) * Q, dtype=np.int32).reshape(-1, Q)
+    codes[list(silent), 0] = SILENT
+    mass = np.full((len(words), len(WORDS)), 0.01)
+    for frame, word in enumerate(words):
+        if word is not None:
+            mass[frame, word] = 0.9
+    return codes, mass
+
+
+def new_guarded(**limits) -> GuardedFrames:
+    guard = Guard(500, Q, {SILENT})
+    return GuardedFrames(guard, TextGuard(WORDS, TextGuardLimits(**limits)), {SILENT}, Q)
+
+
+def play(guarded, codes, mass, size, ends=False):
+    """Feeds frames in chunks until the guard goes back or ends: released frames, and the step."""
+    released = [codes[:0]]
+    for start in range(0, len(codes), size):
+        step = guarded.accept(codes[start : start + size], mass[start : start + size])
+        released.append(step.released)
+        if step.back or step.is_over:
+            return np.concatenate(released), step
+    if ends:
+        step = guarded.end()
+        released.append(step.released)
+    return np.concatenate(released), step
+
+
+GOOD = [0] * 4 + [1] * 4 + [2] * 5 + [3] * 8
+sizes = pytest.mark.parametrize("size", [1, 4, 50])
+
+
+@sizes
+def test_speech_that_follows_its_text_passes_unchanged(size):
+    codes, mass = frames_of(GOOD, silent=[19, 20])
+    released, step = play(new_guarded(), codes, mass, size, ends=True)
+    assert step.is_over
+    assert step.remark is None
+    assert step.back is None
+    np.testing.assert_array_equal(released, codes)
+
+
+@sizes
+def test_an_end_before_the_last_word_is_held_down_until_it_is_spoken(size):
+    guarded = new_guarded()
+    codes, mass = frames_of(GOOD)
+    early = 10
+    released, step = play(guarded, codes[:early], mass[:early], size, ends=True)
+    assert step.back == (early, False, -np.inf)
+    assert step.remark.kind == "continued"
+    more, step = play(guarded, codes[early:], mass[early:], size)
+    # Where half of the last word has been heard the end is allowed again, at the same frame for
+    # any chunks.
+    assert step.back.end_bias == 0
+    assert not step.back.new_seed
+    assert step.back.num_frames == 13 + 6
+    np.testing.assert_array_equal(np.concatenate([released, more]), codes[:19])
+
+
+@sizes
+def test_held_speech_that_never_reaches_the_last_word_ends_where_it_had_ended(size):
+    guarded = new_guarded()
+    codes, mass = frames_of([0] * 4 + [1] * 4)
+    released, _ = play(guarded, codes, mass, size, ends=True)
+    babble, nothing = frames_of([None] * 60)
+    more, step = play(guarded, babble + 1000, nothing, size)
+    assert step.is_over
+    assert step.remark.kind == "ended"
+    np.testing.assert_array_equal(np.concatenate([released, more]), codes)
+
+
+@sizes
+def test_a_word_that_is_left_out_is_resampled_from_there(size):
+    codes, mass = frames_of([0] * 4 + [2] * 5)
+    released, step = play(new_guarded(), codes, mass, size)
+    assert step.back == (4, True, 0.0)
+    assert step.remark.kind == "resampled"
+    np.testing.assert_array_equal(released, codes[:4])
+
+
+@sizes
+def test_a_word_that_is_said_again_is_resampled_from_there(size):
+    codes, mass = frames_of([0] * 4 + [1] * 4 + [2] * 3 + [0] * 6)
+    released, step = play(new_guarded(), codes, mass, size)
+    assert step.back == (11, True, 0.0)
+    np.testing.assert_array_equal(released, codes[:11])
+
+
+def test_a_glance_at_another_word_is_no_fault():
+    codes, mass = frames_of([0, 0, 2, 0, 0, 1, 1, 0, 1, *([2] * 4), *([3] * 8)])
+    released, step = play(new_guarded(), codes, mass, 1, ends=True)
+    assert step.is_over
+    assert step.remark is None
+    np.testing.assert_array_equal(released, codes)
+
+
+@sizes
+def test_speech_after_the_last_word_and_a_pause_is_not_taken(size):
+    codes, mass = frames_of([*GOOD, *[3] * 12], silent=[19, 20])
+    released, step = play(new_guarded(), codes, mass, size)
+    assert step.is_over
+    assert step.remark.kind == "ended"
+    np.testing.assert_array_equal(released, codes[:21])
+
+
+@sizes
+def test_speech_that_attends_to_the_text_no_more_is_over(size):
+    codes, mass = frames_of([*GOOD, *[None] * 12])
+    released, step = play(new_guarded(), codes, mass, size)
+    assert step.is_over
+    assert step.remark.kind == "ended"
+    np.testing.assert_array_equal(released, codes[: len(GOOD)])
+
+
+def test_after_the_last_retry_the_speech_is_left_as_it_is():
+    guarded = new_guarded(max_retries=1)
+    codes, mass = frames_of([0] * 4 + [2] * 5)
+    play(guarded, codes, mass, 50)
+    again, step = play(guarded, codes[4:], mass[4:], 50)
+    assert step.back is None
+    assert not step.is_over
+    np.testing.assert_array_equal(again, codes[4:])
+
+
+def test_a_symbol_at_the_end_need_not_be_spoken():
+    guard = TextGuard(["well", "done", "👍"])
+    for word in [0] * 5 + [1] * 9:
+        mass = np.zeros(3)
+        mass[word] = 0.9
+        guard.accept(mass, False)
+    assert guard.end().action.value == "end"
