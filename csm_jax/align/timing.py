@@ -39,7 +39,7 @@ def time_words(
       frame_seconds: duration of a frame.
       audio: float [num_samples], the speech of the frames; None leaves the times as they are.
     """
-    seconds = len(path) * frame_seconds
+    seconds = len(mass) * frame_seconds
     spoken = sorted(set(path.tolist()))
     starts = [
         min(seconds, max(0.0, boundary(mass, path, word) * frame_seconds + heads.lag(word)))

@@ -54,6 +54,7 @@ def speak_parameters(
     seed: int = 0,
     guard: str | bool = "on",
     shared_turns: int = 0,
+    pauses: bool = False,
     *,
     progress: Progress | None = None,
 ) -> None:

@@ -25,11 +25,8 @@ from csm_jax.inference.request import (
     Request,
     log_notice,
 )
-<<<<<<< HEAD
-from csm_jax.prompt.pauses import split_pauses
-=======
 from csm_jax.inference.text_guard import TextGuard
->>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
+from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.splitting import needed_seconds, split_text
 from csm_jax.prompt.turns import Segment, Turn, check_turn, join_rows, text_rows
 
@@ -101,16 +98,11 @@ class RequestState:
         # Positions of the shared turns; 0 once the first of them has to be left out.
         self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
         self._part = -1
-<<<<<<< HEAD
         # Silence before the first part, and all frames so far.
         self._total = self._lead = min(lead, self._max_total_frames - 1)
         self._has_spoken = self._was_cut = False
-=======
-        self._total = 0
         self.alignment = SpeechAlignment(model.sample_rate)
         self._aligned: PartAlignment | None = None
-        self._was_cut = False
->>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
         # Here, so that a request that does not fit is refused before anything runs.
         self._start_part()
         self._is_new = True
@@ -142,32 +134,22 @@ class RequestState:
     def accept(self, codes: np.ndarray, attention: np.ndarray | None = None) -> Step:
         """Takes the next frames of the utterance, with its end of speech if any.
 
-<<<<<<< HEAD
         What comes after the end of speech or after `max_frames` is ignored. Pauses of the text are
         released with the first and the last frames.
-        """
-        step = self._accept(codes)
-        before, self._unreleased = self._unreleased, self._silence(0)
-        if step.is_over:
-            self._after = self._pause(self._pauses[self._part])
-        return step._replace(released=np.concatenate([before, step.released, self._after]))
-
-    def _accept(self, codes: np.ndarray) -> Step:
-=======
-        What comes after the end of speech or after `max_frames` is ignored.
 
         Args:
           codes: int32 [n, Q].
           attention: of the alignment heads, float32 [n, N, L].
         """
         step = self._accept(codes, attention)
-        if self._aligned is None:
-            return step
-        words = self._aligned.decide(len(self._codes), step.is_over)
-        return step._replace(words=words)
+        if self._aligned is not None:
+            step = step._replace(words=self._aligned.decide(len(self._codes), step.is_over))
+        before, self._unreleased = self._unreleased, self._silence(0)
+        if step.is_over:
+            self._after = self._pause(self._pauses[self._part])
+        return step._replace(released=np.concatenate([before, step.released, self._after]))
 
     def _accept(self, codes: np.ndarray, attention: np.ndarray | None) -> Step:
->>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
         ends = np.flatnonzero((codes == 0).all(axis=-1))
         has_ended = len(ends) > 0
         frames = (codes[: ends[0]] if has_ended else codes)[: self._left]
@@ -320,7 +302,6 @@ class RequestState:
         turn = Segment(self._request.speaker, self._parts[self._part], codes=codes)
         return Turn(turn, self._config, self._model.tokenizer)
 
-<<<<<<< HEAD
     def _report_silence(self) -> None:
         for number, turn in enumerate(self._turns, self._num_omitted + 1):
             if turn.is_silent:
@@ -329,17 +310,11 @@ class RequestState:
                 )
                 self._notify(Notice("silent_context", message))
 
-    def _report_guard(self, kind: str, verdict: Verdict, what_was_done: str) -> None:
-        second = self._total * self._config.frame_ms / 1000
-        message = f"the speech {verdict.reason} at {second:.1f} s: {what_was_done}"
-        self._notify(Notice(kind, message))
-=======
     def _report_guard(self, remark: Remark) -> None:
         frames = self._total - len(self._codes) + remark.frame
         second = frames * self._config.frame_ms / 1000
         message = f"the speech {remark.reason} at {second:.1f} s: {_DONE[remark.kind]}"
         self._notify(Notice(remark.kind, message))
->>>>>>> 6bef5d6 (The frame step returns the attention of chosen heads to the text; words get times, and a guard knows the text)
 
     def _report_full(self) -> None:
         """The part has as many frames as it may have, and has not ended."""
