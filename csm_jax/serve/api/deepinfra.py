@@ -20,6 +20,7 @@ from csm_jax.serve.api.parsing import describe, read_fields
 from csm_jax.serve.api.responses import (
     NOTICES,
     PermitResponse,
+    add_notices,
     cancel_on_disconnect,
     speak_whole,
 )
@@ -152,7 +153,9 @@ async def _submit_job(
     name = request_id()
     body = await service.threads.work(caller, _queued, name, fields)
     await service.jobs.submit(caller, _KIND, body, webhook)
-    return JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+    response = JSONResponse(_without_audio(fields, name, "queued").model_dump(), 202)
+    add_notices(response, ignored(fields.unknown))
+    return response
 
 
 def _data_uri(data: bytes, audio_format: str) -> str:

@@ -194,7 +194,8 @@ def test_posts_to_a_failing_webhook_end(calling, listener):
 
 def test_a_failure_is_posted_to_the_webhook(calling, listener):
     url = f"http://localhost:{listener.server_port}/"
-    assert infer(calling, webhook=url, preset_voice="nobody").status_code == 202
+    queued = infer(calling, webhook=url, preset_voice="nobody", pitch=3)
+    assert (queued.status_code, queued.headers["x-notices"]) == (202, "pitch_ignored")
     response = json.loads(wait_for_posts(listener, 1)[0][1])
     assert response["inference_status"]["status"] == "failed"
     assert "nobody" in response["detail"]
