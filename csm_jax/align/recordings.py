@@ -1,0 +1,62 @@
+"""Attention of a model that hears a recording and its transcript: teacher-forced, for any heads."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from csm_jax.config import CSMConfig
+from csm_jax.inference.loaded_model import LoadedModel
+from csm_jax.model.csm import bind
+from csm_jax.model.layers import Array, Params
+from csm_jax.model.llama import Head
+from csm_jax.prompt.turns import Segment, Turn, join_rows
+
+# Recordings are padded to whole multiples of so many positions, so that few shapes are compiled.
+_BUCKET = 128
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Speech and its transcript.
+
+    Attributes:
+      text: what is said.
+      audio: float [num_samples] at the model's sample rate.
+      speaker: number of the voice.
+      starts: seconds at which the words (`words.word_spans`) start; None if that is not known.
+    """
+
+    text: str
+    audio: np.ndarray
+    speaker: int = 0
+    starts: Sequence[float] | None = None
+
+
+def attention_to(model: LoadedModel, recording: Recording, heads: tuple[Head, ...]) -> np.ndarray:
+    """How much the heads attend to the text when they predict each frame of a recording.
+
+    Returns:
+      float32 [F, N, L], as the frame step returns it.
+
+    Raises:
+      InputError: the text is empty, or the audio is not what it should be.
+    """
+    segment = Segment(recording.speaker, recording.text, recording.audio)
+    text, sound = Turn(segment, model.config, model.tokenizer).rows(model.encode)
+    prompt = join_rows([text, sound])
+    padding = -len(prompt.frames) % _BUCKET
+    frames, mask = (np.pad(rows, ((0, padding), (0, 0)))[None] for rows in prompt)
+    weights = np.asarray(_attend(model.params, frames, mask, config=model.config, heads=heads))[0]
+    first, length = len(text.frames) - 1, len(sound.frames) - 1
+    return weights[:, first : first + length, : len(text.frames)].transpose(1, 0, 2)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "heads"))
+def _attend(
+    params: Params, frames: Array, mask: Array, *, config: CSMConfig, heads: tuple[Head, ...]
+) -> Array:
+    """[1, N, T, S]."""
+    return bind(config, params).attend(frames, mask, heads)[1]
