@@ -14,7 +14,6 @@ from pathlib import Path
 import jax.numpy as jnp
 from absl import flags
 
-from csm_jax import hub
 from csm_jax.checkpoints import native_format
 from csm_jax.cli import flags as cli
 from csm_jax.config import CSMConfig, read_json
@@ -22,7 +21,7 @@ from csm_jax.convert.export import export_huggingface
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.loading import BUNDLED, Source, find_directory, open_source
+from csm_jax.loading import BUNDLED, Source, find_directory, hub, open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"

@@ -1,5 +1,6 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
+from csm_jax.align.words import Word
 from csm_jax.config import CSMConfig, csm_1b, tiny
 from csm_jax.errors import (
     CancelledError,
@@ -15,6 +16,7 @@ from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine, Ticket
 from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Notice, Request
+from csm_jax.inference.speech import Speech
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
@@ -38,7 +40,9 @@ __all__ = [
     "RequestCancelledError",
     "Sampling",
     "Segment",
+    "Speech",
     "Ticket",
+    "Word",
     "csm_1b",
     "load",
     "normalize_text",

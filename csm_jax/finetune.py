@@ -21,9 +21,9 @@ from tqdm import tqdm
 from csm_jax.cli import flags as cli
 from csm_jax.cli import model_flags, processes
 from csm_jax.errors import InputError
-from csm_jax.hub import cache_directory
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import Request
+from csm_jax.loading.hub import cache_directory
 from csm_jax.model.layers import Params
 from csm_jax.model.lora import DEFAULT_TARGETS, LoRAConfig
 from csm_jax.model.precision import Precision, resolve

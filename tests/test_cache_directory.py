@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from csm_jax import hub
 from csm_jax.errors import OutputError
+from csm_jax.loading import hub
 
 
 @pytest.fixture

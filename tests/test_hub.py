@@ -162,7 +162,7 @@ def run(hub, tmp_path):
     native = """
         import sys, time
         time.sleep = lambda seconds: None
-        from csm_jax import hub
+        from csm_jax.loading import hub
         from csm_jax.errors import CheckpointError
         for name in sys.argv[1:]:
             try:
@@ -281,7 +281,7 @@ def test_adapters_are_downloaded_by_name(hub, run, tmp_path):
 def test_adapters_in_a_folder_of_a_repository_are_found(hub, run):
     code = """
         import sys
-        from csm_jax import hub
+        from csm_jax.loading import hub
         from csm_jax.errors import CheckpointError
         for name in sys.argv[1:]:
             try:

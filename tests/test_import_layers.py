@@ -13,7 +13,6 @@ ROOT = Path(__file__).parents[1]
 # stands for all its modules that are not in the list themselves.
 LAYERS = """
 csm_jax.errors
-csm_jax.arguments
 csm_jax.config
 csm_jax.io
 csm_jax.model
@@ -22,9 +21,11 @@ csm_jax.prompt
 csm_jax.align
 csm_jax.checkpoints
 csm_jax.convert
-csm_jax.hub
+csm_jax.loading.hub
 csm_jax.loading
 csm_jax.inference
+csm_jax.align.recordings
+csm_jax.align.calibration
 csm_jax.train
 csm_jax.cli
 csm_jax

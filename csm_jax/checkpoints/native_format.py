@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
+from csm_jax.align import heads as alignment
 from csm_jax.checkpoints import checksums
 from csm_jax.checkpoints.quantize import prepare
 from csm_jax.config import CSMConfig, read_json
@@ -51,6 +52,7 @@ SMALL_FILES = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
+    alignment.FILE_NAME,
 )
 
 

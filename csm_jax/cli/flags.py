@@ -16,7 +16,7 @@ from absl import flags, logging
 from huggingface_hub.utils import logging as hub_logging
 
 from csm_jax.errors import CSMError, OutputError, first_line
-from csm_jax.hub import cache_directory
+from csm_jax.loading.hub import cache_directory
 
 USAGE_ERROR = 2
 HELP_WIDTH = 100

@@ -10,6 +10,8 @@ they return:
 Judges are libraries that are installed, with weights that they bring along or that are in a
 directory; nothing is downloaded. Anyone's function can be one: `--recognizer=module:function`.
 """
+# The libraries are in an extra of their own, and need not be installed.
+# pyright: reportMissingImports=false
 
 import functools
 import importlib

@@ -4,11 +4,11 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from csm_jax.arguments import whole_number
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
 from csm_jax.inference.ticket import Ticket
+from csm_jax.io.arguments import whole_number
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
 

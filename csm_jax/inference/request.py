@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from csm_jax.align.words import Word
-from csm_jax.arguments import fill_defaults, real_number, whole_number
 from csm_jax.errors import InputError
+from csm_jax.io.arguments import fill_defaults, real_number, whole_number
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.turns import Segment, check_text

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax.arguments import whole_number
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
+from csm_jax.io.arguments import whole_number
 from csm_jax.io.audio import check_audio, is_silent
 from csm_jax.prompt.tokenizer import Tokenizer, check_unicode
 

@@ -7,7 +7,10 @@ const WORDS = {
   context_dropped: "the context is too long: the oldest turns were dropped",
   no_transcript: "a recording has no transcript: the speech can be less clear",
   silent_context: "a recording of the context is silent; record it louder",
-  resampled: "a part was generated again, because it repeated itself or fell silent",
+  resampled:
+    "a part was generated again, because it repeated itself, fell silent or did not follow its text",
+  continued: "the speech was about to end before its last word, and went on",
+  ended: "the speech went on after its last word, and was ended there",
   guard_cut:
     "cut because it repeated itself, fell silent or did not end; " +
     "try another seed or a lower temperature",

@@ -4,9 +4,9 @@ import logging
 import shutil
 from pathlib import Path
 
-from csm_jax import hub
 from csm_jax.errors import CheckpointError, OutputError
 from csm_jax.io.files import make_once, new_directory
+from csm_jax.loading import hub
 
 # Transcripts of the recordings that Sesame has published, which are not in their repository.
 # Source: `SPEAKER_PROMPTS` of the model's space on the Hugging Face hub.

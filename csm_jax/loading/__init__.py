@@ -8,16 +8,16 @@ from typing import NamedTuple
 import numpy as np
 
 from csm_jax import config as presets
-from csm_jax import hub
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
 from csm_jax.errors import CheckpointError
+from csm_jax.loading import hub
 from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
-BUNDLED = {"demo": Path(__file__).with_name("demo")}
+BUNDLED = {"demo": Path(__file__).parents[1] / "demo"}
 NAMES = (*BUNDLED, *RANDOM)
 
 logger = logging.getLogger("csm_jax")
