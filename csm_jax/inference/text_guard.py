@@ -203,10 +203,11 @@ class TextGuard:
     def _after_last(self, state: _State, reached: int, frame: int) -> TextVerdict:
         """Decides once the last word is being spoken: it ends, or is ended, soon."""
         natural = reached + self._natural_frames
+        pause = self._first_pause(reached)
         left = max(state.left_since, reached + self._natural_frames // 2)
         if frame + 1 - left >= self._limits.left_frames:
-            return TextVerdict(TextAction.END, left, left, OVERRUN)
-        pause = self._first_pause(reached)
+            end = left if pause is None else min(left, pause)
+            return TextVerdict(TextAction.END, end, end, OVERRUN)
         if pause is not None and frame >= pause + 1 and not any(self._silent[pause + 1 :]):
             return TextVerdict(TextAction.END, pause, pause, OVERRUN)
         if frame >= natural + self._natural_frames:
