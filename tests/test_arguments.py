@@ -15,7 +15,7 @@ from csm_jax.prompt.turns import Segment, turn_rows
 
 ZEROS = [0, 0.0, -0.0, np.int8(0), np.uint64(0), np.float32(0), np.array(0), jnp.int32(0)]
 NO_INTEGERS = [True, np.True_, 0.5, "0", b"0", [0], np.zeros(1), float("nan"), float("inf"), 1j]
-NO_INTEGERS += [decimal.Decimal(0), np.float32(0.5), object(), 1e300 * 1e10, np.array(True)]
+NO_INTEGERS += [decimal.Decimal(0), np.float32(0.5), Ellipsis, 1e300 * 1e10, np.array(True)]
 
 
 @pytest.mark.parametrize("zero", ZEROS, ids=repr)
