@@ -7,6 +7,7 @@ measurement can be repeated. "Real-time factor" is seconds of work per second of
 inverse.
 """
 
+import dataclasses
 import itertools
 import json
 import resource
@@ -22,10 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
+from csm_jax.align.heads import AlignmentHeads
 from csm_jax.cli import flags as cli
 from csm_jax.cli import model_flags
 from csm_jax.errors import InputError
 from csm_jax.inference.decode_batch import DecodeBatch, Utterance
+from csm_jax.inference.decode_loop import new_batch
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Request
@@ -66,6 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(
         flags.DEFINE_float, "audio_s", 10.0, "seconds of audio for the codec to encode and decode"
     )
+    define(flags.DEFINE_boolean, "align", False, "with an alignment head, as word times need it")
     define(flags.DEFINE_boolean, "json", False, "JSON lines instead of a table")
 
 
@@ -78,6 +82,7 @@ def main(values: flags.FlagValues) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         for dtype, quantize in itertools.product(values.dtype, values.quantize):
             model = load(values.checkpoint, dtype, quantize)
+            model = _with_alignment(model) if values.align else model
             shared = _measure_model(model, values)
             for batch in batches:
                 figures = _describe(model, values.checkpoint, quantize, batch)
@@ -97,7 +102,7 @@ def _frame_loop(
     model: Generator, batch: int, prompt_tokens: int
 ) -> tuple[Callable[[int], float], DecodeBatch]:
     limit = model.config.backbone.max_seq_len
-    rows = DecodeBatch(model.config, model.params, batch, min(256, limit))
+    rows = new_batch(model, batch, min(256, limit))
     utterance = _utterance(model, prompt_tokens, rows.max_seq_len)
 
     def run(num_frames: int) -> float:
@@ -125,7 +130,14 @@ def _utterance(model: Generator, prompt_tokens: int, max_seq_len: int) -> Uttera
     frames[:, -1] = np.arange(prompt_tokens) % config.text_vocab_size
     mask = np.zeros(frames.shape, bool)
     mask[:, -1] = True
-    return Utterance(Prompt(frames, mask), Sampling(), 0, max_seq_len - prompt_tokens - 1)
+    max_frames = max_seq_len - prompt_tokens - 1
+    return Utterance(Prompt(frames, mask), Sampling(), 0, max_frames, num_text=prompt_tokens)
+
+
+def _with_alignment(model: Generator) -> Generator:
+    """The model with an alignment head, whichever: what it costs does not depend on it."""
+    last = model.config.backbone.num_layers - 1
+    return dataclasses.replace(model, alignment=AlignmentHeads(((last, 0),), (0.0,), (1.0,)))
 
 
 def _measure_frames(model: Generator, batch: int, values: flags.FlagValues) -> dict[str, Any]:

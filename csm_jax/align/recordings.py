@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from csm_jax.align.speech import PartAlignment
+from csm_jax.align.words import Word
 from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind
 from csm_jax.model.layers import Array, Params
@@ -52,6 +55,25 @@ def attention_to(model: LoadedModel, recording: Recording, heads: tuple[Head, ..
     weights = np.asarray(_attend(model.params, frames, mask, config=model.config, heads=heads))[0]
     first, length = len(text.frames) - 1, len(sound.frames) - 1
     return weights[:, first : first + length, : len(text.frames)].transpose(1, 0, 2)
+
+
+def align(model: LoadedModel, recording: Recording) -> list[Word]:
+    """The words of a recording and when they are spoken.
+
+    Raises:
+      InputError: the model has no alignment heads; and what `attention_to` raises.
+    """
+    if model.alignment is None:
+        raise InputError(
+            "the checkpoint has no alignment.json, so nothing tells where its speech is: calibrate "
+            "it (csm_jax.align.calibration), or use --checkpoint=demo"
+        )
+    seconds = model.config.frame_ms / 1000
+    part = PartAlignment(
+        recording.text, recording.speaker, model.tokenizer, model.alignment, seconds, start=0
+    )
+    part.push(attention_to(model, recording, model.alignment.heads))
+    return part.words(len(part.tracker), recording.audio, model.sample_rate)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "heads"))
