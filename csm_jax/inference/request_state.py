@@ -242,12 +242,12 @@ class RequestState:
     def _new_guarded(self, max_frames: int) -> GuardedFrames:
         """The guards of the part, whose text needs at most `max_frames`."""
         model, inference = self._model, self._model.inference
-        num_codebooks = self._config.num_codebooks
-        guard = Guard(max_frames, num_codebooks, model.silent_codes, inference.guard)
+        num_codebooks, silent_codes = self._config.num_codebooks, model.silent_codes
+        guard = Guard(max_frames, num_codebooks, silent_codes, inference.guard)
         text_guard = None
         if self._aligned is not None:
             text_guard = TextGuard(self._aligned.texts, inference.text_guard)
-        return GuardedFrames(guard, text_guard, model.silent_codes, num_codebooks)
+        return GuardedFrames(guard, text_guard, silent_codes, num_codebooks)
 
     def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
         """The newest turns, until the window is full; older ones are only checked."""

@@ -45,6 +45,7 @@ class StubModel:
     """
 
     config, tokenizer, inference = CONFIG, TOKENIZER, DEFAULT_INFERENCE
+    sample_rate, alignment = CONFIG.codec.sample_rate, None
 
     def __init__(self, encode: Encode | None = None):
         """`encode` is for context that has no codes."""
