@@ -20,8 +20,8 @@ jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 )
 
-# Commands turn the cache of compiled programs on. Writing to it has aborted a process of tests twice,
-# in XLA; processes that tests start have it, as users do.
+# Commands turn the cache of compiled programs on. Writing to it has twice aborted a process of
+# tests, in XLA; processes that tests start have it, as users do.
 jax.config.update("jax_enable_compilation_cache", False)
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
