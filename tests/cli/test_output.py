@@ -141,8 +141,8 @@ def test_a_streamed_file_equals_a_saved_one(tmp_path, suffix, offline):
 def fail_after(num_frames: int):
     accept = RequestState.accept
 
-    def fail(self, codes):
-        step = accept(self, codes)
+    def fail(self, codes, attention=None):
+        step = accept(self, codes, attention)
         if self._total > num_frames:
             raise InputError("bad luck")
         return step

@@ -167,10 +167,10 @@ def test_a_failed_request_does_not_affect_others(server, monkeypatch):
     """Only that request gets the error."""
     accept = RequestState.accept
 
-    def accept_or_fail(self, codes):
+    def accept_or_fail(self, codes, attention=None):
         if self._request.text == "seven":
             raise RuntimeError("broken")
-        return accept(self, codes)
+        return accept(self, codes, attention)
 
     monkeypatch.setattr(RequestState, "accept", accept_or_fail)
     expected = server.service.model.generate(Request("one two", seed=2))
