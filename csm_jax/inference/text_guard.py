@@ -205,6 +205,8 @@ class TextGuard:
         natural = reached + self._natural_frames
         pause = self._first_pause(reached)
         left = max(state.left_since, reached + self._natural_frames // 2)
+        if self._last == 0:
+            left = frame + 1  # the first word of a text gets little attention at any time
         if frame + 1 - left >= self._limits.left_frames:
             end = left if pause is None else min(left, pause)
             return TextVerdict(TextAction.END, end, end, OVERRUN)

@@ -128,6 +128,14 @@ def test_speech_that_attends_to_the_text_no_more_is_over(size):
     np.testing.assert_array_equal(released, codes[: len(GOOD)])
 
 
+def test_a_single_word_need_not_be_attended_to_until_its_end():
+    """Much of the attention to the first word of a text is on what comes before it."""
+    guard = TextGuard(["one"])
+    for mass in [0.5, 0.5, *[0.03] * 8]:
+        assert guard.accept(np.array([mass]), False).action.value == "continue"
+    assert guard.end().action.value == "end"
+
+
 def test_after_the_last_retry_the_speech_is_left_as_it_is():
     guarded = new_guarded(max_retries=1)
     codes, mass = frames_of([0] * 4 + [2] * 5)
