@@ -132,7 +132,12 @@ def test_a_full_cache_is_one_line(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
     flags = ["--stream", "--max_audio_length_ms=160000", f"--out={tmp_path}/a.wav"]
-    process = subprocess.Popen([*COMMAND, *flags], stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [*COMMAND, *flags],
+        stderr=subprocess.PIPE,
+        # Tests that a shell runs in the background ignore SIGINT, and so would this process.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".*.partial")):
         assert process.poll() is None
