@@ -1,11 +1,13 @@
 import importlib.util
 import os
+import threading
 from pathlib import Path
 
 import fixtures
 import jax
 import pytest
 from huggingface_hub import constants
+from jax._src import compilation_cache
 
 # libtpu is installed for its compiler: without a chip, jax would look for one and print warnings.
 _CHIPS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
@@ -20,9 +22,18 @@ jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 )
 
-# Commands turn the cache of compiled programs on. Writing to it has twice aborted a process of
-# tests, in XLA; processes that tests start have it, as users do.
-jax.config.update("jax_enable_compilation_cache", False)
+# Commands turn the cache of compiled programs on. Writing to it from an engine's thread has twice
+# aborted a process of tests, in XLA; processes that tests start write it from all threads, as
+# those of users do.
+_put = compilation_cache.put_executable_and_time
+
+
+def _put_from_main_thread(*args, **kwargs):
+    if threading.current_thread() is threading.main_thread():
+        _put(*args, **kwargs)
+
+
+compilation_cache.put_executable_and_time = _put_from_main_thread
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
