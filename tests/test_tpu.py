@@ -51,6 +51,7 @@ def assert_fits(figures: dict, parameters: float, cache: float) -> None:
     assert arguments + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("quantize", "batch"),
     [
@@ -83,6 +84,7 @@ def test_a_codec_step_fits_one_chip(batch):
     assert figures["argument_bytes"] + figures["additional_bytes"] < CODEC_BYTES
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("program", ["frame_loop", pytest.param("prefill", marks=pytest.mark.long)])
 def test_four_chips_split_rows_and_weights(program):
     figures = compiled(program, "--topology=v5e:2x2", "--data=2", "--model=2", "--batch=32")

@@ -87,6 +87,7 @@ SHORT = [sys.executable, "-m", "csm_jax.generate", "--checkpoint=random:tiny", "
 SHORT += ["--guard=off", "--max_audio_length_ms=80", "--out=a.wav"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME", "JAX_COMPILATION_CACHE_DIR"])
 def test_any_read_only_cache_is_one_line(tmp_path, variable):
     (tmp_path / "locked").mkdir(mode=0o555)

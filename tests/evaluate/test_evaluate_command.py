@@ -197,6 +197,7 @@ def test_a_run_is_compared_with_an_earlier_one(prompts, spoken, tmp_path, capsys
     assert longer["p_value"] < 0.01
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
 def test_a_killed_run_is_continued_with_the_same_files(tmp_path, kind, capsys):
     prompts = tmp_path / "meta.lst"

@@ -50,6 +50,7 @@ def as_base64(seconds: float) -> str:
     return base64.b64encode(as_wav(noise(seconds))).decode()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("voice", ["slt", None])
 def test_a_long_text_compiles_nothing(ready, nothing_compiled, streaming, voice):

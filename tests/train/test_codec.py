@@ -71,6 +71,7 @@ def test_mel_distance_is_the_logarithm_of_a_change_in_loudness():
     assert mel_distance(loud, 2 * loud, 24_000) == pytest.approx(np.log(2), rel=1e-2)
 
 
+@pytest.mark.long
 def test_reconstruct_equals_encode_and_decode(mimi):
     audio = tones(2, 5)
     reconstructed, _, _ = reconstruct(mimi, audio, jnp.array([CODEC.num_codebooks, 3]))

@@ -68,12 +68,14 @@ def assert_same(ours: dict[str, list[float]], theirs: dict[str, list[float]]) ->
         np.testing.assert_allclose(ours[name], values, rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("fsdp", [pytest.param(2, marks=pytest.mark.long), 8])
 def test_eight_devices_have_the_losses_of_one(data, alone, tmp_path, fsdp):
     out = tmp_path / "run"
     assert_same(curve(start(data, out, f"--fsdp={fsdp}", devices=8), out=out), alone)
 
 
+@pytest.mark.long
 def test_two_processes_have_the_losses_of_one(data, alone, tmp_path):
     """Each process has two devices and half of every batch; parameters are divided over four."""
     with socket.socket() as free:

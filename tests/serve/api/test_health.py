@@ -189,6 +189,7 @@ def test_a_failed_request_does_not_affect_others(server, monkeypatch):
     assert len(as_samples(responses["one two"].content)) == len(expected)
 
 
+@pytest.mark.long
 def test_requests_during_the_warm_up_do_not_make_the_server_ready(model):
     """The queue is full of them, and the warm-up waits."""
     settings = Settings(max_batch=1, max_queue=1, max_seq_len=128)

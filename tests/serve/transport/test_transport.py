@@ -234,6 +234,7 @@ def test_a_bad_chunk_closes_only_its_connection(running):
     assert running.ask() == "0 bytes"
 
 
+@pytest.mark.long
 def test_tiny_chunks_do_not_delay_other_requests(running, opened):
     def flood(stop: threading.Event) -> None:
         with contextlib.suppress(OSError), running.open(CHUNKED) as made:
