@@ -41,6 +41,8 @@ def time_words(
     """
     seconds = len(mass) * frame_seconds
     spoken = sorted(set(path.tolist()))
+    if not spoken:
+        return [Word(text, 0.0, 0.0, 0.0, spoken=False) for text in texts]
     starts = [
         min(seconds, max(0.0, boundary(mass, path, word) * frame_seconds + heads.lag(word)))
         for word in spoken

@@ -60,7 +60,8 @@ def word_spans(text: str) -> list[tuple[int, int]]:
             spans[-1] = spans[-1][0], end
         elif opening is None:
             opening = start
-    return spans
+    # A text of punctuation alone is one word.
+    return spans if opening is None else [(opening, len(text.rstrip()))]
 
 
 def row_weights(text: str, speaker: int, tokenizer: Tokenizer) -> np.ndarray:
@@ -71,12 +72,10 @@ def row_weights(text: str, speaker: int, tokenizer: Tokenizer) -> np.ndarray:
     """
     spans = word_spans(text)
     tag = f"[{speaker}]"
-    tokens = tokenizer.encode_with_offsets(tag + text)
-    weights = np.zeros((len(tokens), len(spans)), np.float32)
-    for row, (_, first, last) in enumerate(tokens):
-        for word, (start, end) in enumerate(spans):
-            shared = min(last, end + len(tag)) - max(first, start + len(tag))
-            weights[row, word] = max(0, shared)
+    tokens = np.array([token[1:] for token in tokenizer.encode_with_offsets(tag + text)])  # [L, 2]
+    words = np.array(spans).reshape(-1, 2) + len(tag)  # [W, 2]
+    shared = np.minimum(tokens[:, 1:], words[:, 1]) - np.maximum(tokens[:, :1], words[:, 0])
+    weights = np.maximum(shared, 0).astype(np.float32)
     totals = weights.sum(axis=1, keepdims=True)
     return weights / np.maximum(totals, 1)
 

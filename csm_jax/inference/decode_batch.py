@@ -228,10 +228,6 @@ class DecodeBatch:
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
         slot.num_frames, slot.end_bias = num_frames, to.end_bias
 
-    def set_end_bias(self, index: int, end_bias: float) -> None:
-        """Sets the end bias of a slot's next frames, in addition to that of its utterance."""
-        self._taken(index).end_bias = end_bias
-
     def leave(self, index: int) -> None:
         """Frees a slot."""
         self._slots[index] = None

@@ -83,6 +83,12 @@ def test_a_word_without_attention_is_not_on_the_path():
     assert words[1].confidence == 0
 
 
+def test_without_frames_no_word_is_spoken():
+    tracker = WordTracker(2)
+    words = time_words(["a", "b"], tracker.path(0, True), tracker.mass, HEADS, 0.08, np.zeros(0))
+    assert [(word.spoken, word.start, word.end) for word in words] == [(False, 0.0, 0.0)] * 2
+
+
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.5, 0.9])
 def test_a_frame_that_is_shared_moves_the_boundary_by_its_share(share):
     mass = spoken(5, 5)
