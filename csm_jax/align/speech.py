@@ -82,13 +82,11 @@ class PartAlignment:
           num_frames: of the part, released so far.
           is_over: no more of them come.
         """
+        if not (is_over or self._may_decide(num_frames)):
+            return []
+        path = self.tracker.path(num_frames, is_over)
         if not is_over:
-            # Usually no word has ended, which is quick to see.
-            if num_frames <= DELAY or self.tracker.best_word(num_frames - 1) <= self._num_decided:
-                return []
-            path = self.tracker.path(num_frames, is_over)[:-DELAY]
-        else:
-            path = self.tracker.path(num_frames, is_over)
+            path = path[:-DELAY]
         # A word has ended where another follows it.
         reached = len(self.texts) if is_over else int(path.max(initial=0))
         if reached <= self._num_decided:
@@ -98,6 +96,10 @@ class PartAlignment:
         new = [self._after_decided(word) for word in words[self._num_decided : reached]]
         self._num_decided = reached
         return [self._moved(word) for word in new]
+
+    def _may_decide(self, num_frames: int) -> bool:
+        """Whether another word can have ended, which is quicker to see than the path."""
+        return num_frames > DELAY and self.tracker.best_word(num_frames - 1) > self._num_decided
 
     def _after_decided(self, word: Word) -> Word:
         """A word that begins where those before it have ended, at the earliest."""

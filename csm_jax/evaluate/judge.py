@@ -93,7 +93,7 @@ def judge_takes(
     Args:
       siblings: configurations with the same prompts. Of takes that are the same there, such as
         those that no guard has changed, the figures are copied.
-      progress: called with the number of takes that are finished; first of those that were.
+      progress: called with the number of finished takes, first with those of earlier runs.
 
     Raises:
       BusyError: another process measures them.

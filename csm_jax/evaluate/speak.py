@@ -37,7 +37,7 @@ def speak_lines(
 
     Args:
       directory: is being written (`TakeDirectory.writing`).
-      progress: called with the number of lines that are finished; first of those that were.
+      progress: called with the number of finished lines, first with those of earlier runs.
 
     Returns:
       A message for each line that has failed.

@@ -150,6 +150,7 @@ class DecodeBatch:
         self._slots: list[_Slot | None] = [None] * size
         self._prefixes: dict[bytes, KVCache] = {}
         self._stack_sampling()
+        self._stack_text()
 
     def programs(self) -> Iterator[Program]:
         """All programs that utterances of any length need, apart from those of shared prefixes."""
@@ -157,7 +158,7 @@ class DecodeBatch:
         for length in buckets(self.max_seq_len, self._inference.min_bucket):
             static = {"config": self.config, "mesh": self._mesh}
             yield prefill, (self._params, self._shapes, *self._empty(length), index, None), static
-            flags = np.int32(1), np.bool_(True), self._text_rows()
+            flags = np.int32(1), np.bool_(True), self._text
             arguments = self._params, self._shapes, self._sampling, *flags
             yield run_frames, arguments, static | {"kv_length": length, "heads": self._heads}
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
@@ -227,6 +228,7 @@ class DecodeBatch:
         )
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
         slot.num_frames, slot.end_bias = num_frames, to.end_bias
+        self._stack_text()
 
     def leave(self, index: int) -> None:
         """Frees a slot."""
@@ -248,7 +250,7 @@ class DecodeBatch:
             self._sampling,
             np.int32(wanted),
             np.bool_(pause),
-            self._text_rows(),
+            self._text,
             config=self.config,
             kv_length=self._kv_length(),
             heads=self._heads,
@@ -313,10 +315,11 @@ class DecodeBatch:
         lengths = [slot.utterance.max_length for slot in self._slots if slot]
         return self.bucket(max(lengths, default=1))
 
-    def _text_rows(self) -> TextRows | None:
-        """Where the texts of all rows begin; None if no attention is wanted."""
+    def _stack_text(self) -> None:
+        """Sets where the texts of all rows begin; None if no attention is wanted."""
+        self._text: TextRows | None = None
         if not self._heads:
-            return None
+            return
         starts = np.zeros(self.size, np.int32)
         end_bias = np.zeros(self.size, np.float32)
         for index, slot in enumerate(self._slots):
@@ -324,7 +327,7 @@ class DecodeBatch:
                 utterance = slot.utterance
                 starts[index] = len(utterance.prompt.frames) - utterance.num_text
                 end_bias[index] = utterance.end_bias + slot.end_bias
-        return place_rows(TextRows(starts, end_bias), self._mesh)
+        self._text = place_rows(TextRows(starts, end_bias), self._mesh)
 
     def _stack_sampling(self) -> None:
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]

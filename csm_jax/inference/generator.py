@@ -30,7 +30,6 @@ from csm_jax.inference.request import (
 from csm_jax.inference.request_parameters import (
     checks_call,
     generate_parameters,
-    speak_parameters,
     takes_request,
 )
 from csm_jax.inference.request_state import RequestState, Step
@@ -97,12 +96,27 @@ class Generator(LoadedModel):
         state = RequestState(self, request, notify or log_notice)
         return self._codes(state, progress, on_word)
 
-    @takes_request(speak_parameters)
-    def speak(self, request: Request, progress: Progress | None) -> Speech:
-        """Like `generate`, but returns audio, codes, words with their times, and notices."""
+    @takes_request(generate_parameters)
+    def speak(
+        self,
+        request: Request,
+        progress: Progress | None,
+        notify: Notify | None,
+        on_word: OnWord | None,
+    ) -> Speech:
+        """Like `generate`, but returns audio, codes, words with their times, and notices.
+
+        Notices are not logged; `notify` is given them as they arise.
+        """
         notices: list[Notice] = []
-        state = RequestState(self, request, notices.append)
-        codes = self._codes(state, progress, None)
+
+        def keep(notice: Notice) -> None:
+            notices.append(notice)
+            if notify is not None:
+                notify(notice)
+
+        state = RequestState(self, request, keep)
+        codes = self._codes(state, progress, on_word)
         audio = self.decode(codes)
         words = state.alignment.words(audio)
         return Speech(audio, self.sample_rate, codes, tuple(words), tuple(notices))

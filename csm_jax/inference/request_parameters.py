@@ -42,23 +42,7 @@ def generate_parameters(
     notify: Notify | None = None,
     on_word: OnWord | None = None,
 ) -> None:
-    """The parameters of `Generator.generate`, `generate_codes` and `stream`."""
-
-
-def speak_parameters(
-    text: str | Request,
-    speaker: int = 0,
-    context: Sequence[Segment] = (),
-    sampling: Sampling = DEFAULT_SAMPLING,
-    max_audio_length_ms: float | None = None,
-    seed: int = 0,
-    guard: str | bool = "on",
-    shared_turns: int = 0,
-    pauses: bool = False,
-    *,
-    progress: Progress | None = None,
-) -> None:
-    """The parameters of `Generator.speak`, which returns what the others report."""
+    """The parameters of `Generator.generate`, `generate_codes`, `speak` and `stream`."""
 
 
 def submit_parameters(

@@ -60,7 +60,7 @@ def _temporary_cache() -> Path:
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         found = directory.lstat()
-        # Compiled programs are run from it: nobody else may write there.
+        # Compiled programs are run from it: no other user may write there.
         is_private = stat.S_ISDIR(found.st_mode) and not found.st_mode & 0o077
         if not is_private or found.st_uid != user:
             directory = Path(tempfile.mkdtemp(prefix="csm-jax-"))
