@@ -1,13 +1,12 @@
+import gc
 import importlib.util
 import os
-import threading
 from pathlib import Path
 
 import fixtures
 import jax
 import pytest
 from huggingface_hub import constants
-from jax._src import compilation_cache
 
 # libtpu is installed for its compiler: without a chip, jax would look for one and print warnings.
 _CHIPS = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
@@ -22,22 +21,27 @@ jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 )
 
-# Commands turn the cache of compiled programs on. Writing to it from an engine's thread has twice
-# aborted a process of tests, in XLA; processes that tests start write it from all threads, as
-# those of users do.
-_put = compilation_cache.put_executable_and_time
-
-
-def _put_from_main_thread(*args, **kwargs):
-    if threading.current_thread() is threading.main_thread():
-        _put(*args, **kwargs)
-
-
-compilation_cache.put_executable_and_time = _put_from_main_thread
+# Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
+# compiles, and it crashes where it gets no more.
+_MAX_MEMORY_MAPS = 20_000
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory_maps():
+    """Drops the compiled programs of earlier modules before a process has too many."""
+    yield
+    if _num_memory_maps() > _MAX_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
+
+
+def _num_memory_maps() -> int:
+    maps = Path("/proc/self/maps")
+    return len(maps.read_bytes().splitlines()) if maps.exists() else 0
 
 
 @pytest.fixture(scope="session", autouse=True)
