@@ -112,14 +112,24 @@ def _heading(line: str) -> str:
     return opened.rstrip() if opened[-1:] in ("", " ") else line
 
 
-@functools.lru_cache(4096)
-def _words(number: str | int, to: str = "cardinal") -> str:
+def check_library() -> None:
+    """Raises `InputError` if num2words is missing, which otherwise the first number finds out."""
+    _num2words()
+
+
+def _num2words() -> Callable[..., str]:
     try:
         from num2words import num2words
     except ImportError as error:
         raise InputError(
             "num2words makes words of numbers, and is missing: pip install 'csm-jax[normalize]'"
         ) from error
+    return num2words
+
+
+@functools.lru_cache(4096)
+def _words(number: str | int, to: str = "cardinal") -> str:
+    num2words = _num2words()
     text = str(number).replace(",", "")
     if len(text.partition(".")[0]) > _MAX_DIGITS:
         return " ".join(_words(digit) for digit in text if digit.isdecimal())

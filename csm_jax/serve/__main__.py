@@ -26,7 +26,7 @@ from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.engine_config import EngineConfig
 from csm_jax.io.text import read_text
 from csm_jax.model.sampling import Sampling
-from csm_jax.prompt.normalizing import normalize_text
+from csm_jax.prompt import normalizing
 from csm_jax.serve.settings import Settings
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def _listen(host: str, port: int, backlog: int) -> socket.socket:
 def _settings(values: flags.FlagValues) -> Settings:
     names = [*ENGINE_FLAGS, *SETTINGS_FLAGS]
     if values.normalize:
-        normalize_text("1")  # what it needs may be missing, which no request should find out
+        normalizing.check_library()
     given = dataclass_flags.read_flags(values, Settings, names)
     given["allowed_hosts"] = (values.host, *given["allowed_hosts"])
     return Settings(
