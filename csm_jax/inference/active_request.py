@@ -7,7 +7,8 @@ import numpy as np
 
 from csm_jax.inference.decode_batch import Utterance
 from csm_jax.inference.decode_step import CHUNK_FRAMES
-from csm_jax.inference.pacing import LONG_CHUNK, Pace
+from csm_jax.inference.frame_blocks import FrameBlocks
+from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.ticket import Ticket
 from csm_jax.mimi.conv import State
@@ -22,7 +23,7 @@ class ActiveRequest:
       state: which utterances are left, and which of their frames count.
       pace: None if no chunks are wanted before the end.
       next: the utterance to prefill next; None while one is running, and after the last.
-      undecoded: int32 [n, Q], frames whose audio the caller has not got yet.
+      blocks: frames whose audio the caller has not got yet; empty if no chunks are wanted.
       since: when it began to wait, by `time.perf_counter`.
       share, weight, in_background: as in `scheduler.Shared`.
       codec_state: of its stream, while a request that has started waits for a slot.
@@ -33,7 +34,7 @@ class ActiveRequest:
     state: RequestState
     pace: Pace | None
     next: Utterance | None
-    undecoded: np.ndarray
+    blocks: FrameBlocks
     since: float
     share: str
     weight: float
@@ -45,11 +46,6 @@ class ActiveRequest:
     def is_running(self) -> bool:
         """Whether frames of it are being generated: it is neither to be prefilled nor finished."""
         return not self.is_finished and self.next is None
-
-    def take(self, num_frames: int) -> np.ndarray:
-        """Removes and returns the first frames that are not decoded, [num_frames, Q]."""
-        taken, self.undecoded = np.split(self.undecoded, [num_frames])
-        return taken
 
 
 def next_num_frames(
@@ -66,21 +62,10 @@ def next_num_frames(
 
 
 def next_blocks(requests: Mapping[int, ActiveRequest]) -> dict[int, np.ndarray]:
-    """Frames [F, Q] to decode now, by slot, with the same F for all; empty if the rest can wait."""
-    due = {
-        index: request
-        for index, request in requests.items()
-        if len(request.undecoded) and not _can_wait(request)
-    }
-    longest = max((len(request.undecoded) for request in due.values()), default=0)
-    size = LONG_CHUNK if longest >= LONG_CHUNK else 1
-    return {i: request.take(size) for i, request in due.items() if len(request.undecoded) >= size}
+    """Frames [F, Q] to decode now, by slot, with the same F for all; empty if nothing is due.
 
-
-def _can_wait(request: ActiveRequest) -> bool:
-    """Whether frames should wait for a long chunk: there is enough audio to play meanwhile, and
-    the codec takes hardly longer for a long chunk than for a frame."""
-    missing = LONG_CHUNK - len(request.undecoded)
-    if missing <= 0 or not request.is_running:
-        return False
-    return request.pace is not None and request.pace.can_wait(missing)
+    The smallest blocks go first: they are those of streams that have just begun.
+    """
+    sizes = {i: each.blocks.next_size(not each.is_running) for i, each in requests.items()}
+    size = min(filter(None, sizes.values()), default=0)
+    return {i: requests[i].blocks.take(size) for i in sizes if size and sizes[i] == size}

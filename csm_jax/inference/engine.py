@@ -25,6 +25,7 @@ from csm_jax.errors import (
 from csm_jax.inference.active_request import ActiveRequest
 from csm_jax.inference.engine_config import EngineConfig
 from csm_jax.inference.engine_core import EngineCore
+from csm_jax.inference.frame_blocks import FrameBlocks
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request import OnWord, Request
@@ -188,7 +189,7 @@ class Engine:
             state=state,
             pace=Pace(self.model.config.frame_ms / 1000) if stream else None,
             next=utterance,
-            undecoded=ticket.codes_so_far(),
+            blocks=FrameBlocks(self.model.config.num_codebooks),
             since=now,
             share=share,
             weight=weight,

@@ -5,8 +5,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 
-import numpy as np
-
 from csm_jax.errors import EngineClosedError
 from csm_jax.inference.active_request import ActiveRequest, next_blocks, next_num_frames
 from csm_jax.inference.decode_batch import DecodeBatch
@@ -167,7 +165,7 @@ class EngineCore:
         request.ticket.add_frames(step.released)
         request.ticket.add_words(step.words)
         if request.pace:
-            request.undecoded = np.concatenate([request.undecoded, step.released])
+            request.blocks.add(step.released)
         request.is_finished = step.is_over and request.next is None
 
     def _decode(self) -> None:

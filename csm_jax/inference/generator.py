@@ -16,8 +16,9 @@ from csm_jax.errors import CheckpointError
 from csm_jax.inference.decode_loop import run_alone
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.engine import Engine
+from csm_jax.inference.frame_blocks import FrameBlocks
 from csm_jax.inference.loaded_model import LoadedModel
-from csm_jax.inference.pacing import Pace, blocks
+from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request import (
     Notice,
     Notify,
@@ -174,25 +175,27 @@ class Generator(LoadedModel):
         chunk_frames = CHUNK_FRAMES if progress is None else _PROGRESS_FRAMES
         steps = run_alone(self, state, lambda: chunk_frames)
         chunks = [np.zeros((0, self.config.num_codebooks), np.int32)]
-        return np.concatenate([*chunks, *_reporting(steps, progress, on_word)])
+        chunks += [step.released for step in _reporting(steps, progress, on_word)]
+        return np.concatenate(chunks)
 
     def _stream(
         self, state: RequestState, progress: Progress | None, on_word: OnWord | None
     ) -> Iterator[np.ndarray]:
         pace = Pace(self.config.frame_ms / 1000)
+        blocks = FrameBlocks(self.config.num_codebooks)
         codec_state = self.codec.decode_stream_state()
-        steps = run_alone(self, state, pace.next_chunk)
-        for frames in _reporting(steps, progress, on_word):
-            for block in blocks(frames):
-                audio, codec_state = self.codec.decode_frames(block[None], codec_state)
-                pace.played(len(block))
+        for step in _reporting(run_alone(self, state, pace.next_chunk), progress, on_word):
+            blocks.add(step.released)
+            while size := blocks.next_size(flush=step.is_over):
+                audio, codec_state = self.codec.decode_frames(blocks.take(size)[None], codec_state)
+                pace.played(size)
                 yield np.asarray(audio)[0]
 
 
 def _reporting(
     steps: Iterator[Step], progress: Progress | None, on_word: OnWord | None
-) -> Iterator[np.ndarray]:
-    """Yields the frames of the steps, and reports their number and the words."""
+) -> Iterator[Step]:
+    """Yields the steps, and reports the number of their frames and their words."""
     num_frames = 0
     for step in steps:
         num_frames += len(step.released)
@@ -201,7 +204,7 @@ def _reporting(
         if on_word is not None:
             for word in step.words:
                 on_word(word)
-        yield step.released
+        yield step
 
 
 def load(

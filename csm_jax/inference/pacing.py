@@ -1,12 +1,8 @@
-"""Pacing: how many frames a stream generates and decodes at a time to stay ahead of playback."""
+"""Pacing: how many frames a stream generates at a time to stay ahead of playback."""
 
 import time
-from collections.abc import Iterator
 
-import numpy as np
-
-# Frames that are generated and decoded at once when there is time: more of them cost the codec
-# hardly more than one.
+# Frames that are generated at once when there is time.
 LONG_CHUNK = 8
 # A long chunk is begun when there is this much more to play than it should take.
 MARGIN = 1.5
@@ -53,12 +49,3 @@ class Pace:
         if self._started is not None:
             elapsed = time.perf_counter() - self._started
             self._started += max(0.0, elapsed - self._num_played * self._frame_s)
-
-
-def blocks(frames: np.ndarray) -> Iterator[np.ndarray]:
-    """Splits frames [n, Q] into blocks of two sizes, which the codec is compiled for."""
-    start = 0
-    while start < len(frames):
-        size = LONG_CHUNK if len(frames) - start >= LONG_CHUNK else 1
-        yield frames[start : start + size]
-        start += size

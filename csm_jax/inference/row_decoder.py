@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 import jax
 import numpy as np
 
-from csm_jax.inference.pacing import LONG_CHUNK
+from csm_jax.inference.frame_blocks import block_sizes
 from csm_jax.mimi.codec import Codec
 from csm_jax.mimi.conv import Array, State
 from csm_jax.model.compiling import Program, shape_of
@@ -71,7 +71,7 @@ class RowDecoder:
         )
         yield _take, (state, np.int32(0)), {}
         yield _put, (state, one, np.int32(0)), {}
-        for size in (1, LONG_CHUNK):
+        for size in block_sizes():
             yield self._codec.rows_program(size, num_codebooks, state)
 
     def decode(self, blocks: Mapping[int, np.ndarray]) -> dict[int, np.ndarray]:

@@ -42,11 +42,3 @@ def test_a_fast_machine_gets_long_chunks(monkeypatch):
 def test_a_slow_machine_gets_single_frames(monkeypatch):
     sizes, _ = played(monkeypatch, 0.1, 100)
     assert set(sizes) == {1}
-
-
-@pytest.mark.parametrize("num_frames", [0, 1, 7, 8, 9, 17, 25])
-def test_blocks_have_two_sizes_and_are_all_frames(num_frames):
-    frames = np.arange(2 * num_frames).reshape(num_frames, 2)
-    blocks = list(pacing.blocks(frames))
-    assert {len(block) for block in blocks} <= {1, pacing.LONG_CHUNK}
-    np.testing.assert_array_equal(np.concatenate([frames[:0], *blocks]), frames)
