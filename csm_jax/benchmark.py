@@ -69,7 +69,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(
         flags.DEFINE_float, "audio_s", 10.0, "seconds of audio for the codec to encode and decode"
     )
-    define(flags.DEFINE_boolean, "align", False, "with an alignment head, as word times need it")
+    define(flags.DEFINE_boolean, "align", False, "measure what an alignment head costs too")
     define(flags.DEFINE_boolean, "json", False, "JSON lines instead of a table")
 
 
@@ -82,11 +82,12 @@ def main(values: flags.FlagValues) -> None:
         jax.config.update("jax_compilation_cache_dir", cache)
         for dtype, quantize in itertools.product(values.dtype, values.quantize):
             model = load(values.checkpoint, dtype, quantize)
-            model = _with_alignment(model) if values.align else model
             shared = _measure_model(model, values)
             for batch in batches:
                 figures = _describe(model, values.checkpoint, quantize, batch)
                 figures |= _measure_frames(model, batch, values) | shared
+                if values.align:
+                    figures["alignment_ratio"] = _alignment_ratio(model, batch, values)
                 _print(figures, as_json=values.json)
 
 
@@ -160,6 +161,18 @@ def _measure_frames(model: Generator, batch: int, values: flags.FlagValues) -> d
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "peak_device_bytes": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
     }
+
+
+def _alignment_ratio(model: Generator, batch: int, values: flags.FlagValues) -> float:
+    """The time of a frame with an alignment head by that without, measured in turns."""
+    timers = [
+        _frame_loop(each, batch, values.prompt_tokens)[0]
+        for each in (model, _with_alignment(model))
+    ]
+    for timer in timers:
+        timer(1)  # compiles
+    pairs = [[timer(values.frames) for timer in timers] for _ in range(values.repeats)]
+    return statistics.median(aligned / plain for plain, aligned in pairs)
 
 
 def _compile_seconds(model: Generator, batch: int, values: flags.FlagValues) -> float:

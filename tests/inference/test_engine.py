@@ -10,6 +10,7 @@ from fixtures import CONFIG
 from csm_jax import Engine, Request
 from csm_jax.inference import engine_core, request_state
 from csm_jax.inference.guard import Action, Verdict
+from csm_jax.inference.pacing import Pace
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -42,6 +43,27 @@ def test_codes_are_the_same_in_an_empty_and_a_full_engine(model, name):
         for other in others:
             other.cancel()
     np.testing.assert_array_equal(by_itself, in_company)
+
+
+@pytest.mark.parametrize("name", ["another seed", "parts"])
+def test_samples_of_streams_are_equal_to_the_bit_at_any_pace(model, name, monkeypatch):
+    """The clock decides how many frames are generated at a time, here by chance."""
+    rng = np.random.default_rng(0)
+    monkeypatch.setattr(Pace, "next_chunk", lambda _: int(rng.integers(1, 9)))
+    expected = np.concatenate(list(model.stream(REQUESTS[name])))
+    for _ in range(4):
+        np.testing.assert_array_equal(
+            np.concatenate(list(model.stream(REQUESTS[name]))), expected, strict=True
+        )
+    with Engine(model, max_batch=3) as engine:
+        by_itself = np.concatenate(list(engine.submit(REQUESTS[name])))
+        for _ in range(4):
+            others = [engine.submit(ENDLESS) for _ in range(2)]
+            in_company = np.concatenate(list(engine.submit(REQUESTS[name])))
+            np.testing.assert_array_equal(in_company, by_itself, strict=True)
+            for other in others:
+                other.cancel()
+    np.testing.assert_allclose(by_itself, expected, atol=1e-5)
 
 
 def test_submit_works_from_many_threads(model, alone):

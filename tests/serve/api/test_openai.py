@@ -4,6 +4,7 @@ import base64
 import io
 import itertools
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import av
 import numpy as np
@@ -79,6 +80,20 @@ def test_the_client_can_stream(client, expected):
     assert len(pieces) > 2
     audio = np.frombuffer(b"".join(pieces), "<i2") / 32768
     np.testing.assert_allclose(audio, np.clip(expected, -1, 1), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["wav", "mp3", "opus"])
+def test_a_stream_with_a_seed_has_the_same_bytes_every_time(server, form):
+    body = {"model": "tts-1", "input": TEXT, "voice": "slt", "response_format": form, **SEED}
+
+    def stream(_):
+        response = server.post("/v1/audio/speech", json=body | {"stream_format": "sse"})
+        events = [json.loads(line[6:]) for line in response.text.splitlines() if line]
+        return b"".join(base64.b64decode(event.get("audio", "")) for event in events)
+
+    alone = [stream(i) for i in range(2)]
+    with ThreadPoolExecutor(4) as pool:
+        assert {*alone, *pool.map(stream, range(8))} == {alone[0]}
 
 
 def test_events_carry_the_same_bytes(server, client):
