@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
@@ -35,10 +36,10 @@ def format_for(path: Path) -> Callable[[Sequence[Word], float], str]:
     return FORMATS[found]
 
 
-def to_json(words: Sequence[Word], seconds: float) -> str:
-    """A list of {"text", "start", "end", "confidence"}; a word that is not spoken has confidence
-    0."""
-    rows = [
+def word_rows(words: Sequence[Word]) -> list[dict[str, Any]]:
+    """{"text", "start", "end", "confidence"} of each word, in seconds; a word that is not spoken
+    has confidence 0."""
+    return [
         {
             "text": word.text,
             "start": round(word.start, 3),
@@ -47,7 +48,11 @@ def to_json(words: Sequence[Word], seconds: float) -> str:
         }
         for word in words
     ]
-    return json.dumps(rows, ensure_ascii=False, indent=1) + "\n"
+
+
+def to_json(words: Sequence[Word], seconds: float) -> str:
+    """A list of `word_rows`."""
+    return json.dumps(word_rows(words), ensure_ascii=False, indent=1) + "\n"
 
 
 def to_srt(words: Sequence[Word], seconds: float) -> str:

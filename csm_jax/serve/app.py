@@ -18,6 +18,7 @@ from csm_jax.serve.api import (
     batches,
     chat,
     deepinfra,
+    elevenlabs,
     fal,
     health,
     openai,
@@ -113,7 +114,7 @@ def create_app(
 
 
 def _add_routes(app: FastAPI, service: Service, worker: BatchWorker) -> None:
-    for module in (health, voxserve, openai, chat, deepinfra, fal, realtime, voices):
+    for module in (health, voxserve, openai, chat, deepinfra, elevenlabs, fal, realtime, voices):
         app.include_router(module.router(service))
     app.include_router(batches.router(service, worker))
     app.include_router(page.router())

@@ -2,7 +2,8 @@
 
     {"error": {"message": ..., "type": ..., "param": ..., "code": ...}, "detail": ...}
 
-OpenAI's clients read `error`, fal's and DeepInfra's `detail`.
+OpenAI's clients read `error`, fal's and DeepInfra's `detail`. Below ElevenLabs' paths `detail` is
+an object, as its clients expect.
 """
 
 import logging
@@ -22,6 +23,9 @@ _TYPES = {400: "invalid_request_error", 401: "authentication_error", 404: "not_f
 _TYPES |= {413: "invalid_request_error", 429: "rate_limit_error"}
 # Characters of a request that an error repeats.
 _MAX_QUOTED = 200
+ELEVENLABS_PATHS = ("/v1/text-to-speech/", "/v1/voices", "/v2/voices")
+# Its names of errors, which its users' programs compare.
+_ELEVENLABS_CODES = {"bad_key": "invalid_api_key", "too_long": "text_too_long"}
 # Seconds after which the queue is likely to have room.
 RETRY_AFTER = 1
 # Code of a WebSocket close, for a client that can try again later.
@@ -59,12 +63,20 @@ class ApiError(Exception):
         error = {"message": message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error, "detail": message}
 
-    @property
-    def response(self) -> JSONResponse:
+    def response(self, path: str) -> JSONResponse:
+        """The response to a request for a path, in the form of its API."""
+        body = self.body
+        if path.startswith(ELEVENLABS_PATHS):
+            body["detail"] = _elevenlabs_detail(body["error"])
         headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(body, self.status, headers)
+
+
+def _elevenlabs_detail(error: dict) -> dict:
+    code = _ELEVENLABS_CODES.get(error["code"], error["code"]) or error["type"]
+    return error | {"code": code, "status": code}
 
 
 class ClientGoneError(Exception):
@@ -130,7 +142,7 @@ def install(app: FastAPI) -> None:
     """Adds handlers to an application, so that all errors have the same body."""
 
     def respond(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response
+        return as_api_error(error).response(request.scope["path"])
 
     kinds = (ApiError, CSMError, ClientGoneError, ClientDisconnect)
     for kind in (*kinds, RequestValidationError, HTTPException):

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from csm_jax.align.words import Word
 from csm_jax.errors import InputError, first_line
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
@@ -299,6 +300,7 @@ class Service:
             notices = [*notices, NO_TRANSCRIPT]
         request = await self.encode_context(self._limited(request), caller)
         submission = _Submission(self.engine)
+        words: list[Word] = []
         submit = functools.partial(
             submission.run,
             request,
@@ -308,6 +310,7 @@ class Service:
             keep=False,
             share=caller.share,
             weight=caller.weight,
+            on_word=words.append,
         )
         try:
             ticket = await self.threads.work(caller, submit)
@@ -315,7 +318,7 @@ class Service:
             submission.cancel()
             raise
         is_charged = not background
-        return SpeechStream(self, caller, ticket, stream, started, notices, is_charged)
+        return SpeechStream(self, caller, ticket, words, stream, started, notices, is_charged)
 
 
 def _closing() -> ApiError:

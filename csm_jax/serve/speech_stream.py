@@ -9,6 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
+from csm_jax.align.words import Word
 from csm_jax.errors import CSMError
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import Notice
@@ -40,6 +41,7 @@ class SpeechStream:
         service: StreamServices,
         caller: Caller,
         ticket: Ticket,
+        words: Sequence[Word],
         stream: bool,
         started: float,
         notices: Sequence[Notice],
@@ -48,6 +50,7 @@ class SpeechStream:
         """Begins to receive the chunks of a ticket.
 
         Args:
+          words: to which the engine adds each word before the chunk in which it ends.
           stream: whether chunks arrive during generation.
           started: when the request was submitted, by `time.perf_counter`.
           notices: those that arose before the request reached the engine.
@@ -59,6 +62,8 @@ class SpeechStream:
         self._caller = caller
         self._is_charged = is_charged
         self._ticket = ticket
+        self._words = words
+        self._num_taken_words = 0
         self._stream = stream
         self._started = started
         self._notices = notices
@@ -177,6 +182,30 @@ class SpeechStream:
 
     def _seconds(self, chunk: np.ndarray) -> float:
         return len(chunk) / self._service.model.sample_rate
+
+    @property
+    def has_words(self) -> bool:
+        """Whether the model knows when words are spoken."""
+        return self._service.model.alignment is not None
+
+    @property
+    def words_so_far(self) -> Sequence[Word]:
+        """The words whose times are certain, by the frames alone."""
+        return self._words
+
+    def take_words(self) -> Sequence[Word]:
+        """The words whose times have become certain since the last call."""
+        new = self._words[self._num_taken_words :]
+        self._num_taken_words += len(new)
+        return new
+
+    async def words(self, audio: np.ndarray) -> list[Word]:
+        """The words of the whole speech, whose sound sharpens their times.
+
+        Args:
+          audio: float32 [num_samples], what `audio` has returned.
+        """
+        return await self._service.threads.work(self._caller, self._ticket.alignment.words, audio)
 
     @property
     def text(self) -> str:

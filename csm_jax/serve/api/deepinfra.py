@@ -12,6 +12,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
+from csm_jax.align.formats import word_rows
 from csm_jax.inference.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import UploadedTurn, read_context
@@ -25,6 +26,7 @@ from csm_jax.serve.api.responses import (
     speak_whole,
 )
 from csm_jax.serve.api.schemas import Options, Recording, Text, make_named_request, make_request
+from csm_jax.serve.api.words import WordEntry
 from csm_jax.serve.audio.encoding import FORMATS
 from csm_jax.serve.jobs.job import Job, JobHandler
 from csm_jax.serve.middleware.request_log import request_id
@@ -79,7 +81,9 @@ class InferenceResponse(BaseModel):
     audio: str | None = Field(default=None, description="a data: URI")
     input_character_length: int
     output_format: str
-    words: list[Any] = Field(default=[], description="always empty: the model aligns no words")
+    words: list[WordEntry] = Field(
+        default=[], description="none if the checkpoint has no alignment heads"
+    )
     request_id: str
     inference_status: InferenceStatus
 
@@ -128,12 +132,15 @@ async def _speak(
     request = await _request(service, caller, fields)
     started = time.perf_counter()
     notices = ignored(fields.unknown)
-    spoken = await speak_whole(service, caller, request, fields.response_format, notices=notices)
+    spoken = await speak_whole(
+        service, caller, request, fields.response_format, notices=notices, has_words=True
+    )
     audio = await service.threads.work(caller, _data_uri, spoken.data, fields.response_format)
     response = InferenceResponse(
         audio=audio,
         input_character_length=len(fields.text),
         output_format=fields.response_format,
+        words=[WordEntry(**row) for row in word_rows(spoken.words)],
         request_id=name,
         inference_status=InferenceStatus(
             status="succeeded",

@@ -150,7 +150,7 @@ def _add_queue(routes: APIRouter, service: Service) -> None:
         if job.status is not Status.COMPLETED:
             raise ApiError(400, "Request is still in progress", code="in_progress")
         if job.error:
-            failed = job.error.response
+            failed = job.error.response(http.scope["path"])
             failed.headers[_REQUEST_ID] = job.id
             return failed
         response.headers[_REQUEST_ID] = job.id

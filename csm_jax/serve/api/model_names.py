@@ -1,4 +1,5 @@
-"""Names of models in requests: the server's own, those of OpenAI's that it stands for, and others.
+"""Names of models in requests: the server's own, those of OpenAI and ElevenLabs that it stands for,
+and others.
 
 There is one model. So a request for any other is served by it, with a notice, unless the server is
 strict.
@@ -12,17 +13,18 @@ from csm_jax.serve.settings import Settings
 
 # The released model, as its repository and the services that host it call it.
 _RELEASED = ("csm-1b", "sesame/csm-1b")
-_OPENAI = re.compile(
+_HOSTED = re.compile(
     r"tts-1(-hd)?|gpt-4o-mini-tts|gpt-4o(-mini)?-audio-preview|gpt-audio(-mini|-1\.5)?"
+    r"|eleven_[a-z0-9_]{1,40}"
 )
 _DATE = re.compile(r"-\d{4}(-?\d{2}-?\d{2})?$")
 
 
 def is_model(settings: Settings, name: str) -> bool:
-    """Whether this is the server's model, in any case, or one of OpenAI's that it stands for."""
+    """Whether this is the server's model, in any case, or one of others' that it stands for."""
     name = name.strip().casefold()
     own = settings.model_name.casefold()
-    return name in (own, *_RELEASED) or _OPENAI.fullmatch(_DATE.sub("", name)) is not None
+    return name in (own, *_RELEASED) or _HOSTED.fullmatch(_DATE.sub("", name)) is not None
 
 
 def check_model(settings: Settings, name: str) -> list[Notice]:

@@ -6,6 +6,10 @@
 A WAV file is sent when it is finished, with its length in its head, unless the client asks for a
 stream by `stream`, by `stream_format`, or as OpenAI's own client does. Files of other formats need
 no length, so they are sent during generation, unless `stream` is false.
+
+With `"stream_format": "sse"` and `"words": true`, each event has the words whose times have become
+certain, the last ones in `speech.audio.done`: {"type": "speech.audio.delta", "audio": ...,
+"words": [{"text": "three", "start": 0.1, "end": 0.42, "confidence": 0.97}]}.
 """
 
 import base64
@@ -13,12 +17,13 @@ import functools
 import json
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field, StrictInt
 
+from csm_jax.align.formats import word_rows
 from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import Context, UploadedTurn, fetch_recording, read_context
@@ -35,6 +40,7 @@ from csm_jax.serve.api.schemas import (
     is_number,
     make_request,
 )
+from csm_jax.serve.api.words import NO_WORDS, at_speed
 from csm_jax.serve.audio.encoding import FormatName
 from csm_jax.serve.errors import ApiError
 from csm_jax.serve.service import Service
@@ -76,6 +82,9 @@ class Speech(Options):
     stream: bool | None = Field(None, description="not of OpenAI's API")
     stream_format: Annotated[Literal["audio", "sse"], AnyCase] | None = Field(
         None, description='default: "audio"'
+    )
+    words: bool = Field(
+        False, description="with events, when each word is spoken; not of OpenAI's API"
     )
     instructions: str | None = Field(None, description="not followed: the model has none")
     ref_audio: Recording | None = Field(
@@ -164,9 +173,15 @@ async def _speak(service: Service, caller: Caller, fields: Speech, is_streamed: 
         request, notices = await as_request(service, caller, fields)
         if not is_streamed:
             return await speak_file(service, permit, request, audio_format, speed, notices)
-        wrap, kind = (_events, EVENTS) if fields.stream_format == "sse" else (None, None)
+        if fields.stream_format != "sse":
+            return await speak_streamed(
+                service, permit, request, audio_format, speed, notices=notices
+            )
+        if fields.words and service.model.alignment is None:
+            notices = [*notices, NO_WORDS]
+        wrap = functools.partial(_events, speed if fields.words else None)
         return await speak_streamed(
-            service, permit, request, audio_format, speed, wrap, kind, notices
+            service, permit, request, audio_format, speed, wrap, EVENTS, notices
         )
 
 
@@ -192,6 +207,8 @@ async def as_request(
 def _not_followed(fields: Speech) -> list[str]:
     """The names of fields that are known, but do not change the speech of this request."""
     names = ["instructions"] if fields.instructions else []
+    if fields.words and fields.stream_format != "sse":
+        names.append("words")
     if fields.ref_audio is None:
         return [*names, "ref_text"] if fields.ref_text else names
     is_named = not (is_number(fields.voice_name) or is_default(fields.voice_name))
@@ -209,15 +226,27 @@ async def _read_reference(
     return await read_context(service, caller, [turn], "ref_audio", fetch if is_address else None)
 
 
-async def _events(speech: SpeechStream, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The pieces of the file as server-sent events."""
+async def _events(
+    word_speed: float | None, speech: SpeechStream, pieces: AsyncIterator[bytes]
+) -> AsyncIterator[bytes]:
+    """The pieces of the file as server-sent events.
+
+    Args:
+      word_speed: the speed of the speech, if its words are wanted.
+    """
     async for piece in pieces:
         audio = base64.b64encode(piece).decode()
-        yield _event({"type": "speech.audio.delta", "audio": audio})
+        yield _event({"type": "speech.audio.delta", "audio": audio} | _words(speech, word_speed))
     num_input, num_output = speech.num_tokens, speech.num_frames
     total = num_input + num_output
     usage = {"input_tokens": num_input, "output_tokens": num_output, "total_tokens": total}
-    yield _event({"type": "speech.audio.done", "usage": usage})
+    yield _event({"type": "speech.audio.done", "usage": usage} | _words(speech, word_speed))
+
+
+def _words(speech: SpeechStream, speed: float | None) -> dict[str, Any]:
+    """A field with the words that have become certain, if there are any."""
+    words = [] if speed is None else word_rows(at_speed(speech.take_words(), speed))
+    return {"words": words} if words else {}
 
 
 def _event(data: dict) -> bytes:

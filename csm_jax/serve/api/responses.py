@@ -11,10 +11,12 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from csm_jax.align.words import Word
 from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.admission.concurrency import Permit
-from csm_jax.serve.audio.encoding import FORMATS, Encoder, encode
+from csm_jax.serve.api.words import at_speed
+from csm_jax.serve.audio.encoding import Encoder, encode, find_format
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.middleware.request_log import add_log_fields
 from csm_jax.serve.service import Service
@@ -53,10 +55,11 @@ async def _wait_for_disconnect(http: HTTPRequest) -> None:
 
 
 class SpokenFile(NamedTuple):
-    """Finished speech as a file."""
+    """Finished speech as a file, and its words if they were asked for."""
 
     data: bytes
     speech: SpeechStream
+    words: Sequence[Word] = ()
 
 
 async def speak_whole(
@@ -67,8 +70,13 @@ async def speak_whole(
     speed: float = 1.0,
     background: bool = False,
     notices: Sequence[Notice] = (),
+    has_words: bool = False,
 ) -> SpokenFile:
-    """Generates the speech of a request as one file, in a format of `FORMATS`."""
+    """Generates the speech of a request as one file, in a format of `find_format`.
+
+    Args:
+      has_words: whether its words are wanted too.
+    """
     speech = await service.speak(
         request, caller, stream=False, background=background, notices=notices
     )
@@ -76,11 +84,12 @@ async def speak_whole(
         audio = await speech.audio()
     finally:
         speech.cancel()
+    words = at_speed(await speech.words(audio), speed) if has_words else ()
     rate = service.model.sample_rate
     started = time.perf_counter()
     data = await service.threads.work(caller, encode, audio, rate, audio_format, speed)
     add_log_fields(encode_s=round(time.perf_counter() - started, 4), notices=speech.notice_kinds)
-    return SpokenFile(data, speech)
+    return SpokenFile(data, speech, words)
 
 
 async def speak_streamed(
@@ -111,7 +120,7 @@ async def speak_streamed(
     if wrap:
         pieces = wrap(speech, pieces)
     permit.keep()
-    media_type = media_type or FORMATS[audio_format].media_type
+    media_type = media_type or find_format(audio_format).media_type
     response = SpokenResponse(speech, permit, pieces, media_type=media_type)
     if kinds := speech.notice_kinds:
         response.headers[NOTICES] = kinds
@@ -135,7 +144,7 @@ async def speak_file(
         service, permit.caller, request, audio_format, speed, notices=notices
     )
     headers = {NOTICES: spoken.speech.notice_kinds}
-    media_type = FORMATS[audio_format].media_type
+    media_type = find_format(audio_format).media_type
     return PermitResponse(permit, spoken.data, media_type=media_type, headers=headers)
 
 

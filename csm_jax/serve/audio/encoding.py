@@ -1,4 +1,4 @@
-"""Encodes speech in an audio format, in pieces or as a whole, and changes its speed.
+"""Encodes speech in an audio format, in pieces or as a whole, and changes its speed and rate.
 
 ffmpeg's libraries (PyAV) encode. Both ways make the same audio, but only the head of a whole file
 contains its length.
@@ -28,36 +28,72 @@ class Coding(NamedTuple):
 
 
 class Format(NamedTuple):
-    """An audio format; `coding` is None for plain samples."""
+    """An audio format.
 
+    Attributes:
+      suffix: of such files.
+      coding: None for plain samples.
+      sample_rate: of the file, in Hz; None is that of the speech.
+      bit_rate: bits per second; None is the codec's default.
+    """
+
+    suffix: str
     media_type: str
     coding: Coding | None = None
+    sample_rate: int | None = None
+    bit_rate: int | None = None
 
 
 FormatName = Literal["wav", "pcm", "mp3", "opus", "flac", "aac"]
 FORMATS: dict[str, Format] = {
-    "wav": Format("audio/wav"),
-    "pcm": Format("audio/pcm"),
-    "mp3": Format("audio/mpeg", Coding("mp3", "libmp3lame", "fltp")),
-    "opus": Format("audio/ogg", Coding("ogg", "libopus", "flt")),
-    "flac": Format("audio/flac", Coding("flac", "flac", "s16")),
-    "aac": Format("audio/aac", Coding("adts", "aac", "fltp")),
+    "wav": Format("wav", "audio/wav"),
+    "pcm": Format("pcm", "audio/pcm"),
+    "mp3": Format("mp3", "audio/mpeg", Coding("mp3", "libmp3lame", "fltp")),
+    "opus": Format("opus", "audio/ogg", Coding("ogg", "libopus", "flt")),
+    "flac": Format("flac", "audio/flac", Coding("flac", "flac", "s16")),
+    "aac": Format("aac", "audio/aac", Coding("adts", "aac", "fltp")),
+}
+_TELEPHONE = {
+    "ulaw": Format("ulaw", "audio/basic", Coding("mulaw", "pcm_mulaw", "s16")),
+    "alaw": Format("alaw", "audio/x-alaw-basic", Coding("alaw", "pcm_alaw", "s16")),
+}
+
+
+def _rated(name: str) -> Format:
+    """The format of a name CODEC_HZ or CODEC_HZ_KBPS."""
+    codec, sample_rate, *kbps = name.split("_")
+    return (FORMATS | _TELEPHONE)[codec]._replace(
+        sample_rate=int(sample_rate), bit_rate=1000 * int(kbps[0]) if kbps else None
+    )
+
+
+_RATES = (8000, 16_000, 22_050, 24_000, 32_000, 44_100, 48_000)
+_KBPS = (32, 64, 96, 128, 192)
+# ElevenLabs' names of formats.
+RATED_FORMATS: dict[str, Format] = {
+    name: _rated(name)
+    for name in [
+        *("mp3_22050_32", "mp3_24000_48", *(f"mp3_44100_{kbps}" for kbps in _KBPS)),
+        *(f"{codec}_{rate}" for codec in ("pcm", "wav") for rate in _RATES),
+        *("ulaw_8000", "alaw_8000"),
+        *(f"opus_48000_{kbps}" for kbps in _KBPS),
+    ]
 }
 # The range of one atempo filter.
 _SLOWEST, _FASTEST = 0.5, 2.0
 
 
 def encode(audio: np.ndarray, sample_rate: int, name: str, speed: float = 1.0) -> bytes:
-    """Encodes a recording, float32 [num_samples], as a file in one of `FORMATS`."""
-    coding = _find_format(name).coding
-    if speed != 1:
-        tempo = _Tempo(sample_rate, speed)
-        audio = np.concatenate([tempo.add(audio), tempo.finish()])
-    if coding is None:
-        return encode_audio(audio, sample_rate, f".{name}")
+    """Encodes a recording, float32 [num_samples], as a file in a format of `find_format`."""
+    form = find_format(name)
+    rate = form.sample_rate or sample_rate
+    if filtered := _new_filter(sample_rate, speed, rate):
+        audio = np.concatenate([filtered.add(audio), filtered.finish()])
+    if form.coding is None:
+        return encode_audio(audio, rate, f".{form.suffix}")
     # The encoder can seek in a whole file, and then writes the length into its head.
     file = io.BytesIO()
-    encoder = _ContainerEncoder(coding, sample_rate, file)
+    encoder = _ContainerEncoder(form.coding, rate, form.bit_rate, file)
     encoder.add(audio)
     encoder.finish()
     return file.getvalue()
@@ -67,33 +103,36 @@ class Encoder:
     """Encodes chunks of speech. The bytes of all calls together are one file."""
 
     def __init__(self, name: str, sample_rate: int, speed: float = 1.0):
-        """Starts a file. Raises `InputError` for a format that is not one of `FORMATS`."""
-        coding = _find_format(name).coding
-        self._tempo = _Tempo(sample_rate, speed) if speed != 1 else None
+        """Starts a file in a format of `find_format`."""
+        form = find_format(name)
+        rate = form.sample_rate or sample_rate
+        self._filter = _new_filter(sample_rate, speed, rate)
         self._sink = _Sink()
-        if coding:
-            self._encoder = _ContainerEncoder(coding, sample_rate, self._sink)
+        if form.coding:
+            self._encoder = _ContainerEncoder(form.coding, rate, form.bit_rate, self._sink)
         else:
             self._encoder = _PcmEncoder(self._sink)
-            self._sink.write(wav_header(sample_rate) if name == "wav" else b"")
+            self._sink.write(wav_header(rate) if form.suffix == "wav" else b"")
 
     def add(self, samples: np.ndarray) -> bytes:
         """Adds samples, float32 [n], and returns the bytes that are ready."""
-        self._encoder.add(self._tempo.add(samples) if self._tempo else samples)
+        self._encoder.add(self._filter.add(samples) if self._filter else samples)
         return self._sink.drain()
 
     def finish(self) -> bytes:
         """Ends the file, and returns the remaining bytes."""
-        if self._tempo:
-            self._encoder.add(self._tempo.finish())
+        if self._filter:
+            self._encoder.add(self._filter.finish())
         self._encoder.finish()
         return self._sink.drain()
 
 
-def _find_format(name: str) -> Format:
-    if name not in FORMATS:
-        raise InputError(f"the format is {name}, but must be one of {', '.join(FORMATS)}")
-    return FORMATS[name]
+def find_format(name: str) -> Format:
+    """One of `FORMATS` or `RATED_FORMATS`. Raises `InputError` for any other."""
+    known = FORMATS | RATED_FORMATS
+    if name not in known:
+        raise InputError(f"the format is {name[:80]!r}, but must be one of {', '.join(known)}")
+    return known[name]
 
 
 class _Sink:
@@ -128,7 +167,9 @@ class _PcmEncoder:
 class _ContainerEncoder:
     """Writes a container by ffmpeg."""
 
-    def __init__(self, coding: Coding, sample_rate: int, sink: "_Sink | io.BytesIO"):
+    def __init__(
+        self, coding: Coding, sample_rate: int, bit_rate: int | None, sink: "_Sink | io.BytesIO"
+    ):
         # By default ffmpeg writes a random stream number.
         options = {"fflags": "+bitexact", "flush_packets": "1"}
         self._container = av.open(sink, "w", coding.container, options=options)
@@ -137,6 +178,8 @@ class _ContainerEncoder:
         self._stream = cast(av.AudioStream, stream)
         context = self._stream.codec_context
         context.format = coding.sample_format
+        if bit_rate is not None:
+            context.bit_rate = bit_rate
         context.open()
         # The codec needs frames of a fixed size.
         self._cutter = av.AudioResampler(
@@ -163,18 +206,26 @@ class _ContainerEncoder:
             self._container.mux(self._stream.encode(frame))
 
 
-class _Tempo:
-    """Changes the speed of speech at the same pitch (ffmpeg's atempo)."""
+def _new_filter(sample_rate: int, speed: float, new_rate: int) -> "_Filter | None":
+    """A filter, if the speed or the sample rate changes."""
+    if speed == 1 and new_rate == sample_rate:
+        return None
+    return _Filter(sample_rate, speed, new_rate)
 
-    def __init__(self, sample_rate: int, speed: float):
+
+class _Filter:
+    """Changes the speed of speech at the same pitch (ffmpeg's atempo), and its sample rate."""
+
+    def __init__(self, sample_rate: int, speed: float, new_rate: int):
         self._sample_rate = sample_rate
         self._num_samples = 0
         self._graph = av.filter.Graph()
         source = self._graph.add_abuffer(
             format="flt", sample_rate=sample_rate, layout="mono", time_base=Fraction(1, sample_rate)
         )
-        filters = [self._graph.add("atempo", f"{factor:.6f}") for factor in _factors(speed)]
-        sample_format = f"sample_fmts=flt:sample_rates={sample_rate}:channel_layouts=mono"
+        factors = _factors(speed) if speed != 1 else []
+        filters = [self._graph.add("atempo", f"{factor:.6f}") for factor in factors]
+        sample_format = f"sample_fmts=flt:sample_rates={new_rate}:channel_layouts=mono"
         chain = [
             source,
             *filters,

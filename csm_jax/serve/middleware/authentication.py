@@ -24,6 +24,8 @@ _OPEN = re.compile(
 )
 # What clients list without sending a key (Open WebUI): the names of models and shared voices.
 _LISTS = frozenset({"/v1/audio/voices", "/v1/audio/models"})
+# Headers that are a key and nothing else; the second is ElevenLabs'.
+_KEY_HEADERS = ("x-api-key", "xi-api-key")
 # Wrong keys from one address that get 401 within a minute; further ones get 429.
 REFUSALS_PER_MINUTE = 10
 # A browser cannot set the headers of a WebSocket, so it sends a key as a subprotocol, beside the
@@ -60,7 +62,7 @@ class AuthenticationMiddleware:
         try:
             set_caller(connection, self._admit(connection))
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         if scope["type"] == "websocket":
             send = _with_protocol(scope, send)
@@ -100,7 +102,7 @@ def _is_list(connection: HTTPConnection) -> bool:
 
 def _has_key(connection: HTTPConnection) -> bool:
     """Whether a request has anything in the place of a key, valid or not."""
-    return any(name in connection.headers for name in ("authorization", "x-api-key"))
+    return any(name in connection.headers for name in ("authorization", *_KEY_HEADERS))
 
 
 def address_share(connection: HTTPConnection) -> str:
@@ -112,11 +114,13 @@ def _key_of(connection: HTTPConnection) -> str | None:
     """The key of a request; None if there is none, or several.
 
     OpenAI's and DeepInfra's clients send `Authorization: Bearer`, fal's `Authorization: Key`,
-    others `x-api-key`. A WebSocket can have it in a subprotocol or in `?api_key=` instead.
+    ElevenLabs' `xi-api-key`, others `x-api-key`. A WebSocket can have it in a subprotocol or in
+    `?api_key=` instead.
     """
     headers = connection.headers
     sent = [_authorization(value) for value in headers.getlist("authorization")]
-    sent = [value for value in sent if value is not None] + headers.getlist("x-api-key")
+    sent = [value for value in sent if value is not None]
+    sent += [value for name in _KEY_HEADERS for value in headers.getlist(name)]
     if not sent and connection.scope["type"] == "websocket":
         return _socket_key(connection)
     # Of several keys it is not clear which one is meant.

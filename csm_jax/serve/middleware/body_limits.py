@@ -36,7 +36,7 @@ class BodyLimitMiddleware:
         try:
             content_length = _content_length(scope)
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         share = caller_of(HTTPConnection(scope)).share
         body = scope[_SCOPE_KEY] = Body(receive, content_length, self._limits, self._budget, share)

@@ -44,7 +44,7 @@ class HostOriginMiddleware:
         try:
             self._check(scope)
         except ApiError as error:
-            await error.response(scope, receive, send)
+            await error.response(scope["path"])(scope, receive, send)
             return
         await self._app(scope, receive, send)
 

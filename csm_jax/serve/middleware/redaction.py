@@ -14,7 +14,7 @@ _REST = re.compile(rf"(={re.escape(REDACTED)})[^\s&\"]+")
 # Names of parameters whose values are credentials, decoded.
 _SECRET = re.compile(r"key|token|secret|passw|auth|credential|signature|session|jwt", re.IGNORECASE)
 _HEADER = re.compile(
-    r"((?:authorization|x-api-key|cookie|sec-websocket-protocol)[\"']?\s*[:,]\s*b?[\"']?)[^\r\n\"']+",
+    r"((?:authorization|xi?-api-key|cookie|sec-websocket-protocol)[\"']?\s*[:,]\s*b?[\"']?)[^\r\n\"']+",
     re.IGNORECASE,
 )
 # In a list of subprotocols, wherever that is printed.

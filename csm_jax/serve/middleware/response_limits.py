@@ -31,7 +31,7 @@ class ResponseLimitMiddleware:
         try:
             await self._app(scope, receive, response.send)
         except _RefusedError as refused:
-            await refused.error.response(scope, receive, send)
+            await refused.error.response(scope["path"])(scope, receive, send)
 
 
 class _RefusedError(Exception):

@@ -156,7 +156,7 @@ class Connection(asyncio.Protocol):
     def refusal(self) -> bytes:
         """The response to a connection that may not begin."""
         error = ApiError(503, "too many connections", code="busy", retry_after=RETRY_AFTER)
-        response = error.response
+        response = error.response("")  # nothing was read: no path is known
         headers = b"".join(b"%s: %s\r\n" % pair for pair in response.raw_headers)
         head = b"HTTP/1.1 503 Service Unavailable\r\nconnection: close\r\n" + headers
         return head + b"\r\n" + response.body

@@ -184,6 +184,7 @@ def test_other_spellings_of_open_paths_need_a_key(path):
         ("/a?x=1&api_key=b'c]#sk-1&y=2", "sk-1", "y=2"),
         ("< Authorization: Bearer sk-1", "sk-1", "Authorization"),
         ("[(b'authorization', b'Bearer sk-1')]", "sk-1", "authorization"),
+        ("< xi-api-key: sk-1", "sk-1", "xi-api-key"),
         ("< Sec-WebSocket-Protocol: csm, csm-key.c2s", "c2s", "Sec-WebSocket"),
         ("subprotocols ['realtime', 'openai-insecure-api-key.sk-1']", "sk-1", "realtime"),
     ],

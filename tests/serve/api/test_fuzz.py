@@ -72,6 +72,7 @@ REQUESTS = [
     ("/v1/audio/speech", SPEECH | {"response_format": "mp3", "speed": 1.5}, False),
     ("/v1/audio/speech", SPEECH | {"stream_format": "sse", "top_k": 5}, False),
     ("/v1/inference/sesame/csm-1b", SHORTLY | {"preset_voice": "slt", "min_p": 0.1}, True),
+    ("/v1/text-to-speech/slt/with-timestamps", SHORTLY | {"voice_settings": {"speed": 1}}, False),
     ("/fal-ai/csm-1b", SCENE, False),
     ("/v1/chat/completions", CHAT, False),
     ("/queue/fal-ai/csm-1b", SCENE | {"seed": 1}, False),

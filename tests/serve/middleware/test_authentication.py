@@ -44,6 +44,7 @@ def fresh_rates(monkeypatch):
         {"Authorization": "bearer second-key"},
         {"Authorization": "Key first-key"},
         {"X-API-Key": "second-key"},
+        {"xi-api-key": "first-key"},
     ],
 )
 def test_a_valid_key_is_accepted(guarded, headers):
@@ -60,6 +61,8 @@ def test_a_valid_key_is_accepted(guarded, headers):
         {"Authorization": "Basic first-key"},
         {"X-API-Key": ""},
         {"X-API-Key": "\xff"},
+        {"xi-api-key": "first-ke"},
+        {"xi-api-key": "first-key", "X-API-Key": "first-key"},
     ],
 )
 def test_a_request_without_a_valid_key_gets_401(guarded, headers):
@@ -68,6 +71,14 @@ def test_a_request_without_a_valid_key_gets_401(guarded, headers):
         assert response.status_code == 401
         assert response.json()["error"]["type"] == "authentication_error"
         assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_errors_of_keys_have_the_form_of_the_api(guarded):
+    """Before the body is read: this one is not JSON."""
+    response = guarded.post("/v1/text-to-speech/slt", content=b"{", headers={"xi-api-key": "no"})
+    assert response.status_code == 401
+    assert response.json()["detail"]["status"] == "invalid_api_key"
+    assert response.json()["detail"]["message"] == response.json()["error"]["message"]
 
 
 def test_probes_need_no_key(guarded):
