@@ -7,17 +7,25 @@ The client sends JSON, one object a message:
     {"type": "flush"}                               speaks the text of an unfinished sentence
     {"type": "say", "text": "Hello. It's me.", "speaker": 1, "seed": 5, ...}     a whole turn
     {"type": "turn", "speaker": 1, "text": "...", "audio": "<base64>"}    a turn of the user
-    {"type": "cancel"}                              stops the speech, and drops waiting text
+    {"type": "cancel", "id": 1, "audio_end_ms": 900}     stops the speech, and drops waiting text
 
 The server sends the speech as binary messages, 16-bit little-endian mono at 24 kHz, between
 
     {"type": "started", "id": 1, "text": "Hello, my name is Anna."}
-    {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": ""}
+    {"type": "words", "id": 1, "words": [{"text": "Hello,", "start": 0.1, "end": 0.5, ...}]}
+    {"type": "done", "id": 1, "seconds": 1.6, "cancelled": false, "notices": "", "text": "Hello..."}
+
+`words` comes between the binary messages if the session has `"words": true`: the words whose times,
+in seconds of the utterance, have become certain, in order.
 
 Other messages are {"type": "session", ...} with the changed settings, {"type": "turn", "turns": 3}
 after a turn was added, {"type": "cancelled"} after the speech has stopped, and {"type": "error",
 "message": ...}, with the `id` of the utterance that failed; the conversation continues after it.
-Every turn is context for those after it; of a cancelled one, the part that was sent.
+
+Every turn is context for those after it; of one that was cancelled, the words that were heard. What
+was sent counts as heard, unless `cancel` tells how much of which utterance was played: then later
+utterances were not heard at all, though they may have been sent. `done` and `cancelled` have the
+`text` that stays; a turn of which no word was heard is forgotten.
 
 `text` is spoken sentence by sentence, `say` as one turn. Both are numbered in the order of arrival.
 The fields of a session are optional; `"voice": null` removes the voice. A `say` has the same
@@ -27,115 +35,44 @@ fields, which hold for that turn only. A `turn` has a text, a recording, or both
 import asyncio
 import contextlib
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
+from csm_jax.align.formats import word_rows
 from csm_jax.errors import CSMError, RequestCancelledError
-from csm_jax.inference.conversation import Conversation
 from csm_jax.io.audio import to_pcm
 from csm_jax.prompt.splitting import Sentences
-from csm_jax.prompt.turns import Segment, Turn, check_text
+from csm_jax.prompt.turns import Segment, check_text
 from csm_jax.serve.admission.caller import caller_of
-from csm_jax.serve.api.fields import Fields
 from csm_jax.serve.api.parsing import parse_json
-from csm_jax.serve.api.schemas import (
-    Options,
-    Speaker,
-    Text,
-    check_length,
-    make_request,
-    read_recording,
+from csm_jax.serve.api.realtime_messages import (
+    MESSAGE,
+    AddText,
+    AddTurn,
+    Cancel,
+    Change,
+    Flush,
+    Say,
+    SetSession,
+    Utterance,
+    UtteranceSettings,
 )
+from csm_jax.serve.api.schemas import check_length, make_request, read_recording
+from csm_jax.serve.api.turn_history import SpokenTurn, TurnHistory
 from csm_jax.serve.api.websocket import message_budget, serve_messages
+from csm_jax.serve.api.words import NO_WORDS
 from csm_jax.serve.errors import TRY_AGAIN_LATER, ApiError, ClientGoneError, as_api_error
 from csm_jax.serve.service import Service
 from csm_jax.serve.speech_stream import SpeechStream
-from csm_jax.serve.voices.registry import Voice, Voices
 
 # Utterances that may wait, and their characters in total.
 MAX_WAITING = 256
 MAX_WAITING_CHARACTERS = 100_000
 # Bytes of the reason of a WebSocket close.
 MAX_REASON = 120
-
-
-class Change(Options):
-    """A change of settings; fields that are left out stay as they are."""
-
-    keeps_null: ClassVar[frozenset[str]] = frozenset({"voice"})
-
-    voice: str | None = Field(None, max_length=64)
-    speaker: Speaker | None = None
-
-
-class SetSession(Change):
-    type: Literal["session"]
-
-
-class Say(Change):
-    type: Literal["say"]
-    text: Text
-
-
-class AddText(Fields):
-    type: Literal["text"]
-    text: str
-
-
-class Flush(Fields):
-    type: Literal["flush"]
-
-
-class AddTurn(Fields):
-    type: Literal["turn"]
-    speaker: Speaker
-    text: str | None = None
-    audio: str | None = Field(None, description="base64")
-
-
-class Cancel(Fields):
-    type: Literal["cancel"]
-
-
-_MESSAGE = TypeAdapter(
-    Annotated[SetSession | AddText | Flush | Say | AddTurn | Cancel, Field(discriminator="type")]
-)
-
-
-@dataclass(frozen=True)
-class UtteranceSettings:
-    """The voice and the sampling of utterances."""
-
-    options: Options = field(default_factory=Options)
-    voice: Voice | None = None
-    speaker: int = 0
-
-    def changed(self, change: Change, voices: Voices, owner: str) -> "UtteranceSettings":
-        """These settings with the fields that are set in `change`. Raises `InputError`."""
-        voice, speaker = self.voice, self.speaker
-        if change.voice is not None:
-            voice = voices.find(change.voice, owner)
-            speaker = voice.speaker
-        elif "voice" in change.model_fields_set:
-            voice = None
-        given = change.model_dump(include=set(Options.model_fields), exclude_none=True)
-        options = self.options.model_copy(update=given)
-        return UtteranceSettings(
-            options, voice, speaker if change.speaker is None else change.speaker
-        )
-
-
-@dataclass(frozen=True)
-class Utterance:
-    """A text that waits to be spoken, with its settings."""
-
-    id: int
-    text: str
-    settings: UtteranceSettings
 
 
 def router(service: Service) -> APIRouter:
@@ -168,16 +105,14 @@ class RealtimeSession:
         self._socket = socket
         self._caller = caller_of(socket)
         self._settings = UtteranceSettings()
-        self._conversation = Conversation(service.engine)
-        # Positions of the window that each of its turns takes.
-        self._lengths: list[int] = []
+        self._history = TurnHistory(service, self._caller)
         self._unfinished = Sentences()
         self._waiting: asyncio.Queue[Utterance] = asyncio.Queue(MAX_WAITING)
         self._num_waiting_characters = 0
         self._speech: SpeechStream | None = None
         self._is_speaking = False
-        # The number of the last utterance.
-        self._last_id = 0
+        # The number of the last utterance, and of the last that began.
+        self._last_id = self._begun_id = 0
         # Utterances that began before the last cancel are not sent.
         self._num_cancels = 0
         self._idle = asyncio.Event()
@@ -214,21 +149,22 @@ class RealtimeSession:
                     await self._say_turn(turn)
                 case AddTurn() as turn:
                     await self._add_turn(turn)
-                case Cancel():
-                    await self._cancel()
+                case Cancel() as cancel:
+                    await self._cancel(cancel)
         except (CSMError, ApiError) as error:
             await self._send_error(error)
 
     async def _parse(self, message: bytes | None) -> BaseModel:
         if message is None:
             raise ApiError(400, "a message is JSON, sent as text", code="bad_message")
-        return await parse_json(_MESSAGE, message, self._service.settings.limits)
+        return await parse_json(MESSAGE, message, self._service.settings.limits)
 
     async def _set(self, change: SetSession) -> None:
         self._settings = settings = self._changed(change)
         voice = settings.voice.name if settings.voice else None
         options = settings.options.model_dump(exclude_none=True)
-        await self._send_event("session", voice=voice, speaker=settings.speaker, **options)
+        fields = {"voice": voice, "speaker": settings.speaker, "words": settings.words}
+        await self._send_event("session", **fields, **options)
 
     def _changed(self, change: Change) -> UtteranceSettings:
         return self._settings.changed(change, self._service.voices, self._caller.owner)
@@ -282,26 +218,12 @@ class RealtimeSession:
             with await self._service.admit(self._caller):
                 audio = await read_recording(self._service, turn.audio, "audio", self._caller)
                 codes = await self._service.encode(audio, self._caller)
-        await self._remember(Segment(turn.speaker, turn.text, codes=codes))
-        await self._send_event("turn", turns=len(self._conversation.turns))
+        await self._history.add(Segment(turn.speaker, turn.text, codes=codes))
+        await self._send_event("turn", turns=len(self._history))
 
-    async def _remember(self, turn: Segment) -> None:
-        """Adds a turn, and drops the oldest ones that do not fit the window any more."""
-        # In a thread, because tokenizing a long text would block the event loop.
-        length = await self._service.threads.work(self._caller, self._length, turn)
-        self._conversation.add(turn)
-        self._lengths.append(length)
-        turns, lengths = self._conversation.turns, self._lengths
-        most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
-        while len(turns) > 1 and (len(turns) > most or sum(lengths) > window):
-            del turns[0], lengths[0]
-
-    def _length(self, turn: Segment) -> int:
-        model = self._service.model
-        return Turn(turn, model.config, model.tokenizer).length
-
-    async def _cancel(self) -> None:
+    async def _cancel(self, cancel: Cancel) -> None:
         self._num_cancels += 1
+        number = self._begun_id if cancel.id is None else cancel.id
         self._unfinished = Sentences()
         while not self._waiting.empty():
             self._waiting.get_nowait()
@@ -311,8 +233,15 @@ class RealtimeSession:
         if not self._is_speaking:
             self._idle.set()
         await self._idle.wait()
-        if not self._speaking.done():
+        if self._speaking.done():
+            return
+        if cancel.audio_end_ms is None:
             await self._send_event("cancelled")
+            return
+        if number > self._last_id:
+            raise ApiError(400, f"there is no utterance {number} yet", param="id")
+        text = await self._history.cut(number, cancel.audio_end_ms / 1000)
+        await self._send_event("cancelled", id=number, text=text)
 
     async def _speak_all(self) -> None:
         """Speaks the waiting utterances one by one, until the socket is closed."""
@@ -323,7 +252,7 @@ class RealtimeSession:
                     self._idle.set()
                 utterance = await self._waiting.get()
                 self._num_waiting_characters -= len(utterance.text)
-                self._is_speaking = True
+                self._is_speaking, self._begun_id = True, utterance.id
                 try:
                     await self._speak(utterance, self._num_cancels)
                 except (CSMError, ApiError) as error:
@@ -342,12 +271,16 @@ class RealtimeSession:
           num_cancels: `_num_cancels` when the utterance began; after one more it is not sent.
         """
         text, settings = utterance.text, utterance.settings
-        turns = self._conversation.turns
+        turns = self._history.turns
         request = make_request(
             self._service, text, settings.speaker, settings.options, turns, settings.voice
         )
         with await self._service.admit(self._caller):
-            self._speech = await self._service.speak(request, self._caller, stream=True)
+            has_no_words = settings.words and self._service.model.alignment is None
+            notices = [NO_WORDS] if has_no_words else []
+            self._speech = await self._service.speak(
+                request, self._caller, stream=True, notices=notices
+            )
             try:
                 if num_cancels != self._num_cancels:
                     return
@@ -368,15 +301,45 @@ class RealtimeSession:
                     break
                 await self._send(self._socket.send_bytes(to_pcm(chunk)))
                 num_samples += len(chunk)
-        sent_codes = speech.codes_so_far()[: num_samples // self._service.model.codec.frame_size]
-        await self._remember(Segment(utterance.settings.speaker, speech.text, codes=sent_codes))
+                await self._send_words(utterance, speech)
+        is_cancelled = num_cancels != self._num_cancels
+        if not is_cancelled:
+            await self._send_words(utterance, speech)
+        seconds = num_samples / self._service.model.sample_rate
+        kept = await self._remember(utterance, speech, num_samples, is_cancelled)
         await self._send_event(
             "done",
             id=utterance.id,
-            seconds=round(num_samples / self._service.model.sample_rate, 3),
-            cancelled=num_cancels != self._num_cancels,
+            seconds=round(seconds, 3),
+            cancelled=is_cancelled,
             notices=speech.notice_kinds,
+            text=kept.text if kept else "",
         )
+
+    async def _send_words(self, utterance: Utterance, speech: SpeechStream) -> None:
+        """Sends the words that have become certain, if the client wants them."""
+        if utterance.settings.words and (words := speech.take_words()):
+            await self._send_event("words", id=utterance.id, words=word_rows(words))
+
+    async def _remember(
+        self, utterance: Utterance, speech: SpeechStream, num_samples: int, is_cancelled: bool
+    ) -> SpokenTurn | None:
+        """Adds an utterance to the history; of a cancelled one, what was heard if what was sent
+        was. Returns what it has added."""
+        model = self._service.model
+        codes = speech.codes_so_far()[: num_samples // model.codec.frame_size]
+        turn: SpokenTurn | None = SpokenTurn(
+            utterance.id,
+            utterance.settings.speaker,
+            speech.text,
+            codes,
+            tuple(speech.words_so_far) if speech.has_words else None,
+        )
+        if is_cancelled:
+            turn = turn.heard(num_samples / model.sample_rate, model.config.frame_ms / 1000)
+        if turn is not None:
+            await self._history.add_spoken(turn)
+        return turn
 
     async def _send_error(self, error: Exception, **fields: object) -> None:
         await self._send(self._socket.send_json(_as_message(error) | fields))

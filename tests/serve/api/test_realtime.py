@@ -13,6 +13,7 @@ import pytest
 from fastapi import WebSocketDisconnect
 from hearing import median_pitch
 from serving import SMALL, serve
+from talking import Talk
 from websockets.sync.client import connect
 
 from csm_jax.prompt.turns import Segment
@@ -24,40 +25,11 @@ from csm_jax.serve.errors import ApiError
 from csm_jax.serve.settings import Limits, Settings
 
 
+# Three of 300 seeds give another voice than that of the context, so tests of voices have seeds.
 @pytest.fixture
 def talk(server):
     with connect(server.url.replace("http", "ws") + "/v1/realtime") as socket:
         yield Talk(socket)
-
-
-# Three of 300 seeds give another voice than that of the context, so tests of voices have seeds.
-class Talk:
-    """The client of one conversation, which records the speech."""
-
-    def __init__(self, socket):
-        self.socket = socket
-
-    def send(self, kind: str, **fields) -> None:
-        self.socket.send(json.dumps({"type": kind, **fields}))
-
-    def receive(self):
-        message = self.socket.recv(timeout=60)
-        return message if isinstance(message, bytes) else json.loads(message)
-
-    def ask(self, kind: str, **fields) -> dict:
-        self.send(kind, **fields)
-        return self.receive()
-
-    def listen(self) -> tuple[dict, np.ndarray, dict]:
-        """Receives one utterance: its first message, its samples, its last message."""
-        started, pieces = self.receive(), []
-        assert started["type"] == "started", started
-        while isinstance(message := self.receive(), bytes):
-            pieces.append(message)
-        assert message["type"] == "done"
-        audio = np.frombuffer(b"".join(pieces), "<i2").astype(np.float32) / 32768
-        assert message["seconds"] == pytest.approx(len(audio) / 24_000, abs=1e-3)
-        return started, audio, message
 
 
 def test_text_in_speech_out(talk, server):
@@ -145,8 +117,8 @@ def test_errors_have_the_id_of_the_utterance(talk):
     assert talk.listen()[0]["id"] == 3
 
 
-def test_cancel_stops_the_speech_and_keeps_the_part_that_was_sent(talk, server):
-    """Speech stops within a frame, waiting text is dropped, and the sent part stays context."""
+def test_cancel_stops_the_speech_and_keeps_the_words_that_were_sent(talk, server):
+    """Speech stops within a frame, waiting text is dropped, and words that were sent stay."""
     talk.ask("session", temperature=5)
     for _ in range(3):
         talk.send("text", text="one two three four five six seven eight nine. ")
@@ -159,11 +131,12 @@ def test_cancel_stops_the_speech_and_keeps_the_part_that_was_sent(talk, server):
         pass
     assert message["type"] == "done"
     assert message["cancelled"]
+    num_kept = int(message["text"] != "")
     assert talk.receive() == {"type": "cancelled"}
     assert time.monotonic() - asked < 1
     server.wait_until_idle(seconds=1)
     # Waiting sentences are not sent, and the conversation continues.
-    assert talk.ask("turn", speaker=1, text="nine")["turns"] == 2
+    assert talk.ask("turn", speaker=1, text="nine")["turns"] == num_kept + 1
 
 
 def test_cancel_without_speech_is_acknowledged(talk):
@@ -458,8 +431,8 @@ def test_turns_beyond_the_window_are_dropped(model):
 
     def remember(speaker: int, text: str, num_frames: int) -> list[int]:
         codes = np.zeros((num_frames, model.config.num_codebooks), np.int32)
-        asyncio.run(session._remember(Segment(speaker, text, codes=codes)))
-        return [turn.speaker for turn in session._conversation.turns]
+        asyncio.run(session._history.add(Segment(speaker, text, codes=codes)))
+        return [turn.speaker for turn in session._history.turns]
 
     for number in range(10):
         kept = remember(number, "a", 40)
