@@ -16,6 +16,7 @@ import { encodeWav, toBase64 } from "./wav.js";
  *
  * @typedef {{kind: "line", index: number}
  *   | {kind: "samples", samples: Float32Array}
+ *   | {kind: "words", index: number, words: import("./words.js").SpokenWord[]}
  *   | {kind: "lineEnd", index: number, notices: string[]}} ReadingEvent
  */
 
@@ -71,7 +72,7 @@ export function speakerNumbers(voices, speaks) {
 export async function* read(api, dialogue, signal) {
   const conversation = await Conversation.open(api, signal);
   try {
-    await conversation.ask({ type: "session", ...dialogue.options });
+    await conversation.ask({ type: "session", words: true, ...dialogue.options });
     const speaks = dialogue.voices.map((_, i) => dialogue.turns.some((turn) => turn.speaker === i));
     const numbers = speakerNumbers(dialogue.voices, speaks);
     for (const [i, voice] of dialogue.voices.entries()) {
@@ -125,9 +126,13 @@ async function* readTurns(conversation, { turns, voices, options }, numbers) {
       yield { kind: "samples", samples: Float32Array.from(message, (value) => value / 32768) };
     } else if (message.type === "started") {
       yield { kind: "line", index: message.id - 1 };
+    } else if (message.type === "words") {
+      yield { kind: "words", index: message.id - 1, words: message.words };
     } else if (message.type === "done") {
       numDone += 1;
-      const notices = message.notices ? message.notices.split(",") : [];
+      const kinds = message.notices ? message.notices.split(",") : [];
+      // Nobody asked the page for words, which only some checkpoints have.
+      const notices = kinds.filter((/** @type {string} */ kind) => kind !== "no_words");
       yield { kind: "lineEnd", index: message.id - 1, notices };
     } else if (message.type === "error") {
       const line = (message.id ?? numDone + 1) - 1;

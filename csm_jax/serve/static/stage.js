@@ -7,6 +7,7 @@ import { Player } from "./player.js";
 import { Speech } from "./speech.js";
 import { SAMPLE_RATE, encodeWav } from "./wav.js";
 import { Waveform } from "./waveform.js";
+import { LineText } from "./words.js";
 
 /** @typedef {import("./reading.js").Turn} Turn */
 
@@ -93,6 +94,8 @@ export class Stage {
       if (!this.#speech.length) this.#tellFirstAudio();
       this.#speech.add(event.samples);
       this.#player?.update();
+    } else if (event.kind === "words") {
+      this.#lines[event.index].words.add(event.words);
     } else {
       this.#speech.endLine();
       const { notices, button } = this.#lines[event.index];
@@ -179,11 +182,11 @@ export class Stage {
   #makeLine({ text, speaker }, index) {
     const { element, parts } = fromTemplate("line-template");
     element.dataset.speaker = parts.who.textContent = SPEAKERS[speaker];
-    parts.text.textContent = text;
+    const words = new LineText(parts.text, text);
     parts.button.title = "Play from here";
     parts.button.disabled = true;
     parts.button.addEventListener("click", () => this.#playFrom(index));
-    return { element, ...parts };
+    return { element, words, ...parts };
   }
 
   /** @param {number} index */
@@ -249,8 +252,11 @@ export class Stage {
   #highlight(position) {
     const state = this.#player?.state;
     const isOpen = state === "playing" || state === "paused";
-    const current = isOpen ? (this.#speech.lineAt(position)?.index ?? -1) : -1;
+    const line = isOpen ? this.#speech.lineAt(position) : undefined;
+    const current = line?.index ?? -1;
+    if (line) this.#lines[current].words.show((position - line.start) / SAMPLE_RATE);
     if (current === this.#current) return;
+    this.#lines[this.#current]?.words.show(-1);
     this.#current = current;
     for (const [i, { element }] of this.#lines.entries()) {
       if (i === current) element.setAttribute("aria-current", "true");
