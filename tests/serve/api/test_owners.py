@@ -113,6 +113,8 @@ def test_lists_contain_only_rows_of_the_owner(ask, things):
         assert (set(things["file_id"]) <= set(files)) is own
         assert (things["batch_id"][0] in batches) is own
         assert ("mine" in voices) is own
+        listed = ask[name].get("/v1/voices").json()["voices"]
+        assert [each["voice_id"] for each in listed] == voices
         assert "slt" in voices
 
 
@@ -144,6 +146,7 @@ def test_voices_of_other_owners_are_refused(ask, things):
         ("/generate", {"text": "one", "voice": "mine"}),
         ("/v1/audio/speech", {"model": "csm-1b", "input": "one", "voice": "mine"}),
         ("/v1/inference/sesame/csm-1b", {"text": "one", "preset_voice": "mine"}),
+        ("/v1/text-to-speech/mine", {"text": "one"}),
     ]
     for path, body in asked:
         assert ask["anna"].post(path, json=body).status_code == 200

@@ -75,6 +75,23 @@ def test_the_words_of_the_server_are_those_of_the_line(visit):
     assert not visit.page.locator(".line .hint").first.is_visible()
 
 
+def test_a_checkpoint_without_words_causes_no_notice(visit):
+    def respond(server: FakeServer, message: dict) -> None:
+        if message["type"] == "session":
+            server.tell("session")
+        elif message["type"] == "say":
+            server.tell("started", id=1, text=message["text"])
+            server.play(0.4)
+            server.tell("done", id=1, seconds=0.4, cancelled=False, notices="no_words")
+
+    FakeServer(visit.page, respond)
+    visit.write("A: one")
+    visit.start()
+    visit.status("0.4 s of speech")
+    assert not visit.page.locator(".line .hint").is_visible()
+    assert visit.page.locator(".line [data-part=text]").text_content() == "one"
+
+
 def contrast(one: str, other: str) -> float:
     """The contrast ratio of two colors "rgb(r, g, b)" by WCAG 2."""
     first, second = sorted(map(luminance, (one, other)))

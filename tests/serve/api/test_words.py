@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import httpx
 import pytest
 from serving import SMALL, as_samples, serve
+from talking import Talk
+from websockets.sync.client import connect
 
 from csm_jax import Request, Word
 from csm_jax.serve.settings import Settings
@@ -101,3 +103,16 @@ def test_without_alignment_heads_there_are_no_words(unaligned):
     response = unaligned.post("/v1/audio/speech", json=SPEECH | {"words": True})
     assert response.headers["x-notices"] == "no_words"
     assert not any("words" in event for event in events_of(response))
+
+
+def test_a_conversation_without_alignment_heads_keeps_the_text_and_the_codes_that_were_heard(
+    unaligned,
+):
+    with connect(unaligned.url.replace("http", "ws") + "/v1/realtime") as socket:
+        talk = Talk(socket)
+        talk.send("say", text=TEXT, seed=3, words=True)
+        _, _, done = talk.listen()
+        assert done["notices"] == "no_words"
+        assert talk.ask("cancel", audio_end_ms=400)["text"] == TEXT
+        assert talk.ask("cancel", audio_end_ms=40)["text"] == ""
+        assert talk.ask("turn", speaker=1, text="nine")["turns"] == 1
