@@ -16,6 +16,7 @@ from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine, Ticket
 from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Notice, Request
+from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.sampling import Sampling
@@ -39,6 +40,7 @@ __all__ = [
     "Request",
     "RequestCancelledError",
     "Sampling",
+    "Score",
     "Segment",
     "Speech",
     "Ticket",

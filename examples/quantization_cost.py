@@ -13,27 +13,23 @@ import functools
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import csm_jax
 from csm_jax.config import CSMConfig
 from csm_jax.model.csm import bind
-from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.teacher_forcing import frame_logits
 from csm_jax.prompt.turns import text_rows
 
 PRECISIONS = {"bfloat16": ("bfloat16", "none"), "int8": ("auto", "int8")}
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def frame_logits(params, frames, mask, codes, *, config: CSMConfig):
+def spoken_logits(params, frames, mask, codes, *, config: CSMConfig):
     """Logits float32 [num_frames, Q, V] of the frames [num_frames, Q] after a prompt."""
     model = bind(config, params)
-    cache = KVCache.create(config.backbone, 1, len(frames), model.dtype, num_lengths=1)
-    hidden, _ = model.backbone(model.embed(frames[None], mask[None]), cache)
-    hidden = hidden[0, -len(codes) - 1 : -1]
-    first = model.backbone_logits(hidden)[:, None]
-    return jnp.concatenate([first, model.depth_logits(hidden, codes)], axis=1)
+    hidden = model.hidden(frames[None], mask[None])
+    return frame_logits(model, hidden[0, -len(codes) - 1 : -1], codes)
 
 
 def spoken_rows(config: CSMConfig, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -59,12 +55,12 @@ def main() -> None:
     )
     parts = text_rows(arguments.text, 0, config, tokenizer), spoken_rows(config, codes)
     frames, mask = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    expected = np.asarray(frame_logits(model.params, frames, mask, codes, config=config))
+    expected = np.asarray(spoken_logits(model.params, frames, mask, codes, config=config))
     del model  # 6.6 GB at full size
 
     for name, (dtype, quantize) in PRECISIONS.items():
         narrow = csm_jax.load(arguments.checkpoint, dtype, quantize).params
-        logits = np.asarray(frame_logits(narrow, frames, mask, codes, config=config))
+        logits = np.asarray(spoken_logits(narrow, frames, mask, codes, config=config))
         error = np.abs(logits - expected)
         unchanged = logits.argmax(-1) == expected.argmax(-1)
         figures = {

@@ -11,14 +11,12 @@ from csm_jax.align.speech import PartAlignment
 from csm_jax.align.words import Word
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
+from csm_jax.inference.given_speech import GivenRows, pad_rows, read_speech
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind
 from csm_jax.model.layers import Array, Params
 from csm_jax.model.llama import Head
-from csm_jax.prompt.turns import Segment, Turn, join_rows
-
-# Recordings are padded to whole multiples of so many positions, so that few shapes are compiled.
-_BUCKET = 128
+from csm_jax.prompt.turns import Segment
 
 
 @dataclass(frozen=True)
@@ -48,13 +46,11 @@ def attention_to(model: LoadedModel, recording: Recording, heads: tuple[Head, ..
       InputError: the text is empty, or the audio is not what it should be.
     """
     segment = Segment(recording.speaker, recording.text, recording.audio)
-    text, sound = Turn(segment, model.config, model.tokenizer).rows(model.encode)
-    prompt = join_rows([text, sound])
-    padding = -len(prompt.frames) % _BUCKET
-    frames, mask = (np.pad(rows, ((0, padding), (0, 0)))[None] for rows in prompt)
-    weights = np.asarray(_attend(model.params, frames, mask, config=model.config, heads=heads))[0]
-    first, length = len(text.frames) - 1, len(sound.frames) - 1
-    return weights[:, first : first + length, : len(text.frames)].transpose(1, 0, 2)
+    speech = read_speech(model, [segment])
+    rows = pad_rows([speech], 1)
+    weights = np.asarray(_attend(model.params, rows, config=model.config, heads=heads))[0]
+    predicting = slice(speech.start - 1, speech.start - 1 + len(speech.codes))
+    return weights[:, predicting, : speech.num_text].transpose(1, 0, 2)
 
 
 def align(model: LoadedModel, recording: Recording) -> list[Word]:
@@ -78,7 +74,7 @@ def align(model: LoadedModel, recording: Recording) -> list[Word]:
 
 @functools.partial(jax.jit, static_argnames=("config", "heads"))
 def _attend(
-    params: Params, frames: Array, mask: Array, *, config: CSMConfig, heads: tuple[Head, ...]
+    params: Params, rows: GivenRows, *, config: CSMConfig, heads: tuple[Head, ...]
 ) -> Array:
     """[1, N, T, S]."""
-    return bind(config, params).attend(frames, mask, heads)[1]
+    return bind(config, params).attend(rows.frames, rows.mask, heads)[1]

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from csm_jax.model.csm import CSM
 from csm_jax.model.layers import AnyArray, Array
+from csm_jax.model.teacher_forcing import frames_at
 
 
 class LossSums(NamedTuple):
@@ -109,9 +110,7 @@ def _depth_entropy(
 ) -> Array:
     """Float32 [B, K, Q - 1] of the frames at positions `chosen` [B, K]."""
     # Where the mask has fewer frames than K, any position will do: it does not count.
-    before = jnp.maximum(chosen - 1, 0)
-    states = jnp.take_along_axis(hidden, before[..., None], axis=1)  # [B, K, D]
-    codes = jnp.take_along_axis(frames[..., :-1], chosen[..., None], axis=1)  # [B, K, Q]
+    states, codes = frames_at(hidden, frames, chosen)
     rows = codes.reshape(-1, codes.shape[-1])
     logits = model.depth_logits(states.reshape(len(rows), -1), rows, remat)
     return cross_entropy(logits, rows[:, 1:]).reshape(*chosen.shape, -1)
