@@ -10,11 +10,10 @@ import numpy as np
 from csm_jax.align.speech import PartAlignment
 from csm_jax.align.words import Word
 from csm_jax.config import CSMConfig
-from csm_jax.errors import InputError
 from csm_jax.inference.given_speech import GivenRows, pad_rows, read_speech
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind
-from csm_jax.model.layers import Array, Params
+from csm_jax.model.layers import AnyArray, Params
 from csm_jax.model.llama import Head
 from csm_jax.prompt.turns import Segment
 
@@ -59,22 +58,17 @@ def align(model: LoadedModel, recording: Recording) -> list[Word]:
     Raises:
       InputError: the model has no alignment heads; and what `attention_to` raises.
     """
-    if model.alignment is None:
-        raise InputError(
-            "the checkpoint has no alignment.json, so nothing tells where its speech is: calibrate "
-            "it (csm_jax.align.calibration), or use --checkpoint=demo"
-        )
-    seconds = model.config.frame_ms / 1000
+    alignment, seconds = model.check_alignment(), model.config.frame_ms / 1000
     part = PartAlignment(
-        recording.text, recording.speaker, model.tokenizer, model.alignment, seconds, start=0
+        recording.text, recording.speaker, model.tokenizer, alignment, seconds, start=0
     )
-    part.push(attention_to(model, recording, model.alignment.heads))
+    part.push(attention_to(model, recording, alignment.heads))
     return part.words(len(part.tracker), recording.audio, model.sample_rate)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "heads"))
 def _attend(
     params: Params, rows: GivenRows, *, config: CSMConfig, heads: tuple[Head, ...]
-) -> Array:
+) -> AnyArray:
     """[1, N, T, S]."""
     return bind(config, params).attend(rows.frames, rows.mask, heads)[1]

@@ -127,7 +127,7 @@ def frame_step(
     return state, Frames(codes[:, None], attention)
 
 
-def _text_weights(weights: Array, text: TextRows) -> Array:
+def _text_weights(weights: AnyArray, text: TextRows) -> Array:
     """The part of weights [B, N, S] that belongs to the text: [B, N, L]."""
     length = min(weights.shape[-1], TEXT_POSITIONS)
     # Where the text begins near the end of the cache, what lies beyond is 0.

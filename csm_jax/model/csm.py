@@ -179,7 +179,7 @@ class CSM(nnx.Module):
 
     def attend(
         self, frames: AnyArray, mask: AnyArray, heads: Sequence[Head] = (), remat: bool = False
-    ) -> tuple[Array, Array]:
+    ) -> tuple[Array, AnyArray]:
         """Like `hidden`, and returns the attention of some heads too, as `Llama.attend` does."""
         batch, length, _ = frames.shape
         cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)

@@ -5,12 +5,14 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from csm_jax.config import LlamaConfig
 from csm_jax.model import kv_cache as kv
 from csm_jax.model.kv_cache import KVCache, LayerCache
 from csm_jax.model.layers import (
+    AnyArray,
     Array,
     Linear,
     RMSNorm,
@@ -52,7 +54,7 @@ class Attention(nnx.Module):
 
         Returns:
           [B, T, D]; the cache with the new positions; and how much the queries attend to each
-          position of it, float32 [B, N, T, S].
+          position of it, float32 [B, K, G, T, S].
         """
         config = self.config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
@@ -67,8 +69,7 @@ class Attention(nnx.Module):
         mixed, weights = attention(
             query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
         )
-        by_head = weights.reshape(len(x), config.num_heads, *weights.shape[3:])
-        return self.o(mixed.reshape(*x.shape[:2], -1)), cache, by_head
+        return self.o(mixed.reshape(*x.shape[:2], -1)), cache, weights
 
 
 class MLP(nnx.Module):
@@ -138,7 +139,7 @@ class Llama(nnx.Module):
         kv_length: int | None = None,
         heads: Sequence[Head] = (),
         remat: bool = False,
-    ) -> tuple[Array, KVCache, Array]:
+    ) -> tuple[Array, KVCache, AnyArray]:
         """Like calling the stack, and returns the attention of some heads too.
 
         Args:
@@ -159,7 +160,9 @@ class Llama(nnx.Module):
             x, layer_cache, attention_weights = call(x, layer_cache, positions)
             layers.append(layer_cache)
             weights.append(attention_weights)
-        nothing = jnp.zeros((len(x), 0, length, kv_length), jnp.float32)
-        chosen = [weights[layer][:, head, None] for layer, head in heads]
-        attended = jnp.concatenate([nothing, *chosen], axis=1)
+        groups = weights[0].shape[2]
+        chosen = [weights[layer][:, head // groups, head % groups] for layer, head in heads]
+        # Of numpy, so that without heads the program has no operation for it.
+        nothing = np.zeros((len(x), 0, length, kv_length), np.float32)
+        attended = jnp.stack(chosen, axis=1) if chosen else nothing
         return self.norm(x), KVCache(tuple(layers), cache.lengths + length), attended

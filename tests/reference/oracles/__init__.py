@@ -15,6 +15,7 @@ Axes: B batch, T positions, F frames, Q codebooks, D backbone dim, V audio vocab
 
 from oracles.huggingface import (
     greedy_margin,
+    hf_attention,
     hf_code_margin,
     hf_codec_config,
     hf_config,
@@ -58,6 +59,7 @@ __all__ = [
     "frames_from_ids",
     "greedy",
     "greedy_margin",
+    "hf_attention",
     "hf_code_margin",
     "hf_codec_config",
     "hf_config",

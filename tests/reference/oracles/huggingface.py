@@ -189,6 +189,17 @@ def hf_logits(model: transformers.CsmForConditionalGeneration, prompt: Prompt) -
 
 
 @torch.no_grad()
+def hf_attention(model: transformers.CsmForConditionalGeneration, prompt: Prompt) -> torch.Tensor:
+    """Attention of all heads of the backbone, layer by layer: [layers * heads, T, T].
+
+    Only the implementation "eager" returns it: `model.set_attn_implementation("eager")`.
+    """
+    embeds = hf_embed(model, prompt)[None]
+    outputs = model.backbone_model(inputs_embeds=embeds, output_attentions=True)
+    return torch.cat(outputs.attentions, dim=1)[0]
+
+
+@torch.no_grad()
 def hf_depth_logits(
     model: transformers.CsmForConditionalGeneration, hidden: torch.Tensor, codes: torch.Tensor
 ) -> torch.Tensor:
