@@ -11,7 +11,15 @@ import numpy as np
 from csm_jax.errors import InputError
 from csm_jax.evaluate.bootstrap import Columns, Statistic
 from csm_jax.evaluate.judge import QUALITY, SIMILARITY, WORDS, read_figures
-from csm_jax.evaluate.takes import CAP, GUARD_CUT, Take, TakeDirectory
+from csm_jax.evaluate.takes import (
+    CAP,
+    CONTINUED,
+    ENDED,
+    GUARD_CUT,
+    RESAMPLED,
+    Take,
+    TakeDirectory,
+)
 
 # More wrong words than this share of a text's are a failure, not an error (as in seed-tts-eval).
 FAILURE = 0.5
@@ -74,6 +82,9 @@ METRICS = (
     Metric("ended_share", "takes that ended", _mean("ended")),
     Metric("capped_share", "takes at the cap", _mean("capped")),
     Metric("guard_cut_share", "takes cut by the guard", _mean("guard_cut")),
+    Metric("resampled_share", "takes resampled by the guard", _mean("resampled")),
+    Metric("continued_share", "takes continued by the guard", _mean("continued")),
+    Metric("guard_ended_share", "takes ended by the guard", _mean("guard_ended")),
     Metric("similarity_mean", "speaker similarity", _mean("similarity")),
     Metric("quality_mean", "quality", _mean("quality"), ".2f"),
     Metric("seconds_mean", "seconds of speech", _mean("seconds"), ".2f"),
@@ -145,6 +156,9 @@ def _row(take: Take, figures: dict[str, Any]) -> dict[str, float | None]:
         "quality": figures.get("quality"),
         "capped": CAP in take.notices,
         "guard_cut": GUARD_CUT in take.notices,
+        "resampled": RESAMPLED in take.notices,
+        "continued": CONTINUED in take.notices,
+        "guard_ended": ENDED in take.notices,
         "ended": take.ended,
         "seconds": take.seconds,
         "real_time_factor": take.real_time_factor,

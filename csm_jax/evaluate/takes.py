@@ -14,8 +14,9 @@ from csm_jax.io.files import locked, replace_file, reporting
 from csm_jax.io.json_lines import add_line, read_lines, write_lines
 
 TAKES, SETTINGS = "takes.jsonl", "settings.json"
-# Notices of speech that did not end by itself.
+# Notices of speech that did not come to its end, and of what the guard did so that it did.
 CAP, GUARD_CUT = "cut", "guard_cut"
+RESAMPLED, CONTINUED, ENDED = "resampled", "continued", "ended"
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Take:
       frames: of the speech, without the end of speech.
       seconds: of the speech.
       notices: the kinds of the engine's notices.
-      ended: whether the speech ended by itself, not by a limit or the guard.
+      ended: whether the speech came to its end, and was not cut at a limit or by the guard.
       first_audio_seconds: from the submission to the first chunk; None without speech.
       real_time_factor: seconds from the submission to the end for a second of speech; the same.
       chunks: of the stream, without the first.

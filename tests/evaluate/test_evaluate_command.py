@@ -79,6 +79,19 @@ def test_the_report_has_the_figures_that_follow_from_the_judges(spoken, capsys):
     assert 0 <= figures["viability"] <= 1
 
 
+def test_the_report_counts_the_takes_in_which_the_guard_did_something(spoken):
+    path = spoken / NAME / "takes.jsonl"
+    kinds = (["resampled", "resampled"], ["continued", "ended"], ["ended"], [])
+    takes = [take | {"notices": each} for take, each in zip(read(path), kinds, strict=True)]
+    path.write_text("".join(json.dumps(take) + "\n" for take in takes))
+    assert run([f"--out={spoken}", *NOISE[1:3], "--phases=report"]) == 0
+    (figures,) = report(spoken)["configurations"].values()
+    assert figures["resampled_share"] == 1 / 4
+    assert figures["continued_share"] == 1 / 4
+    assert figures["guard_ended_share"] == 2 / 4
+    assert figures["capped_share"] == 0
+
+
 def test_the_report_has_a_table_and_pictures(spoken):
     text = (spoken / "report.md").read_text()
     assert "| word error rate, all words | 0.583 |" in text
