@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 
+from csm_jax.align.finding import with_alignment
+from csm_jax.align.formats import check_words_out
 from csm_jax.cli import dataclass_flags, model_flags, processes
 from csm_jax.cli import flags as cli
-from csm_jax.cli.manifest import check_lines, read_manifest, speak_manifest
+from csm_jax.cli.manifest import LineFiles, check_lines, read_manifest, speak_manifest
 from csm_jax.cli.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.cli.progress import Report, lines_bar
+from csm_jax.cli.words import WORDS_HELP, WordsFile, check_ending
 from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine
@@ -35,7 +38,7 @@ from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
 
 PROGRAM = "csm_jax.generate"
-REQUEST_FLAGS = ("text", "speaker", "max_audio_length_ms", "seed", "guard")
+REQUEST_FLAGS = ("text", "speaker", "max_audio_length_ms", "seed", "guard", "best_of")
 MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_id")
 
 
@@ -56,6 +59,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(text, "script", None, "JSON list of turns to speak instead of --text")
     dataclass_flags.define_flags(values, Sampling)
     define(text, "codes_out", None, "also write the codes there, int32 [frames, codebooks] .npy")
+    define(text, "words_out", None, WORDS_HELP)
     normal = "speak texts as they are read aloud in English: no markup, numbers as words"
     define(flag, "normalize", False, normal)
     define(text, "manifest", None, "JSON lines to speak instead of --text, a file for each")
@@ -71,13 +75,16 @@ def main(values: flags.FlagValues) -> None:
         return
     job = _read_job(values)
     model = model_flags.load_model(values)
+    if job.words_out is not None:
+        model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)
     report = Report(model)
     speak = _stream if values.stream else _speak
-    conversation = speak(model, job, report)
+    conversation, spoken_words = speak(model, job, report)
     # Recorded turns have audio instead.
     codes = np.concatenate([turn.codes for turn in conversation.turns if turn.codes is not None])
     if job.codes_out is not None:
         save_codes(job.codes_out, codes)
+    spoken_words.write()
     report.finish(job.out, len(codes))
 
 
@@ -95,6 +102,7 @@ class _Job:
     out: str
     format: str | None
     codes_out: Path | None
+    words_out: Path | None
 
 
 def _read_job(values: flags.FlagValues) -> _Job:
@@ -107,8 +115,11 @@ def _read_job(values: flags.FlagValues) -> _Job:
     codes_out = None if values.codes_out is None else Path(values.codes_out)
     if codes_out is not None:
         check_codes_out(codes_out)
+    words_out = None if values.words_out is None else Path(values.words_out)
+    if words_out is not None:
+        check_words_out(words_out)
     turns, defaults = _read_turns(values), _read_defaults(values)
-    return _Job(turns, defaults, values.out, values.format, codes_out)
+    return _Job(turns, defaults, values.out, values.format, codes_out, words_out)
 
 
 def _read_turns(values: flags.FlagValues) -> list[Turn]:
@@ -174,22 +185,28 @@ def _conversation(model: Generator | Engine, job: _Job) -> Conversation:
         max_audio_length_ms=defaults.max_audio_length_ms,
         guard=defaults.guard,
         pauses=defaults.pauses,
+        best_of=defaults.best_of,
     )
 
 
 def _speak_turns(
     conversation: Conversation, job: _Job, sample_rate: int, speak: Callable[[Turn], None]
-) -> None:
-    """Adds the recorded turns to the conversation, and speaks the others by `speak`."""
+) -> WordsFile:
+    """Adds the recorded turns to the conversation, and speaks the others by `speak`; returns
+    their words."""
+    spoken_words = WordsFile(job.words_out)
     for turn in job.turns:
         if turn.audio is None:
             speak(turn)
+            if conversation.last_speech is not None:
+                spoken_words.add(conversation.last_speech)
         else:
             audio = load_audio(turn.audio, sample_rate)
             conversation.add(Segment(turn.speaker, turn.text or None, audio))
+    return spoken_words
 
 
-def _speak(model: Generator, job: _Job, report: Report) -> Conversation:
+def _speak(model: Generator, job: _Job, report: Report) -> tuple[Conversation, WordsFile]:
     """Speaks all turns, then writes them together."""
     conversation = _conversation(model, job)
     audio: list[np.ndarray] = []
@@ -200,12 +217,12 @@ def _speak(model: Generator, job: _Job, report: Report) -> Conversation:
                 conversation.speak(turn.text, turn.speaker, progress=progress, notify=_warn)
             )
 
-    _speak_turns(conversation, job, model.sample_rate, speak)
+    spoken_words = _speak_turns(conversation, job, model.sample_rate, speak)
     save_speech(job.out, job.format, np.concatenate(audio), model.sample_rate)
-    return conversation
+    return conversation, spoken_words
 
 
-def _stream(model: Generator, job: _Job, report: Report) -> Conversation:
+def _stream(model: Generator, job: _Job, report: Report) -> tuple[Conversation, WordsFile]:
     """Writes each turn while it is spoken."""
     with (
         open_speech(job.out, job.format, model.sample_rate) as write,
@@ -222,27 +239,29 @@ def _stream(model: Generator, job: _Job, report: Report) -> Conversation:
                     if progress is not None:
                         progress(num_frames)
 
-        _speak_turns(conversation, job, model.sample_rate, speak)
-    return conversation
+        spoken_words = _speak_turns(conversation, job, model.sample_rate, speak)
+    return conversation, spoken_words
 
 
 def _speak_manifest(values: flags.FlagValues) -> None:
     """Speaks the lines of a manifest, or this process's share of them."""
-    out_dir, suffix = _check_manifest_flags(values)
+    files = _check_manifest_flags(values)
     lines = read_manifest(Path(values.manifest), _read_defaults(values), values.normalize)
     index, count = processes.join(values)
     model = model_flags.load_model(values)
     check_lines(model, lines)
+    if files.words_suffix is not None:
+        model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)
     share = lines[index::count]
     with lines_bar(len(share)) as (warn, progress):
-        failed = speak_manifest(model, share, out_dir, suffix, values.batch, warn, progress)
+        failed = speak_manifest(model, share, files, values.batch, warn, progress)
     for message in failed:
         cli.warn(message)
     if failed:
         raise CSMError(f"{len(failed)} of {len(share)} lines failed, see above")
 
 
-def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
+def _check_manifest_flags(values: flags.FlagValues) -> LineFiles:
     for name in ("text", "script", "out", "codes_out"):
         if values[name].present:
             raise InputError(f"--{name} and --manifest do not go together")
@@ -253,10 +272,12 @@ def _check_manifest_flags(values: flags.FlagValues) -> tuple[Path, str]:
         )
     if values.out_dir is None:
         raise InputError("--out_dir is missing: name the directory for the files of --manifest")
-    out_dir, suffix = Path(values.out_dir), f".{values.format or 'wav'}"
-    check_format(suffix)
-    make_directory(out_dir)
-    return out_dir, suffix
+    files = LineFiles(Path(values.out_dir), f".{values.format or 'wav'}", values.words_out)
+    check_format(files.suffix)
+    if files.words_suffix is not None:
+        check_ending(files.words_suffix)
+    make_directory(files.directory)
+    return files
 
 
 def run(argv: Sequence[str] | None = None) -> int:

@@ -31,6 +31,7 @@ csm_jax.cli
 csm_jax
 csm_jax.serve
 csm_jax.evaluate
+csm_jax.align.finding
 csm_jax.serve.ray_app csm_jax.serve.__main__ csm_jax.evaluate.__main__ csm_jax.convert.__main__
 csm_jax.align.__main__
 csm_jax.generate csm_jax.finetune csm_jax.benchmark

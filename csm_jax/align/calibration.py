@@ -15,10 +15,12 @@ from csm_jax.model.llama import Head
 
 # Places of words with a lag of their own: the first words of a text are anticipated otherwise.
 _PLACES = 3
+# The recordings that a head is chosen on, and those that it is checked on.
+_HALVES = slice(0, None, 2), slice(1, None, 2)
 # A head below this score follows no speech; one of random weights has about 1 / (number of words).
 LEAST_SCORE = 0.5
-# The lag where no recording has times: half of Mimi's frame.
-_UNKNOWN_LAG = 0.04
+# The lag where no recording has times: one frame of Mimi.
+_UNKNOWN_LAG = 0.08
 
 
 class _Followed(NamedTuple):
@@ -52,17 +54,13 @@ def calibrate(
     """
     if len(recordings) < 2:
         raise InputError(f"there are {len(recordings)} recordings, but calibration needs two")
-    backbone = model.config.backbone
-    heads = tuple((i, j) for i in range(backbone.num_layers) for j in range(backbone.num_heads))
-    followed = [_follow(model, recording, heads) for recording in recordings]
+    heads, masses = _find_candidates(model, recordings)
+    followed = [[_follow(mass[i]) for i in range(len(heads))] for mass in masses]
     scores = np.array([[each.score for each in row] for row in followed])  # [recordings, heads]
     best = int(np.argmax(scores[::2].mean(axis=0)))
-    checked = float(scores[1::2, best].mean())
-    if min(float(scores[::2, best].mean()), checked) < LEAST_SCORE:
-        raise InputError(
-            f"no attention head follows the text: the best has a score of {checked:.2f}, and "
-            f"{LEAST_SCORE} is needed; a model with random weights has none"
-        )
+    checked = min(float(scores[half, best].mean()) for half in _HALVES)
+    if checked < LEAST_SCORE:
+        raise _none_follows(checked)
     chosen = [row[best] for row in followed]
     return AlignmentHeads(
         (heads[best],),
@@ -72,16 +70,41 @@ def calibrate(
     )
 
 
-def _follow(model: LoadedModel, recording: Recording, heads: tuple[Head, ...]) -> list[_Followed]:
-    attention = attention_to(model, recording, heads)
-    weights = row_weights(recording.text, recording.speaker, model.tokenizer)
-    found = []
-    for index in range(len(heads)):
-        mass = attention[:, index] @ weights
-        tracker = WordTracker(weights.shape[1])
-        tracker.push(mass)
-        found.append(_Followed(mass, tracker.path(len(mass), is_over=True)))
-    return found
+def _find_candidates(
+    model: LoadedModel, recordings: Sequence[Recording]
+) -> tuple[list[Head], list[np.ndarray]]:
+    """The heads that attend to single words enough, and what each recording's frames attend to in
+    them, [N, F, W]: following the words takes long, and a model has hundreds of heads.
+
+    Raises `InputError` if there are none.
+    """
+    backbone = model.config.backbone
+    heads = tuple((i, j) for i in range(backbone.num_layers) for j in range(backbone.num_heads))
+    masses = []
+    for recording in recordings:
+        weights = row_weights(recording.text, recording.speaker, model.tokenizer)
+        masses.append(attention_to(model, recording, heads).transpose(1, 0, 2) @ weights)
+    # No path has a better score than one that may go to any word at any time.
+    bounds = np.array([mass.max(axis=-1).mean(axis=-1) for mass in masses])  # [recordings, heads]
+    bound = np.minimum(*(bounds[half].mean(axis=0) for half in _HALVES))
+    kept = np.flatnonzero(bound >= LEAST_SCORE)
+    if not len(kept):
+        raise _none_follows(float(bound.max()))
+    return [heads[i] for i in kept], [mass[kept] for mass in masses]
+
+
+def _none_follows(score: float) -> InputError:
+    return InputError(
+        f"no attention head follows the text: the best has a score of {score:.2f}, and "
+        f"{LEAST_SCORE} is needed; a model with random weights has none"
+    )
+
+
+def _follow(mass: np.ndarray) -> _Followed:
+    """The best path of a head, by its attention to each word, [F, W]."""
+    tracker = WordTracker(mass.shape[1])
+    tracker.push(mass)
+    return _Followed(mass, tracker.path(len(mass), is_over=True))
 
 
 def _lags(

@@ -8,7 +8,8 @@ from typing import Any
 
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
-from csm_jax.io.files import replace_file
+from csm_jax.io.files import reporting
+from csm_jax.io.outputs import check_writable, write_output
 
 # A subtitle has at most so many characters, and ends at a pause of so many seconds.
 _LONGEST_LINE, _PAUSE_SECONDS = 42, 0.7
@@ -25,7 +26,16 @@ def write_words(path: Path, words: Sequence[Word], seconds: float) -> None:
       InputError: the name ends in no known format.
       OutputError: the file cannot be written.
     """
-    replace_file(path, format_for(path)(words, seconds).encode())
+    data = format_for(path)(words, seconds).encode()
+    with reporting(f"{path} could not be written"):
+        write_output(path, data)
+
+
+def check_words_out(path: Path) -> None:
+    """Raises `InputError` or `OutputError` if `write_words` could not write `path`."""
+    format_for(path)
+    with reporting(f"{path} cannot be written"):
+        check_writable(path)
 
 
 def format_for(path: Path) -> Callable[[Sequence[Word], float], str]:

@@ -73,7 +73,7 @@ class PartAlignment:
         words = time_words(
             self.texts, path, mass, self._heads, self._frame_seconds, audio, sample_rate
         )
-        return [self._moved(word) for word in words]
+        return [word.moved(self._seconds_before) for word in words]
 
     def decide(self, num_frames: int, is_over: bool) -> list[Word]:
         """The words whose times have become certain; nothing is taken back later.
@@ -95,7 +95,7 @@ class PartAlignment:
         words = time_words(self.texts, path, mass, self._heads, self._frame_seconds)
         new = [self._after_decided(word) for word in words[self._num_decided : reached]]
         self._num_decided = reached
-        return [self._moved(word) for word in new]
+        return [word.moved(self._seconds_before) for word in new]
 
     def _may_decide(self, num_frames: int) -> bool:
         """Whether another word can have ended, which is quicker to see than the path."""
@@ -108,9 +108,9 @@ class PartAlignment:
         self._decided_end = end
         return dataclasses.replace(word, start=start, end=end)
 
-    def _moved(self, word: Word) -> Word:
-        before = self._start * self._frame_seconds
-        return dataclasses.replace(word, start=before + word.start, end=before + word.end)
+    @property
+    def _seconds_before(self) -> float:
+        return self._start * self._frame_seconds
 
 
 class SpeechAlignment:

@@ -3,6 +3,7 @@
 Axes: L text rows of a prompt, W words.
 """
 
+import dataclasses
 import itertools
 import re
 import unicodedata
@@ -42,6 +43,10 @@ class Word:
     end: float
     confidence: float
     spoken: bool = True
+
+    def moved(self, seconds: float) -> "Word":
+        """The same word so much later."""
+        return dataclasses.replace(self, start=self.start + seconds, end=self.end + seconds)
 
 
 def word_spans(text: str) -> list[tuple[int, int]]:

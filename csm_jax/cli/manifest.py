@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from csm_jax.align.formats import write_words
 from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.engine import Engine
@@ -48,7 +49,7 @@ def _json_types(cls: type, names: Iterable[str] | None = None) -> dict[str, _Jso
 _REQUEST_FIELDS: dict[str, _JsonType] = {
     "text": str,
     "id": str,
-    **_json_types(Request, ("speaker", "seed", "max_audio_length_ms", "guard")),
+    **_json_types(Request, ("speaker", "seed", "max_audio_length_ms", "guard", "best_of")),
     "context": list,
 }
 _SAMPLING_FIELDS = _json_types(Sampling)
@@ -74,6 +75,35 @@ class Line:
     name: str
     request: Request
     context: Sequence[Turn]
+
+
+@dataclass(frozen=True)
+class LineFiles:
+    """The files of the lines of a manifest.
+
+    Attributes:
+      suffix: of the speech, such as ".wav".
+      words_suffix: of the words with their times, such as ".srt"; None writes none.
+    """
+
+    directory: Path
+    suffix: str
+    words_suffix: str | None = None
+
+    def speech(self, line: Line) -> Path:
+        """The file of a line's speech."""
+        return self.directory / f"{line.name}{self.suffix}"
+
+    def words(self, line: Line) -> Path | None:
+        """The file of its words."""
+        if self.words_suffix is None:
+            return None
+        return self.directory / f"{line.name}{self.words_suffix}"
+
+    def exist(self, line: Line) -> bool:
+        """Whether all files of a line are there."""
+        words = self.words(line)
+        return self.speech(line).exists() and (words is None or words.exists())
 
 
 def _read_json(text: str) -> object:
@@ -145,16 +175,15 @@ def check_lines(model: Generator, lines: Sequence[Line]) -> None:
 def speak_manifest(
     model: Generator,
     lines: Sequence[Line],
-    out_dir: Path,
-    suffix: str,
+    files: LineFiles,
     max_batch: int,
     warn: Callable[[str], None],
     progress: Callable[[int], object] = lambda num_lines: None,
 ) -> list[str]:
-    """Speaks the lines that have no file yet, several at once.
+    """Speaks the lines that do not have all their files yet, several at once.
 
     Args:
-      suffix: of the files, such as ".wav". A file appears when its line is finished.
+      files: a file appears when its line is finished.
       max_batch: rows of the batch. It has as many for the last line too, so that an interrupted
         run gives the same files as an uninterrupted one.
       warn: called with each notice of a line.
@@ -164,16 +193,15 @@ def speak_manifest(
     Returns:
       A message for each line that has failed.
     """
-    jobs = [(line, out_dir / f"{line.name}{suffix}") for line in lines]
-    jobs = [(line, file) for line, file in jobs if not file.exists()]
-    progress(len(lines) - len(jobs))
-    if not jobs:
+    left = [line for line in lines if not files.exist(line)]
+    progress(len(lines) - len(left))
+    if not left:
         return []
     failed = []
     # Twice the batch: some threads encode context or write files while others wait for speech.
     with ThreadPoolExecutor(2 * max_batch) as workers, Engine(model, max_batch) as engine:
-        speak = functools.partial(_speak, engine, Recordings(model))
-        for (line, _), (notices, error) in zip(jobs, workers.map(speak, jobs), strict=True):
+        speak = functools.partial(_speak, engine, Recordings(model), files)
+        for line, (notices, error) in zip(left, workers.map(speak, left), strict=True):
             for notice in notices:
                 warn(f"{line.where}: {notice.message}")
             if error is not None:
@@ -183,14 +211,17 @@ def speak_manifest(
 
 
 def _speak(
-    engine: Engine, recordings: "Recordings", job: tuple[Line, Path]
+    engine: Engine, recordings: "Recordings", files: LineFiles, line: Line
 ) -> tuple[list[Notice], CSMError | None]:
-    line, file = job
     try:
         context = [recordings.segment(turn) for turn in line.context]
         request = dataclasses.replace(line.request, context=context)
         ticket = engine.submit(request, stream=False, wait=True)
-        save_audio(file, ticket.result(), engine.model.sample_rate)
+        speech = ticket.speech()
+        save_audio(files.speech(line), speech.audio, speech.sample_rate)
+        if words_file := files.words(line):
+            seconds = len(speech.audio) / speech.sample_rate
+            write_words(words_file, speech.words, seconds)
     except CSMError as error:
         return [], error
     return [*recordings.notices(line.context), *ticket.notices], None

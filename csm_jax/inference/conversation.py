@@ -7,6 +7,7 @@ import numpy as np
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
+from csm_jax.inference.speech import Speech
 from csm_jax.inference.ticket import Ticket
 from csm_jax.io.arguments import whole_number
 from csm_jax.model.sampling import Sampling
@@ -33,7 +34,9 @@ class Conversation:
       seed: of the first turn that is spoken. The n-th has `seed + n - 1`, modulo 2^32, unless it
         is given its own; turns that are added by `add` do not count.
       num_spoken: turns that have been spoken.
-      sampling, max_audio_length_ms, guard: of all turns, as of a `Request`.
+      last_speech: of the turn that was spoken last, with its words; None before the first, and
+        after one that was not heard to its end.
+      sampling, max_audio_length_ms, guard, pauses, best_of: of all turns, as of a `Request`.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class Conversation:
         max_audio_length_ms: float | None = None,
         guard: str | bool | None = "on",
         pauses: bool = False,
+        best_of: int = 1,
     ):
         """Begins a conversation.
 
@@ -57,10 +61,12 @@ class Conversation:
         self.turns = list(turns or ())
         self.seed = 0 if seed is None else whole_number(seed, "seed")
         self.num_spoken = 0
+        self.last_speech: Speech | None = None
         self.sampling = sampling or DEFAULT_SAMPLING
         self.max_audio_length_ms = max_audio_length_ms
         self.guard = "on" if guard is None else guard
         self.pauses = pauses
+        self.best_of = best_of
 
     @property
     def next_seed(self) -> int:
@@ -79,6 +85,7 @@ class Conversation:
         """
         self.turns.append(Segment(speaker, text, codes=codes))
         self.num_spoken += 1
+        self.last_speech = None
 
     def request(self, text: str, speaker: int = 0, *, seed: int | None = None) -> Request:
         """The request of the next turn; it does not change the conversation.
@@ -98,6 +105,7 @@ class Conversation:
             self.next_seed if seed is None else seed,
             self.guard,
             pauses=self.pauses,
+            best_of=self.best_of,
         )
 
     def speak(
@@ -125,13 +133,14 @@ class Conversation:
         request = self.request(text, speaker, seed=seed)
         if isinstance(self._model, Engine):
             ticket = self._model.submit(request, stream=False, wait=True)
-            codes, audio = ticket.codes(), ticket.result()
+            speech = ticket.speech()
             _report(ticket, notify)
         else:
-            codes = self._model.generate_codes(request, progress=progress, notify=notify)
-            audio = self._model.decode(codes)
-        self.add_spoken(request.spoken_text, speaker, codes)
-        return audio
+            options = {"progress": progress, "notify": notify or log_notice}
+            speech = self._model.speak(request, **options)
+        self.add_spoken(request.spoken_text, speaker, speech.codes)
+        self.last_speech = speech
+        return speech.audio
 
     def stream(
         self,
@@ -169,6 +178,7 @@ class Conversation:
             raise
         _report(ticket, notify)
         self.add_spoken(request.spoken_text, request.speaker, ticket.codes())
+        self.last_speech = ticket.speech()
 
 
 def _report(ticket: Ticket, notify: Notify | None) -> None:

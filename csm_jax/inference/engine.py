@@ -9,6 +9,7 @@ prefilled again anyway, a request gives its slot up if one of a share with fewer
 """
 
 import atexit
+import functools
 import logging
 import threading
 import time
@@ -32,6 +33,7 @@ from csm_jax.inference.request import OnWord, Request
 from csm_jax.inference.request_parameters import submit_parameters, takes_request
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.scheduler import SlotScheduler
+from csm_jax.inference.takes import submit_takes
 from csm_jax.inference.ticket import Ticket
 from csm_jax.model.compiling import compile_all
 
@@ -156,9 +158,8 @@ class Engine:
 
         Args:
           text: what to speak, or a `Request`.
-          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns,
-            pauses: as in
-            `Request`; beside one, they replace its own.
+          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
+            best_of: as in `Request`; beside one, they replace its own.
           stream: whether there are chunks while it is generated; otherwise the thread that asks
             for the result decodes it, and no other request waits for that.
           wait: for a place in the queue, instead of raising an error.
@@ -175,6 +176,11 @@ class Engine:
           QueueFullError: `max_queue` requests are waiting already.
           EngineClosedError: `close` was called.
         """
+        options = {"wait": wait, "background": background, "share": share, "weight": weight}
+        if request.best_of > 1:
+            submit = functools.partial(self.submit, stream=False, **options)
+            length = self.max_seq_len
+            return submit_takes(request, self.model, length, submit, stream, keep, on_word)
         # Before the work, and again after it.
         self._claim_place(background, wait)
         ticket = Ticket(request, self.model, stream, keep, on_word)

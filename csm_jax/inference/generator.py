@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from csm_jax.align import heads as alignment_heads
 from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.native_format import Place, on_default_device
 from csm_jax.config import CSMConfig
@@ -37,7 +36,9 @@ from csm_jax.inference.request_parameters import (
 from csm_jax.inference.request_state import RequestState, Step
 from csm_jax.inference.scores import Score, score_speech
 from csm_jax.inference.speech import Speech
+from csm_jax.inference.ticket import Ticket
 from csm_jax.loading import open_source
+from csm_jax.loading.alignment import read_alignment
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sampling import Sampling
 from csm_jax.model.sharding import place_on
@@ -70,9 +71,8 @@ class Generator(LoadedModel):
 
         Args:
           text: what to speak, or a `Request`.
-          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns,
-            pauses: as in
-            `Request`; beside one, they replace its own.
+          speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
+            best_of: as in `Request`; beside one, they replace its own.
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.
@@ -98,6 +98,8 @@ class Generator(LoadedModel):
     ) -> np.ndarray:
         """Like `generate`, but returns the codes: int32 [num_frames, Q], without the last frame
         of zeros, which is the end of speech."""
+        if request.best_of > 1:
+            return self._best_take(request, notify or log_notice, on_word).codes()
         state = RequestState(self, request, notify or log_notice)
         return self._codes(state, progress, on_word)
 
@@ -113,6 +115,8 @@ class Generator(LoadedModel):
 
         Notices are not logged; `notify` is given them as they arise.
         """
+        if request.best_of > 1:
+            return self._best_take(request, notify, on_word).speech()
         notices: list[Notice] = []
 
         def keep(notice: Notice) -> None:
@@ -138,8 +142,12 @@ class Generator(LoadedModel):
 
         The first chunk is one frame (80 ms); later ones are longer once there is enough to play
         in the meantime. Together they are what `generate` returns. Bad input raises an error at
-        the call, not when the first chunk is asked for.
+        the call, not when the first chunk is asked for. With `best_of` there is one chunk, after
+        all takes.
         """
+        if request.best_of > 1:
+            RequestState(self, request, lambda notice: None)
+            return self._stream_best(request, notify or log_notice, on_word)
         state = RequestState(self, request, notify or log_notice)
         return self._stream(state, progress, on_word)
 
@@ -219,6 +227,22 @@ class Generator(LoadedModel):
         speeches = [read_speech(self, conversation) for conversation in conversations]
         return score_speech(self, speeches, sampling, max_batch)
 
+    def _best_take(self, request: Request, notify: Notify | None, on_word: OnWord | None) -> Ticket:
+        """The best take of a request; it is over."""
+        length = self.config.backbone.max_seq_len
+        with Engine(self, request.best_of, length, max_queue=request.best_of) as engine:
+            ticket = engine.submit(request, stream=False, wait=True, on_word=on_word)
+            ticket.codes()
+        for notice in ticket.notices:
+            if notify is not None:
+                notify(notice)
+        return ticket
+
+    def _stream_best(
+        self, request: Request, notify: Notify, on_word: OnWord | None
+    ) -> Iterator[np.ndarray]:
+        yield self._best_take(request, notify, on_word).result()
+
     def _codes(
         self, state: RequestState, progress: Progress | None, on_word: OnWord | None
     ) -> np.ndarray:
@@ -296,7 +320,7 @@ def load(
         source.tokenizer,
         precision,
         mesh,
-        alignment_heads.read(source.directory, source.config),
+        read_alignment(source.directory, source.config),
     )
 
 

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from csm_jax.align.heads import AlignmentHeads
 from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.layers import Params
@@ -79,6 +80,15 @@ class LoadedModel:
     def sample_rate(self) -> int:
         """Hz of everything that comes out and of all context audio (24000)."""
         return self.config.codec.sample_rate
+
+    def check_alignment(self) -> AlignmentHeads:
+        """The heads that tell which word is spoken. Raises `InputError` if there are none."""
+        if self.alignment is None:
+            raise InputError(
+                "the checkpoint has no alignment.json, so nothing tells where its speech is in the "
+                "text: python -m csm_jax.align --calibrate makes one, and demo has one"
+            )
+        return self.alignment
 
     def encode(self, audio: np.ndarray) -> np.ndarray:
         """Audio, float [num_samples] at `sample_rate`, to codes int32 [num_frames, Q] as a prompt

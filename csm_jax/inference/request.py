@@ -16,6 +16,7 @@ from csm_jax.prompt.turns import Segment, check_text
 GUARD = ("on", "off")
 DEFAULT_MAX_AUDIO_LENGTH_MS = 10_000
 DEFAULT_SAMPLING = Sampling()
+MAX_TAKES = 16
 
 logger = logging.getLogger("csm_jax")
 
@@ -43,6 +44,8 @@ class Request:
         as the sample of a voice: an `Engine` prefills them once.
       pauses: whether `[pause:0.5s]` and the other marks of `prompt/pauses.py` are silences of that
         length, which the model hears before it speaks on. Without it they are text like any other.
+      best_of: how many takes are generated side by side, each with another seed, of which the best
+        is kept (`takes.py`). The first is that of 1.
     """
 
     text: str
@@ -54,12 +57,13 @@ class Request:
     guard: str | bool = "on"
     shared_turns: int = 0
     pauses: bool = False
+    best_of: int = 1
 
     def __post_init__(self):
         fill_defaults(self)
         check_text(self.text)
         check_text(self.spoken_text)
-        for name in ("speaker", "seed", "shared_turns"):
+        for name in ("speaker", "seed", "shared_turns", "best_of"):
             object.__setattr__(self, name, whole_number(getattr(self, name), name))
         if self.max_audio_length_ms is not None:
             milliseconds = real_number(self.max_audio_length_ms, "max_audio_length_ms")
@@ -77,6 +81,8 @@ class Request:
             raise InputError(
                 f"shared_turns is {self.shared_turns}, but there are {len(self.context)} turns"
             )
+        if not 1 <= self.best_of <= MAX_TAKES:
+            raise InputError(f"best_of is {self.best_of}, but must be from 1 to {MAX_TAKES}")
 
     @property
     def spoken_text(self) -> str:

@@ -13,6 +13,7 @@ from csm_jax.align.words import Word
 from csm_jax.errors import CSMError
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, OnWord, Request
+from csm_jax.inference.speech import Speech
 
 logger = logging.getLogger("csm_jax")
 
@@ -118,6 +119,12 @@ class Ticket:
         """Waits for the end; the words of the text with their times, sharpened by the sound.
         Empty if the checkpoint has no alignment heads. Raises as iterating does."""
         return self.alignment.words(self.result())
+
+    def speech(self) -> Speech:
+        """Waits for the end; audio, codes, words and notices. Raises as iterating does."""
+        audio = self.result()
+        words = tuple(self.alignment.words(audio))
+        return Speech(audio, self._model.sample_rate, self.codes(), words, tuple(self.notices))
 
     def cancel(self) -> None:
         """Ends the request at the next step; nothing happens if it is over."""

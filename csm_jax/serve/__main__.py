@@ -39,7 +39,7 @@ ENGINE_FLAGS = ("max_batch", "max_seq_len", "max_queue")
 _OTHER_SETTINGS = {"sampling", "api_keys", "webhook_secret", "limits", *ENGINE_FLAGS}
 SETTINGS_FLAGS = [name for name in field_types(Settings) if name not in _OTHER_SETTINGS]
 LOWER_BOUNDS = {"max_batch": 1, "max_seq_len": 32, "max_queue": 1, "drain_seconds": 1.0}
-LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0}
+LOWER_BOUNDS |= {"requests_per_minute": 0, "speech_seconds_per_minute": 0, "max_best_of": 1}
 
 
 def define_flags(values: flags.FlagValues) -> None:

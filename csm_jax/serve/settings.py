@@ -109,6 +109,7 @@ class Settings:
       speech_seconds_per_minute: seconds of speech of one caller; 0 is no limit.
       normalize: whether texts are spoken as they are read aloud in English, without markup and with
         numbers as words.
+      max_best_of: takes that a request may ask for (`best_of`); each of them needs a slot.
       fetch_urls: whether recordings are fetched from URLs in requests.
       allow_private: whether these URLs, and those of webhooks, may have private addresses.
       allowed_hosts: names of this server that are accepted in a Host header, besides IP addresses
@@ -133,6 +134,7 @@ class Settings:
     requests_per_minute: int = 0
     speech_seconds_per_minute: int = 0
     normalize: bool = False
+    max_best_of: int = 1
     fetch_urls: bool = False
     allow_private: bool = False
     allowed_hosts: tuple[str, ...] = ()

@@ -216,8 +216,8 @@ def assert_spoken(model, path: Path, request: Request) -> None:
 def test_every_line_has_the_samples_of_generate(model, tmp_path):
     lines = read(tmp_path, *LINES)
     (tmp_path / "out").mkdir()
-    warnings = []
-    assert speak_manifest(model, lines, tmp_path / "out", ".wav", 2, warnings.append) == []
+    files, warnings = manifest.LineFiles(tmp_path / "out", ".wav"), []
+    assert speak_manifest(model, lines, files, 2, warnings.append) == []
     assert names(tmp_path / "out") == FILES
     for line in lines:
         recording = audio.load_audio(tmp_path / "voice.wav", RATE)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import Field
 
 from csm_jax.cli.dataclass_flags import field_descriptions, field_types
-from csm_jax.inference.request import Request
+from csm_jax.inference.request import MAX_TAKES, Request
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment
@@ -49,6 +49,9 @@ class Options(Fields):
         default=None, description="the same seed gives the same speech; default: random"
     )
     max_audio_length_ms: float | None = Field(default=None, ge=80, le=86_400_000)
+    best_of: int | None = Field(
+        default=None, ge=1, le=MAX_TAKES, description="takes to generate, of which the best is kept"
+    )
 
     @classmethod
     def of(cls, sampling: Sampling) -> "Options":
@@ -88,6 +91,8 @@ def make_request(
     for each in (text, *(turn.text or "" for turn in context)):
         check_length(service, each)
     check_turns(service, len(context))
+    best_of = options.best_of or 1
+    check_takes(service, best_of)
     shared = [voice.turn(speaker)] if voice else []
     return Request(
         normalize_text(text) if service.settings.normalize else text,
@@ -98,6 +103,7 @@ def make_request(
         random.getrandbits(32) if options.seed is None else options.seed,
         shared_turns=len(shared),
         pauses=service.settings.normalize,
+        best_of=best_of,
     )
 
 
@@ -157,6 +163,14 @@ def check_turns(service: Service, count: int) -> None:
     if count > limit:
         message = f"{count} turns of context, but at most {limit} are read"
         raise ApiError(400, message, param="context", code="too_long")
+
+
+def check_takes(service: Service, count: int) -> None:
+    """Raises `ApiError` for more takes than the server allows."""
+    limit = service.settings.max_best_of
+    if count > limit:
+        message = f"best_of is {count}, but at most {limit} are generated"
+        raise ApiError(400, message, param="best_of", code="too_many")
 
 
 def check_length(service: Service, text: str) -> None:

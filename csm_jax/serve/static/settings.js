@@ -68,6 +68,12 @@ const SETTINGS = [
     unit: 1000,
     hint: "Longer speech is cut. Empty: the longest that the text can need.",
   },
+  {
+    name: "best_of",
+    label: "Takes",
+    type: "text",
+    hint: "Of several takes the best is kept, if the server allows it. It then comes as a whole.",
+  },
 ];
 
 export class Settings {
