@@ -23,6 +23,7 @@ csm_jax.checkpoints
 csm_jax.convert
 csm_jax.loading.hub
 csm_jax.loading
+csm_jax.watermark
 csm_jax.inference
 csm_jax.align.recordings
 csm_jax.align.calibration
@@ -33,7 +34,7 @@ csm_jax.serve
 csm_jax.evaluate
 csm_jax.align.finding
 csm_jax.serve.ray_app csm_jax.serve.__main__ csm_jax.evaluate.__main__ csm_jax.convert.__main__
-csm_jax.align.__main__
+csm_jax.align.__main__ csm_jax.watermark.__main__
 csm_jax.generate csm_jax.finetune csm_jax.benchmark
 """.strip().splitlines()
 

@@ -17,7 +17,7 @@ from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
 RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
-BUNDLED = {"demo": Path(__file__).parents[1] / "demo"}
+BUNDLED = {"demo": Path(__file__).parent / "demo"}
 NAMES = (*BUNDLED, *RANDOM)
 
 logger = logging.getLogger("csm_jax")

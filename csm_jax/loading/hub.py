@@ -12,6 +12,7 @@ import re
 import stat
 import tempfile
 import urllib.parse
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -252,6 +253,17 @@ def download_adapters(name: str) -> Path:
             _fetch(repository, folder + weights, commit)
             return path.parent
     raise CheckpointError(f"{name} has no {peft_files.WEIGHTS}: it holds no adapters")
+
+
+def download_files(name: str, files: Sequence[str]) -> Path:
+    """Downloads some files of a repository. Returns the directory of its files.
+
+    Raises `CheckpointError` as `native_copy` does.
+    """
+    repository, revision = _split(name)
+    commit = _commit(repository, revision, files[0])
+    paths = [_fetch(repository, file, commit) for file in files]
+    return _snapshot(paths[0], files[0])
 
 
 def download_prompts(name: str) -> list[Path]:

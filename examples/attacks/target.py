@@ -194,7 +194,7 @@ def start(home: Path, *more: str, num_keys: int = 0, wait: bool = True) -> Itera
 
 def _demo_prompts() -> list[Path]:
     package = importlib.util.find_spec("csm_jax").origin
-    return sorted((Path(package).parent / "demo" / "prompts").iterdir())
+    return sorted((Path(package).parent / "loading" / "demo" / "prompts").iterdir())
 
 
 def _free_port() -> int:

@@ -1,7 +1,7 @@
 """Finds the alignment heads of the demo checkpoint, from recordings of flite with known times.
 
     apt install flite
-    python examples/demo_checkpoint/align_heads.py --checkpoint=csm_jax/demo
+    python examples/demo_checkpoint/align_heads.py --checkpoint=csm_jax/loading/demo
 
 flite prints when each of its phonemes ends, so the words' starts are exact.
 """

@@ -1,6 +1,6 @@
 """Writes the trained model in its shipped form: transformers' layout, bfloat16, one file.
 
-python examples/demo_checkpoint/package.py --model=demo/run/model --out=csm_jax/demo
+python examples/demo_checkpoint/package.py --model=demo/run/model --out=csm_jax/loading/demo
 """
 
 import shutil
@@ -20,7 +20,7 @@ MODEL = flags.DEFINE_string("model", "demo/run/model", "the native checkpoint of
 # Texts of the voice prompts.
 PROMPTS = {"slt": "one five two nine", "rms": "six zero seven three"}
 
-OUT = flags.DEFINE_string("out", "csm_jax/demo", "directory to write into")
+OUT = flags.DEFINE_string("out", "csm_jax/loading/demo", "directory to write into")
 
 
 def write_prompts(directory: Path) -> None:

@@ -1,0 +1,305 @@
+"""Marks audio while it is generated.
+
+The mark of a frame depends on the frames around it, `WatermarkConfig.reach` on either side, so the
+marked audio comes later than the audio; `Marker.delay` says by how many samples at most.
+
+The reference takes two things from the whole recording: the statistics of its normalization, and
+its mean power. Here the statistics are those of the training, and the power is that up to each
+frame, so that a stream and a whole recording get the same mark. `reference.embed_like_reference`
+does as the reference does.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from csm_jax.io.audio import check_samples
+from csm_jax.watermark import network, spectrum
+from csm_jax.watermark.checkpoint import Weights
+from csm_jax.watermark.config import TRAINED_POWER, WatermarkConfig
+from csm_jax.watermark.message import PUBLIC_KEY, to_symbols
+from csm_jax.watermark.network import Params, Statistics
+from csm_jax.watermark.resampling import Resampler
+
+# How far the mark lies below the speech, in dB, as in Sesame's code.
+SDR = 36.0
+# -60 dB: what is quieter than this is not raised to the power of speech.
+_LEAST_POWER = 1e-6
+# Of a recording that has not ended.
+_NO_END = np.int32(2**30)
+# Frames that are marked at once in a whole recording.
+_WHOLE_STEP = 16
+
+State = dict[str, Any]
+
+
+def _empty_state(config: WatermarkConfig) -> State:
+    """What is kept between steps.
+
+    `carrier` and `decoder` are the last two frames of the input of each layer of 3 x 3,
+    [2, F, C]; `spectra` [reach, n_fft / 2 + 1] and their `gains` [reach] wait for their mark.
+    """
+    carrier = [1] + [config.carrier_channels] * (config.carrier_layers - 1)
+    decoder = [config.carrier_channels + 2]
+    decoder += [config.decoder_channels] * (config.decoder_layers - 2)
+    return {
+        "carrier": [np.zeros((2, config.num_inputs, size), np.float32) for size in carrier],
+        "decoder": [np.zeros((2, config.num_inputs, size), np.float32) for size in decoder],
+        "spectra": np.zeros((config.reach, config.num_bins), np.complex64),
+        "gains": np.ones(config.reach, np.float32),
+    }
+
+
+def _carrier_rms(config: WatermarkConfig) -> float:
+    """Root mean square of the magnitudes of sound with the power of training.
+
+    The squared window adds up to 3/8 of its length.
+    """
+    return (3 / 8 * config.n_fft * TRAINED_POWER) ** 0.5
+
+
+@functools.partial(jax.jit, static_argnames=("config", "sdr"))
+def _mark_frames(
+    params: Params,
+    config: WatermarkConfig,
+    sdr: float,
+    state: State,
+    symbols: jax.Array,
+    frames: jax.Array,
+    powers: jax.Array,
+    start: jax.Array,
+    num_frames: jax.Array,
+) -> tuple[State, jax.Array]:
+    """Takes T frames, and gives the T frames that lie `reach` before them, marked.
+
+    Args:
+      symbols: of one message, int [period].
+      frames: samples [T, n_fft], without the window.
+      powers: mean power of the samples up to each frame, [T].
+      start: index of the first frame.
+      num_frames: frames of the recording; those after them are padding.
+    """
+    count, reach, bins = len(frames), config.reach, config.num_inputs
+    indices = start + jnp.arange(count)
+    inputs: dict[str, list[jax.Array]] = {"carrier": [], "decoder": []}
+
+    def run_layers(name: str, h: jax.Array, lag: int) -> jax.Array:
+        """The layers of 3 x 3; each gives the frame before the last one that it takes."""
+        for index, kept in enumerate(state[name]):
+            at = indices - lag - index
+            # As each layer of the reference pads its input with zeros.
+            h = jnp.where(((at >= 0) & (at < num_frames))[:, None, None], h, 0)
+            h = jnp.concatenate([kept, h])
+            inputs[name].append(h[-2:])
+            h = network.gated_layer(params[name][index], h, Statistics.TRAINED, pad=0)
+        return h
+
+    spectra = jnp.concatenate([state["spectra"], spectrum.transform(frames)])
+    gains = jnp.concatenate([state["gains"], jnp.sqrt(TRAINED_POWER / powers)])
+    carrier = spectrum.magnitude(spectra[:, :bins]) * gains[:, None]
+    encoded = run_layers("carrier", carrier[reach:, :, None], lag=0)
+    lag = config.carrier_layers
+    delayed = carrier[reach - lag : reach - lag + count]
+    message = network.embed_symbols(params, symbols[(indices - lag) % config.period], bins)
+    h = run_layers("decoder", network.decoder_input(delayed, encoded, message), lag)
+    h = network.gated_layer(params["decoder"][-1], h, Statistics.TRAINED)
+    mark = network.normalize_mark(config, h, sdr) * _carrier_rms(config)
+    marked = spectrum.subtract(spectra[:count], mark / gains[:count, None])
+    after = inputs | {"spectra": spectra[count:], "gains": gains[count:]}
+    return after, spectrum.invert(marked)
+
+
+class _Frames:
+    """Cuts a stream into the frames of the STFT, with the mean power up to each."""
+
+    def __init__(self, n_fft: int):
+        self._n_fft, self._hop = n_fft, n_fft // 2
+        # From the start of the next frame on; None until the start can be mirrored.
+        self._waiting = np.zeros(0, np.float32)
+        self._is_started = False
+        self._energy = 0.0
+        self.num_samples = self.num_frames = 0
+
+    def add(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Takes the next samples; gives the frames [T, n_fft] that are complete, and powers [T]."""
+        self.num_samples += len(samples)
+        self._waiting = np.concatenate([self._waiting, samples])
+        return self._take()
+
+    def finish(self) -> tuple[np.ndarray, np.ndarray]:
+        """Gives the other frames: those of the zeros and of the mirrored end."""
+        zeros = spectrum.padded_length(self.num_samples, self._n_fft) - self.num_samples
+        padded = np.pad(self._waiting, (0, zeros))
+        self._waiting = np.pad(padded, (0, self._hop), mode="reflect")
+        return self._take()
+
+    def _take(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self._is_started:
+            if len(self._waiting) <= self._hop:
+                return np.zeros((0, self._n_fft), np.float32), np.zeros(0, np.float32)
+            self._waiting = np.pad(self._waiting, (self._hop, 0), mode="reflect")
+            self._is_started = True
+        count = max(len(self._waiting) // self._hop - 1, 0)
+        starts = self._hop * np.arange(count)
+        frames = self._waiting[starts[:, None] + np.arange(self._n_fft)]
+        self._waiting = self._waiting[count * self._hop :]
+        return frames, self._measure(frames)
+
+    def _measure(self, frames: np.ndarray) -> np.ndarray:
+        """Mean power of the samples up to the middle of each frame and half a frame more."""
+        powers = np.empty(len(frames), np.float32)
+        for index, frame in enumerate(frames):
+            begin = self.num_frames * self._hop
+            if begin < self.num_samples:  # else it is the mirrored end
+                self._energy += float(np.sum(frame[self._hop :].astype(np.float64) ** 2))
+            seen = min(begin + self._hop, self.num_samples)
+            powers[index] = max(self._energy / seen, _LEAST_POWER)
+            self.num_frames += 1
+        return powers
+
+
+class Marker:
+    """Marks one stream of mono audio.
+
+    What `add` and `finish` give, joined, is as long as what they took, and does not depend on the
+    pieces.
+
+    Attributes:
+      delay: samples by which the marked audio comes later, at most.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        key: Sequence[int],
+        sample_rate: int,
+        sdr: float = SDR,
+        step: int = 1,
+    ):
+        """Makes a marker.
+
+        Args:
+          key: five numbers from 0 to 255.
+          sample_rate: of the audio, in Hz.
+          sdr: how far the mark lies below the speech, in dB.
+          step: frames to mark at once; each above 1 delays by as many frames more.
+        """
+        self._weights, self._sdr, self._step = weights, sdr, step
+        self._symbols = to_symbols(key)
+        config = weights.config
+        self._state = _empty_state(config)
+        rate = config.sample_rate
+        self._up = Resampler(sample_rate, rate) if sample_rate != rate else None
+        self._down = Resampler(rate, sample_rate) if sample_rate != rate else None
+        self._frames = _Frames(config.n_fft)
+        # Frames that wait until there are enough for a step.
+        self._waiting = np.zeros((0, config.n_fft), np.float32)
+        self._powers = np.zeros(0, np.float32)
+        self._start = 0  # index of the first of them
+        self._half = np.zeros(config.hop, np.float32)  # second half of the last marked frame
+        self._num_in = self._num_out = self._num_marked = 0
+        self.delay = self._count_delay()
+
+    def _count_delay(self) -> int:
+        config = self._weights.config
+        delay = (config.reach + 1 + self._step) * config.hop
+        if self._up is None or self._down is None:
+            return delay
+        back = delay + self._down.width + self._down.source
+        return -(-back * self._up.source // self._up.target) + self._up.width + self._up.source
+
+    def add(self, samples: np.ndarray) -> np.ndarray:
+        """Takes the next samples, float [n], and gives those that are marked by now."""
+        samples = np.asarray(samples, np.float32)
+        self._num_in += len(samples)
+        marked = self._mark(samples if self._up is None else self._up.add(samples))
+        return self._count(marked if self._down is None else self._down.add(marked))
+
+    def finish(self) -> np.ndarray:
+        """Gives the rest."""
+        if not self._num_in:
+            return np.zeros(0, np.float32)
+        last = np.zeros(0, np.float32) if self._up is None else self._up.finish()
+        marked = [self._mark(last), self._mark_rest()]
+        if self._down is not None:
+            marked = [self._down.add(np.concatenate(marked)), self._down.finish()]
+        return self._count(np.concatenate(marked))
+
+    def _count(self, samples: np.ndarray) -> np.ndarray:
+        """Cuts what the way to another rate and back adds."""
+        samples = samples[: self._num_in - self._num_out]
+        self._num_out += len(samples)
+        return samples
+
+    def _mark(self, samples: np.ndarray) -> np.ndarray:
+        frames, powers = self._frames.add(samples)
+        return self._feed(frames, powers, _NO_END)
+
+    def _mark_rest(self) -> np.ndarray:
+        frames, powers = self._frames.finish()
+        # Frames that push out the last ones.
+        extra = self._weights.config.reach
+        extra += -(len(self._waiting) + len(frames) + extra) % self._step
+        frames = np.pad(frames, ((0, extra), (0, 0)))
+        powers = np.pad(powers, (0, extra), constant_values=1)
+        left = self._frames.num_samples - self._num_marked
+        return self._feed(frames, powers, np.int32(self._frames.num_frames))[:left]
+
+    def _feed(self, frames: np.ndarray, powers: np.ndarray, num_frames: np.int32) -> np.ndarray:
+        """Marks whole steps of frames; gives the samples that are certain."""
+        self._waiting = np.concatenate([self._waiting, frames])
+        self._powers = np.concatenate([self._powers, powers])
+        marked = [np.zeros(0, np.float32)]
+        while len(self._waiting) >= self._step:
+            marked.append(self._step_once(num_frames))
+        samples = np.concatenate(marked)
+        self._num_marked += len(samples)
+        return samples
+
+    def _step_once(self, num_frames: np.int32) -> np.ndarray:
+        weights, step = self._weights, self._step
+        self._state, marked = _mark_frames(
+            weights.params,
+            weights.config,
+            self._sdr,
+            self._state,
+            self._symbols,
+            self._waiting[:step],
+            self._powers[:step],
+            np.int32(self._start),
+            num_frames,
+        )
+        first = self._start - weights.config.reach
+        self._waiting, self._powers = self._waiting[step:], self._powers[step:]
+        self._start += step
+        frames = np.asarray(marked)[max(-first, 0) :]
+        if not len(frames):
+            return np.zeros(0, np.float32)
+        hop = weights.config.hop
+        joined = spectrum.join_frames(
+            np.concatenate([np.concatenate([np.zeros_like(self._half), self._half])[None], frames])
+        )
+        self._half = frames[-1, hop:]
+        # Before the first frame there is only the mirrored start.
+        return joined[hop:] if first <= 0 else joined
+
+
+def embed(
+    audio: np.ndarray,
+    sample_rate: int,
+    weights: Weights,
+    key: Sequence[int] = PUBLIC_KEY,
+    sdr: float = SDR,
+) -> np.ndarray:
+    """Marks a recording, float [num_samples] -> float32 [num_samples].
+
+    Raises:
+      InputError: audio that is not mono, not float, or not finite; or a key that is none.
+    """
+    samples = check_samples(audio)
+    marker = Marker(weights, key, sample_rate, sdr, _WHOLE_STEP)
+    return np.concatenate([marker.add(samples), marker.finish()])
