@@ -18,6 +18,7 @@ from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
+from csm_jax.inference.states import NamedArray, States
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
@@ -34,6 +35,7 @@ __all__ = [
     "EngineClosedError",
     "Generator",
     "InputError",
+    "NamedArray",
     "Notice",
     "OutputError",
     "QueueFullError",
@@ -43,6 +45,7 @@ __all__ = [
     "Score",
     "Segment",
     "Speech",
+    "States",
     "Ticket",
     "Word",
     "csm_1b",

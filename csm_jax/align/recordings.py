@@ -1,19 +1,15 @@
 """Attention of a model that hears a recording and its transcript: teacher-forced, for any heads."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import jax
 import numpy as np
 
 from csm_jax.align.speech import PartAlignment
 from csm_jax.align.words import Word
-from csm_jax.config import CSMConfig
-from csm_jax.inference.given_speech import GivenRows, pad_rows, read_speech
+from csm_jax.inference.given_speech import pad_rows, read_speech
 from csm_jax.inference.loaded_model import LoadedModel
-from csm_jax.model.csm import bind
-from csm_jax.model.layers import AnyArray, Params
+from csm_jax.inference.states import Observation, observe
 from csm_jax.model.llama import Head
 from csm_jax.prompt.turns import Segment
 
@@ -47,7 +43,8 @@ def attention_to(model: LoadedModel, recording: Recording, heads: tuple[Head, ..
     segment = Segment(recording.speaker, recording.text, recording.audio)
     speech = read_speech(model, [segment])
     rows = pad_rows([speech], 1)
-    weights = np.asarray(_attend(model.params, rows, config=model.config, heads=heads))[0]
+    chosen, _ = observe(model.params, rows, config=model.config, backbone=Observation(heads))
+    weights = np.asarray(chosen.attention)[0]  # [N, T, S]
     predicting = slice(speech.start - 1, speech.start - 1 + len(speech.codes))
     return weights[:, predicting, : speech.num_text].transpose(1, 0, 2)
 
@@ -64,11 +61,3 @@ def align(model: LoadedModel, recording: Recording) -> list[Word]:
     )
     part.push(attention_to(model, recording, alignment.heads))
     return part.words(len(part.tracker), recording.audio, model.sample_rate)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "heads"))
-def _attend(
-    params: Params, rows: GivenRows, *, config: CSMConfig, heads: tuple[Head, ...]
-) -> AnyArray:
-    """[1, N, T, S]."""
-    return bind(config, params).attend(rows.frames, rows.mask, heads)[1]

@@ -107,7 +107,7 @@ def frame_step(
       returning zeros.
     """
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    hidden, cache, weights = model.backbone.attend(embedded, state.cache, kv_length, heads)
+    hidden, cache, observed = model.backbone.attend(embedded, state.cache, kv_length, heads)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     end_bias = None if text is None else jnp.asarray(text.end_bias)
     codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, end_bias)
@@ -123,7 +123,7 @@ def frame_step(
         seen=state.seen | jax.nn.one_hot(codes[:, 0], state.seen.shape[1], dtype=bool),
         done=state.done | jnp.all(codes == 0, axis=-1),
     )
-    attention = None if text is None else _text_weights(weights[:, :, 0], text)[:, None]
+    attention = None if text is None else _text_weights(observed.attention[:, :, 0], text)[:, None]
     return state, Frames(codes[:, None], attention)
 
 

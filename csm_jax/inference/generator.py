@@ -11,13 +11,12 @@ from jax.typing import DTypeLike
 from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.native_format import Place, on_default_device
 from csm_jax.config import CSMConfig
-from csm_jax.errors import CheckpointError, InputError
+from csm_jax.errors import CheckpointError
 from csm_jax.inference.decode_loop import run_alone
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.frame_blocks import FrameBlocks
-from csm_jax.inference.given_speech import read_speech, segment_of
-from csm_jax.inference.loaded_model import LoadedModel
+from csm_jax.inference.listener import Listener
 from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request import (
     Notice,
@@ -34,22 +33,19 @@ from csm_jax.inference.request_parameters import (
     takes_request,
 )
 from csm_jax.inference.request_state import RequestState, Step
-from csm_jax.inference.scores import Score, score_speech
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.ticket import Ticket
 from csm_jax.loading import open_source
 from csm_jax.loading.alignment import read_alignment
 from csm_jax.model.precision import Precision, resolve
-from csm_jax.model.sampling import Sampling
 from csm_jax.model.sharding import place_on
-from csm_jax.prompt.turns import Segment
 
 # Frames between two reports of progress.
 _PROGRESS_FRAMES = 5
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Generator(LoadedModel):
+class Generator(Listener):
     """A loaded model that speaks.
 
         model = csm_jax.load("sesame/csm-1b")
@@ -180,52 +176,6 @@ class Generator(LoadedModel):
             for notice in ticket.notices:
                 tell(index, notice)
         return audio
-
-    @checks_call
-    def score(
-        self,
-        text: str,
-        speech: np.ndarray,
-        speaker: int = 0,
-        context: Sequence[Segment] = (),
-        sampling: Sampling | None = None,
-    ) -> Score:
-        """How likely speech is as the next turn of a conversation, code by code.
-
-        Args:
-          text: the transcript, as one turn: of a text that `generate` would split, this is not the
-            probability that it was drawn with.
-          speech: codes, int [F, Q], or audio, float [num_samples] at `sample_rate`.
-          speaker, context: as in `Request`; nothing of the context is left out.
-          sampling: the distribution that `generate` draws from with it, filters and repetition
-            penalty included; None is the model's own, at temperature 1.
-
-        Raises:
-          InputError: a turn is malformed, or all together are longer than the model's window.
-        """
-        conversation = [*context, segment_of(text, speech, speaker)]
-        return self.score_batch([conversation], sampling)[0]
-
-    @checks_call
-    def score_batch(
-        self,
-        conversations: Sequence[Sequence[Segment]],
-        sampling: Sampling | None = None,
-        max_batch: int = 8,
-    ) -> list[Score]:
-        """`score` of the last turn of each conversation, side by side.
-
-        Args:
-          conversations: the last turn of each has a text, and audio or codes.
-          max_batch: how many of them at once.
-
-        Raises:
-          InputError: as `score`, or `max_batch` is less than 1.
-        """
-        if max_batch < 1:
-            raise InputError(f"max_batch is {max_batch}, but must be at least 1")
-        speeches = [read_speech(self, conversation) for conversation in conversations]
-        return score_speech(self, speeches, sampling, max_batch)
 
     def _best_take(self, request: Request, notify: Notify | None, on_word: OnWord | None) -> Ticket:
         """The best take of a request; it is over."""

@@ -16,7 +16,7 @@ from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind
 from csm_jax.model.layers import AnyArray, Array, Params
 from csm_jax.model.sampling import Sampling, SamplingParams, filter_logits, penalize_repetition
-from csm_jax.model.teacher_forcing import frame_logits, frames_at
+from csm_jax.model.teacher_forcing import frame_logits, frames_from
 
 # Frames whose logits are in memory at once: 65 536 numbers each at full size.
 _FRAMES_AT_ONCE = 32
@@ -105,9 +105,7 @@ def _score(
     """Arrays [B, num_frames, Q] of the frames from each row's start on."""
     model = bind(config, params)
     hidden = model.hidden(rows.frames, rows.mask)
-    offsets = jnp.arange(num_frames, dtype=jnp.int32)
-    positions = jnp.minimum(rows.start[:, None] + offsets[None], rows.frames.shape[1] - 1)
-    states, codes = frames_at(hidden, rows.frames, positions)
+    states, codes = frames_from(hidden, rows.frames, rows.start, num_frames)
     drawn = None
     if sampling is not None:
         by_frame = jax.tree.map(lambda x: jnp.repeat(x, num_frames, axis=0), sampling)

@@ -24,7 +24,7 @@ from csm_jax.model.layers import (
     normal,
     pack,
 )
-from csm_jax.model.llama import Head, Llama
+from csm_jax.model.llama import Head, Llama, Observed
 from csm_jax.model.precision import FLOAT32, Precision, Role
 from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
 
@@ -178,14 +178,19 @@ class CSM(nnx.Module):
         return self.attend(frames, mask, remat=remat)[0]
 
     def attend(
-        self, frames: AnyArray, mask: AnyArray, heads: Sequence[Head] = (), remat: bool = False
-    ) -> tuple[Array, AnyArray]:
-        """Like `hidden`, and returns the attention of some heads too, as `Llama.attend` does."""
+        self,
+        frames: AnyArray,
+        mask: AnyArray,
+        heads: Sequence[Head] = (),
+        layers: Sequence[int] = (),
+        remat: bool = False,
+    ) -> tuple[Array, Observed]:
+        """Like `hidden`, and returns what `Llama.attend` does of some heads and layers."""
         batch, length, _ = frames.shape
         cache = KVCache.create(self.config.backbone, batch, length, self.dtype, num_lengths=1)
         embedded = self.embed(frames, mask)
-        states, _, attention = self.backbone.attend(embedded, cache, heads=heads, remat=remat)
-        return states, attention
+        states, _, observed = self.backbone.attend(embedded, cache, None, heads, layers, remat)
+        return states, observed
 
     def depth_logits(self, hidden: Array, codes: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced depth decoder.
@@ -198,19 +203,38 @@ class CSM(nnx.Module):
         Returns:
           float32 [B, Q - 1, V], logits of codebooks 1..Q-1 given those before.
         """
-        offsets = self._codebook_offsets()[0, :, :-1]
-        embedded = lookup(self.audio_embedding[...], codes[:, :-1] + offsets)  # [B, Q - 1, D]
-        inputs = jnp.concatenate([hidden[:, None], embedded.astype(self.dtype)], axis=1)
-        cache = KVCache.create(
-            self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype, num_lengths=1
-        )
-        states, _ = self.depth_decoder(self.projection(inputs), cache, remat=remat)
+        states, _ = self.depth_attend(hidden, codes, remat=remat)
         by_codebook = jax.vmap(linear_float32, in_axes=(1, 0), out_axes=1)
         heads = jax.tree.map(
             lambda table: lookup(table, jnp.arange(len(table), dtype=jnp.int32)),
             self.depth_heads.matrix,
         )
         return by_codebook(states[:, 1:], heads)
+
+    def depth_attend(
+        self,
+        hidden: Array,
+        codes: AnyArray,
+        heads: Sequence[Head] = (),
+        layers: Sequence[int] = (),
+        remat: bool = False,
+    ) -> tuple[Array, Observed]:
+        """The states that `depth_logits` are from, and what `Llama.attend` returns of some others.
+
+        Returns:
+          [B, Q, depth D]: position 0 has the backbone's state, position q > 0 predicts codebook q.
+        """
+        offsets = self._codebook_offsets()[0, :, :-1]
+        embedded = lookup(self.audio_embedding[...], codes[:, :-1] + offsets)  # [B, Q - 1, D]
+        inputs = jnp.concatenate([hidden[:, None], embedded.astype(self.dtype)], axis=1)
+        cache = KVCache.create(
+            self.config.depth_decoder, len(codes), inputs.shape[1], hidden.dtype, num_lengths=1
+        )
+        projected = self.projection(inputs)
+        states, _, observed = self.depth_decoder.attend(
+            projected, cache, None, heads, layers, remat
+        )
+        return states, observed
 
 
 def _with_end_bias(logits: Array, end_bias: Array | None) -> Array:

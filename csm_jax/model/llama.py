@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,19 @@ from csm_jax.model.precision import Precision
 
 # An attention head of a stack: its layer, and its number among the layer's query heads.
 Head = tuple[int, int]
+
+
+class Observed(NamedTuple):
+    """What was asked for of a pass through a stack, beside its outputs.
+
+    Attributes:
+      attention: of the chosen heads, from each new position to each position of the cache,
+        float32 [B, heads, T, S].
+      states: of the chosen layers, each [B, T, D].
+    """
+
+    attention: AnyArray
+    states: tuple[Array, ...]
 
 
 class Attention(nnx.Module):
@@ -129,7 +143,7 @@ class Llama(nnx.Module):
         Returns:
           Hidden states [B, T, D] after the final norm, and the cache with lengths grown by T.
         """
-        states, cache, _ = self.attend(x, cache, kv_length, (), remat)
+        states, cache, _ = self.attend(x, cache, kv_length, remat=remat)
         return states, cache
 
     def attend(
@@ -138,31 +152,38 @@ class Llama(nnx.Module):
         cache: KVCache,
         kv_length: int | None = None,
         heads: Sequence[Head] = (),
+        layers: Sequence[int] = (),
         remat: bool = False,
-    ) -> tuple[Array, KVCache, AnyArray]:
-        """Like calling the stack, and returns the attention of some heads too.
+    ) -> tuple[Array, KVCache, Observed]:
+        """Like calling the stack, and returns the attention of some heads and some states too.
+
+        No computation depends on what is not asked for.
 
         Args:
-          heads: which of them; no computation depends on the others' weights.
+          heads: whose attention is returned.
+          layers: whose states are returned, numbered as in transformers: 0 is `x`, i is what
+            layer i passes on, counted from 1; of the last one it is taken after the final norm.
 
         Returns:
-          Hidden states and cache; and the attention of each new position to each position of the
-          cache, float32 [B, len(heads), T, S].
+          Hidden states and cache; and what was asked for.
         """
         length = x.shape[1]
         kv_length = kv_length or cache.layers[0].value.shape[2]
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
-        layers, weights = [], []
+        caches, weights, states = [], [], [x]
         for block, layer_cache in zip(self.layers, cache.layers, strict=True):
             call = functools.partial(block, kv_length=kv_length)
             call = jax.checkpoint(call) if remat else call
             x, layer_cache, attention_weights = call(x, layer_cache, positions)
-            layers.append(layer_cache)
+            caches.append(layer_cache)
             weights.append(attention_weights)
+            states.append(x)
+        states[-1] = self.norm(x)
         groups = weights[0].shape[2]
         chosen = [weights[layer][:, head // groups, head % groups] for layer, head in heads]
         # Of numpy, so that without heads the program has no operation for it.
         nothing = np.zeros((len(x), 0, length, kv_length), np.float32)
         attended = jnp.stack(chosen, axis=1) if chosen else nothing
-        return self.norm(x), KVCache(tuple(layers), cache.lengths + length), attended
+        observed = Observed(attended, tuple(states[layer] for layer in layers))
+        return states[-1], KVCache(tuple(caches), cache.lengths + length), observed

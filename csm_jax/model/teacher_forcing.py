@@ -39,6 +39,13 @@ def frames_at(hidden: Array, frames: AnyArray, positions: Array) -> GivenFrames:
     return GivenFrames(states, codes)
 
 
+def frames_from(hidden: Array, frames: AnyArray, start: AnyArray, num_frames: int) -> GivenFrames:
+    """So many frames from position `start` [B] of each row on; beyond a row, its last one."""
+    offsets = jnp.arange(num_frames, dtype=jnp.int32)
+    positions = jnp.asarray(start)[:, None] + offsets[None]
+    return frames_at(hidden, frames, jnp.minimum(positions, frames.shape[1] - 1))
+
+
 def frame_logits(model: CSM, states: Array, codes: AnyArray) -> Array:
     """Logits of all codebooks, float32 [B, Q, V], of codes [B, Q] predicted from states [B, D]."""
     first = model.backbone_logits(states)[:, None]

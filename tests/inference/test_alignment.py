@@ -49,7 +49,7 @@ def teacher_forced(prompt: Prompt, codes: np.ndarray, num_text: int) -> np.ndarr
 
     @jax.jit
     def attend(params, frames, mask):
-        return bind(CONFIG, params).attend(frames, mask, HEADS)[1]
+        return bind(CONFIG, params).attend(frames, mask, HEADS)[1].attention
 
     weights = np.asarray(attend(random_weights(), frames[None], mask[None]))[0]  # [N, T, S]
     first = len(prompt.frames) - 1

@@ -14,7 +14,7 @@ from csm_jax.config import LlamaConfig
 from csm_jax.model import kv_cache as kv
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.llama import Llama
-from csm_jax.model.precision import Precision
+from csm_jax.model.precision import FLOAT32, Precision
 
 STACKS = {"backbone": config.tiny().backbone, "depth_decoder": config.tiny().depth_decoder}
 SLOTS = 16
@@ -104,6 +104,24 @@ def test_later_inputs_do_not_change_earlier_states():
         changed, _ = stack()(other, empty(2))
         np.testing.assert_array_equal(changed[:, :at], states[:, :at])
         assert np.all(np.abs(changed[:, at:] - states[:, at:]).max(axis=-1) > 1e-4)
+
+
+def test_states_that_are_returned_are_computed_anyway():
+    """Asking for them adds outputs to the program, and not a single operation."""
+    abstract = nnx.eval_shape(lambda: Llama(BACKBONE, precision=FLOAT32, rngs=nnx.Rngs(0)))
+    graph, shapes = nnx.split(abstract)
+    x = jax.ShapeDtypeStruct((2, 3, BACKBONE.embed_dim), jnp.float32)
+
+    def traced(layers: tuple[int, ...]):
+        def run(params, x, cache):
+            return nnx.merge(graph, params).attend(x, cache, layers=layers)
+
+        return jax.make_jaxpr(run)(shapes, x, empty(2)).jaxpr
+
+    everything = tuple(range(BACKBONE.num_layers + 1))
+    plain, watched = traced(()), traced(everything)
+    assert str(plain.eqns) == str(watched.eqns)
+    assert len(watched.outvars) == len(plain.outvars) + len(everything)
 
 
 @pytest.mark.parametrize("lengths", [[1, 6], [4, 2]], ids=str)

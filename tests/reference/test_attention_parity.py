@@ -92,7 +92,7 @@ def test_attention_of_a_teacher_forced_pass_equals_transformers(
 
     @jax.jit
     def attend(params, frames, mask):
-        return bind(CONFIG, params).attend(frames, mask, HEADS)[1]
+        return bind(CONFIG, params).attend(frames, mask, HEADS)[1].attention
 
     ours = attend(params, np.asarray(frames, np.int32)[None], np.asarray(mask, bool)[None])
     assert_equal(np.asarray(ours)[0], their_attention(reference, index, codes))
