@@ -31,6 +31,8 @@ class TextGuardLimits:
         silent by then; after as many again, or after a pause, it is ended.
       pause_frames: silent frames in a row that are a pause; a stop consonant has fewer.
       left_frames: frames in a row that hardly attend to the last word, after which it is over.
+      faded, faded_frames: after a silent frame late in the last word, so many frames with less
+        attention than this end the speech at that frame, unless as many in a row get more.
       hold_frames: frames for which the end of speech is held down, and as many more as the missing
         words take at `last_per_letter`.
       max_retries: how often a part is resampled before it is left as it is.
@@ -44,6 +46,8 @@ class TextGuardLimits:
     last_per_letter: float = 1.2
     pause_frames: int = 2
     left_frames: int = 3
+    faded: float = 0.7
+    faded_frames: int = 4
     hold_frames: int = 25
     max_retries: int = 2
 
@@ -125,6 +129,7 @@ class TextGuard:
         self._last = max((i for i, word in enumerate(words) if _is_said(word)), default=0)
         self._states = [_State(np.zeros(len(words)), -1, None, 0, "", 0, 0)]
         self._silent: list[bool] = []
+        self._on_last: list[float] = []  # the attention of each frame to the last word
         self._retries = 0
         self.held_since: int | None = None
         self._gave_up = False
@@ -136,13 +141,14 @@ class TextGuard:
 
     def truncate(self, num_frames: int) -> None:
         """Goes back to the first frames."""
-        del self._states[num_frames + 1 :], self._silent[num_frames:]
+        del self._states[num_frames + 1 :], self._silent[num_frames:], self._on_last[num_frames:]
 
     def accept(self, mass: np.ndarray, is_silent: bool) -> TextVerdict:
         """Takes the next frame: its attention to each word, float [W], and whether it is silent."""
         frame = self.num_frames
         self._states.append(self._next(self._states[-1], mass, frame))
         self._silent.append(is_silent)
+        self._on_last.append(float(mass[self._last]))
         state = self._states[-1]
         if self.held_since is not None:
             return self._while_held(self.held_since, state, frame)
@@ -205,8 +211,11 @@ class TextGuard:
         natural = reached + self._natural_frames
         pause = self._first_pause(reached)
         left = max(state.left_since, reached + self._natural_frames // 2)
+        faded, num_faded = self._faded(reached)
         if self._last == 0:
-            left = frame + 1  # the first word of a text gets little attention at any time
+            left = faded = frame + 1  # the first word of a text gets little attention at any time
+        elif num_faded >= self._limits.faded_frames:
+            return TextVerdict(TextAction.END, faded, faded, OVERRUN)
         if frame + 1 - left >= self._limits.left_frames:
             end = left if pause is None else min(left, pause)
             return TextVerdict(TextAction.END, end, end, OVERRUN)
@@ -217,7 +226,7 @@ class TextGuard:
             return TextVerdict(TextAction.END, end, end, OVERRUN)
         wrong_since = state.wrong_since if state.wrong else frame + 1
         end = natural if pause is None else pause
-        return self._continue(min(end, left, wrong_since, frame + 1))
+        return self._continue(min(end, left, faded, wrong_since, frame + 1))
 
     def _while_held(self, since: int, state: _State, frame: int) -> TextVerdict:
         """Decides while the end of speech is held down, since `since` frames."""
@@ -255,6 +264,25 @@ class TextGuard:
             if self._silent[end - 1] and sum(self._silent[end - count - 1 : end]) >= count:
                 return end
         return None
+
+    def _faded(self, reached: int) -> tuple[int, int]:
+        """Where a silent frame late in the last word ends, and how many faded frames follow it.
+
+        A stop consonant is silent too, but the attention stays on its word.
+        """
+        limits, end, num_faded, num_strong = self._limits, self.num_frames, 0, 0
+        for frame in range(reached + math.ceil(0.4 * self._natural_frames), self.num_frames):
+            is_faded = self._on_last[frame] < limits.faded
+            num_strong = 0 if is_faded else num_strong + 1
+            if end == self.num_frames or num_strong >= limits.faded_frames:
+                end, num_faded, num_strong = self.num_frames, 0, 0
+            elif is_faded:
+                num_faded += 1
+            if self._silent[frame] and not num_faded:
+                end, num_strong = frame + 1, 0
+            if num_faded >= limits.faded_frames:
+                break
+        return end, num_faded
 
     def _continue(self, passed: int) -> TextVerdict:
         return TextVerdict(TextAction.CONTINUE, self.num_frames, passed)

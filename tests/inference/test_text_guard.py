@@ -128,6 +128,26 @@ def test_speech_that_attends_to_the_text_no_more_is_over(size):
     np.testing.assert_array_equal(released, codes[: len(GOOD)])
 
 
+@sizes
+def test_speech_ends_at_the_silence_after_which_its_last_word_fades(size):
+    codes, mass = frames_of([*GOOD, *[3] * 8], silent=[19])
+    mass[20:, 3] = [0.8, 0.6, 0.6, 0.75, 0.5, 0.5, 0.5, 0.5, 0.5]
+    released, step = play(new_guarded(), codes, mass, size)
+    assert step.is_over
+    assert step.remark.kind == "ended"
+    np.testing.assert_array_equal(released, codes[:20])
+
+
+@sizes
+def test_a_stop_consonant_in_the_last_word_does_not_end_it(size):
+    codes, mass = frames_of([*GOOD, *[3] * 3], silent=[19])
+    mass[20:22, 3] = 0.6
+    mass[22:, 3] = 0.9
+    released, step = play(new_guarded(), codes, mass, size, ends=True)
+    assert step.remark is None
+    np.testing.assert_array_equal(released, codes)
+
+
 def test_a_single_word_need_not_be_attended_to_until_its_end():
     """Much of the attention to the first word of a text is on what comes before it."""
     guard = TextGuard(["one"])
