@@ -9,6 +9,7 @@ same command again resumes a run that was stopped.
 """
 
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, spli
 from csm_jax.train.codes import CodeCache
 from csm_jax.train.data import ON_BAD, read_conversations, report
 from csm_jax.train.examples import TURNS, Example, Selection, make_examples
+from csm_jax.train.guided_attention import GuidedAttention, guided_frames
 from csm_jax.train.log import plot_losses
 from csm_jax.train.loop import Run, RunConfig, evaluate
 from csm_jax.train.optimizer import KINDS, OptimizerConfig
@@ -44,6 +46,7 @@ PROGRAM = "csm_jax.finetune"
 FREE_FLAGS = {"out", "eval_only", "log_every", "save_every", "keep", "eval_every", "sample_every"}
 FREE_FLAGS |= {"patience", "codes_cache", "fsdp", "coordinator", "num_processes", "process_id"}
 ALIASES = {"optimiser"}
+_HEAD = re.compile(r"(\d+)\.(\d+)")
 ADAPTER_RATE, WHOLE_RATE = 2e-4, 3e-5
 
 
@@ -79,6 +82,10 @@ def define_flags(values: flags.FlagValues) -> None:
     define(real, "clip", 1.0, "largest norm of a gradient")
     define(real, "depth_share", 1 / 16, "share of the frames that train the depth decoder")
     define(real, "depth_weight", 1.0, "of the depth decoder's loss", lower_bound=0.0)
+    define(listed, "guided_heads", [], "LAYER.HEAD: attention drawn to the words that are spoken")
+    define(real, "guided_weight", 1.0, "of guided attention at the first step", lower_bound=0.0)
+    define(whole, "guided_steps", None, "until its weight is 0; default: half of them all")
+    define(real, "guided_diagonal", 0.0, "share of a text without word times; 0: not guided")
     define(real, "ema", 0.0, "decay of the weights' moving average; 0 keeps none")
     define(text, "dtype", "auto", "to compute in: auto, float32 or bfloat16")
     define(flag, "remat", True, "recompute activations in the backward pass, to save memory")
@@ -121,6 +128,7 @@ def _check(values: flags.FlagValues) -> None:
         if not 0 <= (given := getattr(values, name)) < 1:
             raise InputError(f"--{name} is {given}, but must be 0 or more, and under 1")
     _check_base(values)
+    _check_guided(values)
     for speaker in values.speakers:
         if not speaker.removeprefix("-").isdecimal():
             raise InputError(f"--speakers has {speaker}, but must be numbers with commas between")
@@ -142,6 +150,20 @@ def _check_base(values: flags.FlagValues) -> None:
         )
 
 
+def _check_guided(values: flags.FlagValues) -> None:
+    """Raises `InputError` for flags of guided attention that are wrong."""
+    for head in values.guided_heads:
+        if not _HEAD.fullmatch(head):
+            raise InputError(
+                f"--guided_heads has {head}, but must be layers and heads of the backbone, from 0, "
+                "such as 5.5"
+            )
+    if values.guided_steps is not None and values.guided_steps < 1:
+        raise InputError(f"--guided_steps is {values.guided_steps}, but must be 1 or more")
+    if not 0 <= values.guided_diagonal <= 1:
+        raise InputError(f"--guided_diagonal is {values.guided_diagonal}, but must be 0 to 1")
+
+
 def _print_losses(values: flags.FlagValues) -> None:
     config, pretrained = _prepare(values, trains_all=True)
     examples = _read_examples(values, pretrained, Path(values.data))
@@ -154,8 +176,20 @@ def _train(values: flags.FlagValues) -> None:
     config, pretrained = _prepare(values, trains_all=not values.lora_rank)
     fsdp.check_batch_size(values.batch_size, config.accumulate, config.mesh)
     train, held_out = _read_data(values, pretrained)
+    if config.guided:
+        _check_spoken(train, values.data)
     with run_directory(Path(values.out), _settings(values)):
         _train_in(Path(values.out), values, config, pretrained, train, held_out)
+
+
+def _check_spoken(examples: Sequence[Example], data: str) -> None:
+    """Raises `InputError` if there is nothing to guide attention to."""
+    spoken = [(each.spoken, each.loss_mask) for each in examples if each.spoken is not None]
+    if not any(guided_frames(*each).any() for each in spoken):
+        raise InputError(
+            f"no turn of {data} has word times, which --guided_heads needs: add words to the turns "
+            "(csm_jax.align finds them), or use --guided_diagonal=0.2"
+        )
 
 
 def _train_in(
@@ -225,7 +259,8 @@ def _read_examples(
 def _selection(values: flags.FlagValues, pretrained: PretrainedModel) -> Selection:
     speakers = [int(speaker) for speaker in values.speakers] or None
     max_len = min(values.max_len, pretrained.config.backbone.max_seq_len)
-    return Selection(speakers, values.turns, max_len)
+    is_guided = bool(values.guided_heads)
+    return Selection(speakers, values.turns, max_len, is_guided, values.guided_diagonal)
 
 
 def _batches_to_evaluate(examples: Sequence[Example], config: TrainStepConfig) -> list[Batch]:
@@ -271,7 +306,10 @@ def _prepare(values: flags.FlagValues, trains_all: bool) -> tuple[TrainStepConfi
         accumulate=values.accumulate,
         ema=values.ema,
         mesh=mesh,
+        guided=_guided(values),
     )
+    if config.guided:
+        config.guided.check(config.model)
     return config, pretrained
 
 
@@ -287,6 +325,15 @@ def _optimizer(values: flags.FlagValues) -> OptimizerConfig:
         weight_decay=values.weight_decay,
         clip=values.clip,
     )
+
+
+def _guided(values: flags.FlagValues) -> GuidedAttention | None:
+    matches = [_HEAD.fullmatch(head) for head in values.guided_heads]
+    heads = tuple((int(match[1]), int(match[2])) for match in matches if match)
+    if not heads:
+        return None
+    steps = max(1, values.steps // 2) if values.guided_steps is None else values.guided_steps
+    return GuidedAttention(heads, values.guided_weight, steps)
 
 
 def _lora(values: flags.FlagValues) -> LoRAConfig:
@@ -308,6 +355,9 @@ def _run_config(values: flags.FlagValues) -> RunConfig:
 def _settings(values: flags.FlagValues) -> dict[str, object]:
     """The flags that must be the same when a run is resumed."""
     left_out = FREE_FLAGS | ALIASES
+    if not values.guided_heads:
+        # As in the settings of versions that guided no attention.
+        left_out |= {name for name in values if name.startswith("guided_")}
     names = [name for name in values if name not in left_out and not name.startswith("help")]
     return {name: values[name].value for name in sorted(names)}
 

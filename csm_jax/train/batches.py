@@ -20,11 +20,13 @@ class Batch(NamedTuple):
     Attributes:
       frames, mask: [B, T, Q + 1], int32 and bool.
       loss_mask: bool [B, T], the frames that count in the loss.
+      spoken: int32 [B, T, 2], `Example.spoken`; None without guided attention.
     """
 
     frames: AnyArray
     mask: AnyArray
     loss_mask: AnyArray
+    spoken: AnyArray | None = None
 
 
 def bucket(length: int) -> int:
@@ -41,12 +43,16 @@ def make_batch(examples: Sequence[Example], num_rows: int) -> Batch:
     frames = np.zeros((num_rows, length, columns), np.int32)
     mask = np.zeros(frames.shape, bool)
     loss_mask = np.zeros(frames.shape[:2], bool)
+    is_guided = examples[0].spoken is not None
+    spoken = np.zeros((num_rows, length, 2), np.int32) if is_guided else None
     for row, example in enumerate(examples):
         size = len(example.frames)
         frames[row, :size] = example.frames
         mask[row, :size] = example.mask
         loss_mask[row, :size] = example.loss_mask
-    return Batch(frames, mask, loss_mask)
+        if spoken is not None and example.spoken is not None:
+            spoken[row, :size] = example.spoken
+    return Batch(frames, mask, loss_mask, spoken)
 
 
 class ShuffledBatches:

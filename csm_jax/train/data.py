@@ -11,6 +11,7 @@ from csm_jax.errors import InputError
 from csm_jax.io.script import parse_turn
 from csm_jax.train.codes import Clip
 from csm_jax.train.forms import Columns, find_columns, number_speakers, read_rows
+from csm_jax.train.word_times import TimedWord, parse_words
 
 ON_BAD = ("fail", "skip")
 T = TypeVar("T")
@@ -25,6 +26,7 @@ class RecordedTurn:
       text: transcript of `audio`.
       is_trainable: whether its audio may count in the loss; otherwise it is only context.
       start, end: of the part of the file that it is, in seconds; None is that of the file.
+      words: when its words are spoken; None if that is not known.
     """
 
     speaker: int
@@ -33,6 +35,7 @@ class RecordedTurn:
     is_trainable: bool
     start: float | None = None
     end: float | None = None
+    words: tuple[TimedWord, ...] | None = None
 
     @property
     def source(self) -> Path | Clip:
@@ -67,8 +70,9 @@ def read_conversations(
 ) -> tuple[list[RecordedConversation], list[Problem]]:
     """Reads `[{"speaker": 0, "text": "...", "audio": "a.wav"}, ...]`, a conversation a line.
 
-    Audio is relative to the file. A turn with `"train": false` is only context. Other forms of data
-    (`forms.py`) have a turn in each row, which is a conversation of its own.
+    Audio is relative to the file. A turn with `"train": false` is only context; one with `words`
+    has their times (`word_times.py`). Other forms of data (`forms.py`) have a turn in each row,
+    which is a conversation of its own.
 
     Args:
       tell: is given a line on what the data were taken for, unless they are conversations only.
@@ -189,10 +193,10 @@ def collect_or_fail(make: Callable[[int], T], count: int) -> list[T]:
 
 
 def _parse_turn(values: Any, where: str, directory: Path) -> RecordedTurn:
-    is_trainable = True
+    is_trainable, words = True, None
     if isinstance(values, dict):
         values = dict(values)
-        is_trainable = values.pop("train", True)
+        is_trainable, words = values.pop("train", True), values.pop("words", None)
     if not isinstance(is_trainable, bool):
         raise InputError(f"{where}: train is {is_trainable!r}, expected true or false")
     turn = parse_turn(values, where, directory)
@@ -200,7 +204,8 @@ def _parse_turn(values: Any, where: str, directory: Path) -> RecordedTurn:
         raise InputError(f"{where}: the text is empty, so the recording has no transcript")
     if turn.audio is None:
         raise InputError(f"{where}: field audio is missing")
-    return RecordedTurn(turn.speaker, turn.text, turn.audio, is_trainable)
+    timed = None if words is None else parse_words(words, turn.text, where, directory)
+    return RecordedTurn(turn.speaker, turn.text, turn.audio, is_trainable, words=timed)
 
 
 def report(

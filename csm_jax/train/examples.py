@@ -9,9 +9,10 @@ import numpy as np
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.prompt.tokenizer import Tokenizer
-from csm_jax.prompt.turns import Segment, join_rows, turn_rows
+from csm_jax.prompt.turns import Prompt, Segment, join_rows, turn_rows
 from csm_jax.train.codes import Source
 from csm_jax.train.data import Problem, RecordedConversation, RecordedTurn, collect_or_fail
+from csm_jax.train.spoken_rows import spoken_rows
 
 TURNS = ("all", "last")
 # The codes of every recording, int32 [num_frames, Q], or the error of one that cannot be used.
@@ -25,12 +26,15 @@ class Example(NamedTuple):
       frames, mask: [T, Q + 1], int32 and bool, as `turns.join_rows` makes them.
       loss_mask: bool [T], the audio frames that count in the loss, ends of speech among them.
       segments: the turns that it was made of.
+      spoken: int32 [T, 2], of each frame the positions of the text that is spoken in it, as
+        `guided_attention.guided_frames` has them; None if the selection is not guided.
     """
 
     frames: np.ndarray
     mask: np.ndarray
     loss_mask: np.ndarray
     segments: tuple[Segment, ...]
+    spoken: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -41,11 +45,15 @@ class Selection:
       speakers: whose turns; None is those of all speakers.
       turns: of `TURNS`; turns that are not trainable never count.
       max_len: positions of a conversation, at most.
+      is_guided: whether examples say what is spoken in each frame.
+      diagonal: as for `spoken_rows.spoken_rows`.
     """
 
     speakers: Collection[int] | None = None
     turns: str = "all"
     max_len: int = 2048
+    is_guided: bool = False
+    diagonal: float = 0.0
 
     def has(self, turn: RecordedTurn, is_last: bool) -> bool:
         """Whether a turn counts."""
@@ -86,7 +94,10 @@ def _make(
         parts += [text, audio]
         is_selected = selection.has(turn, is_last=i == len(segments) - 1)
         counts += [np.zeros(len(text[0]), bool), np.full(len(audio[0]), is_selected)]
-    example = Example(*join_rows(parts), np.concatenate(counts), tuple(segments))
+    spoken = None
+    if selection.is_guided:
+        spoken = _spoken(conversation.turns, parts, config, tokenizer, selection.diagonal)
+    example = Example(*join_rows(parts), np.concatenate(counts), tuple(segments), spoken)
     if len(example.frames) > selection.max_len:
         raise InputError(
             f"{len(example.frames)} positions of text and audio, but at most {selection.max_len} "
@@ -95,6 +106,25 @@ def _make(
     if not example.loss_mask.any():
         raise InputError("nothing in it to train on: it has no turn of the selected ones")
     return example
+
+
+def _spoken(
+    turns: Sequence[RecordedTurn],
+    parts: Sequence[Prompt],
+    config: CSMConfig,
+    tokenizer: Tokenizer,
+    diagonal: float,
+) -> np.ndarray:
+    """`Example.spoken`, of turns with two parts each, text and audio."""
+    seconds = config.frame_ms / 1000
+    rows, start = [], 0
+    for turn, text, audio in zip(turns, parts[::2], parts[1::2], strict=True):
+        num_text, num_frames = len(text.frames), len(audio.frames) - 1
+        found = spoken_rows(turn, num_frames, tokenizer, frame_seconds=seconds, diagonal=diagonal)
+        # The frame of zeros that ends a turn speaks nothing.
+        rows += [np.zeros((num_text, 2), np.int32), start + found, np.zeros((1, 2), np.int32)]
+        start += num_text + num_frames + 1
+    return np.concatenate(rows)
 
 
 def _segments(conversation: RecordedConversation, codes: Codes) -> list[Segment]:

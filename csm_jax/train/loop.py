@@ -138,7 +138,8 @@ class Run:
         return self.state.params if self.state.ema is None else self.state.ema
 
     def _describe(self, step: int, metrics: Metrics, seconds: float) -> dict[str, Any]:
-        figures = {name: value.item() for name, value in metrics._asdict().items()}
+        measured = metrics._asdict().items()
+        figures = {name: value.item() for name, value in measured if value is not None}
         rate = float(np.asarray(self._rate(step - 1 - figures["skipped"])))
         return figures | {
             "learning_rate": rate,

@@ -10,6 +10,7 @@ frames trains it as well.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -17,7 +18,10 @@ import jax.numpy as jnp
 
 from csm_jax.model.csm import CSM
 from csm_jax.model.layers import AnyArray, Array
+from csm_jax.model.llama import Head
 from csm_jax.model.teacher_forcing import frames_at
+from csm_jax.train.batches import Batch
+from csm_jax.train.guided_attention import guided_entropy, guided_frames
 
 
 class LossSums(NamedTuple):
@@ -28,43 +32,53 @@ class LossSums(NamedTuple):
       depth: float32 [Q - 1], of codebooks 1 and up, summed over the chosen frames.
       num_frames: int32 [], frames of the loss mask.
       num_depth_frames: int32 [], those of them that the depth decoder is trained on.
+      guided: float32 [], of guided attention, summed over guided frames; None without guided heads.
+      num_guided: int32 [], guided frames; None without guided heads.
     """
 
     backbone: Array
     depth: Array
     num_frames: Array
     num_depth_frames: Array
+    guided: Array | None = None
+    num_guided: Array | None = None
 
 
 def summed_losses(
     model: CSM,
-    frames: AnyArray,
-    mask: AnyArray,
-    loss_mask: AnyArray,
+    batch: Batch,
     keys: Array,
     *,
     depth_share: float,
     remat: bool = False,
+    heads: Sequence[Head] = (),
 ) -> LossSums:
     """Teacher-forced losses of a batch.
 
     Args:
-      frames, mask: [B, T, Q + 1], int32 and bool, padded on the right.
-      loss_mask: bool [B, T], the audio frames that count; never the first position of a row.
+      batch: its loss mask never has the first position of a row.
       keys: PRNG keys [B], which choose the frames for the depth decoder.
-      depth_share: share of these frames that the depth decoder is trained on, 0 to 1.
+      depth_share: share of the frames that the depth decoder is trained on, 0 to 1.
       remat: as for `Llama.__call__`.
+      heads: whose attention is guided.
     """
-    hidden = model.hidden(frames, mask, remat)
+    frames, loss_mask = batch.frames, batch.loss_mask
+    hidden, observed = model.attend(frames, batch.mask, heads, remat=remat)
     logits = model.backbone_logits(hidden[:, :-1])  # [B, T - 1, V]
     entropy = cross_entropy(logits, frames[:, 1:, 0])
     chosen, counts = choose_frames(loss_mask, depth_share, keys)  # [B, K]
     by_codebook = _depth_entropy(model, hidden, frames, chosen, remat)  # [B, K, Q - 1]
-    return LossSums(
+    sums = LossSums(
         backbone=jnp.sum(jnp.where(loss_mask[:, 1:], entropy, 0)),
         depth=jnp.sum(jnp.where(counts[..., None], by_codebook, 0), axis=(0, 1)),
         num_frames=jnp.sum(loss_mask, dtype=jnp.int32),
         num_depth_frames=jnp.sum(counts, dtype=jnp.int32),
+    )
+    if batch.spoken is None or not heads:
+        return sums
+    return sums._replace(
+        guided=guided_entropy(observed.attention, batch.spoken, loss_mask),
+        num_guided=jnp.sum(guided_frames(batch.spoken, loss_mask), dtype=jnp.int32),
     )
 
 

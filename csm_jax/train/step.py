@@ -17,6 +17,7 @@ from csm_jax.model.lora import LoRAConfig, attach
 from csm_jax.model.precision import Precision, role_of
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import keep_divided, keep_replicated
+from csm_jax.train.guided_attention import GuidedAttention, guided_frames
 from csm_jax.train.loss import LossSums, num_depth_frames, summed_losses
 from csm_jax.train.optimizer import OptimizerConfig, make_optimizer, update
 
@@ -36,6 +37,7 @@ class TrainStepConfig:
       accumulate: parts of a batch that are computed one after another.
       ema: decay of the moving average of the parameters; 0 keeps none.
       mesh: of `fsdp.make_fsdp_mesh`.
+      guided: the attention heads that are guided; batches have `spoken` then. None guides none.
     """
 
     model: CSMConfig
@@ -48,6 +50,7 @@ class TrainStepConfig:
     accumulate: int = 1
     ema: float = 0.0
     mesh: Mesh | None = None
+    guided: GuidedAttention | None = None
 
 
 class TrainState(NamedTuple):
@@ -70,12 +73,13 @@ class Metrics(NamedTuple):
     """Measurements of a step, float32 [] unless it says int32.
 
     Attributes:
-      loss: the weighted sum of both losses.
+      loss: the weighted sum of the losses of codes.
       backbone_loss, depth_loss: nats a code.
       grad_norm: before clipping.
       num_frames: int32, frames in the loss mask.
       skipped: int32, steps so far whose gradient was not finite; they change nothing.
       skipped_in_a_row: int32, how many of the last steps were skipped.
+      guided_loss: nats a frame, of guided attention; None without.
     """
 
     loss: Array
@@ -85,6 +89,7 @@ class Metrics(NamedTuple):
     num_frames: Array
     skipped: Array
     skipped_in_a_row: Array
+    guided_loss: Array | None = None
 
 
 def init_state(params: Params, config: TrainStepConfig) -> TrainState:
@@ -124,6 +129,7 @@ def train_step(
         num_frames=sums.num_frames,
         skipped=opt_state.total_notfinite,
         skipped_in_a_row=opt_state.notfinite_count,
+        guided_loss=_mean_guided(sums),
     )
     return state, metrics
 
@@ -132,6 +138,12 @@ def mean_losses(sums: LossSums) -> tuple[Array, Array]:
     """Nats a code of codebook 0, and of the others."""
     num_codes = _at_least_1(sums.num_depth_frames) * sums.depth.shape[0]
     return sums.backbone / _at_least_1(sums.num_frames), jnp.sum(sums.depth) / num_codes
+
+
+def _mean_guided(sums: LossSums) -> Array | None:
+    if sums.guided is None or sums.num_guided is None:
+        return None
+    return sums.guided / _at_least_1(sums.num_guided)
 
 
 def _at_least_1(count: Array) -> Array:
@@ -150,11 +162,15 @@ def _gradients(
     num_frames = _at_least_1(jnp.sum(batch.loss_mask))
     num_codes = _at_least_1(jnp.sum(num_depth_frames(batch.loss_mask, config.depth_share)))
     num_codes = num_codes * (config.model.num_codebooks - 1)
+    guided_weight = _guided_weight(state, batch, config)
 
     def loss(params: Params, part: tuple[Batch, Array]) -> tuple[Array, LossSums]:
         sums = losses(params, frozen, *part, config=config)
         depth = config.depth_weight * jnp.sum(sums.depth) / num_codes
-        return sums.backbone / num_frames + depth, sums
+        total = sums.backbone / num_frames + depth
+        if guided_weight is not None and sums.guided is not None:
+            total += guided_weight * sums.guided
+        return total, sums
 
     def add(
         total: tuple[Params, LossSums], part: tuple[Batch, Array]
@@ -172,6 +188,14 @@ def _gradients(
     return jax.lax.scan(add, zeros, parts)[0]
 
 
+def _guided_weight(state: TrainState, batch: Batch, config: TrainStepConfig) -> Array | None:
+    """The weight of each guided frame in the loss of a batch, float32 []."""
+    if config.guided is None or batch.spoken is None:
+        return None
+    count = _at_least_1(jnp.sum(guided_frames(batch.spoken, batch.loss_mask)))
+    return config.guided.weight_at(state.step) / count
+
+
 def _cut(rows: Array, parts: int) -> Array:
     """[B, ...] to [parts, B / parts, ...]: every part has rows of every device."""
     return rows.reshape(-1, parts, *rows.shape[1:]).swapaxes(0, 1)
@@ -182,7 +206,10 @@ def losses(
 ) -> LossSums:
     """Losses of a batch, of trainable and frozen parameters together."""
     model = assemble(params, frozen, config)
-    return summed_losses(model, *batch, keys, depth_share=config.depth_share, remat=config.remat)
+    heads = config.guided.heads if config.guided else ()
+    return summed_losses(
+        model, batch, keys, depth_share=config.depth_share, remat=config.remat, heads=heads
+    )
 
 
 def assemble(params: Params, frozen: Params | None, config: TrainStepConfig) -> CSM:
@@ -215,6 +242,6 @@ def eval_step(
     params: Params, frozen: Params | None, batch: Batch, *, config: TrainStepConfig
 ) -> LossSums:
     """Losses of a batch with every frame counted."""
-    everything = dataclasses.replace(config, depth_share=1.0, remat=False)
+    everything = dataclasses.replace(config, depth_share=1.0, remat=False, guided=None)
     keys = jax.vmap(jax.random.key)(jnp.zeros(len(batch.frames), jnp.uint32))
     return losses(params, frozen, batch, keys, config=everything)

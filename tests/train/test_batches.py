@@ -4,6 +4,7 @@ import itertools
 import json
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 import pytest
 from fixtures import CONFIG
@@ -55,14 +56,15 @@ def epoch(source: ShuffledBatches, number: int) -> list[Batch]:
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    for ours, theirs in zip(one, other, strict=True):
+    assert (one.spoken is None) == (other.spoken is None)
+    for ours, theirs in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)
 
 
 def assert_right(batch: Batch, num_rows: int) -> None:
     """Rows are unchanged examples, then padding that is masked and not in the loss."""
-    frames, mask, loss_mask = batch
+    frames, mask, loss_mask, _ = batch
     assert (frames.dtype, mask.dtype, loss_mask.dtype) == (np.int32, bool, bool)
     assert frames.shape == mask.shape == (num_rows, frames.shape[1], COLUMNS)
     assert loss_mask.shape == frames.shape[:2]
