@@ -16,8 +16,8 @@ from absl import flags
 
 from csm_jax.checkpoints import native_format
 from csm_jax.cli import flags as cli
-from csm_jax.config import CSMConfig, read_json
 from csm_jax.convert.export import export_huggingface
+from csm_jax.convert.layouts import read_sizes
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
@@ -38,7 +38,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define("to", "native", "native, or hf for transformers' layout")
     define("codec", None, "Mimi, directory or file: Sesame's layout has none inside")
     define("tokenizer", None, "tokenizer.json or *.model, if the source has none")
-    define("config", None, "config.json with the sizes, in this project's form, if need be")
+    define("config", None, "config.json of any layout with the sizes, if the source has none")
     define("adapters", None, "LoRA adapters to add to the weights: directory or hub name")
     define("verify", None, "directory to look for damage in; takes no other flag")
     define("quantize", "none", "none or int8")
@@ -75,7 +75,7 @@ def _to_native(values: flags.FlagValues, out: Path, dtype: jnp.dtype | None) -> 
     if native_format.is_native(source):
         raise CheckpointError(f"{source} is native already; --to=hf converts it back")
     codec = None if values.codec is None else Path(values.codec)
-    config = None if values.config is None else _read_config(Path(values.config))
+    config = None if values.config is None else read_sizes(Path(values.config).expanduser())
     tokenizer = None if values.tokenizer is None else Path(values.tokenizer)
     write_native(source, out, codec, config, tokenizer, dtype, int8=values.quantize == "int8")
 
@@ -121,11 +121,6 @@ def _small_files(source: Source) -> list[Path]:
 def _source(name: str) -> Path:
     path = Path(name).expanduser()
     return path if path.exists() else hub.download(name)
-
-
-def _read_config(path: Path) -> CSMConfig:
-    values = read_json(path)
-    return CSMConfig.from_dict(values.get("config", values))
 
 
 def run(argv: Sequence[str] | None = None) -> int:

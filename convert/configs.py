@@ -5,6 +5,7 @@ with factors 0.125 and 0.5 instead of 8192 with 1 and 4), which are the same thr
 `original / low` and `original / high` matter. Each set is read whole.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -16,33 +17,47 @@ from csm_jax.config import (
     TextTokenIds,
     csm_1b,
 )
+from csm_jax.convert.flavors import FLAVORS, model_of
 from csm_jax.convert.section import Section
 from csm_jax.errors import CheckpointError
 
 Json = dict[str, Any]
 
-# The flavors that the original `config.json` names instead of sizes.
-_FLAVORS = {"llama-1B": csm_1b().backbone, "llama-100M": csm_1b().depth_decoder}
+# Of our own, kept by transformers; written where they are not those of CSM-1B.
+_PROMPT_NAMES = ("space_after_speaker", "default_max_audio_length_ms")
+
+
+def csm_from_published(values: Json) -> CSMConfig | None:
+    """The sizes in a published `config.json`, as numbers or as flavors; None if it has none.
+
+    Raises:
+      CheckpointError: as `csm_from_huggingface` and `csm_from_flavors`.
+    """
+    # Numbers first: a fine-tune may have a flavor of its own beside them.
+    if "depth_decoder_config" in values:
+        return csm_from_huggingface(values)
+    return csm_from_flavors(values) if "backbone_flavor" in values else None
 
 
 def csm_from_flavors(values: Json) -> CSMConfig:
-    """The original layout's config, which names `llama-1B` and `llama-100M`.
+    """The original layout's config, which names flavors such as `llama-1B` and `llama-100M`.
 
     Raises:
       CheckpointError: another flavor, or a size that is missing or of a wrong type.
     """
     file = Section(values)
     names = [file.string(name, "None") for name in ("backbone_flavor", "decoder_flavor")]
-    unknown = [name for name in names if name not in _FLAVORS]
+    unknown = [name for name in names if name not in FLAVORS]
     if unknown:
         raise CheckpointError(
-            f"config.json names the flavor {unknown[0]}, but only {', '.join(_FLAVORS)} have "
+            f"config.json names the flavor {unknown[0]}, but only {', '.join(FLAVORS)} have "
             "known sizes: give the sizes with --config"
         )
-    return CSMConfig(
-        backbone=_FLAVORS[names[0]],
-        depth_decoder=_FLAVORS[names[1]],
-        codec=MimiConfig(),
+    backbone, depth_decoder = (FLAVORS[name] for name in names)
+    return dataclasses.replace(
+        model_of(backbone),
+        backbone=backbone,
+        depth_decoder=depth_decoder,
         text_vocab_size=file.integer("text_vocab_size"),
         audio_vocab_size=file.integer("audio_vocab_size"),
         num_codebooks=file.integer("audio_num_codebooks"),
@@ -64,21 +79,32 @@ def csm_from_huggingface(values: Json) -> CSMConfig:
         "and --quantize=int8",
     )
     bos = file.token_id("bos_token_id", ids.bos)
+    backbone = _llama_from_huggingface(file, defaults.backbone)
+    prompt = model_of(backbone)
     return CSMConfig(
-        backbone=_llama_from_huggingface(file, defaults.backbone),
+        backbone=backbone,
         depth_decoder=_llama_from_huggingface(
             file.section("depth_decoder_config"), defaults.depth_decoder
         ),
         codec=_mimi_from_section(file.section("codec_config")),
         text_vocab_size=file.integer("text_vocab_size", defaults.text_vocab_size),
-        audio_vocab_size=file.integer("vocab_size", defaults.audio_vocab_size),
-        num_codebooks=file.integer("num_codebooks", defaults.num_codebooks),
+        # The second name is the original layout's, of files that have both.
+        audio_vocab_size=file.integer(
+            "vocab_size", file.integer("audio_vocab_size", defaults.audio_vocab_size)
+        ),
+        num_codebooks=file.integer(
+            "num_codebooks", file.integer("audio_num_codebooks", defaults.num_codebooks)
+        ),
         text_token_ids=TextTokenIds(
             bos=bos,
             # CSM's own config leaves the text EOS unset: it is not where generation stops.
             eos=file.token_id("eos_token_id", bos + 1),
             audio=file.token_id("audio_token_id", ids.audio),
             audio_eos=file.token_id("audio_eos_token_id", ids.audio_eos),
+        ),
+        space_after_speaker=file.boolean("space_after_speaker", prompt.space_after_speaker),
+        default_max_audio_length_ms=file.integer(
+            "default_max_audio_length_ms", prompt.default_max_audio_length_ms
         ),
     )
 
@@ -241,7 +267,12 @@ _MIMI_FIXED = {
 
 def csm_to_huggingface(config: CSMConfig) -> Json:
     """The `config.json` that `CsmForConditionalGeneration.from_pretrained` reads."""
-    ids = config.text_token_ids
+    ids, usual = config.text_token_ids, csm_1b()
+    prompt = {
+        name: getattr(config, name)
+        for name in _PROMPT_NAMES
+        if getattr(config, name) != getattr(usual, name)
+    }
     depth = _llama_to_huggingface(config.depth_decoder) | {
         "model_type": "csm_depth_decoder_model",
         "backbone_hidden_size": config.backbone.embed_dim,
@@ -264,6 +295,7 @@ def csm_to_huggingface(config: CSMConfig) -> Json:
         "codebook_pad_token_id": config.audio_vocab_size - 1,
         "depth_decoder_config": depth,
         "codec_config": _mimi_to_huggingface(config.codec),
+        **prompt,
     }
 
 

@@ -12,6 +12,7 @@ from csm_jax.checkpoints import peft_files
 from csm_jax.checkpoints.torch_files import NoTensorsError
 from csm_jax.config import CSMConfig, MimiConfig, read_json
 from csm_jax.convert import configs, csm, mimi
+from csm_jax.convert.flavors import csm_from_shapes
 from csm_jax.convert.rules import Shape, Table, TensorSource, convert
 from csm_jax.convert.sources import list_candidates, open_candidate, open_file
 from csm_jax.convert.weight_files import ambiguous, by_rank
@@ -178,20 +179,18 @@ def _open_sesame(
             f"python -m csm_jax.convert --source={source} --codec=MIMI --out=DIR, where MIMI is a "
             "directory or file of kyutai's Mimi"
         )
-    config = config or _sesame_config(source)
+    config = config or _sesame_config(source, tensors)
     codec_config, codec_part = open_codec(codec, config.codec)
     config = dataclasses.replace(config, codec=codec_config)
     table = csm.sesame_table(config.backbone, config.depth_decoder)
     return Checkpoint(config, (Part("csm", table, tensors), codec_part))
 
 
-def _sesame_config(source: Path) -> CSMConfig:
-    values = _read_config(source)
-    if "backbone_flavor" in values:
-        return configs.csm_from_flavors(values)
-    if "depth_decoder_config" in values:
-        return configs.csm_from_huggingface(values)
-    raise CheckpointError(f"{source}: config.json has no sizes; give them with --config")
+def _sesame_config(source: Path, tensors: TensorSource) -> CSMConfig:
+    """The sizes in `config.json`; without them those of the known model with these shapes."""
+    path = _config_path(source)
+    published = configs.csm_from_published(read_json(path)) if path.exists() else None
+    return published or csm_from_shapes(str(source), tensors.shapes)
 
 
 def open_all(source: Path) -> Iterator[TensorSource]:
@@ -203,9 +202,23 @@ def open_all(source: Path) -> Iterator[TensorSource]:
         yield open_file(source)
 
 
+def read_sizes(path: Path) -> CSMConfig:
+    """The config in a JSON file: of a native checkpoint, of a published one, or its fields alone.
+
+    Raises:
+      CheckpointError: it cannot be read, or has a wrong set of fields.
+    """
+    values = read_json(path)
+    fields = values.get("config", values)
+    return configs.csm_from_published(values) or CSMConfig.from_dict(fields)
+
+
 def _read_config(source: Path) -> dict[str, Any]:
-    path = (source if source.is_dir() else source.parent) / "config.json"
-    return read_json(path)
+    return read_json(_config_path(source))
+
+
+def _config_path(source: Path) -> Path:
+    return (source if source.is_dir() else source.parent) / "config.json"
 
 
 def _subset(tensors: TensorSource, codec: bool) -> TensorSource:

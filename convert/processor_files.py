@@ -16,33 +16,34 @@ from csm_jax.convert.sentencepiece_files import to_tokenizers
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.tokenizer import Tokenizer
 
-# A turn is BOS, "[speaker]text", EOS, and its audio frames, if it has some.
+# A turn is BOS, "[speaker]text" or "[speaker] text", EOS, and its audio frames, if it has some.
 _TEMPLATE = """\
 {%- for message in messages -%}
   {%- set texts = message['content'] | selectattr('type', 'equalto', 'text') | list -%}
   {%- if texts | length != 1 -%}
     {{- raise_exception('every message needs one item of type text') -}}
   {%- endif -%}
-  {{- BOS + '[' + message['role'] + ']' + texts[0]['text'] + EOS -}}
+  {{- BOS + '[' + message['role'] + TEXT + EOS -}}
   {%- for item in message['content'] if item['type'] == 'audio' -%}
     {{- AUDIO -}}
   {%- endfor -%}
 {%- endfor -%}
 """
+# As `prompt.turns.tagged_text`.
+_TEXT = "']' + texts[0]['text']"
+_TEXT_AFTER_SPACE = "'] ' + texts[0]['text'].lstrip()"
 # Names of the special tokens in the published tokenizer.
 _NAMES = ("<|begin_of_text|>", "<|end_of_text|>", "<|AUDIO|>", "<|audio_eos|>")
 # Texts that the written tokenizer must encode as the source's does.
 _PROBES = (
     "[0]Hello from Sesame.",
+    "[0] Hello from Miso.",
     "[1]One, two; three! Is it 4:05 p.m.? It's $6.70, (or 8%).",
     "  two  spaces\tand\na line ",
     "Grüße, señor Ångström \u2014 \u201c\ufb01n\u201d \u2026",
     "\u4f60\u597d \u0417\u0434\u0440\u0430\u0432\u0441\u0442\u0432\u0443\u0439 \U0001f600",
     "",
 )
-
-# 10 s, as in the published file.
-MAX_FRAMES = 125
 
 logger = logging.getLogger("csm_jax")
 
@@ -66,7 +67,8 @@ def write_processor(directory: Path, config: CSMConfig, tokenizer: Tokenizer) ->
         )
         return
     bos, eos, audio, audio_eos = special
-    template = _TEMPLATE
+    spoken = _TEXT_AFTER_SPACE if config.space_after_speaker else _TEXT
+    template = _TEMPLATE.replace(" TEXT ", f" {spoken} ")
     for name, text in (("BOS", bos), ("EOS", eos), ("AUDIO", audio + audio_eos)):
         template = template.replace(f" {name} ", f" {json.dumps(text)} ")
     file = directory / "tokenizer.json"
@@ -96,7 +98,7 @@ def _generation(config: CSMConfig) -> dict[str, Any]:
     return {
         **drawn,
         **{f"depth_decoder_{name}": value for name, value in depth.items()},
-        "max_new_tokens": MAX_FRAMES,
+        "max_new_tokens": int(config.default_max_audio_length_ms / config.frame_ms),
         "bos_token_id": config.text_token_ids.bos,
         "pad_token_id": config.text_token_ids.audio,
     }

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from csm_jax.config import check_integer, check_number
+from csm_jax.config import check_boolean, check_integer, check_number
 from csm_jax.errors import CheckpointError
 
 
@@ -36,6 +36,9 @@ class Section:
     def number(self, name: str, default: float | None = None) -> float:
         """A number above 0; without a default it is required."""
         return check_number(self._where(name), self._get(name, default))
+
+    def boolean(self, name: str, default: bool) -> bool:
+        return check_boolean(self._where(name), self._get(name, default))
 
     def integers(self, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
         """A list of whole numbers."""

@@ -1,7 +1,7 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
 from csm_jax.align.words import Word
-from csm_jax.config import CSMConfig, csm_1b, tiny
+from csm_jax.config import CSMConfig, csm_1b, miso_8b, tiny
 from csm_jax.errors import (
     CancelledError,
     CheckpointError,
@@ -50,6 +50,7 @@ __all__ = [
     "Word",
     "csm_1b",
     "load",
+    "miso_8b",
     "normalize_text",
     "tiny",
 ]

@@ -1,6 +1,7 @@
 """Sizes of the model and the codec: frozen dataclasses, with presets and a JSON form.
 
-`csm_1b()` is the released model (SesameAILabs/csm `models.py`, kyutai-labs/moshi `loaders.py`);
+`csm_1b()` is the released model (SesameAILabs/csm `models.py`, kyutai-labs/moshi `loaders.py`),
+`miso_8b()` a larger one of the same architecture (MisoLabsAI/MisoTTS `models.py`, `generator.py`);
 `tiny()` has deliberately odd sizes, so that nothing hard-coded survives the tests.
 """
 
@@ -116,7 +117,14 @@ class TextTokenIds:
 
 @dataclass(frozen=True)
 class CSMConfig:
-    """The whole model: backbone, depth decoder, vocabularies and codec."""
+    """The whole model: backbone, depth decoder, vocabularies, codec and what it was trained with.
+
+    Attributes:
+      space_after_speaker: whether the text of a turn is "[0] Hello", without other spaces before
+        it, instead of "[0]Hello".
+      default_max_audio_length_ms: where speech is cut if a request does not say it and its text
+        cannot need more.
+    """
 
     backbone: LlamaConfig
     depth_decoder: LlamaConfig
@@ -125,6 +133,8 @@ class CSMConfig:
     audio_vocab_size: int = 2051
     num_codebooks: int = 32
     text_token_ids: TextTokenIds = field(default_factory=TextTokenIds)
+    space_after_speaker: bool = False
+    default_max_audio_length_ms: int = 10_000
 
     def __post_init__(self):
         if not 2 <= self.num_codebooks <= self.codec.num_codebooks:
@@ -195,6 +205,13 @@ def check_number(where: str, value: Any) -> float:
     return value
 
 
+def check_boolean(where: str, value: Any) -> bool:
+    """Returns True or False; raises `CheckpointError` for anything else."""
+    if not isinstance(value, bool):
+        raise CheckpointError(f"{where} is {value!r}, but must be true or false")
+    return value
+
+
 def _build_llama(values: Any) -> LlamaConfig:
     scaling = values.get("rope_scaling") if isinstance(values, dict) else None
     built = None if scaling is None else _build(RopeScaling, scaling)
@@ -236,16 +253,21 @@ def _check(where: str, value: Any, kind: Any, least: int) -> Any:
         return check_integer(where, value, least)
     if kind is float:
         return check_number(where, value)
+    if kind is bool:
+        return check_boolean(where, value)
     if not isinstance(value, list | tuple) or not value:
         raise CheckpointError(f"{where} is {value!r}, but must be a list of whole numbers")
     return tuple(check_integer(where, each, least) for each in value)
 
 
+# Meta's for Llama 3.2, in both stacks of every released model.
+_LLAMA_3_2 = RopeScaling(
+    factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
+)
+
+
 def csm_1b() -> CSMConfig:
     """The released CSM-1B: 1 552 791 552 parameters, and Mimi's 79 308 609."""
-    scaling = RopeScaling(
-        factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=8192
-    )
     return CSMConfig(
         backbone=LlamaConfig(
             num_layers=16,
@@ -255,7 +277,7 @@ def csm_1b() -> CSMConfig:
             head_dim=64,
             mlp_dim=8192,
             max_seq_len=2048,
-            rope_scaling=scaling,
+            rope_scaling=_LLAMA_3_2,
         ),
         depth_decoder=LlamaConfig(
             num_layers=4,
@@ -265,9 +287,41 @@ def csm_1b() -> CSMConfig:
             head_dim=128,
             mlp_dim=8192,
             max_seq_len=33,
-            rope_scaling=scaling,
+            rope_scaling=_LLAMA_3_2,
         ),
         codec=MimiConfig(),
+    )
+
+
+def miso_8b() -> CSMConfig:
+    """MisoTTS 8B: CSM with a larger backbone, a larger depth decoder and another prompt.
+
+    8 188 122 112 parameters, and Mimi's 79 308 609.
+    """
+    return CSMConfig(
+        backbone=LlamaConfig(
+            num_layers=32,
+            embed_dim=4096,
+            num_heads=32,
+            num_kv_heads=8,
+            head_dim=128,
+            mlp_dim=14_336,
+            max_seq_len=2048,
+            rope_scaling=_LLAMA_3_2,
+        ),
+        depth_decoder=LlamaConfig(
+            num_layers=8,
+            embed_dim=1536,
+            num_heads=24,
+            num_kv_heads=6,
+            head_dim=64,
+            mlp_dim=6912,
+            max_seq_len=33,
+            rope_scaling=_LLAMA_3_2,
+        ),
+        codec=MimiConfig(),
+        space_after_speaker=True,
+        default_max_audio_length_ms=90_000,
     )
 
 

@@ -2,6 +2,7 @@
 
     python examples/compile_full_size.py [--dtype=bfloat16] [--quantize=int8] [--batch=32]
     python examples/compile_full_size.py --tpu [--topology=v5e:2x2 --data=2 --model=2] ...
+    python examples/compile_full_size.py --tpu --config=miso_8b --quantize=int8 ...
     python examples/compile_full_size.py --tpu --programs train_step [--lora_rank=16] [--fsdp=4] ...
 
 The program needs only the shapes of the weights. It prints a JSON line for each compiled program:
@@ -25,12 +26,14 @@ from csm_jax.train.fsdp import make_fsdp_mesh
 from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import TrainStepConfig
 
+CONFIGS = {"csm_1b": csm_jax.csm_1b(), "miso_8b": csm_jax.miso_8b()}
 PROGRAMS = ("prefill", "frame_loop", "codec_step")
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tpu", action="store_true", help="compile for TPUs")
+    parser.add_argument("--config", default="csm_1b", choices=CONFIGS, help="sizes of the model")
     parser.add_argument("--topology", default="v5e:1x1", help="v5e:2x2, v6e:1x1, ...")
     parser.add_argument("--data", type=int, default=1, help="chips that the batch is divided over")
     parser.add_argument(
@@ -71,7 +74,7 @@ def main() -> None:
 
 
 def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> dict:
-    target = Target(csm_jax.csm_1b(), precision, make_mesh(flags.data, flags.model, devices))
+    target = Target(CONFIGS[flags.config], precision, make_mesh(flags.data, flags.model, devices))
     return {
         "prefill": lambda: target.prefill(flags.batch, flags.max_seq_len, flags.prompt),
         "frame_loop": lambda: target.frame_loop(flags.batch, flags.max_seq_len),
@@ -84,7 +87,8 @@ def step_config(
 ) -> TrainStepConfig:
     lora = LoRAConfig(rank=flags.lora_rank) if flags.lora_rank else None
     mesh = make_fsdp_mesh(flags.fsdp, devices)
-    return TrainStepConfig(csm_jax.csm_1b(), OptimizerConfig(), precision, lora=lora, mesh=mesh)
+    config = CONFIGS[flags.config]
+    return TrainStepConfig(config, OptimizerConfig(), precision, lora=lora, mesh=mesh)
 
 
 if __name__ == "__main__":

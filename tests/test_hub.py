@@ -142,6 +142,11 @@ def hub(tmp_path_factory):
     write_adapters(root / "someone" / "lora", fixtures.CONFIG)
     (root / "someone" / "run").mkdir()
     write_adapters(root / "someone" / "run" / "checkpoint-500", fixtures.CONFIG)
+    bare = fixtures.write_sesame(root / "someone" / "bare")
+    (bare / "config.json").unlink()
+    (root / "meta-llama" / "Llama-3.2-1B").mkdir(parents=True)
+    shutil.move(bare / "tokenizer.json", root / "meta-llama" / "Llama-3.2-1B")
+    (root / "meta-llama" / "Llama-3.2-1B" / "config.json").write_text("{}")
     several = root / "someone" / "several"
     several.mkdir()
     fixtures.write_config(several)
@@ -230,6 +235,59 @@ def test_sesames_layout_is_converted_with_kyutais_codec(hub, run, tmp_path):
     assert hub.downloaded() == [*codec, *own, "someone/tuned/tokenizer.json"]
     loaded = fixtures.load_params(native, CONFIG, FLOAT32)
     assert_same_params(native_format.flatten(loaded), params())
+
+
+def test_a_repository_of_weights_alone_is_converted(hub, run, tmp_path):
+    """As MisoTTS: its shapes tell the model, and its tokenizer is the reference's."""
+    code = """
+        import sys
+        from csm_jax.config import tiny
+        from csm_jax.convert import flavors
+        from csm_jax.loading import hub
+        config = tiny()
+        flavors.FLAVORS |= {"tiny": config.backbone, "tiny depth": config.depth_decoder}
+        flavors.MODELS["tiny"] = config
+        for name in sys.argv[1:]:
+            print("native:", hub.native_copy(name))
+    """
+    native = tmp_path / "ours" / "checkpoints" / f"someone--bare@{COMMIT}"
+    assert run("someone/bare", code=code) == [f"native: {native}"]
+    codec = [f"kyutai/mimi/{name}" for name in ("config.json", "model.safetensors")]
+    tokenizer = "meta-llama/Llama-3.2-1B/tokenizer.json"
+    assert hub.downloaded() == [*codec, tokenizer, "someone/bare/model.safetensors"]
+    loaded = fixtures.load_params(native, CONFIG, FLOAT32)
+    assert_same_params(native_format.flatten(loaded), params())
+    # Afterwards nothing is downloaded, with a network or without.
+    hub.seen.clear()
+    assert run("someone/bare") == [f"native: {native}"]
+    assert hub.downloaded() == []
+    assert run("someone/bare", HF_HUB_OFFLINE="1") == [f"native: {native}"]
+    assert run("someone/bare", HF_ENDPOINT=closed_port()) == [f"native: {native}"]
+    # Without the native copy, the hub's own cache suffices offline.
+    shutil.rmtree(native)
+    assert run("someone/bare", code=code, HF_HUB_OFFLINE="1") == [f"native: {native}"]
+
+
+def test_a_revision_can_be_given_beside_the_name(hub, run, tmp_path):
+    code = """
+        import sys
+        import csm_jax
+        name, revision = sys.argv[1:]
+        print(csm_jax.load(name, revision=revision).config.num_codebooks)
+        for wrong in ("demo", f"{name}@main", "random:tiny", "."):
+            try:
+                csm_jax.load(wrong, revision=revision)
+            except csm_jax.InputError as error:
+                print(error)
+    """
+    codebooks, *errors = run("someone/tuned", COMMIT, code=code)
+    assert codebooks == str(CONFIG.num_codebooks)
+    assert [path.name for path in (tmp_path / "ours" / "checkpoints").iterdir()] == [
+        f"someone--tuned@{COMMIT}"
+    ]
+    reasons = ["no repository", "a revision already", "no repository", "no repository"]
+    for error, reason in zip(errors, reasons, strict=True):
+        assert reason in error
 
 
 def test_a_repository_that_was_updated_is_converted_again(hub, run, tmp_path):

@@ -82,7 +82,7 @@ def _find_candidates(
     heads = tuple((i, j) for i in range(backbone.num_layers) for j in range(backbone.num_heads))
     masses = []
     for recording in recordings:
-        weights = row_weights(recording.text, recording.speaker, model.tokenizer)
+        weights = row_weights(recording.text, recording.speaker, model.tokenizer, model.config)
         masses.append(attention_to(model, recording, heads).transpose(1, 0, 2) @ weights)
     # No path has a better score than one that may go to any word at any time.
     bounds = np.array([mass.max(axis=-1).mean(axis=-1) for mass in masses])  # [recordings, heads]

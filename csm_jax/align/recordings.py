@@ -55,9 +55,9 @@ def align(model: LoadedModel, recording: Recording) -> list[Word]:
     Raises:
       InputError: the model has no alignment heads; and what `attention_to` raises.
     """
-    alignment, seconds = model.check_alignment(), model.config.frame_ms / 1000
+    alignment = model.check_alignment()
     part = PartAlignment(
-        recording.text, recording.speaker, model.tokenizer, alignment, seconds, start=0
+        recording.text, recording.speaker, model.tokenizer, alignment, model.config, start=0
     )
     part.push(attention_to(model, recording, alignment.heads))
     return part.words(len(part.tracker), recording.audio, model.sample_rate)

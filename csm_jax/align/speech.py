@@ -12,6 +12,7 @@ from csm_jax.align.heads import AlignmentHeads
 from csm_jax.align.timing import time_words
 from csm_jax.align.tracking import DELAY, WordTracker
 from csm_jax.align.words import Word, row_weights, word_spans
+from csm_jax.config import CSMConfig
 from csm_jax.prompt.tokenizer import Tokenizer
 
 
@@ -29,20 +30,19 @@ class PartAlignment:
         speaker: int,
         tokenizer: Tokenizer,
         heads: AlignmentHeads,
-        frame_seconds: float,
+        config: CSMConfig,
         start: int,
     ):
         """Begins a part.
 
         Args:
-          frame_seconds: duration of a frame.
           start: frames of the speech before it.
         """
         self.texts = [text[first:last] for first, last in word_spans(text)]
         self.tracker = WordTracker(len(self.texts))
-        self._weights = row_weights(text, speaker, tokenizer)  # [L, W]
+        self._weights = row_weights(text, speaker, tokenizer, config)  # [L, W]
         self._heads = heads
-        self._frame_seconds = frame_seconds
+        self._frame_seconds = config.frame_ms / 1000
         self._start = start
         self._num_decided = 0
         self._decided_end = 0.0

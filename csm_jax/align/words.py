@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from csm_jax.config import CSMConfig
 from csm_jax.prompt.tokenizer import Tokenizer
+from csm_jax.prompt.turns import tagged_text
 
 _CHUNK = re.compile(r"\S+")
 # Scripts without spaces, in which a letter is a syllable or a word.
@@ -69,16 +71,16 @@ def word_spans(text: str) -> list[tuple[int, int]]:
     return spans if opening is None else [(opening, len(text.rstrip()))]
 
 
-def row_weights(text: str, speaker: int, tokenizer: Tokenizer) -> np.ndarray:
+def row_weights(text: str, speaker: int, tokenizer: Tokenizer, config: CSMConfig) -> np.ndarray:
     """How much of each text row's attention belongs to each word: float32 [L, W].
 
     A token that spans several words belongs to them in proportion to its characters. The rows of
     BOS, EOS and the speaker belong to none.
     """
     spans = word_spans(text)
-    tag = f"[{speaker}]"
-    tokens = np.array([token[1:] for token in tokenizer.encode_with_offsets(tag + text)])  # [L, 2]
-    words = np.array(spans).reshape(-1, 2) + len(tag)  # [W, 2]
+    tagged = tagged_text(text, speaker, config)
+    tokens = np.array([token[1:] for token in tokenizer.encode_with_offsets(tagged)])  # [L, 2]
+    words = np.array(spans).reshape(-1, 2) + len(tagged) - len(text)  # [W, 2]
     shared = np.minimum(tokens[:, 1:], words[:, 1]) - np.maximum(tokens[:, :1], words[:, 0])
     weights = np.maximum(shared, 0).astype(np.float32)
     totals = weights.sum(axis=1, keepdims=True)

@@ -237,14 +237,15 @@ def load(
     quantize: str | None = None,
     mesh: Mesh | None = None,
     adapters: str | Path | None = None,
+    revision: str | None = None,
 ) -> Generator:
     """Loads a model.
 
     Args:
       name: a Hugging Face repository such as "sesame/csm-1b", which is downloaded and converted
         on the first call; a directory in any of the layouts; "demo", a very small model that
-        comes with the package and speaks digits and simple sentences; "random:tiny" or
-        "random:csm_1b", random weights that make noise.
+        comes with the package and speaks digits and simple sentences; "random:tiny",
+        "random:csm_1b" or "random:miso_8b", random weights that make noise.
       dtype: float32, bfloat16 or float16, as a name or a type (`jnp.bfloat16`); or "auto":
         bfloat16 where the hardware computes in it, float16 on older GPUs, float32 on a CPU. The
         codec is float32 always.
@@ -252,13 +253,14 @@ def load(
       mesh: the devices to use, of `sharding.make_mesh`; None is the first one.
       adapters: a directory of LoRA adapters in PEFT's format, or their hub name; they become part
         of the weights.
+      revision: branch, tag or commit of the repository; the same as "owner/name@revision".
 
     Raises:
       CheckpointError: there is no such checkpoint, or it is damaged.
-      InputError: another `dtype` or `quantize`.
+      InputError: another `dtype` or `quantize`; a revision of what is no repository.
     """
     precision = resolve(dtype, quantize or "none")
-    source = open_source(name, adapters)
+    source = open_source(name, adapters, revision)
     if source.is_int8:
         precision = _as_int8(str(name), dtype, quantize)
     params = native_format.place_params(

@@ -14,7 +14,6 @@ from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.turns import Segment, check_text
 
 GUARD = ("on", "off")
-DEFAULT_MAX_AUDIO_LENGTH_MS = 10_000
 DEFAULT_SAMPLING = Sampling()
 MAX_TAKES = 16
 
@@ -36,7 +35,8 @@ class Request:
         left out, with a notice.
       sampling: how codes are drawn.
       max_audio_length_ms: the speech is cut at this length, with a notice, if it has not ended by
-        itself. None is 10 s, or what the text can need if that is more.
+        itself. None is the model's own limit (10 s, and 90 s for MisoTTS), or what the text can
+        need if that is more.
       seed: the same seed and arguments give the same speech.
       guard: "on" or True stops speech that repeats itself, falls silent or does not end; "off" or
         False leaves it alone, as greedy sampling always does.

@@ -18,13 +18,7 @@ from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
 from csm_jax.inference.loaded_model import LoadedModel
-from csm_jax.inference.request import (
-    DEFAULT_MAX_AUDIO_LENGTH_MS,
-    Notice,
-    Notify,
-    Request,
-    log_notice,
-)
+from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
 from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.splitting import needed_seconds, split_text
@@ -234,9 +228,9 @@ class RequestState:
         model = self._model
         if model.alignment is None or len(self._rows.frames) > TEXT_POSITIONS:
             return None
-        seconds = self._config.frame_ms / 1000
+        speaker = self._request.speaker
         return PartAlignment(
-            text, self._request.speaker, model.tokenizer, model.alignment, seconds, self._total
+            text, speaker, model.tokenizer, model.alignment, self._config, self._total
         )
 
     def _new_guarded(self, max_frames: int) -> GuardedFrames:
@@ -360,7 +354,7 @@ class RequestState:
         if milliseconds is None:
             needed = 1000 * sum(map(self._needed_seconds, self._parts))
             needed += num_silent * self._config.frame_ms
-            milliseconds = max(DEFAULT_MAX_AUDIO_LENGTH_MS, needed)
+            milliseconds = max(self._config.default_max_audio_length_ms, needed)
         frames = milliseconds / self._config.frame_ms
         if not 1 <= frames < math.inf:
             raise InputError(

@@ -15,7 +15,11 @@ from csm_jax.errors import CheckpointError
 from csm_jax.loading import hub
 from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
-RANDOM = {"random:tiny": presets.tiny, "random:csm_1b": presets.csm_1b}
+RANDOM = {
+    "random:tiny": presets.tiny,
+    "random:csm_1b": presets.csm_1b,
+    "random:miso_8b": presets.miso_8b,
+}
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
 BUNDLED = {"demo": Path(__file__).parent / "demo"}
 NAMES = (*BUNDLED, *RANDOM)
@@ -39,17 +43,20 @@ class Source(NamedTuple):
     directory: Path | None
 
 
-def open_source(name: str | Path, adapters: str | Path | None = None) -> Source:
+def open_source(
+    name: str | Path, adapters: str | Path | None = None, revision: str | None = None
+) -> Source:
     """Finds a checkpoint by name, and adds adapters to its weights.
 
     Args:
-      name, adapters: as for `csm_jax.load`.
+      name, adapters, revision: as for `csm_jax.load`.
 
     Raises:
+      InputError: there is a revision, and the name has one already or is none of the hub.
       CheckpointError: there is no such checkpoint, or its files cannot be read; the same of the
         adapters; or its weights are int8, to which nothing can be added.
     """
-    source = _open(name)
+    source = _open(name if revision is None else hub.with_revision(str(name), revision))
     if adapters is None:
         return source
     directory = find_adapters(adapters)

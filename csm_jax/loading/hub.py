@@ -21,14 +21,18 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntr
 
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.config import read_json
-from csm_jax.errors import CheckpointError, OutputError, first_line
+from csm_jax.errors import CheckpointError, InputError, OutputError, first_line
 from csm_jax.io.files import make_once, replace_file
+from csm_jax.prompt.tokenizer import has_tokenizer
 
 # The codec of a checkpoint in Sesame's layout, which has none inside.
 CODEC_REPOSITORY = "kyutai/mimi"
+# The tokenizer of a checkpoint that comes without one, as MisoTTS: the one its reference loads.
+TOKENIZER_REPOSITORY = "meta-llama/Llama-3.2-1B"
 # Files of a repository: recordings of voices, parameters, and adapters.
 _PROMPTS = re.compile(r"^prompts/")
 _WEIGHTS = re.compile(r"\.(safetensors|pt|pth|ckpt|bin)$")
+_LONE_WEIGHTS = ("model.safetensors", "ckpt.pt")
 _ADAPTERS = re.compile(r"(^|/)adapter_model\.")
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -84,6 +88,22 @@ def is_name(name: str) -> bool:
 def is_adapters_name(name: str) -> bool:
     """Whether this can be the name of a repository, or of a folder of one."""
     return bool(_NAME.fullmatch(name)) and not name.startswith((".", "~"))
+
+
+def with_revision(name: str, revision: str) -> str:
+    """The name of a repository at a revision.
+
+    Raises:
+      InputError: this is no name of a repository, or it has a revision already.
+    """
+    if Path(name).expanduser().exists() or not is_name(name):
+        raise InputError(
+            f"revision is {revision}, but {name} is no repository of the hub: only those have "
+            "revisions"
+        )
+    if "@" in name:
+        raise InputError(f"revision is {revision}, but {name} has a revision already: drop one")
+    return f"{name}@{revision}"
 
 
 def _split(name: str) -> tuple[str, str]:
@@ -144,7 +164,8 @@ def _convert(name: str, native: Path) -> None:
 
     source = download(name)
     codec = download(CODEC_REPOSITORY) if needs_codec(source) else None
-    write_native(source, native, codec)
+    tokenizer = None if has_tokenizer(source) else _download_tokenizer()
+    write_native(source, native, codec, tokenizer=tokenizer)
     repository = _flat(_split(name)[0])
     for other in sorted(native.parent.glob(f"{repository}*")):
         if other != native and other.name.partition("@")[0] == repository:
@@ -163,6 +184,10 @@ def _commit(repository: str, revision: str, file: str = "config.json") -> str:
         url = huggingface_hub.hf_hub_url(repository, file, revision=revision)
         commit = huggingface_hub.get_hf_file_metadata(url, timeout=_TIMEOUT).commit_hash
     except Exception as error:  # of the network library, which changes with the hub's library
+        if isinstance(error, EntryNotFoundError) and (
+            commit := _commit_without_config(repository, revision)
+        ):
+            return commit
         known = _known_commit(repository, revision, file)
         if known is None:
             return _snapshot(_fetch(repository, file, revision), file).name
@@ -181,6 +206,16 @@ def _commit(repository: str, revision: str, file: str = "config.json") -> str:
         with contextlib.suppress(CheckpointError):
             _fetch(repository, file, revision)
     return commit
+
+
+def _commit_without_config(repository: str, revision: str) -> str | None:
+    """The commit of a repository of nothing but weights, as MisoTTS; None if it has none."""
+    try:
+        info = huggingface_hub.HfApi().model_info(repository, revision=revision, timeout=_TIMEOUT)
+    except (HfHubHTTPError, OSError):
+        return None
+    has_weights = any(file.rfilename in _LONE_WEIGHTS for file in info.siblings or ())
+    return info.sha if has_weights else None
 
 
 def _known_commit(repository: str, revision: str, file: str) -> str | None:
@@ -232,10 +267,14 @@ def download(name: str) -> Path:
     """
     repository, revision = _split(name)
     commit = _commit(repository, revision)
-    snapshot = _fetch(repository, "config.json", commit).parent
-    for file in _wanted(repository, commit, snapshot):
-        _fetch(repository, file, commit)
-    return snapshot
+    files = [_fetch(repository, file, commit) for file in _wanted(repository, commit)]
+    return files[0].parent
+
+
+def _download_tokenizer() -> Path:
+    """The file of `TOKENIZER_REPOSITORY`. Raises `CheckpointError` as `native_copy` does."""
+    name = native_format.TOKENIZER_FILES[0]
+    return _fetch(TOKENIZER_REPOSITORY, name, "main")
 
 
 def download_adapters(name: str) -> Path:
@@ -247,7 +286,7 @@ def download_adapters(name: str) -> Path:
     config = folder + peft_files.CONFIG
     commit = _commit(repository, revision, config)
     path = _fetch(repository, config, commit)
-    files = _list(repository, commit, _snapshot(path, config), _ADAPTERS)
+    files = _list(repository, commit, _ADAPTERS)
     for weights in (peft_files.WEIGHTS, peft_files.TORCH_WEIGHTS):
         if folder + weights in files:
             _fetch(repository, folder + weights, commit)
@@ -270,30 +309,32 @@ def download_prompts(name: str) -> list[Path]:
     """Downloads the files in a repository's `prompts/`. Raises `CheckpointError`."""
     repository, revision = _split(name)
     commit = _commit(repository, revision)
-    snapshot = _fetch(repository, "config.json", commit).parent
-    files = _list(repository, commit, snapshot, _PROMPTS)
+    files = _list(repository, commit, _PROMPTS)
     return [_fetch(repository, file, commit) for file in files if _PROMPTS.search(file)]
 
 
-def _list(repository: str, commit: str, snapshot: Path, wanted: re.Pattern[str]) -> list[str]:
+def _list(repository: str, commit: str, wanted: re.Pattern[str]) -> list[str]:
     """The files of a repository; offline those in the cache, if any of them matches `wanted`."""
     try:
         return huggingface_hub.HfApi().list_repo_files(repository, revision=commit)
     except Exception as error:
+        snapshot = _snapshot_directory(repository, commit)
         files = [path.relative_to(snapshot).as_posix() for path in snapshot.rglob("*")]
         if not any(wanted.search(file) for file in files):
             raise _unreachable(repository, "the list of files", error) from error
         return files
 
 
-def _wanted(repository: str, commit: str, snapshot: Path) -> list[str]:
+def _wanted(repository: str, commit: str) -> list[str]:
     """The files of a repository that this package reads, of only one checkpoint if it has more."""
     from csm_jax.convert.weight_files import choose
 
-    files = _list(repository, commit, snapshot, _WEIGHTS)
+    files = _list(repository, commit, _WEIGHTS)
     weights = choose(files, lambda file: read_json(_fetch(repository, file, commit)), repository)
     small = native_format.TOKENIZER_FILES + native_format.SMALL_FILES
-    return [file for file in small if file in files] + sorted(weights)
+    # Without weights it is no checkpoint, and what is missing is its config.
+    config = ["config.json"] if "config.json" in files or not weights else []
+    return config + [file for file in small if file in files] + sorted(weights)
 
 
 def _fetch(repository: str, file: str, revision: str) -> Path:
@@ -311,6 +352,12 @@ def _download(repository: str, file: str, revision: str) -> Path:
         repository, file, revision=revision, cache_dir=_hub_cache()
     )
     return Path(found)
+
+
+def _snapshot_directory(repository: str, commit: str) -> Path:
+    """Where the hub's library keeps the files of a commit."""
+    cache = _hub_cache() or Path(constants.HF_HUB_CACHE)
+    return cache / f"models--{_flat(repository)}" / "snapshots" / commit
 
 
 def _hub_cache() -> Path | None:

@@ -188,6 +188,12 @@ def load_tokenizer(path: Path, config: CSMConfig) -> Tokenizer:
     return tokenizer
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether `load_tokenizer` would find a file in a directory."""
+    names = (BPETokenizer.file_name, SentencePieceTokenizer.file_name)
+    return any((directory / name).is_file() for name in names) or any(directory.glob("*.model"))
+
+
 def byte_tokenizer(config: CSMConfig) -> BPETokenizer:
     """One id per UTF-8 byte, 0..255 in the order of the byte-level alphabet.
 

@@ -1,8 +1,9 @@
 """Prompts: a conversation as the frames that the backbone is prefilled with.
 
 A turn is BOS, "[speaker]text", EOS, then its audio frames and one frame of zeros; the turn to be
-spoken has text only (SesameAILabs/csm `generator.py`). A recording without a transcript keeps its
-"[speaker]", which is how the model knows whose voice it is.
+spoken has text only (SesameAILabs/csm `generator.py`). Other models want a space after the bracket
+(MisoLabsAI/MisoTTS `generator.py`), which is part of their config. A recording without a transcript
+keeps its "[speaker]", which is how the model knows whose voice it is.
 """
 
 import unicodedata
@@ -65,6 +66,11 @@ def check_text(text: str) -> None:
         raise InputError("the text is empty: there is nothing to say")
 
 
+def tagged_text(text: str, speaker: int, config: CSMConfig) -> str:
+    """The text of a turn as the model was trained with it; the words of `text` are its end."""
+    return f"[{speaker}] {text.lstrip()}" if config.space_after_speaker else f"[{speaker}]{text}"
+
+
 class Turn:
     """A turn of the context: checked, of known length, and encoded when its rows are needed.
 
@@ -112,7 +118,7 @@ def check_turn(turn: Segment, config: CSMConfig) -> None:
     _check_contents(turn)
     if turn.text is not None:
         check_text(turn.text)
-    check_unicode(f"[{turn.speaker}]{turn.text or ''}")
+    check_unicode(tagged_text(turn.text or "", turn.speaker, config))
     if turn.codes is not None:
         _check_codes(np.asarray(turn.codes), config)
     elif turn.audio is not None:
@@ -153,7 +159,7 @@ def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) 
 
 
 def _tagged_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
-    ids = tokenizer.encode(f"[{speaker}]{text}")
+    ids = tokenizer.encode(tagged_text(text, speaker, config))
     frames = np.zeros((len(ids), config.num_codebooks + 1), np.int32)
     frames[:, -1] = ids
     mask = np.zeros(frames.shape, bool)

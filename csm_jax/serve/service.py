@@ -259,8 +259,9 @@ class Service:
         limit, wanted = self.settings.limits.speech_ms, request.max_audio_length_ms
         if wanted is not None and wanted > limit:
             raise InputError(f"max_audio_length_ms is {wanted:g}, but at most {limit:g} are spoken")
-        needed = needed_seconds(request.spoken_text) + request.pause_seconds
-        if wanted is None and 1000 * needed > limit:
+        needed = 1000 * (needed_seconds(request.spoken_text) + request.pause_seconds)
+        usual = self.model.config.default_max_audio_length_ms
+        if wanted is None and max(usual, needed) > limit:
             return dataclasses.replace(request, max_audio_length_ms=limit)
         return request
 

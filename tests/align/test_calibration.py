@@ -55,7 +55,7 @@ def test_starts_must_be_those_of_the_words(demo, recordings):
 
 def test_attention_to_a_recording_goes_forward_through_its_words(demo, recordings):
     attention = attention_to(demo, recordings[1], demo.alignment.heads)
-    words = (attention[:, 0] @ row_weights(TEXTS[1], 0, demo.tokenizer)).argmax(axis=1)
+    words = (attention[:, 0] @ row_weights(TEXTS[1], 0, demo.tokenizer, demo.config)).argmax(axis=1)
     assert (np.diff(words) >= 0).mean() > 0.9
     assert set(words) == {0, 1, 2, 3}
     assert (attention.sum(axis=-1) <= 1 + 1e-5).all()

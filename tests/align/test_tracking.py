@@ -100,7 +100,7 @@ def test_a_frame_that_is_shared_moves_the_boundary_by_its_share(share):
 def test_words_of_a_stream_are_those_of_the_whole_and_are_not_taken_back():
     text = "one two three four"
     tokenizer = byte_tokenizer(tiny())
-    part = PartAlignment(text, 0, tokenizer, HEADS, 0.08, start=10)
+    part = PartAlignment(text, 0, tokenizer, HEADS, tiny(), start=10)
     mass = spoken(5, 4, 6, 7)
     rows = tokenizer.encode(f"[0]{text}")
     attention = np.zeros((len(mass), 1, len(rows)), np.float32)

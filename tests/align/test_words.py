@@ -1,5 +1,6 @@
 """Words of a text, and the rows of a prompt that stand for them."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -41,7 +42,7 @@ def test_words_are_in_order_and_leave_out_only_white_space(text):
 def test_each_byte_belongs_to_the_word_that_it_is_in():
     """With one row for a byte, after BOS and `[0]`, the rows are known."""
     text = "né 你 x"
-    weights = row_weights(text, 0, byte_tokenizer(tiny()))
+    weights = row_weights(text, 0, byte_tokenizer(tiny()), tiny())
     owners = [-1, *[-1] * 3, 0, 0, 0, -1, 1, 1, 1, -1, 2, -1]
     assert weights.shape == (len(owners), 3)
     for row, owner in zip(weights, owners, strict=True):
@@ -51,10 +52,20 @@ def test_each_byte_belongs_to_the_word_that_it_is_in():
         np.testing.assert_array_equal(row, expected)
 
 
+@pytest.mark.parametrize("text", ["hi ho", "  hi ho"])
+def test_a_space_after_the_speaker_belongs_to_no_word(text):
+    """The rows are BOS, `[0] hi ho` and EOS, since the model was trained without other spaces."""
+    config = dataclasses.replace(tiny(), space_after_speaker=True)
+    weights = row_weights(text, 0, byte_tokenizer(config), config)
+    owners = [weights[:, word].nonzero()[0].tolist() for word in (0, 1)]
+    assert (len(weights), owners) == (11, [[5, 6], [8, 9]])
+
+
 @pytest.mark.parametrize("text", TEXTS)
 def test_sentencepiece_rows_belong_to_words_or_to_none(text):
-    tokenizer = open_source("demo").tokenizer
-    weights = row_weights(text, 1, tokenizer)
+    source = open_source("demo")
+    tokenizer = source.tokenizer
+    weights = row_weights(text, 1, tokenizer, source.config)
     assert len(weights) == len(tokenizer.encode(f"[1]{text}"))
     sums = weights.sum(axis=1)
     assert ((np.abs(sums - 1) < 1e-6) | (sums == 0)).all()
@@ -66,7 +77,7 @@ def test_a_token_that_spans_two_words_is_shared_by_them():
         def encode_with_offsets(self, text):
             return [(1, 0, 0), (7, 0, len(text)), (2, len(text), len(text))]
 
-    weights = row_weights("你好吗", 0, OneToken())
+    weights = row_weights("你好吗", 0, OneToken(), tiny())
     np.testing.assert_allclose(weights[1], [1 / 3] * 3)
 
 

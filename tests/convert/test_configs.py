@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from csm_jax.checkpoints import native_format
-from csm_jax.config import CSMConfig, RopeScaling, TextTokenIds, csm_1b, tiny
+from csm_jax.config import CSMConfig, RopeScaling, TextTokenIds, csm_1b, miso_8b, tiny
 from csm_jax.convert import configs
 from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.errors import CheckpointError
@@ -95,7 +95,7 @@ def assert_equivalent(got: CSMConfig, want: CSMConfig) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-6, err_msg=stack)
 
 
-@pytest.mark.parametrize("config", [csm_1b(), tiny(), ODD], ids=["csm_1b", "tiny", "odd"])
+@pytest.mark.parametrize("config", [csm_1b(), miso_8b(), tiny(), ODD])
 def test_configs_are_equivalent_after_writing_and_reading(config):
     assert CSMConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     back = configs.csm_from_huggingface(json.loads(json.dumps(configs.csm_to_huggingface(config))))
@@ -164,7 +164,7 @@ def test_missing_rope_scaling_gives_plain_rope(rope):
 
 def test_transformers_reads_written_configs():
     transformers = pytest.importorskip("transformers")
-    for config in (csm_1b(), tiny()):
+    for config in (csm_1b(), miso_8b(), tiny()):
         theirs = transformers.CsmConfig(**configs.csm_to_huggingface(config))
         assert theirs.depth_decoder_config.num_hidden_layers == config.depth_decoder.num_layers
         assert theirs.codec_config.upsampling_ratios == [*reversed(config.codec.ratios)]
@@ -232,11 +232,14 @@ def test_a_damaged_native_config_is_refused(change, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "config.json is missing"),
+        (None, "stack of unknown sizes .3 layers of 48.*, and no config.json that tells its heads"),
         ("{", "config.json cannot be read"),
         ('{"a":' * 10_000, "config.json cannot be read"),
         ("[]", "not a JSON object"),
-        ('{"audio_vocab_size": 35}', "has no sizes; give them with --config"),
+        (
+            '{"audio_vocab_size": 35}',
+            "tells its heads: give the sizes with --config",
+        ),
     ],
 )
 def test_a_damaged_published_config_is_refused(sesame, codec, tmp_path, content, message):

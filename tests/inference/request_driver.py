@@ -6,7 +6,7 @@ import numpy as np
 from fixtures import CONFIG as TINY
 from fixtures import TOKENIZER
 
-from csm_jax import Request, Segment
+from csm_jax import CSMConfig, Request, Segment
 from csm_jax.inference.config import DEFAULT_INFERENCE
 from csm_jax.inference.decode_batch import Utterance
 from csm_jax.inference.request_state import RequestState
@@ -58,9 +58,12 @@ class StubModel:
         return SILENCE
 
 
-def begin(request: Request, max_seq_len: int | None = None) -> tuple[RequestState, list]:
-    notices = []
-    return RequestState(StubModel(), request, notices.append, max_seq_len), notices
+def begin(
+    request: Request, max_seq_len: int | None = None, config: CSMConfig = CONFIG
+) -> tuple[RequestState, list]:
+    notices, model = [], StubModel()
+    model.config = config
+    return RequestState(model, request, notices.append, max_seq_len), notices
 
 
 def play(state: RequestState, *parts, chunks=(25,)):

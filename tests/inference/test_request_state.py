@@ -1,8 +1,11 @@
 """The utterances of a request, their limits and their ends."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from request_driver import (
+    CONFIG,
     END,
     FRAME_MS,
     LONG,
@@ -115,6 +118,12 @@ def test_the_default_limit_grows_with_the_text():
     for text, frames in (("Hi.", 125), (long, frames_for(long))):
         utterance = begin(Request(text, guard="off"))[0].next_utterance()
         assert utterance.max_frames == frames
+
+
+def test_the_default_limit_is_the_models():
+    longer = dataclasses.replace(CONFIG, default_max_audio_length_ms=90_000)
+    request = Request("Hi.", guard="off")
+    assert begin(request, config=longer)[0].next_utterance().max_frames == 1125
 
 
 def test_a_part_that_fills_the_window_is_cut_with_a_notice():

@@ -41,6 +41,15 @@ def expected_audio(codes) -> list[list[int]]:
     return [[*codes, 0] for codes in np.asarray(codes).tolist()] + [[0, 0, 0, 0]]
 
 
+def test_a_space_after_the_speaker_replaces_spaces_before_the_text():
+    """As MisoTTS was trained: `[7] hi`, whatever stands before the text."""
+    spaced = dataclasses.replace(CONFIG, space_after_speaker=True)
+    for text in ("hi", "  hi"):
+        (rows,) = turn_rows(Segment(7, text), spaced, TOKENIZER)
+        assert rows.frames.tolist() == expected_text("[7] hi")
+        assert text_rows(text, 7, spaced, TOKENIZER).frames.tolist() == expected_text("[7] hi")
+
+
 TEXT, SOUND = [False] * 3 + [True], [True] * 3 + [False]
 
 

@@ -18,7 +18,6 @@ import transformers
 import csm_jax
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.convert import __main__ as convert
-from csm_jax.convert.processor_files import MAX_FRAMES
 from csm_jax.convert.sentencepiece_files import to_tokenizers
 from csm_jax.loading import BUNDLED, open_source
 from csm_jax.model.layers import LowRank
@@ -80,7 +79,7 @@ def test_the_exported_demo_speaks_as_it_does_here(demo, processor):
     )
     np.testing.assert_array_equal(fixtures.up_to_the_end(theirs), ours)
     # Its own defaults are those of `Sampling`.
-    assert model.generation_config.max_new_tokens == MAX_FRAMES
+    assert model.generation_config.max_new_tokens == 125  # 10 s
     assert model.depth_decoder.generation_config.top_k == csm_jax.Sampling().top_k
 
 
