@@ -29,6 +29,10 @@ PARAMETERS = {"none": 3.106e9, "int8": 1.952e9}
 HALF_SPLIT = 3.106e9 - 2.694e9 / 2
 # A row of the cache: keys and values, 16 layers, 8 heads of 64, 2048 positions, 2 bytes.
 ROW = 2 * 16 * 8 * 64 * 2048 * 2
+# MisoTTS 8B: parameters, those of the two tables, and those that a mesh does not split. A row of
+# its cache has 32 layers and heads of 128.
+MISO, MISO_TABLES, MISO_WHOLE = 8.188e9, 0.794e9, 0.381e9
+MISO_ROW = 2 * 32 * 8 * 128 * 2048 * 2
 # The codec's parameters, and its state for 32 rows.
 CODEC_BYTES = 0.385e9 + 0.4e9
 
@@ -99,6 +103,19 @@ def test_four_chips_split_weights_of_int8():
     figures = compiled("frame_loop", *flags)
     assert figures["argument_bytes"] < 0.45 * (PARAMETERS["int8"] + 32 * ROW)
     assert figures["argument_bytes"] + figures["additional_bytes"] + CODEC_BYTES < CHIP_BYTES
+
+
+@pytest.mark.long
+def test_miso_8b_in_int8_fits_one_chip():
+    figures = compiled("frame_loop", "--config=miso_8b", "--quantize=int8", "--batch=1")
+    assert_fits(figures, MISO + MISO_TABLES, MISO_ROW)
+
+
+@pytest.mark.long
+def test_miso_8b_in_bfloat16_fits_four_chips():
+    flags = "--topology=v5e:2x2", "--data=2", "--model=2", "--batch=8"
+    figures = compiled("frame_loop", "--config=miso_8b", *flags)
+    assert_fits(figures, 2 * (MISO_WHOLE + (MISO - MISO_WHOLE) / 2), 8 * MISO_ROW / 4)
 
 
 @pytest.mark.long

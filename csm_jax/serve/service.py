@@ -260,8 +260,8 @@ class Service:
         if wanted is not None and wanted > limit:
             raise InputError(f"max_audio_length_ms is {wanted:g}, but at most {limit:g} are spoken")
         needed = 1000 * (needed_seconds(request.spoken_text) + request.pause_seconds)
-        usual = self.model.config.default_max_audio_length_ms
-        if wanted is None and max(usual, needed) > limit:
+        default = self.model.config.default_max_audio_length_ms
+        if wanted is None and max(default, needed) > limit:
             return dataclasses.replace(request, max_audio_length_ms=limit)
         return request
 

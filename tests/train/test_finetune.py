@@ -1,5 +1,6 @@
 """`python -m csm_jax.finetune`, from recordings to a model that generates them."""
 
+import dataclasses
 import errno
 import fcntl
 import json
@@ -24,7 +25,10 @@ from csm_jax import finetune, generate
 from csm_jax.checkpoints import native_format
 from csm_jax.convert import __main__ as convert
 from csm_jax.io.audio import load_audio
+from csm_jax.model.precision import FLOAT32
 from csm_jax.model.sampling import Sampling
+from csm_jax.train.pretrained import load_pretrained
+from csm_jax.train.result import write_result
 
 CONFIG = csm_jax.tiny()
 # Short runs of a tiny model; every test adds its own flags.
@@ -221,6 +225,18 @@ def test_saving_evaluating_and_sampling_do_not_change_the_losses(whole_run, tmp_
         "step-000003.wav",
         "step-000006.wav",
     }
+
+
+def test_the_result_has_the_prompt_of_its_model(tmp_path):
+    """Its training data have it too: `train.examples` makes turns with the same config."""
+    spaced = dataclasses.replace(
+        CONFIG, space_after_speaker=True, default_max_audio_length_ms=90_000
+    )
+    base = tmp_path / "base"
+    native_format.save(base, spaced, fixtures.params().items(), fixtures.TOKENIZER)
+    pretrained = load_pretrained(str(base), FLOAT32, None, frozen=False)
+    out = write_result(tmp_path, pretrained, jax.device_get(pretrained.params), None, FLOAT32)
+    assert native_format.load_config(out) == spaced
 
 
 def test_a_memorized_conversation_is_generated_to_the_code(tmp_path, capsys):
