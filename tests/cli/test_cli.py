@@ -155,7 +155,7 @@ BAD_INPUT = {
     "unknown name": ([HI, "--checkpoint=csm"], "neither a directory nor a hub name"),
     "unknown random": (
         [HI, "--checkpoint=random:huge"],
-        "nor one of demo, random:tiny, random:csm_1b",
+        "nor one of demo, random:tiny, random:csm_1b, random:miso_8b",
     ),
     "unknown directory": ([HI, "--checkpoint=./some/where"], "neither a directory nor a hub name"),
     "unknown repository": (
