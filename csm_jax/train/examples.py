@@ -116,11 +116,10 @@ def _spoken(
     diagonal: float,
 ) -> np.ndarray:
     """`Example.spoken`, of turns with two parts each, text and audio."""
-    seconds = config.frame_ms / 1000
     rows, start = [], 0
     for turn, text, audio in zip(turns, parts[::2], parts[1::2], strict=True):
         num_text, num_frames = len(text.frames), len(audio.frames) - 1
-        found = spoken_rows(turn, num_frames, tokenizer, frame_seconds=seconds, diagonal=diagonal)
+        found = spoken_rows(turn, num_frames, config, tokenizer, diagonal=diagonal)
         # The frame of zeros that ends a turn speaks nothing.
         rows += [np.zeros((num_text, 2), np.int32), start + found, np.zeros((1, 2), np.int32)]
         start += num_text + num_frames + 1

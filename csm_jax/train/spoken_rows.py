@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from csm_jax.align.words import row_weights
+from csm_jax.config import CSMConfig
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.train.data import RecordedTurn
 from csm_jax.train.word_times import TimedWord
@@ -16,9 +17,9 @@ from csm_jax.train.word_times import TimedWord
 def spoken_rows(
     turn: RecordedTurn,
     num_frames: int,
+    config: CSMConfig,
     tokenizer: Tokenizer,
     *,
-    frame_seconds: float,
     diagonal: float,
 ) -> np.ndarray:
     """The rows of a turn's text that are spoken in each of its frames.
@@ -30,9 +31,9 @@ def spoken_rows(
     Returns:
       int32 [F, 2]: the first row and the one after the last; equal where none is known.
     """
-    of_word = row_weights(turn.text, turn.speaker, tokenizer) > 0  # [L, W]
+    of_word = row_weights(turn.text, turn.speaker, tokenizer, config) > 0  # [L, W]
     if turn.words is not None:
-        return _timed_rows(of_word, turn.words, num_frames, frame_seconds)
+        return _timed_rows(of_word, turn.words, num_frames, config.frame_ms / 1000)
     if diagonal > 0:
         return _diagonal_rows(of_word, num_frames, diagonal)
     return np.zeros((num_frames, 2), np.int32)

@@ -94,7 +94,7 @@ def texts_of(rows: np.ndarray, text: str) -> list[str]:
 
 def test_the_rows_of_a_frame_are_those_of_the_words_that_are_spoken_in_it():
     """Frames of 80 ms: "you" and "two." share the fourth, and a pause has none."""
-    rows = spoken_rows(turn(words=TIMED), 8, TOKENIZER, frame_seconds=0.08, diagonal=0.0)
+    rows = spoken_rows(turn(words=TIMED), 8, CONFIG, TOKENIZER, diagonal=0.0)
     assert rows.dtype == np.int32
     expected = ["Hi,", "Hi,", "", "you two.", "two.", "two.", "two.", ""]
     assert texts_of(rows, TURN["text"]) == expected
@@ -102,19 +102,19 @@ def test_the_rows_of_a_frame_are_those_of_the_words_that_are_spoken_in_it():
 
 def test_a_word_that_is_not_spoken_is_in_no_frame():
     words = [TIMED[0], TimedWord("you", 0.1, 0.1), TIMED[2]]
-    rows = spoken_rows(turn(words=words), 8, TOKENIZER, frame_seconds=0.08, diagonal=0.3)
+    rows = spoken_rows(turn(words=words), 8, CONFIG, TOKENIZER, diagonal=0.3)
     assert texts_of(rows, TURN["text"]) == ["Hi,", "Hi,", "", *4 * ["two."], ""]
 
 
 def test_without_times_or_diagonal_nothing_is_known():
-    rows = spoken_rows(turn(), 5, TOKENIZER, frame_seconds=0.08, diagonal=0.0)
+    rows = spoken_rows(turn(), 5, CONFIG, TOKENIZER, diagonal=0.0)
     np.testing.assert_array_equal(rows, np.zeros((5, 2)))
 
 
 @given(st.text("ab, ", min_size=1, max_size=30), st.integers(1, 60), st.floats(0.01, 1))
 def test_the_diagonal_is_a_band_from_the_first_row_to_the_last(text, num_frames, width):
     text = f"a{text}b"
-    rows = spoken_rows(turn(text=text), num_frames, TOKENIZER, frame_seconds=0.08, diagonal=width)
+    rows = spoken_rows(turn(text=text), num_frames, CONFIG, TOKENIZER, diagonal=width)
     first, end = rows.T
     assert (np.diff(first) >= 0).all()
     assert (np.diff(end) >= 0).all()
