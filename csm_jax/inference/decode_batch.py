@@ -1,6 +1,6 @@
 """The decode batch: utterances in the slots of one batch, around the compiled functions."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -12,8 +12,11 @@ from csm_jax.config import CSMConfig
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.inference.decode_step import (
     CHUNK_FRAMES,
+    NO_INTERVENTIONS,
+    ForcedCodes,
     Params,
     Row,
+    RowInterventions,
     TextRows,
     init_state,
     prefill,
@@ -42,6 +45,7 @@ class Utterance(NamedTuple):
         all: they are prefilled on their own, and their keys and values are kept.
       num_text: positions at the end of the prompt, which are the text that is spoken.
       end_bias: as for `CSM.generate_frame`; a batch without alignment heads ignores it.
+      forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
     """
 
     prompt: Prompt
@@ -51,6 +55,7 @@ class Utterance(NamedTuple):
     num_shared: int = 0
     num_text: int = 0
     end_bias: float = 0.0
+    forced: np.ndarray | None = None
 
     @property
     def max_length(self) -> int:
@@ -149,7 +154,7 @@ class DecodeBatch:
         self._shapes = jax.tree.map(shape_of, self._state)
         self._slots: list[_Slot | None] = [None] * size
         self._prefixes: dict[bytes, KVCache] = {}
-        self._stack_sampling()
+        self._stack_rows()
         self._stack_text()
 
     def programs(self) -> Iterator[Program]:
@@ -158,7 +163,7 @@ class DecodeBatch:
         for length in buckets(self.max_seq_len, self._inference.min_bucket):
             static = {"config": self.config, "mesh": self._mesh}
             yield prefill, (self._params, self._shapes, *self._empty(length), index, None), static
-            flags = np.int32(1), np.bool_(True), self._text
+            flags = np.int32(1), np.bool_(True), self._text, NO_INTERVENTIONS
             arguments = self._params, self._shapes, self._sampling, *flags
             yield run_frames, arguments, static | {"kv_length": length, "heads": self._heads}
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
@@ -203,7 +208,7 @@ class DecodeBatch:
             mesh=self._mesh,
         )
         self._slots[index] = _Slot(utterance)
-        self._stack_sampling()
+        self._stack_rows()
         no_codes = np.zeros((0, self.config.num_codebooks), np.int32)
         self.rewind(index, Rewind(no_codes, utterance.seed))
 
@@ -234,7 +239,7 @@ class DecodeBatch:
         """Frees a slot."""
         self._slots[index] = None
         self._state = set_row(self._state, np.int32(index), self._empty_row(), mesh=self._mesh)
-        self._stack_sampling()
+        self._stack_rows()
 
     def run(self, num_frames: int, pause: bool = False) -> BatchFrames:
         """Generates up to `num_frames` frames of all rows: until all end, or one is at its limit.
@@ -251,6 +256,7 @@ class DecodeBatch:
             np.int32(wanted),
             np.bool_(pause),
             self._text,
+            self._interventions,
             config=self.config,
             kv_length=self._kv_length(),
             heads=self._heads,
@@ -329,9 +335,24 @@ class DecodeBatch:
                 end_bias[index] = utterance.end_bias + slot.end_bias
         self._text = place_rows(TextRows(starts, end_bias), self._mesh)
 
-    def _stack_sampling(self) -> None:
+    def _stack_rows(self) -> None:
+        """Sets how the codes of all rows are drawn, and which are given."""
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]
         self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
+        forced = [slot.utterance.forced if slot else None for slot in self._slots]
+        self._interventions = NO_INTERVENTIONS
+        if any(codes is not None for codes in forced):
+            stacked = self._stack_forced(forced)
+            self._interventions = RowInterventions(place_rows(stacked, self._mesh))
+
+    def _stack_forced(self, rows: Sequence[np.ndarray | None]) -> ForcedCodes:
+        num_frames = [0 if codes is None else len(codes) for codes in rows]
+        shape = self.size, bucket(max(num_frames)), self.config.num_codebooks
+        stacked = np.full(shape, -1, np.int32)
+        for row, codes in zip(stacked, rows, strict=True):
+            if codes is not None:
+                row[: len(codes)] = codes
+        return ForcedCodes(stacked, np.asarray(num_frames, np.int32))
 
 
 def bucket(length: int, least: int = InferenceConfig.min_bucket) -> int:

@@ -67,11 +67,32 @@ class TextRows(NamedTuple):
 
     Attributes:
       start: int32 [B], its first position in the cache.
-      end_bias: float32 [B], as for `CSM.generate_frame`.
+      end_bias: float32 [B], as for `CSM.generate_frame`, of all codebooks.
     """
 
     start: AnyArray
     end_bias: AnyArray
+
+
+class ForcedCodes(NamedTuple):
+    """Codes that are given, not drawn, in the first frames of each row.
+
+    Attributes:
+      codes: int32 [B, R, Q]; -1 is drawn.
+      num_frames: int32 [B], of `codes`; speech does not end before them by itself.
+    """
+
+    codes: AnyArray
+    num_frames: AnyArray
+
+
+class RowInterventions(NamedTuple):
+    """What is changed in the frames of all rows; None leaves the program without it."""
+
+    forced: ForcedCodes | None = None
+
+
+NO_INTERVENTIONS = RowInterventions()
 
 
 class Frames(NamedTuple):
@@ -94,6 +115,7 @@ def frame_step(
     kv_length: int | None = None,
     text: TextRows | None = None,
     heads: tuple[Head, ...] = (),
+    interventions: RowInterventions = NO_INTERVENTIONS,
 ) -> tuple[GenerationState, Frames]:
     """One frame for every row: the pure function all generation is made of.
 
@@ -101,6 +123,7 @@ def frame_step(
       kv_length: as for `Llama.__call__`.
       text: None leaves the end of speech alone, and there is no attention to return.
       heads: whose attention to `text` is returned.
+      interventions: what is changed in this frame.
 
     Returns:
       The next state, and one frame. A frame of zeros is the end of speech; rows that are done keep
@@ -109,8 +132,12 @@ def frame_step(
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
     hidden, cache, observed = model.backbone.attend(embedded, state.cache, kv_length, heads)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-    end_bias = None if text is None else jnp.asarray(text.end_bias)
-    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, end_bias)
+    forced = None
+    end_bias = _end_bias(text, model.config.num_codebooks)
+    if interventions.forced is not None:
+        forced, is_before_end = _forced_codes(interventions.forced, state.num_frames)
+        end_bias = _without_end(end_bias, is_before_end, model.config.num_codebooks)
+    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, end_bias, forced)
     codes = jnp.where(state.done[:, None], 0, codes)
     # Rows that are done do not advance: they would run out of their cache.
     lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
@@ -125,6 +152,29 @@ def frame_step(
     )
     attention = None if text is None else _text_weights(observed.attention[:, :, 0], text)[:, None]
     return state, Frames(codes[:, None], attention)
+
+
+def _end_bias(text: TextRows | None, num_codebooks: int) -> Array | None:
+    """float32 [B, Q]."""
+    if text is None:
+        return None
+    return jnp.broadcast_to(jnp.asarray(text.end_bias)[:, None], (len(text.start), num_codebooks))
+
+
+def _without_end(end_bias: Array | None, excluded: Array, num_codebooks: int) -> Array:
+    """The bias [B, Q] with which some rows [B] do not end."""
+    # A frame is the end by its last code alone: frames that only begin with zeros stay as likely.
+    is_last = jnp.arange(num_codebooks, dtype=jnp.int32) == num_codebooks - 1
+    bias = jnp.where(excluded[:, None] & is_last[None], -jnp.inf, 0).astype(jnp.float32)
+    return bias if end_bias is None else end_bias + bias
+
+
+def _forced_codes(forced: ForcedCodes, frame: Array) -> tuple[Array, Array]:
+    """The codes of each row's frame number [B], int32 [B, Q]; and whether it is one of `forced`."""
+    is_forced = frame < forced.num_frames
+    index = jnp.minimum(frame, forced.codes.shape[1] - 1)
+    codes = jnp.take_along_axis(jnp.asarray(forced.codes), index[:, None, None], axis=1)[:, 0]
+    return jnp.where(is_forced[:, None], codes, -1), is_forced
 
 
 def _text_weights(weights: AnyArray, text: TextRows) -> Array:
@@ -250,6 +300,7 @@ def run_frames(
     num_frames: Array,
     pause: Array,
     text: TextRows | None = None,
+    interventions: RowInterventions = NO_INTERVENTIONS,
     *,
     config: CSMConfig,
     kv_length: int | None = None,
@@ -262,7 +313,7 @@ def run_frames(
 
     Args:
       pause: bool [], whether to stop as soon as any row ends.
-      text, heads: as for `frame_step`.
+      text, heads, interventions: as for `frame_step`.
       kv_length: as for `Llama.__call__`.
 
     Returns:
@@ -280,7 +331,7 @@ def run_frames(
         carry: tuple[GenerationState, Frames, Array],
     ) -> tuple[GenerationState, Frames, Array]:
         state, buffers, count = carry
-        state, frame = frame_step(model, state, sampling, kv_length, text, heads)
+        state, frame = frame_step(model, state, sampling, kv_length, text, heads, interventions)
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=count, axis=1)
         return state, jax.tree.map(put, buffers, frame), count + 1
 

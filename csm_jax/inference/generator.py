@@ -68,7 +68,7 @@ class Generator(Listener):
         Args:
           text: what to speak, or a `Request`.
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
-            best_of: as in `Request`; beside one, they replace its own.
+            best_of, interventions: as in `Request`; beside one, they replace its own.
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.

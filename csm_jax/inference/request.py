@@ -8,6 +8,7 @@ from typing import Any
 
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
+from csm_jax.inference.interventions import NO_CHANGE, Interventions
 from csm_jax.io.arguments import fill_defaults, real_number, whole_number
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.pauses import split_pauses
@@ -46,6 +47,7 @@ class Request:
         length, which the model hears before it speaks on. Without it they are text like any other.
       best_of: how many takes are generated side by side, each with another seed, of which the best
         is kept (`takes.py`). The first is that of 1.
+      interventions: what is changed while the speech is generated.
     """
 
     text: str
@@ -58,6 +60,7 @@ class Request:
     shared_turns: int = 0
     pauses: bool = False
     best_of: int = 1
+    interventions: Interventions = NO_CHANGE
 
     def __post_init__(self):
         fill_defaults(self)
@@ -71,6 +74,9 @@ class Request:
         object.__setattr__(self, "context", _turns(self.context))
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling is of type {type(self.sampling).__name__}, not Sampling")
+        if not isinstance(self.interventions, Interventions):
+            kind = type(self.interventions).__name__
+            raise InputError(f"interventions is of type {kind}, not Interventions")
         if not isinstance(self.pauses, bool):
             raise InputError(f"pauses is {self.pauses!r}, but must be True or False")
         if isinstance(self.guard, bool):

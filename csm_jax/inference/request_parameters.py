@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from csm_jax.errors import InputError
+from csm_jax.inference.interventions import NO_CHANGE, Interventions
 from csm_jax.inference.request import (
     DEFAULT_SAMPLING,
     Notify,
@@ -38,6 +39,7 @@ def generate_parameters(
     shared_turns: int = 0,
     pauses: bool = False,
     best_of: int = 1,
+    interventions: Interventions = NO_CHANGE,
     *,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -57,6 +59,7 @@ def submit_parameters(
     shared_turns: int = 0,
     pauses: bool = False,
     best_of: int = 1,
+    interventions: Interventions = NO_CHANGE,
     *,
     stream: bool = True,
     wait: bool = False,

@@ -17,6 +17,7 @@ from csm_jax.inference.decode_batch import Rewind, Utterance
 from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
+from csm_jax.inference.interventions import check_room, forced_codes
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
@@ -84,6 +85,7 @@ class RequestState:
         limit = model.config.backbone.max_seq_len
         self._window = min(max_seq_len or limit, limit)
         lead, self._parts, self._pauses = self._split()
+        self._forced = forced_codes(request.interventions, model.config)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         self._turns = self._newest_turns(request.context)
         # Older turns of the context, which have been left out.
@@ -216,8 +218,12 @@ class RequestState:
         self._max_frames = min(allowed, room)
         self._is_limited_by_window = room < allowed
         self._aligned = self._new_alignment(text)
+        if self._forced is not None:
+            silent = self._lead + sum(self._pauses)
+            check_room(self._forced, len(self._parts), silent, self._max_frames)
         self._guarded = None
-        if request.guard == "on" and not request.sampling.greedy:
+        is_drawn = self._forced is None and not request.sampling.greedy
+        if request.guard == "on" and is_drawn:
             self._guarded = self._new_guarded(needed)
             # One more than it may have, for the guard to see it.
             self._max_frames = min(self._max_frames, needed + 1)
@@ -265,6 +271,7 @@ class RequestState:
             self._num_shared,
             len(self._rows.frames),
             self._model.inference.end_bias,
+            self._forced,
         )
 
     def _make_room(self, length: int, num_frames: int) -> int:

@@ -106,6 +106,7 @@ class CSM(nnx.Module):
         sampling: SamplingParams,
         seen: Array,
         end_bias: Array | None = None,
+        forced: Array | None = None,
     ) -> Array:
         """Samples one frame: codebook 0 from the backbone, the rest from the depth decoder.
 
@@ -114,8 +115,9 @@ class CSM(nnx.Module):
           keys: one PRNG key per row [B], for this frame alone.
           sampling: values per row.
           seen: bool [B, V], codebook-0 ids that the repetition penalty applies to.
-          end_bias: float32 [B], added to the logits of the end of speech, which is a frame of
+          end_bias: float32 [B, Q], added to the logits of the end of speech, which is a frame of
             zeros: of id 0 of each codebook after codes that are all 0. -inf excludes it.
+          forced: int32 [B, Q], codes that are taken instead of being drawn; -1 is drawn.
 
         Returns:
           int32 [B, Q].
@@ -127,9 +129,9 @@ class CSM(nnx.Module):
         uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = self.backbone_logits(hidden)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-        logits = _with_end_bias(logits, end_bias)
-        first = sample(logits, uniform[0], sampling.backbone)
-        return self._sample_depth(hidden, first, uniform[1:], sampling, end_bias)
+        logits = _with_end_bias(logits, end_bias, 0)
+        first = _force(sample(logits, uniform[0], sampling.backbone), forced, 0)
+        return self._sample_depth(hidden, first, uniform[1:], sampling, end_bias, forced)
 
     def _sample_depth(
         self,
@@ -138,6 +140,7 @@ class CSM(nnx.Module):
         uniform: Array,
         sampling: SamplingParams,
         end_bias: Array | None,
+        forced: Array | None,
     ) -> Array:
         """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
         config = self.config.depth_decoder
@@ -149,8 +152,9 @@ class CSM(nnx.Module):
         ) -> tuple[Array, KVCache]:
             states, cache = self.depth_decoder(self.projection(inputs), cache)
             head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            logits = _with_end_bias(linear_float32(states[:, -1], head), end_bias)
-            return sample(logits, uniform[codebook - 1], sampling.depth_decoder), cache
+            logits = _with_end_bias(linear_float32(states[:, -1], head), end_bias, codebook)
+            code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
+            return _force(code, forced, codebook), cache
 
         def body(carry: _DepthCarry, codebook: Array) -> tuple[_DepthCarry, Array]:
             code, cache, end_bias = carry
@@ -237,14 +241,22 @@ class CSM(nnx.Module):
         return states, observed
 
 
-def _with_end_bias(logits: Array, end_bias: Array | None) -> Array:
-    """Logits [B, V] with the bias [B] of id 0, if there is one."""
-    return logits if end_bias is None else logits.at[:, 0].add(end_bias)
+def _with_end_bias(logits: Array, end_bias: Array | None, codebook: Array | int) -> Array:
+    """Logits [B, V] with the bias [B, Q] of this codebook's id 0, if there is one."""
+    return logits if end_bias is None else logits.at[:, 0].add(end_bias[:, codebook])
+
+
+def _force(code: Array, forced: Array | None, codebook: Array | int) -> Array:
+    """The code [B], or the one of `forced` [B, Q] for this codebook where that is not -1."""
+    if forced is None:
+        return code
+    wanted = forced[:, codebook]
+    return jnp.where(wanted < 0, code, wanted)
 
 
 def _where_zero(end_bias: Array | None, code: Array) -> Array | None:
     """The bias of rows whose code [B] is 0; no other frame can become the end of speech."""
-    return None if end_bias is None else jnp.where(code == 0, end_bias, 0)
+    return None if end_bias is None else jnp.where(code[:, None] == 0, end_bias, 0)
 
 
 def bind(config: CSMConfig, params: Params) -> CSM:

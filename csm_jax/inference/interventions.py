@@ -1,0 +1,72 @@
+"""Interventions: what a caller changes while speech is generated."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
+
+
+@dataclass(frozen=True, eq=False)
+class Interventions:
+    """What is changed in the frames of a request; None of everything changes nothing.
+
+    Attributes:
+      forced: int [R, Q], codes that are given instead of drawn, frame by frame from the first on;
+        -1 is drawn. Whole frames are continued, single codebooks or frames are filled in. Speech
+        does not end before the last given code, unless that is in a frame of zeros at the end,
+        which ends it there. The text must be short enough for one part, and have no pauses; the
+        guard is off.
+    """
+
+    forced: np.ndarray | None = None
+
+
+NO_CHANGE = Interventions()
+
+
+def forced_codes(interventions: Interventions, config: CSMConfig) -> np.ndarray | None:
+    """The given codes, int32 [R, Q], up to the last frame with any; None without them.
+
+    Raises:
+      InputError: they are no codes of the model.
+    """
+    if interventions.forced is None:
+        return None
+    codes, limit = np.asarray(interventions.forced), config.audio_vocab_size
+    if codes.ndim != 2 or codes.shape[1] != config.num_codebooks:
+        raise InputError(
+            f"forced has shape {list(codes.shape)}, expected [num_frames, {config.num_codebooks}]"
+        )
+    if not np.issubdtype(codes.dtype, np.integer):
+        raise InputError(f"forced has dtype {codes.dtype}, expected whole numbers")
+    if codes.size and not -1 <= codes.min() <= codes.max() < limit:
+        raise InputError(
+            f"forced ranges {codes.min()}..{codes.max()}, expected 0..{limit - 1}, or -1 to draw"
+        )
+    ends = np.flatnonzero((codes == 0).all(axis=-1))
+    if len(ends) and ends[0] < len(codes) - 1:
+        raise InputError(
+            f"frame {ends[0]} of forced is the end of speech, which only the last one can be"
+        )
+    given = np.flatnonzero((codes >= 0).any(axis=-1))
+    return codes[: given[-1] + 1].astype(np.int32) if len(given) else None
+
+
+def check_room(forced: np.ndarray, num_parts: int, num_pauses: int, max_frames: int) -> None:
+    """Checks that speech with given codes [R, Q] is one part, and long enough for them.
+
+    Raises:
+      InputError: it is not.
+    """
+    if num_parts > 1 or num_pauses:
+        raise InputError(
+            "codes are forced, but the text has pauses or is longer than one part: shorten it"
+        )
+    num_frames = len(forced) - bool((forced[-1] == 0).all())
+    if num_frames > max_frames:
+        raise InputError(
+            f"forced has {num_frames} frames, but the speech has at most {max_frames}: raise "
+            "max_audio_length_ms, or give less context"
+        )
