@@ -32,7 +32,7 @@ from csm_jax.train import fsdp
 from csm_jax.train.batches import Batch, ordered_batches, shuffled_batches, split_holdout
 from csm_jax.train.codes import CodeCache
 from csm_jax.train.data import ON_BAD, read_conversations, report
-from csm_jax.train.examples import TURNS, Example, Selection, make_examples
+from csm_jax.train.examples import TURNS, Example, Selection, data_limits, make_examples
 from csm_jax.train.guided_attention import GuidedAttention, guided_frames
 from csm_jax.train.log import plot_losses
 from csm_jax.train.loop import Run, RunConfig, evaluate
@@ -224,7 +224,8 @@ def _train_in(
     trained = fsdp.gather(run.averaged)
     if jax.process_index() == 0:
         plot_losses(out)
-        result = write_result(out, pretrained, trained, config.lora, config.precision)
+        limits = data_limits(train) if values.from_scratch else None
+        result = write_result(out, pretrained, trained, config.lora, config.precision, limits)
         cli.warn(f"{result} is the result of {config.optimizer.steps} steps")
 
 

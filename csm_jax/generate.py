@@ -38,7 +38,15 @@ from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
 
 PROGRAM = "csm_jax.generate"
-REQUEST_FLAGS = ("text", "speaker", "max_audio_length_ms", "seed", "guard", "best_of")
+REQUEST_FLAGS = (
+    "text",
+    "speaker",
+    "max_audio_length_ms",
+    "seed",
+    "guard",
+    "best_of",
+    "context_seconds",
+)
 MANIFEST_FLAGS = ("out_dir", "batch", "coordinator", "num_processes", "process_id")
 
 
@@ -186,6 +194,7 @@ def _conversation(model: Generator | Engine, job: _Job) -> Conversation:
         guard=defaults.guard,
         pauses=defaults.pauses,
         best_of=defaults.best_of,
+        context_seconds=defaults.context_seconds,
     )
 
 

@@ -32,6 +32,7 @@ from csm_jax.mimi import codec
 from csm_jax.model import csm as model
 from csm_jax.model.layers import Params
 from csm_jax.model.precision import FLOAT32, Precision
+from csm_jax.prompt import limits
 from csm_jax.prompt.tokenizer import Tokenizer
 
 FORMAT = "csm-jax"
@@ -53,6 +54,7 @@ SMALL_FILES = (
     "chat_template.jinja",
     "chat_template.json",
     alignment.FILE_NAME,
+    limits.FILE_NAME,
 )
 
 

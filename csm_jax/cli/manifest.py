@@ -49,7 +49,9 @@ def _json_types(cls: type, names: Iterable[str] | None = None) -> dict[str, _Jso
 _REQUEST_FIELDS: dict[str, _JsonType] = {
     "text": str,
     "id": str,
-    **_json_types(Request, ("speaker", "seed", "max_audio_length_ms", "guard", "best_of")),
+    **_json_types(
+        Request, ("speaker", "seed", "max_audio_length_ms", "guard", "best_of", "context_seconds")
+    ),
     "context": list,
 }
 _SAMPLING_FIELDS = _json_types(Sampling)

@@ -1,10 +1,12 @@
 """Settings of inference, which a loaded model carries with it."""
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from csm_jax.inference.guard import GuardLimits
 from csm_jax.inference.text_guard import TextGuardLimits
-from csm_jax.prompt.splitting import MAX_CHARACTERS, PAUSE_SECONDS, SECONDS_PER_LETTER
+from csm_jax.prompt.limits import PromptLimits
+from csm_jax.prompt.splitting import PAUSE_SECONDS, SECONDS_PER_LETTER
 
 
 @dataclass(frozen=True)
@@ -12,7 +14,7 @@ class InferenceConfig:
     """How requests are split, limited and batched, in the same way for all of them.
 
     Attributes:
-      max_part_characters: longer texts are split into parts (`splitting.split_text`).
+      max_part_characters, context_seconds: as of the checkpoint's `PromptLimits`.
       pause_seconds, seconds_per_letter: they give the longest that the speech of a text can take
         (`splitting.needed_seconds`).
       guard: when speech counts as a runaway.
@@ -27,7 +29,8 @@ class InferenceConfig:
         single frame takes longer.
     """
 
-    max_part_characters: int = MAX_CHARACTERS
+    max_part_characters: int = PromptLimits.max_part_characters
+    context_seconds: float = PromptLimits.context_seconds
     pause_seconds: float = PAUSE_SECONDS
     seconds_per_letter: float = SECONDS_PER_LETTER
     guard: GuardLimits = field(default_factory=GuardLimits)
@@ -36,6 +39,11 @@ class InferenceConfig:
     max_prefixes: int = 8
     end_bias: float = 0.0
     max_step_seconds: float = 0.25
+
+    @classmethod
+    def of(cls, limits: PromptLimits) -> "InferenceConfig":
+        """The settings for a checkpoint with these limits."""
+        return cls(**dataclasses.asdict(limits))
 
 
 DEFAULT_INFERENCE = InferenceConfig()

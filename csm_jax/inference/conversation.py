@@ -26,8 +26,9 @@ class Conversation:
             play(chunk)
 
     The codes of a spoken turn are the context of the next one: to encode its audio again would
-    change them. Nothing is left out here; a request whose context outgrows the model's window
-    drops the oldest turns, with a notice. Not thread-safe: a turn ends before the next begins.
+    change them. Nothing is left out here; of turns that outgrow the model's window, a request keeps
+    those that fix a voice (`Segment.pinned`) and the newest others, with a notice. Not thread-safe:
+    a turn ends before the next begins.
 
     Attributes:
       turns: the turns so far, oldest first. A caller may remove some.
@@ -36,7 +37,8 @@ class Conversation:
       num_spoken: turns that have been spoken.
       last_speech: of the turn that was spoken last, with its words; None before the first, and
         after one that was not heard to its end.
-      sampling, max_audio_length_ms, guard, pauses, best_of: of all turns, as of a `Request`.
+      sampling, max_audio_length_ms, guard, pauses, best_of, context_seconds: of all turns, as of
+        a `Request`.
     """
 
     def __init__(
@@ -50,6 +52,7 @@ class Conversation:
         guard: str | bool | None = "on",
         pauses: bool = False,
         best_of: int = 1,
+        context_seconds: float | None = None,
     ):
         """Begins a conversation.
 
@@ -67,6 +70,7 @@ class Conversation:
         self.guard = "on" if guard is None else guard
         self.pauses = pauses
         self.best_of = best_of
+        self.context_seconds = context_seconds
 
     @property
     def next_seed(self) -> int:
@@ -106,6 +110,7 @@ class Conversation:
             self.guard,
             pauses=self.pauses,
             best_of=self.best_of,
+            context_seconds=self.context_seconds,
         )
 
     def speak(

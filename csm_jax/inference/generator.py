@@ -12,6 +12,7 @@ from csm_jax.checkpoints import native_format
 from csm_jax.checkpoints.native_format import Place, on_default_device
 from csm_jax.config import CSMConfig
 from csm_jax.errors import CheckpointError
+from csm_jax.inference.config import InferenceConfig
 from csm_jax.inference.decode_loop import run_alone
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.engine import Engine
@@ -39,6 +40,7 @@ from csm_jax.loading import open_source
 from csm_jax.loading.alignment import read_alignment
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sharding import place_on
+from csm_jax.prompt import limits as prompt_limits
 
 # Frames between two reports of progress.
 _PROGRESS_FRAMES = 5
@@ -68,7 +70,8 @@ class Generator(Listener):
         Args:
           text: what to speak, or a `Request`.
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
-            best_of, interventions: as in `Request`; beside one, they replace its own.
+            best_of, interventions, context_seconds: as in `Request`; beside one, they replace
+            its own.
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.
@@ -273,6 +276,7 @@ def load(
         precision,
         mesh,
         read_alignment(source.directory, source.config),
+        InferenceConfig.of(prompt_limits.read(source.directory)),
     )
 
 

@@ -55,6 +55,7 @@ class LoadedModel:
         precision: Precision,
         mesh: Mesh | None = None,
         alignment: AlignmentHeads | None = None,
+        inference: InferenceConfig = DEFAULT_INFERENCE,
     ) -> Self:
         """A model of parameters in two sections, as `native_format.place_params` returns them.
 
@@ -62,7 +63,8 @@ class LoadedModel:
           CheckpointError: the codec has more than one channel.
         """
         codec = Codec(config.codec, params["codec"])
-        return cls(config, params["csm"], tokenizer, codec, precision, mesh, alignment=alignment)
+        csm = params["csm"]
+        return cls(config, csm, tokenizer, codec, precision, mesh, inference, alignment)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

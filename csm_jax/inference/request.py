@@ -30,10 +30,11 @@ class Request:
 
     Attributes:
       text: of any length; beyond about 300 characters it is split at sentences, and each part is
-        spoken with the parts before it as context.
+        spoken with the last parts before it as context.
       speaker: number of the voice; the same number as in `context` continues that voice.
-      context: the turns so far, oldest first. If they outgrow the model's window, the oldest are
-        left out, with a notice.
+      context: the turns so far, oldest first. If they outgrow the model's window, some are left
+        out, with a notice. What fixes the voice stays: turns with `pinned`, or the first of each
+        speaker; and of the others the newest, `context_seconds` of them.
       sampling: how codes are drawn.
       max_audio_length_ms: the speech is cut at this length, with a notice, if it has not ended by
         itself. None is the model's own limit (10 s, and 90 s for MisoTTS), or what the text can
@@ -48,6 +49,9 @@ class Request:
       best_of: how many takes are generated side by side, each with another seed, of which the best
         is kept (`takes.py`). The first is that of 1.
       interventions: what is changed while the speech is generated.
+      context_seconds: of the newest speech that stay in the context, besides what fixes the voice,
+        where not everything does: for parts after the first of a long text, and if the context
+        does not fit. None is the model's, 30 s; inf is all that fits.
     """
 
     text: str
@@ -61,6 +65,7 @@ class Request:
     pauses: bool = False
     best_of: int = 1
     interventions: Interventions = NO_CHANGE
+    context_seconds: float | None = None
 
     def __post_init__(self):
         fill_defaults(self)
@@ -71,6 +76,8 @@ class Request:
         if self.max_audio_length_ms is not None:
             milliseconds = real_number(self.max_audio_length_ms, "max_audio_length_ms")
             object.__setattr__(self, "max_audio_length_ms", milliseconds)
+        if self.context_seconds is not None:
+            object.__setattr__(self, "context_seconds", _seconds(self.context_seconds))
         object.__setattr__(self, "context", _turns(self.context))
         if not isinstance(self.sampling, Sampling):
             raise InputError(f"sampling is of type {type(self.sampling).__name__}, not Sampling")
@@ -99,6 +106,13 @@ class Request:
     def pause_seconds(self) -> float:
         """The length of all pauses that the text asks for."""
         return split_pauses(self.text).seconds if self.pauses else 0.0
+
+
+def _seconds(value: Any) -> float:
+    seconds = real_number(value, "context_seconds")
+    if not seconds >= 0:
+        raise InputError(f"context_seconds is {seconds:g}, but must be at least 0")
+    return seconds
 
 
 def _turns(context: Any) -> Sequence[Segment]:

@@ -17,13 +17,14 @@ from csm_jax.inference.decode_batch import Rewind, Utterance
 from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
+from csm_jax.inference.history import History
 from csm_jax.inference.interventions import check_room, forced_codes
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
 from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.splitting import needed_seconds, split_text
-from csm_jax.prompt.turns import Segment, Turn, check_turn, join_rows, text_rows
+from csm_jax.prompt.turns import join_rows, text_rows
 
 # What a guard did, by the kind of its notice.
 _DONE = {
@@ -87,12 +88,7 @@ class RequestState:
         lead, self._parts, self._pauses = self._split()
         self._forced = forced_codes(request.interventions, model.config)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
-        self._turns = self._newest_turns(request.context)
-        # Older turns of the context, which have been left out.
-        self._num_omitted = len(request.context) - len(self._turns)
-        self._report_silence()
-        # Positions of the shared turns; 0 once the first of them has to be left out.
-        self._num_shared = sum(turn.length for turn in self._turns[: request.shared_turns])
+        self._history = History(model, request, self._window, notify)
         self._part = -1
         # Silence before the first part, and all frames so far.
         self._total = self._lead = min(lead, self._max_total_frames - 1)
@@ -104,9 +100,9 @@ class RequestState:
         self._is_new = True
 
     @property
-    def num_turns(self) -> int:
-        """How many turns, the newest ones of the context and those generated, fit the window."""
-        return len(self._turns)
+    def kept_turns(self) -> list[int]:
+        """The indices of the turns of the request's context that fit the window."""
+        return self._history.kept
 
     def next_utterance(self) -> Utterance | None:
         """The next utterance to generate; None after the last part or at the limit of frames."""
@@ -116,7 +112,8 @@ class RequestState:
             if any(self._pauses):
                 _ = self._model.silent_frame  # here, where the codec may run
             return self._utterance()
-        self._turns.append(self._generated_turn())
+        spoken = np.concatenate([self._before, self._codes, self._after])
+        self._history.add(self._parts[self._part], spoken)
         if self._aligned is not None:
             self.alignment.add(self._aligned, len(self._codes))
         left = len(self._parts) - self._part - 1
@@ -214,7 +211,13 @@ class RequestState:
         self._rows = text_rows(text, request.speaker, self._config, self._model.tokenizer)
         needed = int(1000 * self._needed_seconds(text) / self._config.frame_ms)
         allowed = self._max_total_frames - self._total
-        room = self._make_room(len(self._rows.frames), min(allowed, needed // 2))
+        length = len(self._rows.frames)
+        room = self._history.make_room(length, min(allowed, needed // 2))
+        if room < 1:
+            raise InputError(
+                f"the text takes {length} positions of {self._window}, which leaves no room for "
+                "its speech: use shorter sentences"
+            )
         self._max_frames = min(allowed, room)
         self._is_limited_by_window = room < allowed
         self._aligned = self._new_alignment(text)
@@ -249,67 +252,18 @@ class RequestState:
             text_guard = TextGuard(self._aligned.texts, inference.text_guard)
         return GuardedFrames(guard, text_guard, silent_codes, num_codebooks)
 
-    def _newest_turns(self, context: Sequence[Segment]) -> list[Turn]:
-        """The newest turns, until the window is full; older ones are only checked."""
-        turns, room = [], self._window
-        for turn in reversed(context):
-            if room > 0:
-                turns.append(Turn(turn, self._config, self._model.tokenizer))
-                room -= turns[-1].length
-            else:
-                check_turn(turn, self._config)
-        return turns[::-1]
-
     def _utterance(self) -> Utterance:
         """The part that was started; encodes what was not encoded before."""
-        context = [rows for turn in self._turns for rows in turn.rows(self._model.encode)]
         return Utterance(
-            join_rows([*context, self._rows]),
+            join_rows([*self._history.rows(), self._rows]),
             self._request.sampling,
             _derive(self._request.seed, self._part, 0),
             self._max_frames,
-            self._num_shared,
+            self._history.num_shared,
             len(self._rows.frames),
             self._model.inference.end_bias,
             self._forced,
         )
-
-    def _make_room(self, length: int, num_frames: int) -> int:
-        """Drops the oldest turns until `num_frames` fit after a text; returns how many do fit."""
-        num_turns = len(self._turns) + self._num_omitted
-        self._num_omitted = 0
-        # The end of speech takes a position too.
-        free = self._window - 1 - length - sum(turn.length for turn in self._turns)
-        while free < num_frames and self._turns:
-            free += self._turns.pop(0).length
-        if dropped := num_turns - len(self._turns):
-            self._num_shared = 0
-            self._notify(
-                Notice(
-                    "context_dropped",
-                    f"the oldest {dropped} of {num_turns} turns of context were left out: all "
-                    f"together, with room for the speech, take more than {self._window} positions",
-                )
-            )
-        if free < 1:
-            raise InputError(
-                f"the text takes {length} positions of {self._window}, which leaves no room for "
-                "its speech: use shorter sentences"
-            )
-        return free
-
-    def _generated_turn(self) -> Turn:
-        codes = np.concatenate([self._before, self._codes, self._after])
-        turn = Segment(self._request.speaker, self._parts[self._part], codes=codes)
-        return Turn(turn, self._config, self._model.tokenizer)
-
-    def _report_silence(self) -> None:
-        for number, turn in enumerate(self._turns, self._num_omitted + 1):
-            if turn.is_silent:
-                message = (
-                    f"the recording of turn {number} of the context is silent: record it louder"
-                )
-                self._notify(Notice("silent_context", message))
 
     def _report_guard(self, remark: Remark) -> None:
         frames = self._total - len(self._codes) + remark.frame

@@ -79,7 +79,7 @@ def _encode_context(
     notices: list[Notice] = []
     plan = RequestState(model, request, notices.append, max_seq_len)
     context = list(request.context)
-    for index in range(len(context) - plan.num_turns, len(context)):
+    for index in plan.kept_turns:
         audio = context[index].audio
         if audio is not None and context[index].codes is None:
             codes = model.encode(audio)

@@ -232,6 +232,10 @@ class TextGuard:
         """Decides while the end of speech is held down, since `since` frames."""
         if self._may_end(state):
             self.held_since = None
+            if state.wrong == SKIPPED and self._retries < self._limits.max_retries:
+                return self._resample(state)
+            # All of it is released, so nothing can be wrong with it any more.
+            self._states[-1] = state._replace(wrong="")
             return TextVerdict(TextAction.RELEASE_END, frame + 1, frame + 1)
         missing = self._letters[state.current + 1 : self._last + 1].sum()
         limits = self._limits

@@ -6,6 +6,7 @@ spoken has text only (SesameAILabs/csm `generator.py`). Other models want a spac
 keeps its "[speaker]", which is how the model knows whose voice it is.
 """
 
+import functools
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,15 +48,23 @@ class Segment:
       text: the transcript of `audio`; None for a recording without one.
       audio: float [num_samples] at 24 kHz, mono; None for a turn of text alone.
       codes: int [num_frames, Q], used instead of `audio` where the codes are known already.
+      pinned: whether the turn fixes its speaker's voice, and so stays when others are left out. Of
+        a speaker without pinned turns, it is the first turn with sound (`window.find_pinned`).
     """
 
     speaker: int
     text: str | None
     audio: np.ndarray | None = None
     codes: np.ndarray | None = None
+    pinned: bool = False
 
     def __post_init__(self):
         object.__setattr__(self, "speaker", whole_number(self.speaker, "speaker"))
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether it has audio, or codes of at least one frame."""
+        return self.audio is not None if self.codes is None else len(self.codes) > 0
 
 
 def check_text(text: str) -> None:
@@ -72,32 +81,46 @@ def tagged_text(text: str, speaker: int, config: CSMConfig) -> str:
 
 
 class Turn:
-    """A turn of the context: checked, of known length, and encoded when its rows are needed.
+    """A turn of the context: checked at once, but tokenized and encoded when it is needed.
 
     Attributes:
-      length: positions that its rows take.
+      speaker: number of the voice.
+      num_frames: of its audio.
       is_silent: whether it has audio without a sound in it.
     """
 
     def __init__(self, turn: Segment, config: CSMConfig, tokenizer: Tokenizer):
         """Raises `InputError`: a text is empty; audio or codes are not what they should be."""
-        self._config = config
-        _check_contents(turn)
+        if turn.text is None and turn.audio is None and turn.codes is None:
+            raise InputError("a turn has neither a text nor audio: give one of them")
         if turn.text is not None:
             check_text(turn.text)
-        self._text = _tagged_rows(turn.text or "", turn.speaker, config, tokenizer)
+        self._words = turn.text or ""
+        check_unicode(tagged_text(self._words, turn.speaker, config))
+        self._config = config
+        self._tokenizer = tokenizer
+        self._codes: np.ndarray | None = None
         self._audio: np.ndarray | None = None
         self._sound: Prompt | None = None
-        self.length = len(self._text.frames)
+        self.speaker = turn.speaker
+        self.num_frames = 0
         self.is_silent = False
         if turn.codes is not None:
-            self._sound = _audio_rows(np.asarray(turn.codes), config)
-            self.length += len(self._sound.frames)
+            self._codes = np.asarray(turn.codes)
+            _check_codes(self._codes, config)
+            self.num_frames = len(self._codes)
         elif turn.audio is not None:
             self._audio = check_audio(turn.audio)
             self.is_silent = is_silent(self._audio)
-            # The codec pads to whole frames; a frame of zeros ends the turn.
-            self.length += -(-len(self._audio) // config.codec.frame_size) + 1
+            # The codec pads to whole frames.
+            self.num_frames = -(-len(self._audio) // config.codec.frame_size)
+
+    @property
+    def length(self) -> int:
+        """Positions that its rows take. The first call tokenizes the text."""
+        has_audio = self._codes is not None or self._audio is not None
+        # A frame of zeros ends the audio.
+        return len(self._text.frames) + (self.num_frames + 1 if has_audio else 0)
 
     def rows(self, encode: Encode | None = None) -> list[Prompt]:
         """The rows of its text, and of its audio if it has any; `encode` is called at most once.
@@ -108,26 +131,17 @@ class Turn:
         if self._audio is not None:
             if encode is None:
                 raise ValueError("a turn with audio needs the codec")
-            self._sound = _audio_rows(np.asarray(encode(self._audio)), self._config)
+            self._codes = np.asarray(encode(self._audio))
             self._audio = None
-        return [self._text] if self._sound is None else [self._text, self._sound]
+        if self._codes is None:
+            return [self._text]
+        if self._sound is None:
+            self._sound = _audio_rows(self._codes, self._config)
+        return [self._text, self._sound]
 
-
-def check_turn(turn: Segment, config: CSMConfig) -> None:
-    """Checks what a `Turn` checks, without making its rows. Raises `InputError`."""
-    _check_contents(turn)
-    if turn.text is not None:
-        check_text(turn.text)
-    check_unicode(tagged_text(turn.text or "", turn.speaker, config))
-    if turn.codes is not None:
-        _check_codes(np.asarray(turn.codes), config)
-    elif turn.audio is not None:
-        check_audio(turn.audio)
-
-
-def _check_contents(turn: Segment) -> None:
-    if turn.text is None and turn.audio is None and turn.codes is None:
-        raise InputError("a turn has neither a text nor audio: give one of them")
+    @functools.cached_property
+    def _text(self) -> Prompt:
+        return _tagged_rows(self._words, self.speaker, self._config, self._tokenizer)
 
 
 def _is_silent(character: str) -> bool:

@@ -225,7 +225,7 @@ class Service:
             return request
         window = self.engine.max_seq_len
         plan = await self.threads.work(caller, RequestState, self.model, request, _ignore, window)
-        for index in range(len(context) - plan.num_turns, len(context)):
+        for index in plan.kept_turns:
             turn = context[index]
             if turn.codes is None and turn.audio is not None:
                 codes = await self.encode(turn.audio, caller)

@@ -24,8 +24,8 @@ class Limits:
       json_values: commas, colons and brackets of a JSON body, as a bound for its values.
       text_characters: of a text to speak, and of a transcript.
       audio_bytes: of one encoded recording.
-      audio_seconds: of one decoded recording. All recordings of a context together are limited by
-        the model's window.
+      audio_seconds: of one decoded recording. All recordings of a context together are limited to
+        twice the model's window.
       turns: of a context or a scene. For fal's API it can be lower than the default, not higher.
       speech_ms: of one response.
       connections: open at once.

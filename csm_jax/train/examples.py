@@ -8,6 +8,7 @@ import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
+from csm_jax.prompt.limits import PromptLimits
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.prompt.turns import Prompt, Segment, join_rows, turn_rows
 from csm_jax.train.codes import Source
@@ -135,3 +136,12 @@ def _segments(conversation: RecordedConversation, codes: Codes) -> list[Segment]
         return Segment(turn.speaker, turn.text, codes=found)
 
     return collect_or_fail(segment, len(conversation.turns))
+
+
+def data_limits(examples: Sequence[Example]) -> PromptLimits:
+    """The prompt limits of a model that is trained on these conversations alone.
+
+    A model speaks texts of the lengths that it was trained on, and no longer ones.
+    """
+    longest = max(len(turn.text or "") for each in examples for turn in each.segments)
+    return PromptLimits(max(1, min(longest, PromptLimits.max_part_characters)))

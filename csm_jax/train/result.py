@@ -18,6 +18,8 @@ from csm_jax.io.files import locked, replace_file, reporting
 from csm_jax.model.layers import Params
 from csm_jax.model.lora import LoRAConfig
 from csm_jax.model.precision import Precision
+from csm_jax.prompt import limits
+from csm_jax.prompt.limits import PromptLimits
 from csm_jax.train import fsdp
 from csm_jax.train.pretrained import PretrainedModel, merge_trained
 from csm_jax.train.step import compute_params
@@ -100,24 +102,30 @@ def write_result(
     trained: Params,
     config: LoRAConfig | None,
     precision: Precision,
+    own_limits: PromptLimits | None = None,
 ) -> Path:
     """Writes what was trained: a native checkpoint, or adapters alone. Returns its directory.
 
     Args:
       trained, config: as for `pretrained.merge_trained`.
       precision: its weights' type is the checkpoint's.
+      own_limits: of the new checkpoint; None is those of the pretrained one.
     """
     # A run that is resumed after its end has a result already, which is replaced.
     if config is not None:
         directory = out / ADAPTERS
         peft_files.write_adapters(directory, trained, config, pretrained.name, replace=True)
         return directory
+    small_files = pretrained.small_files
+    if own_limits is not None:
+        others = [file for file in small_files if file.name != limits.FILE_NAME]
+        small_files = [*others, limits.write(out, own_limits)]
     native_format.save(
         out / MODEL,
         pretrained.config,
         merge_trained(pretrained, trained, None),
         pretrained.tokenizer,
-        pretrained.small_files,
+        small_files,
         precision.weights,
         replace=True,
     )

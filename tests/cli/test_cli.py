@@ -337,7 +337,7 @@ def test_turns_beyond_the_window_are_dropped_with_a_notice(files, tmp_path, caps
     spoken(tmp_path, "a", HI, *(8 * turn))
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == NOISE
-    assert lines[1].startswith("the oldest 2 of 8 turns of context were left out")
+    assert lines[1].startswith("2 to 5 of 8 turns of context were left out")
     assert lines[2:] == [CUT]
 
 

@@ -86,6 +86,29 @@ def test_held_speech_that_never_reaches_the_last_word_ends_where_it_had_ended(si
 
 
 @sizes
+@pytest.mark.parametrize("max_retries", [0, 1])
+def test_words_that_are_left_out_after_a_held_end_are_resampled_before_they_are_released(
+    size, max_retries
+):
+    """Without a retry they are released, and never taken back."""
+    guarded = new_guarded(max_retries=max_retries)
+    codes, mass = frames_of([0] * 4 + [3] * 7 + [1] * 12)
+    early = 2
+    released, _ = play(guarded, codes[:early], mass[:early], size, ends=True)
+    more, step = play(guarded, codes[early:], mass[early:], size)
+    released = np.concatenate([released, more])
+    assert step.back.new_seed == bool(max_retries)
+    assert step.back.num_frames == (4 if max_retries else len(released))
+    np.testing.assert_array_equal(released, codes[: len(released)])
+    assert len(released) <= step.back.num_frames
+    if not max_retries:
+        rest = codes[len(released) :], mass[len(released) :]
+        _, step = play(guarded, *rest, size, ends=True)
+        assert step.back is None
+        assert len(guarded.codes) >= len(released)
+
+
+@sizes
 def test_a_word_that_is_left_out_is_resampled_from_there(size):
     codes, mass = frames_of([0] * 4 + [2] * 5)
     released, step = play(new_guarded(), codes, mass, size)

@@ -12,7 +12,6 @@ from csm_jax.prompt.turns import (
     Segment,
     Turn,
     check_text,
-    check_turn,
     join_rows,
     text_rows,
     turn_rows,
@@ -97,7 +96,7 @@ def test_a_turn_with_neither_text_nor_audio_is_refused():
     with pytest.raises(InputError, match="neither a text nor audio"):
         build(context=[Segment(0, None)])
     with pytest.raises(InputError, match="neither a text nor audio"):
-        check_turn(Segment(0, None), CONFIG)
+        Turn(Segment(0, None), CONFIG, TOKENIZER)
 
 
 def test_turns_follow_in_their_order():

@@ -25,6 +25,7 @@ from fastapi import Request as HTTPRequest
 from pydantic import FailFast, Field, StrictInt
 
 from csm_jax.inference.request import Notice, Request
+from csm_jax.prompt.window import find_newest
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.chat_messages import MAX_MESSAGES, Message, Script, Speakers, read_script
 from csm_jax.serve.api.context import read_context
@@ -160,7 +161,8 @@ async def _read_request(
         fields.messages, speakers, functools.partial(spoken.find, owner=caller.owner)
     )
     turns, dropped = _newest(script, service.settings.limits.turns)
-    context = await read_context(service, caller, turns, "input_audio")
+    has_voice = {number} if voice else set()
+    context = await read_context(service, caller, turns, "input_audio", has_voice=has_voice)
     request = make_request(service, script.text, number, fields, context.turns, voice)
     notices += [*dropped, *context.notices, *ignored(_not_followed(fields, script))]
     return request, script.text, notices
@@ -177,12 +179,13 @@ def _write(completion: Completion, file: SpokenFile, expires_at: int) -> str:
 
 
 def _newest(script: Script, most: int) -> tuple[list[Any], list[Notice]]:
-    """The newest turns, as many as are read, and a notice if there are more."""
-    turns = list(script.turns)
-    if len(turns) <= most:
+    """The turns that are read, `most` in all, and a notice if there are more."""
+    kept = find_newest(script.turns, most)
+    turns = [script.turns[i] for i in kept]
+    if len(turns) == len(script.turns):
         return turns, []
-    message = f"the oldest {len(turns) - most} of {len(turns)} turns were left out"
-    return turns[-most:], [Notice("context_dropped", message)]
+    message = f"{len(script.turns) - len(turns)} of {len(script.turns)} turns were left out"
+    return turns, [Notice("context_dropped", message)]
 
 
 def _not_followed(fields: Chat, script: Script) -> list[str]:

@@ -8,6 +8,7 @@ import numpy as np
 
 from csm_jax.inference.conversation import Conversation
 from csm_jax.prompt.turns import Segment
+from csm_jax.prompt.window import find_newest
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.schemas import Options, make_request
 from csm_jax.serve.errors import ApiError
@@ -47,7 +48,8 @@ async def speak_scene(
     conversation, audio = Conversation(service.engine, context, seed=seed), []
     for number, line in enumerate(lines, 1):
         line_options = options.model_copy(update={"seed": conversation.next_seed})
-        turns = conversation.turns[-service.settings.limits.turns :]
+        earlier = conversation.turns
+        turns = [earlier[i] for i in find_newest(earlier, service.settings.limits.turns)]
         request = make_request(service, line.text, line.speaker, line_options, turns)
         request = await service.encode_context(request, caller)
         # With the codes of recordings, which are encoded once: for the first line.

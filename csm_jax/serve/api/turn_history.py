@@ -1,4 +1,4 @@
-"""The earlier turns of a conversation: as many as fit the window, and what was heard of them."""
+"""The earlier turns of a conversation: those that later turns need, and what was heard of them."""
 
 import dataclasses
 import math
@@ -9,6 +9,7 @@ import numpy as np
 
 from csm_jax.align.words import Word
 from csm_jax.prompt.turns import Segment, Turn
+from csm_jax.prompt.window import find_newest
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.api.character_times import WordPlaces
 from csm_jax.serve.service import Service
@@ -72,7 +73,7 @@ class _Kept:
 
 
 class TurnHistory:
-    """The newest turns of a conversation that fit the model's window."""
+    """The turns of a conversation that fix its voices, and the newest that fit the window."""
 
     def __init__(self, service: Service, caller: Caller):
         """Starts without turns."""
@@ -89,7 +90,7 @@ class TurnHistory:
         return [kept.segment for kept in self._kept]
 
     async def add(self, segment: Segment) -> None:
-        """Adds a turn that was not spoken here, and drops the oldest that do not fit any more."""
+        """Adds a turn that was not spoken here, and drops those that do not fit any more."""
         await self._add(segment, None)
 
     async def add_spoken(self, turn: SpokenTurn) -> None:
@@ -118,10 +119,8 @@ class TurnHistory:
     async def _add(self, segment: Segment, spoken: SpokenTurn | None) -> None:
         self._kept.append(_Kept(segment, await self._length(segment), spoken))
         most, window = self._service.settings.limits.turns, self._service.engine.max_seq_len
-        while len(self._kept) > 1 and (
-            len(self._kept) > most or sum(kept.length for kept in self._kept) > window
-        ):
-            del self._kept[0]
+        lengths = [kept.length for kept in self._kept]
+        self._kept = [self._kept[i] for i in find_newest(self.turns, most, lengths, window)]
 
     async def _length(self, segment: Segment) -> int:
         # In a thread, because tokenizing a long text would block the event loop.

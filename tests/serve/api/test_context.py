@@ -1,4 +1,4 @@
-"""Recordings of a context: decoded newest first, within the window, until the client leaves."""
+"""Recordings of a context: those that can fit the window are decoded, until the client leaves."""
 
 import asyncio
 import base64
@@ -69,16 +69,16 @@ def read(server, given: list[UploadedTurn]):
     return asyncio.run_coroutine_threadsafe(reading, loop).result(60)
 
 
-def test_the_newest_recordings_are_decoded_until_the_window_is_full(server, work):
-    """The window of 256 positions is 20.48 s: the newest four turns of 6 s."""
+def test_the_first_and_the_newest_recordings_are_decoded_until_the_window_is_full(server, work):
+    """The window of 256 positions is 20.48 s: four of 6 s, after the first of each speaker."""
     given = [UploadedTurn(i % 2, f"turn {i}", flac(6.0, i + 1)) for i in range(9)]
     found = read(server, given)
-    assert [turn.text for turn in found.turns] == [f"turn {i}" for i in (5, 6, 7, 8)]
-    assert [int(np.argmax(turn.audio == 0.25)) for turn in found.turns] == [6, 7, 8, 9]
-    assert len(work["decoded"]) == 4
+    assert [turn.text for turn in found.turns] == [f"turn {i}" for i in (0, 1, 5, 6, 7, 8)]
+    assert [int(np.argmax(turn.audio == 0.25)) for turn in found.turns] == [1, 2, 6, 7, 8, 9]
+    assert len(work["decoded"]) == 6
     (notice,) = found.notices
     assert notice.kind == "context_dropped"
-    assert "the oldest 5 of 9 turns" in notice.message
+    assert "3 of 9 turns" in notice.message
 
 
 def test_recordings_that_fit_are_decoded_in_full(server, work):
@@ -92,11 +92,11 @@ def test_recordings_that_fit_are_decoded_in_full(server, work):
 
 
 def test_only_the_recordings_that_fit_are_encoded(server, work):
-    """64 times 59 s in half a megabyte: one is decoded, and none fits beside the speech."""
+    """64 times 59 s in half a megabyte: the first and the last are decoded, and none fits."""
     recording = uri(flac(59.0))
     response = server.post(PATH, json=scene(*[recording] * 64, max_audio_length_ms=400))
     assert response.status_code == 200
-    assert len(work["decoded"]) == 1
+    assert len(work["decoded"]) == 2
     assert len(work["encoded"]) <= 1
 
 
