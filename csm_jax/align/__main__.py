@@ -103,8 +103,8 @@ def _calibrate(values: flags.FlagValues) -> None:
         cli.show(f"{path}: head {head} of layer {layer}, found with {source}")
     if not any(recording.starts for recording in recordings):
         cli.warn(
-            "the recordings tell no times of words, so the lag is a guess: all words may be early "
-            "or late by a tenth of a second"
+            "the recordings tell no times of words, so the lag is a guess: words may be early or "
+            "late by a tenth of a second"
         )
 
 

@@ -15,7 +15,7 @@ from csm_jax.inference.given_speech import GivenSpeech, read_speech
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, OnWord, Request
 from csm_jax.inference.request_state import RequestState
-from csm_jax.inference.scores import score_speech
+from csm_jax.inference.scores import Score, score_speech
 from csm_jax.inference.ticket import Ticket
 from csm_jax.prompt.turns import Segment, Turn
 
@@ -144,11 +144,11 @@ class _BestTake(Ticket):
 
 def _rank(model: LoadedModel, takes: Sequence[Ticket]) -> list[tuple[int, float]]:
     """How good each take is: one with fewer faults first, then one that attends to its words more
-    and is more likely."""
-    likelihoods = _mean_log_probabilities(model, takes)
+    and that the model was surer of."""
+    certainties = _certainties(model, takes)
     return [
-        (-_count_faults(take), _confidence(take) + likelihood)
-        for take, likelihood in zip(takes, likelihoods, strict=True)
+        (-_count_faults(take), _confidence(take) + certainty)
+        for take, certainty in zip(takes, certainties, strict=True)
     ]
 
 
@@ -163,8 +163,9 @@ def _confidence(take: Ticket) -> float:
     return sum(word.confidence for word in words) / max(1, len(words))
 
 
-def _mean_log_probabilities(model: LoadedModel, takes: Sequence[Ticket]) -> list[float]:
-    """Of the codes and the end of each take, in nats.
+def _certainties(model: LoadedModel, takes: Sequence[Ticket]) -> list[float]:
+    """How sure the model was of each take, in nats: the mean log-probability of its codes and its
+    end, less the mean entropy that the codes of the first codebook were drawn with.
 
     A text in several parts is heard as one; 0 for all if it fills the window.
     """
@@ -172,11 +173,14 @@ def _mean_log_probabilities(model: LoadedModel, takes: Sequence[Ticket]) -> list
     given = [speech for speech in speeches if speech is not None]
     if len(given) < len(takes):
         return [0.0] * len(takes)
-    scores = score_speech(model, given, None, _SCORED_AT_ONCE)
-    return [
-        score.total / (score.log_probability.size + len(score.end_log_probability))
-        for score in scores
-    ]
+    return [_certainty(score) for score in score_speech(model, given, None, _SCORED_AT_ONCE)]
+
+
+def _certainty(score: Score) -> float:
+    if not len(score.codes):
+        return -np.inf
+    num_codes = score.log_probability.size + len(score.end_log_probability)
+    return score.total / num_codes - float(score.entropy[:, 0].mean())
 
 
 def _as_given(model: LoadedModel, request: Request, codes: np.ndarray) -> GivenSpeech | None:

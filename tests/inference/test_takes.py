@@ -55,21 +55,26 @@ def test_the_take_with_the_best_score_is_kept(engine, monkeypatch):
         np.testing.assert_array_equal(ticket.codes(), expected[best])
 
 
-def test_without_alignment_heads_the_likeliest_take_is_kept(model):
+def test_without_alignment_heads_the_take_that_the_model_is_surest_of_is_kept(model):
     plain = dataclasses.replace(model, alignment=None)
     with Engine(plain, max_batch=3) as engine:
         request = Request(TEXT, seed=5, best_of=3)
         codes = [ticket.codes() for ticket in by_hand(engine, request)]
         scores = [plain.score(TEXT, each) for each in codes]
-        likelihoods = [score.total / score.log_probability.size for score in scores]
+        # The mean over all codes with those of the end, and the entropy of the first codebook.
+        certainties = [
+            np.concatenate([score.log_probability, score.end_log_probability[None]]).mean()
+            - score.entropy[:, 0].mean()
+            for score in scores
+        ]
         kept = engine.submit(request, stream=False).codes()
-    np.testing.assert_array_equal(kept, codes[int(np.argmax(likelihoods))])
+    np.testing.assert_array_equal(kept, codes[int(np.argmax(certainties))])
 
 
 def test_a_take_that_is_cut_is_kept_only_if_all_are(engine, monkeypatch):
     """Whatever is likely."""
     monkeypatch.setattr(
-        takes, "_mean_log_probabilities", lambda model, takes: [-len(t.codes()) for t in takes]
+        takes, "_certainties", lambda model, takes: [-len(t.codes()) for t in takes]
     )
     request = Request(TEXT, seed=3, best_of=2)
     shortest = min(len(ticket.codes()) for ticket in by_hand(engine, request))
