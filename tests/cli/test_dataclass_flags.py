@@ -106,7 +106,12 @@ def test_a_manifest_line_takes_every_field_of_sampling():
 
 def test_a_manifest_line_takes_every_field_of_a_request_that_is_not_made_of_others():
     known = manifest._REQUEST_FIELDS.keys() - {"id"}
-    assert field_types(Request).keys() - known == {"sampling", "shared_turns", "pauses"}
+    assert field_types(Request).keys() - known == {
+        "sampling",
+        "shared_turns",
+        "pauses",
+        "interventions",
+    }
 
 
 def test_the_server_has_a_flag_for_every_setting_that_is_not_made_of_others():
