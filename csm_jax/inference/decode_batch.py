@@ -1,6 +1,6 @@
 """The decode batch: utterances in the slots of one batch, around the compiled functions."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from csm_jax.inference.decode_step import (
 from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.layers import AnyArray
 from csm_jax.model.llama import Head
 from csm_jax.model.sampling import Sampling, SamplingParams
 from csm_jax.model.sharding import check_rows, place_rows
@@ -46,6 +47,7 @@ class Utterance(NamedTuple):
       num_text: positions at the end of the prompt, which are the text that is spoken.
       end_bias: as for `CSM.generate_frame`; a batch without alignment heads ignores it.
       forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
+      steering: float32 [D] by layer, which every frame adds to what that layer passes on.
     """
 
     prompt: Prompt
@@ -56,6 +58,7 @@ class Utterance(NamedTuple):
     num_text: int = 0
     end_bias: float = 0.0
     forced: np.ndarray | None = None
+    steering: Mapping[int, np.ndarray] | None = None
 
     @property
     def max_length(self) -> int:
@@ -336,23 +339,30 @@ class DecodeBatch:
         self._text = place_rows(TextRows(starts, end_bias), self._mesh)
 
     def _stack_rows(self) -> None:
-        """Sets how the codes of all rows are drawn, and which are given."""
+        """Sets how the codes of all rows are drawn, and what is changed."""
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]
         self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
-        forced = [slot.utterance.forced if slot else None for slot in self._slots]
-        self._interventions = NO_INTERVENTIONS
-        if any(codes is not None for codes in forced):
-            stacked = self._stack_forced(forced)
-            self._interventions = RowInterventions(place_rows(stacked, self._mesh))
+        changes = RowInterventions(self._stack_forced(), self._stack_steering())
+        self._interventions = place_rows(changes, self._mesh)
 
-    def _stack_forced(self, rows: Sequence[np.ndarray | None]) -> ForcedCodes:
+    def _stack_forced(self) -> ForcedCodes | None:
+        rows = [slot.utterance.forced if slot else None for slot in self._slots]
         num_frames = [0 if codes is None else len(codes) for codes in rows]
+        if not any(num_frames):
+            return None
         shape = self.size, bucket(max(num_frames)), self.config.num_codebooks
         stacked = np.full(shape, -1, np.int32)
         for row, codes in zip(stacked, rows, strict=True):
             if codes is not None:
                 row[: len(codes)] = codes
         return ForcedCodes(stacked, np.asarray(num_frames, np.int32))
+
+    def _stack_steering(self) -> Mapping[int, AnyArray] | None:
+        rows = [slot.utterance.steering or {} if slot else {} for slot in self._slots]
+        nothing = np.zeros(self.config.backbone.embed_dim, np.float32)
+        layers = sorted({layer for row in rows for layer in row})
+        stacked = {layer: np.stack([row.get(layer, nothing) for row in rows]) for layer in layers}
+        return stacked or None
 
 
 def bucket(length: int, least: int = InferenceConfig.min_bucket) -> int:

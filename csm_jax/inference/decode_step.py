@@ -7,6 +7,7 @@ share one step.
 """
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -87,9 +88,15 @@ class ForcedCodes(NamedTuple):
 
 
 class RowInterventions(NamedTuple):
-    """What is changed in the frames of all rows; None leaves the program without it."""
+    """What is changed in the frames of all rows; None leaves the program without it.
+
+    Attributes:
+      forced: codes that are given.
+      steering: float32 [B, D] by layer of the backbone, as `added` of `Llama.attend`.
+    """
 
     forced: ForcedCodes | None = None
+    steering: Mapping[int, AnyArray] | None = None
 
 
 NO_INTERVENTIONS = RowInterventions()
@@ -130,7 +137,9 @@ def frame_step(
       returning zeros.
     """
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    hidden, cache, observed = model.backbone.attend(embedded, state.cache, kv_length, heads)
+    hidden, cache, observed = model.backbone.attend(
+        embedded, state.cache, kv_length, heads, added=interventions.steering
+    )
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     forced = None
     end_bias = _end_bias(text, model.config.num_codebooks)

@@ -1,11 +1,31 @@
 """Interventions: what a caller changes while speech is generated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
+from csm_jax.io.arguments import real_number, whole_number
+
+
+@dataclass(frozen=True, eq=False)
+class Steering:
+    """A vector that is added to what a layer of the backbone passes on (activation steering).
+
+    It is added at every frame, from the last position of the prompt on; the context and the text
+    are processed without it.
+
+    Attributes:
+      layer: counted from 1, as in `States.backbone`; of the last one before the final norm.
+      vector: float [D], such as the difference of the mean states of two kinds of speech.
+      strength: how many times the vector is added; 0 changes nothing, negative ones subtract it.
+    """
+
+    layer: int
+    vector: np.ndarray
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,9 +38,11 @@ class Interventions:
         does not end before the last given code, unless that is in a frame of zeros at the end,
         which ends it there. The text must be short enough for one part, and have no pauses; the
         guard is off.
+      steering: vectors that are added; those of one layer add up.
     """
 
     forced: np.ndarray | None = None
+    steering: Sequence[Steering] = ()
 
 
 NO_CHANGE = Interventions()
@@ -52,6 +74,30 @@ def forced_codes(interventions: Interventions, config: CSMConfig) -> np.ndarray 
         )
     given = np.flatnonzero((codes >= 0).any(axis=-1))
     return codes[: given[-1] + 1].astype(np.int32) if len(given) else None
+
+
+def steering_vectors(
+    interventions: Interventions, config: CSMConfig
+) -> dict[int, np.ndarray] | None:
+    """What is added to each layer, float32 [D]; None without steering.
+
+    Raises:
+      InputError: a layer or a vector is none of the model's.
+    """
+    num_layers, dim = config.backbone.num_layers, config.backbone.embed_dim
+    vectors: dict[int, np.ndarray] = {}
+    for steering in interventions.steering:
+        layer = whole_number(steering.layer, "layer of steering")
+        if not 1 <= layer <= num_layers:
+            raise InputError(f"layer of steering is {layer}, but must be from 1 to {num_layers}")
+        vector = np.asarray(steering.vector, np.float32)
+        if vector.shape != (dim,):
+            raise InputError(f"vector of steering has shape {list(vector.shape)}, expected [{dim}]")
+        scaled = np.float32(real_number(steering.strength, "strength of steering")) * vector
+        if not np.isfinite(scaled).all():
+            raise InputError("vector and strength of steering must be finite")
+        vectors[layer] = vectors.get(layer, np.float32(0)) + scaled
+    return vectors or None
 
 
 def check_room(forced: np.ndarray, num_parts: int, num_pauses: int, max_frames: int) -> None:

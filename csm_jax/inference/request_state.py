@@ -18,7 +18,7 @@ from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
 from csm_jax.inference.history import History
-from csm_jax.inference.interventions import check_room, forced_codes
+from csm_jax.inference.interventions import check_room, forced_codes, steering_vectors
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
@@ -87,6 +87,7 @@ class RequestState:
         self._window = min(max_seq_len or limit, limit)
         lead, self._parts, self._pauses = self._split()
         self._forced = forced_codes(request.interventions, model.config)
+        self._steering = steering_vectors(request.interventions, model.config)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         self._history = History(model, request, self._window, notify)
         self._part = -1
@@ -263,6 +264,7 @@ class RequestState:
             len(self._rows.frames),
             self._model.inference.end_bias,
             self._forced,
+            self._steering,
         )
 
     def _report_guard(self, remark: Remark) -> None:

@@ -1,7 +1,7 @@
 """The Llama stack (Llama 3.2): backbone and depth decoder are two sizes of it."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -154,6 +154,7 @@ class Llama(nnx.Module):
         heads: Sequence[Head] = (),
         layers: Sequence[int] = (),
         remat: bool = False,
+        added: Mapping[int, AnyArray] | None = None,
     ) -> tuple[Array, KVCache, Observed]:
         """Like calling the stack, and returns the attention of some heads and some states too.
 
@@ -163,6 +164,7 @@ class Llama(nnx.Module):
           heads: whose attention is returned.
           layers: whose states are returned, numbered as in transformers: 0 is `x`, i is what
             layer i passes on, counted from 1; of the last one it is taken after the final norm.
+          added: [B, D] by layer, counted from 1, which every new position passes on in addition.
 
         Returns:
           Hidden states and cache; and what was asked for.
@@ -172,10 +174,14 @@ class Llama(nnx.Module):
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
         caches, weights, states = [], [], [x]
-        for block, layer_cache in zip(self.layers, cache.layers, strict=True):
+        for number, (block, layer_cache) in enumerate(
+            zip(self.layers, cache.layers, strict=True), 1
+        ):
             call = functools.partial(block, kv_length=kv_length)
             call = jax.checkpoint(call) if remat else call
             x, layer_cache, attention_weights = call(x, layer_cache, positions)
+            if added and number in added:
+                x = x + jnp.asarray(added[number])[:, None].astype(x.dtype)
             caches.append(layer_cache)
             weights.append(attention_weights)
             states.append(x)
