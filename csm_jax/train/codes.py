@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from csm_jax.mimi.codec import Codec
 # Seconds of audio that are read before they are sorted and encoded, and, padding included, that
 # are encoded at once.
 READ_SECONDS, BATCH_SECONDS = 1200.0, 120.0
+# Files of codes, which are given instead of recordings.
+CODES_SUFFIX = ".npy"
 
 
 class Clip(NamedTuple):
@@ -92,6 +94,8 @@ class CodeCache:
     def _read(self, source: Source) -> "np.ndarray | _Recording":
         """The cached codes of a recording, or the recording, which is to be encoded."""
         path = source.path if isinstance(source, Clip) else source
+        if path.suffix == CODES_SUFFIX and not isinstance(source, Clip):
+            return self._given(path)
         # Read once: were it read again for its name, it could have changed since.
         data = read_recording(path)
         # The same bytes are other samples where the suffix says so.
@@ -106,6 +110,17 @@ class CodeCache:
             samples = _cut(samples, source, self._codec.sample_rate)
         return _Recording(source, file, _not_silent(samples, source))
 
+    def _given(self, path: Path) -> np.ndarray:
+        """The codes in a file of `file_content`; of more codebooks than wanted, the first."""
+        count, size = self._num_codebooks, self._codec.config.codebook_size
+        codes = _parse(read_recording(path))
+        if codes is None or codes.shape[1] < count or not 0 <= codes.min() <= codes.max() < size:
+            raise InputError(
+                f"{path}: no codes, which are integers [frames, {count}] from 0 to {size - 1}; "
+                "give the recording, or its codes by this checkpoint's codec"
+            )
+        return codes[:, :count].astype(np.int32)
+
     def _decode(self, data: bytes, path: Path) -> np.ndarray:
         """The samples of a recording; the last one is kept, since its parts come one by one."""
         last, samples = self._decoded
@@ -117,24 +132,23 @@ class CodeCache:
     def _load(self, file: Path) -> np.ndarray | None:
         try:
             content = file.read_bytes()
-            codes = np.load(io.BytesIO(content), allow_pickle=False)
-        except Exception:
-            return None  # not there, or damaged, for which numpy has a dozen kinds of exceptions
+        except OSError:
+            return None
+        codes = _parse(content)
         return codes.astype(np.int32) if self._are_intact(codes, content) else None
 
-    def _are_intact(self, codes: Any, content: bytes) -> bool:
+    def _are_intact(self, codes: np.ndarray | None, content: bytes) -> TypeGuard[np.ndarray]:
         """Whether an array, and its file, could have been written here."""
-        if not isinstance(codes, np.ndarray) or codes.ndim != 2 or not codes.size:
+        if codes is None or codes.shape[1] != self._num_codebooks:
             return False
-        if codes.shape[1] != self._num_codebooks or _content(codes) != content:
-            return False
-        return bool(0 <= codes.min() <= codes.max() < self._codec.config.codebook_size)
+        is_whole = file_content(codes) == content
+        return bool(is_whole and 0 <= codes.min() <= codes.max() < self._codec.config.codebook_size)
 
     def _write(self, file: Path, codes: np.ndarray) -> None:
         way_out = "choose a directory that is writable and has space with --codes_cache"
         with reporting(f"codes cannot be written to {self._directory}", way_out):
             self._directory.mkdir(parents=True, exist_ok=True)
-            replace_file(file, _content(codes))
+            replace_file(file, file_content(codes))
 
 
 class _Recording(NamedTuple):
@@ -145,10 +159,21 @@ class _Recording(NamedTuple):
     samples: np.ndarray
 
 
-def _content(codes: np.ndarray) -> bytes:
+def file_content(codes: np.ndarray) -> bytes:
+    """A file of codes [num_frames, Q], which training data may name instead of a recording."""
     buffer = io.BytesIO()
     np.save(buffer, codes.astype(np.int16))
     return buffer.getvalue()
+
+
+def _parse(content: bytes) -> np.ndarray | None:
+    """The array of a file of codes, integers [num_frames, Q]; None if it is none."""
+    try:
+        codes = np.load(io.BytesIO(content), allow_pickle=False)
+    except Exception:
+        return None  # not there, or damaged, for which numpy has a dozen kinds of exceptions
+    is_codes = isinstance(codes, np.ndarray) and codes.ndim == 2 and codes.dtype.kind in "iu"
+    return codes if is_codes and codes.size else None
 
 
 def _cut(audio: np.ndarray, clip: Clip, sample_rate: int) -> np.ndarray:

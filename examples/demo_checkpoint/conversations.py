@@ -4,14 +4,19 @@ Without context, a speaker's number selects a voice: 0 and 1 are the two main on
 a speaker, the speaker has the voice of that turn.
 """
 
+import json
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from plan import MAIN_VOICES
 from speech_set import Utterance
+from spoken_words import word_times
 from texts import is_held_out_text
+from tqdm import tqdm
+
+from csm_jax.io.files import replace_file
 
 # Shares of the kinds: a single turn; turns after a prompt in any voice; the rest are dialogues.
 ALONE, PROMPTED = 0.35, 0.35
@@ -90,3 +95,38 @@ def _that_fit(chosen: Sequence[Utterance], seconds: float, fewest: int) -> list[
 def _turn(speaker: int, utterance: Utterance, **more: bool) -> dict:
     audio = str(utterance.audio.absolute())
     return {"speaker": speaker, "text": utterance.text, "audio": audio, **more}
+
+
+def write_conversations(
+    path: Path,
+    utterances: Sequence[Utterance],
+    *,
+    count: int,
+    seconds: float,
+    seed: int,
+    files: Mapping[Path, str] | None = None,
+) -> None:
+    """Writes conversations with the times of their words, where these are known.
+
+    Args:
+      seconds: of speech in a conversation, at most.
+      files: what stands for each recording in `path`; None is its absolute path.
+    """
+    more = {
+        str(each.audio.absolute()): _details(each, files)
+        for each in tqdm(utterances, desc="word times", disable=None)
+    }
+    recordings = Recordings(utterances)
+    source = random.Random(seed)
+    lines = []
+    for _ in range(count):
+        turns = draw_conversation(source, recordings, seconds)
+        lines.append(json.dumps([turn | more[turn["audio"]] for turn in turns]) + "\n")
+    replace_file(path, "".join(lines).encode())
+
+
+def _details(utterance: Utterance, files: Mapping[Path, str] | None) -> dict:
+    """The fields of a turn that its utterance decides."""
+    words = word_times(utterance)
+    found = {} if words is None else {"words": words}
+    return found if files is None else found | {"audio": files[utterance.audio]}

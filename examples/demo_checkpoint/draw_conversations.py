@@ -1,15 +1,13 @@
-"""Writes a manifest of conversations of recordings for csm_jax.finetune.
+"""Writes conversations of recordings, with the times of their words, for csm_jax.finetune.
 
     python examples/demo_checkpoint/draw_conversations.py --speech=voice/speech \
         --out=voice/train.jsonl --count=100000
 """
 
-import json
-import random
 from pathlib import Path
 
 from absl import app, flags
-from conversations import Recordings, draw_conversation
+from conversations import write_conversations
 from speech_set import read_manifests
 
 SPEECH = flags.DEFINE_multi_string("speech", None, "a directory of speech; may be repeated")
@@ -20,12 +18,13 @@ SEED = flags.DEFINE_integer("seed", 0, "seed of the conversations")
 
 
 def main(_: list[str]) -> None:
-    recordings = Recordings(read_manifests(map(Path, SPEECH.value)))
-    source = random.Random(SEED.value)
-    with open(OUT.value, "w") as file:
-        for _ in range(COUNT.value):
-            turns = draw_conversation(source, recordings, SECONDS.value)
-            file.write(json.dumps(turns) + "\n")
+    write_conversations(
+        Path(OUT.value),
+        read_manifests(map(Path, SPEECH.value)),
+        count=COUNT.value,
+        seconds=SECONDS.value,
+        seed=SEED.value,
+    )
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ _AS_ONE = {
 SILENCE = " "
 # The labels of a unit of time of a recording. A training run of the codec depends on their order.
 SOUNDS = SILENCE + "AIOWYabdefhijklmnopstuvwzæðŋɐɑɒɔəɛɜɡɪɹɾʃʊʌʒʔʤʧθᵻ"
-_STRESS, _LONG = "ˈˌ", "ː"
+STRESS, LONG = "ˈˌ", "ː"
 _CLAUSE = re.compile(r"([^.,!?;:]+)([.,!?;:]*)")
 
 
@@ -62,11 +62,11 @@ def sounds_of(phonemes: str) -> list[str]:
     """
     sounds: list[str] = []
     for symbol in phonemes:
-        if symbol == _LONG and sounds:
+        if symbol == LONG and sounds:
             sounds.append(sounds[-1])
         else:
-            sounds.append(symbol if symbol in SOUNDS or symbol in _STRESS else SILENCE)
+            sounds.append(symbol if symbol in SOUNDS or symbol in STRESS else SILENCE)
     for i in reversed(range(len(sounds))):
-        if sounds[i] in _STRESS:
+        if sounds[i] in STRESS:
             sounds[i] = sounds[i + 1] if i + 1 < len(sounds) else SILENCE
     return sounds

@@ -34,6 +34,7 @@ VOICE_CODEC = MimiConfig(
 # Codebooks that the model generates. Speech is as intelligible as with all of the codec's, and the
 # other codebooks are nearly noise, which would not improve training.
 NUM_CODEBOOKS = 4
+TEXT_TOKEN_IDS = TextTokenIds(bos=1, eos=2, audio=3, audio_eos=4)
 MODEL = CSMConfig(
     backbone=LlamaConfig(
         num_layers=6,
@@ -57,5 +58,31 @@ MODEL = CSMConfig(
     text_vocab_size=TEXT_VOCAB,
     audio_vocab_size=259,
     num_codebooks=NUM_CODEBOOKS,
-    text_token_ids=TextTokenIds(bos=1, eos=2, audio=3, audio_eos=4),
+    text_token_ids=TEXT_TOKEN_IDS,
+)
+# The model of the open-vocabulary voice. With its codec it has 45 MB in bfloat16.
+VOICE_MODEL = CSMConfig(
+    backbone=LlamaConfig(
+        num_layers=6,
+        embed_dim=384,
+        num_heads=6,
+        num_kv_heads=2,
+        head_dim=64,
+        mlp_dim=896,
+        max_seq_len=2048,
+    ),
+    depth_decoder=LlamaConfig(
+        num_layers=3,
+        embed_dim=192,
+        num_heads=3,
+        num_kv_heads=1,
+        head_dim=64,
+        mlp_dim=512,
+        max_seq_len=VOICE_CODEC.num_codebooks + 1,
+    ),
+    codec=VOICE_CODEC,
+    text_vocab_size=TEXT_VOCAB,
+    audio_vocab_size=VOICE_CODEC.codebook_size + 3,
+    num_codebooks=VOICE_CODEC.num_codebooks,
+    text_token_ids=TEXT_TOKEN_IDS,
 )

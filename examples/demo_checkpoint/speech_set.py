@@ -27,6 +27,7 @@ class Utterance:
       durations: of the leading silence, every symbol and the end, in units of `UNIT` samples.
       start: samples that were trimmed from the beginning of the aligned audio; None if unknown.
       dialogue: a number that the turns of a dialogue share; None without a dialogue.
+      spoken: the text in words, as the synthesizer got it.
     """
 
     audio: Path
@@ -36,6 +37,7 @@ class Utterance:
     durations: tuple[int, ...]
     start: int | None
     dialogue: int | None = None
+    spoken: str = ""
 
     @property
     def seconds(self) -> float:
@@ -71,6 +73,7 @@ def _utterance(directory: Path, line: dict) -> Utterance:
         tuple(line["durations"]),
         line["start"],
         line.get("dialogue"),
+        line.get("spoken", line["text"]),
     )
 
 

@@ -283,3 +283,38 @@ def test_codes_of_a_recording_that_changes_meanwhile_are_not_kept(alone, recordi
     np.testing.assert_array_equal(
         CodeCache(cache, alone, Q).codes([path])[path], encoded(alone, other)
     )
+
+
+def test_codes_are_given_instead_of_a_recording(recordings, tmp_path):
+    """Of more codebooks than the model has, the first count; nothing is encoded or cached."""
+    codec = Counting()
+    given = np.random.default_rng(0).integers(0, CONFIG.codec.codebook_size, (7, Q + 1))
+    np.save(tmp_path / "given.npy", given.astype(np.int16))
+    found = CodeCache(tmp_path / "cache", codec, Q).codes([tmp_path / "given.npy"])
+    np.testing.assert_array_equal(found[tmp_path / "given.npy"], given[:, :Q])
+    assert codec.calls == []
+    assert stored(tmp_path / "cache") == []
+    written = codes.file_content(given)
+    assert written == (tmp_path / "given.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        np.zeros((7, Q - 1), np.int16),
+        np.full((7, Q), CONFIG.codec.codebook_size, np.int16),
+        np.full((7, Q), -1, np.int16),
+        np.zeros((0, Q), np.int16),
+        np.zeros((7, Q), np.float32),
+        np.zeros(7, np.int16),
+        None,
+    ],
+    ids=["few", "large", "negative", "empty", "float", "flat", "no array"],
+)
+def test_files_that_are_no_codes_are_one_line(alone, tmp_path, given):
+    path = tmp_path / "given.npy"
+    np.save(path, given, allow_pickle=given is None)
+    found = CodeCache(tmp_path / "cache", alone, Q).codes([path])[path]
+    assert isinstance(found, InputError)
+    assert f"{path}: no codes, which are integers [frames, {Q}]" in str(found)
+    assert "\n" not in str(found)
