@@ -19,7 +19,7 @@ from absl import flags
 
 from csm_jax.align.finding import with_alignment
 from csm_jax.align.formats import check_words_out
-from csm_jax.cli import dataclass_flags, model_flags, processes
+from csm_jax.cli import dataclass_flags, model_flags, processes, watermark_flags
 from csm_jax.cli import flags as cli
 from csm_jax.cli.manifest import LineFiles, check_lines, read_manifest, speak_manifest
 from csm_jax.cli.output import check_codes_out, check_out, open_speech, save_codes, save_speech
@@ -36,6 +36,7 @@ from csm_jax.io.script import Turn, read_script
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
+from csm_jax.watermark import Watermark
 
 PROGRAM = "csm_jax.generate"
 REQUEST_FLAGS = (
@@ -59,6 +60,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(flag, "stream", False, "write the speech while it is generated, frame by frame")
     define(text, "format", None, "of --out=- (wav, pcm) and of --manifest's files; default: wav")
     model_flags.define_flags(values)
+    watermark_flags.define_flags(values)
     define(texts, "context_audio", [], "recording of an earlier turn; repeatable, oldest first")
     define(texts, "context_text", [], "its transcript; repeatable, in the same order")
     without = "accept recordings of earlier turns without transcripts; the speech can be less clear"
@@ -82,12 +84,14 @@ def main(values: flags.FlagValues) -> None:
         _speak_manifest(values)
         return
     job = _read_job(values)
+    watermark = watermark_flags.read_watermark(values)
     model = model_flags.load_model(values)
+    watermark_flags.warn_if_unmarked(values, watermark)
     if job.words_out is not None:
         model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)
     report = Report(model)
     speak = _stream if values.stream else _speak
-    conversation, spoken_words = speak(model, job, report)
+    conversation, spoken_words = speak(model, job, report, watermark)
     # Recorded turns have audio instead.
     codes = np.concatenate([turn.codes for turn in conversation.turns if turn.codes is not None])
     if job.codes_out is not None:
@@ -215,7 +219,9 @@ def _speak_turns(
     return spoken_words
 
 
-def _speak(model: Generator, job: _Job, report: Report) -> tuple[Conversation, WordsFile]:
+def _speak(
+    model: Generator, job: _Job, report: Report, watermark: Watermark | None
+) -> tuple[Conversation, WordsFile]:
     """Speaks all turns, then writes them together."""
     conversation = _conversation(model, job)
     audio: list[np.ndarray] = []
@@ -227,28 +233,36 @@ def _speak(model: Generator, job: _Job, report: Report) -> tuple[Conversation, W
             )
 
     spoken_words = _speak_turns(conversation, job, model.sample_rate, speak)
-    save_speech(job.out, job.format, np.concatenate(audio), model.sample_rate)
+    whole = np.concatenate(audio)
+    if watermark is not None:
+        whole = watermark.embed(whole, model.sample_rate)
+    save_speech(job.out, job.format, whole, model.sample_rate)
     return conversation, spoken_words
 
 
-def _stream(model: Generator, job: _Job, report: Report) -> tuple[Conversation, WordsFile]:
+def _stream(
+    model: Generator, job: _Job, report: Report, watermark: Watermark | None
+) -> tuple[Conversation, WordsFile]:
     """Writes each turn while it is spoken."""
     with (
         open_speech(job.out, job.format, model.sample_rate) as write,
         Engine(model, max_batch=1) as engine,
     ):
         conversation = _conversation(engine, job)
+        marker = None if watermark is None else watermark.marker(model.sample_rate)
 
         def speak(turn: Turn) -> None:
             num_frames = 0
             with report.turn() as progress:
                 for chunk in conversation.stream(turn.text, turn.speaker, notify=_warn):
-                    write(chunk)
+                    write(chunk if marker is None else marker.add(chunk))
                     num_frames += len(chunk) // model.codec.frame_size
                     if progress is not None:
                         progress(num_frames)
 
         spoken_words = _speak_turns(conversation, job, model.sample_rate, speak)
+        if marker is not None:
+            write(marker.finish())
     return conversation, spoken_words
 
 
@@ -256,8 +270,11 @@ def _speak_manifest(values: flags.FlagValues) -> None:
     """Speaks the lines of a manifest, or this process's share of them."""
     files = _check_manifest_flags(values)
     lines = read_manifest(Path(values.manifest), _read_defaults(values), values.normalize)
+    watermark = watermark_flags.read_watermark(values)
+    files = dataclasses.replace(files, watermark=watermark)
     index, count = processes.join(values)
     model = model_flags.load_model(values)
+    watermark_flags.warn_if_unmarked(values, watermark)
     check_lines(model, lines)
     if files.words_suffix is not None:
         model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)

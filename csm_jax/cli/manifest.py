@@ -35,6 +35,7 @@ from csm_jax.io.text import read_text
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, check_text
+from csm_jax.watermark import Watermark
 
 _NUMBER = (int, float)
 _JsonType = type | tuple[type, ...]
@@ -86,11 +87,13 @@ class LineFiles:
     Attributes:
       suffix: of the speech, such as ".wav".
       words_suffix: of the words with their times, such as ".srt"; None writes none.
+      watermark: what marks the speech; None leaves it as it is.
     """
 
     directory: Path
     suffix: str
     words_suffix: str | None = None
+    watermark: Watermark | None = None
 
     def speech(self, line: Line) -> Path:
         """The file of a line's speech."""
@@ -220,10 +223,12 @@ def _speak(
         request = dataclasses.replace(line.request, context=context)
         ticket = engine.submit(request, stream=False, wait=True)
         speech = ticket.speech()
-        save_audio(files.speech(line), speech.audio, speech.sample_rate)
+        audio, rate = speech.audio, speech.sample_rate
+        if files.watermark is not None:
+            audio = files.watermark.embed(audio, rate)
+        save_audio(files.speech(line), audio, rate)
         if words_file := files.words(line):
-            seconds = len(speech.audio) / speech.sample_rate
-            write_words(words_file, speech.words, seconds)
+            write_words(words_file, speech.words, len(audio) / rate)
     except CSMError as error:
         return [], error
     return [*recordings.notices(line.context), *ticket.notices], None

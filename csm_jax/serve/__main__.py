@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from csm_jax.cli import dataclass_flags, model_flags
+from csm_jax.cli import dataclass_flags, model_flags, watermark_flags
 from csm_jax.cli import flags as cli
 from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
@@ -48,6 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define = cli.definer(values)
     text = flags.DEFINE_string
     model_flags.define_flags(values)
+    watermark_flags.define_flags(values)
     define(text, "host", "127.0.0.1", "address to listen at; 0.0.0.0 is all of this machine's")
     port = "port to listen at"
     define(flags.DEFINE_integer, "port", 8000, port, lower_bound=0, upper_bound=65535)
@@ -72,9 +73,12 @@ def main(values: flags.FlagValues) -> None:
     os.umask(0o077)
     settings = _settings(values)
     _check(values)
+    watermark = watermark_flags.read_watermark(values)
     listening = _listen(values.host, values.port, BACKLOG)
-    app = load_app(values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
+    model = (values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
+    app = load_app(*model, watermark)
     _log_to_stderr()
+    watermark_flags.warn_if_unmarked(values, watermark)
     service = app.state.service
 
     def drain() -> None:

@@ -41,6 +41,7 @@ from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.store import Store
 from csm_jax.serve.voices.presets import find_presets
+from csm_jax.watermark import Watermark
 
 DESCRIPTION = """Speech from text and the conversation so far, by CSM-1B. All APIs are answered by
 one engine. Do not use it to impersonate people without their consent, to deceive, or for anything
@@ -53,6 +54,7 @@ def load_app(
     dtype: str = "auto",
     quantize: str | None = None,
     adapters: str | None = None,
+    watermark: Watermark | None = None,
 ) -> FastAPI:
     """Loads a checkpoint, and makes the application with the voices in its directory `prompts`.
 
@@ -66,14 +68,18 @@ def load_app(
     try:
         model = load(checkpoint, dtype, quantize, adapters=adapters)
         presets = find_presets(checkpoint, find_directory(checkpoint))
-        return create_app(model, settings, presets, store)
+        return create_app(model, settings, presets, store, watermark)
     except BaseException:
         store.close()
         raise
 
 
 def create_app(
-    model: Generator, settings: Settings, presets: Sequence[Path] = (), store: Store | None = None
+    model: Generator,
+    settings: Settings,
+    presets: Sequence[Path] = (),
+    store: Store | None = None,
+    watermark: Watermark | None = None,
 ) -> FastAPI:
     """Makes the ASGI application, with its `Service` as `app.state.service`.
 
@@ -81,9 +87,10 @@ def create_app(
       presets: directories of voices that come with the model.
       store: the opened store of these settings; by default it is opened here. It is closed with
         the application.
+      watermark: marks all speech.
     """
     redaction.install()
-    service = Service(model, settings, presets, store)
+    service = Service(model, settings, presets, store, watermark)
     worker = BatchWorker(service)
 
     @contextlib.asynccontextmanager

@@ -15,6 +15,7 @@ from ray.serve.config import AutoscalingConfig  # pyright: ignore[reportMissingI
 
 from csm_jax.serve.app import load_app
 from csm_jax.serve.settings import Settings
+from csm_jax.watermark import Watermark, find_weights
 
 # Arguments that are not in `Settings`, and their defaults.
 DEFAULTS = {
@@ -42,7 +43,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
 
     def make_app() -> FastAPI:
         checkpoint, dtype, quantize = (values[k] for k in ("checkpoint", "dtype", "quantize"))
-        return load_app(checkpoint, settings, dtype, quantize)
+        weights = find_weights()
+        watermark = None if weights is None else Watermark(weights)
+        return load_app(checkpoint, settings, dtype, quantize, watermark=watermark)
 
     scaling = AutoscalingConfig(
         min_replicas=int(values["min_replicas"]),

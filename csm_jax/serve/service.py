@@ -38,6 +38,7 @@ from csm_jax.serve.speech_stream import SpeechStream
 from csm_jax.serve.store import Store
 from csm_jax.serve.voices.files import MAX_SPEAKER
 from csm_jax.serve.voices.registry import Voice, Voices
+from csm_jax.watermark import Watermark
 
 logger = logging.getLogger("csm_jax.serve")
 
@@ -58,7 +59,7 @@ class Service:
     """The server behind its APIs: the model, the engine, and the state that requests share.
 
     Attributes:
-      model, settings, metrics, voices: what it was made with.
+      model, settings, metrics, voices, watermark: what it was made with.
       keys: the parsed API keys; none without authentication.
       store: everything that is stored, with its owners.
       jobs: requests that run without their client.
@@ -81,14 +82,17 @@ class Service:
         settings: Settings,
         presets: Sequence[Path],
         store: Store | None = None,
+        watermark: Watermark | None = None,
     ):
         """Reads the voices and starts the engine.
 
         Args:
           presets: directories of voices that come with the model.
           store: opened for these settings; default: opens it.
+          watermark: marks all speech; None leaves it as it is.
         """
         self.model = model
+        self.watermark = watermark
         self.settings = settings
         self.keys = parse_keys(settings.api_keys)
         self.metrics = Metrics()
@@ -152,6 +156,9 @@ class Service:
         started = time.perf_counter()
         try:
             await self._compile(self.voices.all())
+            if self.watermark is not None:
+                rate = self.model.sample_rate
+                await self.threads.compile(functools.partial(self.watermark.warm_up, rate))
             speech = await self.speak(_WARM_UP, INTERNAL, stream=True, wait=True)
             await speech.audio()
         except Exception as error:

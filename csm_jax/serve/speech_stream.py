@@ -21,6 +21,7 @@ from csm_jax.serve.admission.thread_pools import ThreadPools
 from csm_jax.serve.errors import ClientGoneError
 from csm_jax.serve.metrics import Metrics
 from csm_jax.serve.middleware.request_log import add_log_fields, request_id
+from csm_jax.watermark import Watermark
 
 
 class StreamServices(Protocol):
@@ -31,6 +32,7 @@ class StreamServices(Protocol):
     rate_limits: RateLimits
     read_pace: ReadPaceMonitor
     threads: ThreadPools
+    watermark: Watermark | None
 
 
 class SpeechStream:
@@ -123,7 +125,7 @@ class SpeechStream:
         """
         num_samples = 0
         try:
-            while (chunk := await self._take()) is not None:
+            async for chunk in self._marked_chunks():
                 if not num_samples:
                     self._service.metrics.first_audio.observe(self._elapsed)
                 num_samples += len(chunk)
@@ -138,6 +140,22 @@ class SpeechStream:
             self._charge()
         if self._stream:
             self._report(num_samples)
+
+    async def _marked_chunks(self) -> AsyncIterator[np.ndarray]:
+        """The chunks of the engine, with a watermark if the server has one."""
+        service = self._service
+        if service.watermark is None:
+            while (chunk := await self._take()) is not None:
+                yield chunk
+            return
+        marker = service.watermark.marker(service.model.sample_rate)
+        while (chunk := await self._take()) is not None:
+            marked = await service.threads.work(self._caller, marker.add, chunk)
+            if len(marked):
+                yield marked
+        marked = await service.threads.work(self._caller, marker.finish)
+        if len(marked):
+            yield marked
 
     def _charge(self) -> None:
         """Charges the generated speech, whether or not the client has read it."""
@@ -155,6 +173,9 @@ class SpeechStream:
         started = time.perf_counter()
         audio = await self._service.threads.work(self._caller, self._ticket.result)
         self._ticket.timing.codec = time.perf_counter() - started
+        if (watermark := self._service.watermark) is not None:
+            rate = self._service.model.sample_rate
+            audio = await self._service.threads.work(self._caller, watermark.embed, audio, rate)
         self._report(len(audio))
         return audio
 

@@ -10,7 +10,7 @@
 from csm_jax.watermark.checkpoint import Weights
 from csm_jax.watermark.decision import Detection, Verdict
 from csm_jax.watermark.finding import convert, find_weights
-from csm_jax.watermark.marking import Marker, embed
+from csm_jax.watermark.marking import Marker, Watermark, embed
 from csm_jax.watermark.message import PUBLIC_KEY, check_key
 from csm_jax.watermark.reading import detect
 
@@ -19,6 +19,7 @@ __all__ = [
     "Detection",
     "Marker",
     "Verdict",
+    "Watermark",
     "Weights",
     "check_key",
     "convert",

@@ -11,6 +11,7 @@ does as the reference does.
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from csm_jax.io.audio import check_samples
 from csm_jax.watermark import network, spectrum
 from csm_jax.watermark.checkpoint import Weights
 from csm_jax.watermark.config import TRAINED_POWER, WatermarkConfig
-from csm_jax.watermark.message import PUBLIC_KEY, to_symbols
+from csm_jax.watermark.message import PUBLIC_KEY, Key, to_symbols
 from csm_jax.watermark.network import Params, Statistics
 from csm_jax.watermark.resampling import Resampler
 
@@ -286,6 +287,29 @@ class Marker:
         self._half = frames[-1, hop:]
         # Before the first frame there is only the mirrored start.
         return joined[hop:] if first <= 0 else joined
+
+
+@dataclass(frozen=True)
+class Watermark:
+    """What marks all speech of a command or a server: networks, key, and strength in dB."""
+
+    weights: Weights
+    key: Key = PUBLIC_KEY
+    sdr: float = SDR
+
+    def marker(self, sample_rate: int) -> Marker:
+        """Marks one stream."""
+        return Marker(self.weights, self.key, sample_rate, self.sdr)
+
+    def warm_up(self, sample_rate: int) -> None:
+        """Compiles what streams and whole recordings need."""
+        silence = np.zeros(sample_rate, np.float32)
+        self.marker(sample_rate).add(silence)
+        self.embed(silence, sample_rate)
+
+    def embed(self, audio: np.ndarray, sample_rate: int) -> np.ndarray:
+        """Marks a whole recording, float [num_samples]."""
+        return embed(audio, sample_rate, self.weights, self.key, self.sdr)
 
 
 def embed(

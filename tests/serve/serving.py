@@ -18,6 +18,7 @@ from csm_jax.serve.app import create_app
 from csm_jax.serve.service import Service
 from csm_jax.serve.settings import Settings
 from csm_jax.serve.transport.server import make_server
+from csm_jax.watermark import Watermark
 
 PRESETS = [Path(BUNDLED["demo"]) / "prompts"]
 # Shapes that are compiled once for all tests.
@@ -48,13 +49,19 @@ class Server:
 
 
 @contextlib.contextmanager
-def serve(model: Generator, settings: Settings, warm: bool | None = False, **more):
+def serve(
+    model: Generator,
+    settings: Settings,
+    warm: bool | None = False,
+    watermark: Watermark | None = None,
+    **more,
+):
     """Runs a server, with arguments `more` of `make_server`.
 
     Args:
       warm: waits until it is ready; False compiles what is needed when it is, None does not wait.
     """
-    app = create_app(model, settings, PRESETS)
+    app = create_app(model, settings, PRESETS, watermark=watermark)
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     server = make_server(app, settings, **more)
