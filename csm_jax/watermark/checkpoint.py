@@ -5,6 +5,7 @@
 The native file has the arrays by path (`carrier.0.kernel`) and the sizes in its metadata.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from csm_jax.errors import CheckpointError, first_line
 from csm_jax.io.files import replace_file
 from csm_jax.watermark.config import WatermarkConfig
 from csm_jax.watermark.network import Params
+from csm_jax.watermark.winograd import transform_kernel
 
 HPARAMS = "hparams.yaml"
 _PARTS = {"carrier": "enc_c.ckpt", "decoder": "dec_c.ckpt", "message": "dec_m_0.ckpt"}
@@ -49,6 +51,15 @@ class Weights:
 
     config: WatermarkConfig
     params: Params
+
+    @functools.cached_property
+    def fast_kernels(self) -> dict[str, list[jax.Array]]:
+        """The kernels that make a mark, but for the last, as `winograd.convolve` takes them."""
+        layers = {"carrier": self.params["carrier"], "decoder": self.params["decoder"][:-1]}
+        return {
+            name: [transform_kernel(layer["kernel"]) for layer in stack]
+            for name, stack in layers.items()
+        }
 
 
 def read_torch(directory: Path) -> Weights:

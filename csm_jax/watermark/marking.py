@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.io.audio import check_samples
-from csm_jax.watermark import network, spectrum
+from csm_jax.watermark import network, spectrum, winograd
 from csm_jax.watermark.checkpoint import Weights
 from csm_jax.watermark.config import TRAINED_POWER, WatermarkConfig
 from csm_jax.watermark.message import PUBLIC_KEY, Key, to_symbols
@@ -33,7 +33,7 @@ _LEAST_POWER = 1e-6
 # Of a recording that has not ended.
 _NO_END = np.int32(2**30)
 # Frames that are marked at once in a whole recording.
-_WHOLE_STEP = 16
+_WHOLE_STEP = 4
 
 State = dict[str, Any]
 
@@ -66,6 +66,7 @@ def _carrier_rms(config: WatermarkConfig) -> float:
 @functools.partial(jax.jit, static_argnames=("config", "sdr"))
 def _mark_frames(
     params: Params,
+    kernels: dict[str, list[jax.Array]],
     config: WatermarkConfig,
     sdr: float,
     state: State,
@@ -78,6 +79,7 @@ def _mark_frames(
     """Takes T frames, and gives the T frames that lie `reach` before them, marked.
 
     Args:
+      kernels: those of the layers of 3 x 3, as `winograd.convolve` takes them.
       symbols: of one message, int [period].
       frames: samples [T, n_fft], without the window.
       powers: mean power of the samples up to each frame, [T].
@@ -96,7 +98,8 @@ def _mark_frames(
             h = jnp.where(((at >= 0) & (at < num_frames))[:, None, None], h, 0)
             h = jnp.concatenate([kept, h])
             inputs[name].append(h[-2:])
-            h = network.gated_layer(params[name][index], h, Statistics.TRAINED, pad=0)
+            h = winograd.convolve(h, kernels[name][index])
+            h = network.finish_layer(params[name][index], h, Statistics.TRAINED)
         return h
 
     spectra = jnp.concatenate([state["spectra"], spectrum.transform(frames)])
@@ -265,6 +268,7 @@ class Marker:
         weights, step = self._weights, self._step
         self._state, marked = _mark_frames(
             weights.params,
+            weights.fast_kernels,
             weights.config,
             self._sdr,
             self._state,

@@ -31,25 +31,27 @@ class Statistics(enum.Enum):
     TRAINED = "trained"
 
 
-def gated_layer(params: Params, x: jax.Array, statistics: Statistics, pad: int = 1) -> jax.Array:
-    """A gated convolution and its normalization, [T, F, C] -> [T', F, C'].
+def gated_layer(params: Params, x: jax.Array, statistics: Statistics) -> jax.Array:
+    """A gated convolution and its normalization, [T, F, C] -> [T, F, C'].
 
     Args:
       params: kernel [time, bins, C, 2 C'], whose output is values and gates; bias [2 C'];
         scale, shift, mean, variance [C'].
-      pad: frames of zeros before and after; with 0, a layer of 3 x 3 gives two frames less.
     """
     times, bins = params["kernel"].shape[:2]
-    same = bins // 2
-    pad = min(pad, times // 2)
     both = lax.conv_general_dilated(
         x[None],
         params["kernel"],
         (1, 1),
-        ((pad, pad), (same, same)),
+        ((times // 2, times // 2), (bins // 2, bins // 2)),
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=lax.Precision.HIGHEST,
     )[0]
+    return finish_layer(params, both, statistics)
+
+
+def finish_layer(params: Params, both: jax.Array, statistics: Statistics) -> jax.Array:
+    """What follows the convolution of a layer, [T, F, 2 C'] -> [T, F, C']."""
     values, gates = jnp.split(both + params["bias"][None, None], 2, axis=-1)
     h = values * jax.nn.sigmoid(gates)
     if statistics is Statistics.RECORDING:
