@@ -3,12 +3,15 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 from conversations import write_conversations
 from plan import MAIN_VOICES
+from sizes import VOICE_MODEL
 from speech_set import read_manifests
 from spoken_words import align, word_times, written_words
 
+from csm_jax.checkpoints import native_format
 from csm_jax.train.data import read_conversations
 
 # Phonemes of words alone; espeak-ng joins some of them in a sentence, and changes sounds.
@@ -108,3 +111,9 @@ def test_csm_jax_finetune_reads_conversations_with_words(tmp_path, monkeypatch):
     assert {turn.words is None for turn in turns if turn.text == "The dog."} == {True}
     assert {turn.words[1].start for turn in turns if turn.text == "A cat,"} == {0.075}
     assert {turn.audio.parent for turn in turns} == {tmp_path / "codes"}
+
+
+def test_the_voice_is_small_enough_for_the_package():
+    """At most 45 MB in bfloat16, with a megabyte for the tokenizer and the recordings."""
+    shapes = jax.tree.leaves(native_format.param_shapes(VOICE_MODEL))
+    assert 2 * sum(shape.size for shape in shapes) <= 44.2e6

@@ -60,7 +60,7 @@ MODEL = CSMConfig(
     num_codebooks=NUM_CODEBOOKS,
     text_token_ids=TEXT_TOKEN_IDS,
 )
-# The model of the open-vocabulary voice. With its codec it has 45 MB in bfloat16.
+# The model of the open-vocabulary voice. With its codec it has 44 MB in bfloat16.
 VOICE_MODEL = CSMConfig(
     backbone=LlamaConfig(
         num_layers=6,
@@ -68,7 +68,7 @@ VOICE_MODEL = CSMConfig(
         num_heads=6,
         num_kv_heads=2,
         head_dim=64,
-        mlp_dim=896,
+        mlp_dim=832,
         max_seq_len=2048,
     ),
     depth_decoder=LlamaConfig(
