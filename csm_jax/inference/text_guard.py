@@ -140,7 +140,8 @@ class TextGuard:
         return len(self._silent)
 
     def truncate(self, num_frames: int) -> None:
-        """Goes back to the first frames."""
+        """Goes back to the first frames, after which the end of speech is not held down."""
+        self.held_since = None
         del self._states[num_frames + 1 :], self._silent[num_frames:], self._on_last[num_frames:]
 
     def accept(self, mass: np.ndarray, is_silent: bool) -> TextVerdict:

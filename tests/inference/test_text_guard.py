@@ -109,6 +109,23 @@ def test_words_that_are_left_out_after_a_held_end_are_resampled_before_they_are_
 
 
 @sizes
+def test_a_loop_before_a_held_end_is_resampled_and_the_end_is_not_held_any_more(size):
+    guarded = new_guarded(max_retries=0)
+    codes, mass = frames_of([0] * 4 + [2] + [None] * 100)
+    codes[5:] = codes[5]
+    released, step = play(guarded, codes[:35], mass[:35], size, ends=True)
+    assert step.back == (35, False, -np.inf)
+    more, step = play(guarded, codes[35:], mass[35:], size)
+    released = np.concatenate([released, more])
+    assert step.back.new_seed
+    assert step.back.end_bias == 0
+    assert len(released) == step.back.num_frames < 35
+    again, mass = frames_of([1] * 4 + [2] * 5 + [3] * 8, silent=[15, 16])
+    _, step = play(guarded, again + 1000, mass, size, ends=True)
+    assert step.is_over
+
+
+@sizes
 def test_a_word_that_is_left_out_is_resampled_from_there(size):
     codes, mass = frames_of([0] * 4 + [2] * 5)
     released, step = play(new_guarded(), codes, mass, size)
