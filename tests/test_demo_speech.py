@@ -63,6 +63,7 @@ def directory(tmp_path):
             "id": i,
             "audio": f"{i}.wav",
             "text": f"text {i}",
+            "spoken": f"text number {i}",
             "voice": "somebody",
             "phonemes": PHONEMES,
             "durations": DURATIONS,
@@ -74,7 +75,11 @@ def directory(tmp_path):
 
 def test_a_set_is_read_from_all_its_manifests(directory):
     first, second = read_manifests([directory])
-    assert first == Utterance(directory / "0.wav", "text 0", "somebody", PHONEMES, DURATIONS, 1500)
+    audio = directory / "0.wav"
+    spoken = "text number 0"
+    assert first == Utterance(
+        audio, "text 0", "somebody", PHONEMES, DURATIONS, start=1500, spoken=spoken
+    )
     assert second.audio == directory / "1.wav"
 
 
