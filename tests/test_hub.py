@@ -336,6 +336,7 @@ def test_adapters_are_downloaded_by_name(hub, run, tmp_path):
     ]
 
 
+@pytest.mark.long
 def test_adapters_in_a_folder_of_a_repository_are_found(hub, run):
     code = """
         import sys

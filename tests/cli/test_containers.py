@@ -57,9 +57,13 @@ def read_wav(path: Path) -> np.ndarray:
         return np.frombuffer(file.readframes(file.getnframes()), "<i2") / 32_768
 
 
+USUAL = ("demo:", "random:", "speech is not marked as generated:")
+
+
 def messages(done: subprocess.CompletedProcess) -> list[str]:
+    """The lines on standard error that tell of the surroundings."""
     assert done.returncode == 0, done.stderr
-    return [line for line in done.stderr.splitlines() if not line.startswith(("demo:", "random:"))]
+    return [line for line in done.stderr.splitlines() if not line.startswith(USUAL)]
 
 
 def test_the_first_command_of_the_readme_speaks_without_a_home(tmp_path, first_command):

@@ -81,7 +81,15 @@ def codes(tmp_path, name: str, environment: dict[str, str], *flags: str) -> np.n
     return np.load(tmp_path / f"{name}.npy")
 
 
-@pytest.mark.parametrize("flags", [[], ["--stream"], ["--greedy"], ["--quantize=int8"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        pytest.param(["--stream"], marks=pytest.mark.long),
+        ["--greedy"],
+        pytest.param(["--quantize=int8"], marks=pytest.mark.long),
+    ],
+)
 def test_codes_are_the_same_with_64_bit_numbers(tmp_path, flags):
     voice = tmp_path / "voice.wav"
     noise = 0.1 * np.random.default_rng(0).standard_normal(5 * CONFIG.codec.frame_size)

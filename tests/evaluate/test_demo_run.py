@@ -33,6 +33,7 @@ def evaluate(prompts: Path, *given: str) -> dict[str, float]:
     return figures
 
 
+@pytest.mark.long
 def test_the_digits_of_the_demo_are_counted_as_by_hand(prompts, capsys):
     figures = evaluate(
         prompts,

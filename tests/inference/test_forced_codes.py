@@ -159,6 +159,7 @@ def test_forced_codes_need_a_text_of_one_part(model, num_codebooks):
         model.generate_codes(TEXT, interventions={"forced": None})
 
 
+@pytest.mark.long
 def test_the_example_draws_part_of_the_speech_again(tmp_path, capsys):
     before, after = tmp_path / "before.wav", tmp_path / "after.wav"
     inpaint.main(["--text=three one four", f"--before={before}", f"--after={after}"])

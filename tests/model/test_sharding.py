@@ -140,6 +140,7 @@ def test_a_batch_that_the_data_axis_does_not_divide_is_an_error():
         check_rows(7, mesh_of(4, 1))
 
 
+@pytest.mark.long
 def test_eight_devices_give_the_codes_of_one():
     """The number of CPU devices is fixed at the start of a process, so the tests run in another."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
