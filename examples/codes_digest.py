@@ -27,7 +27,7 @@ def outputs(model: csm_jax.Generator) -> Iterator[tuple[str, np.ndarray]]:
     yield "narrow", model.generate_codes("six seven", sampling=narrow, **SETTINGS)
     samples = model.generate("one two", **SETTINGS)
     yield "samples", samples
-    # How a stream is cut depends on the time, and with it how the codec rounds.
+    # The codec rounds blocks of a stream in another way than the whole.
     stream = np.concatenate(list(model.stream("one two", **SETTINGS)))
     yield "stream_equals_samples", np.array([np.allclose(stream, samples, atol=1e-5)])
     codes = model.generate_codes("two", **SETTINGS)
