@@ -58,9 +58,9 @@ def submit_takes(
         for take in takes:
             take.cancel()
         raise
-    ticket = _BestTake(request, model, stream, keep, on_word, takes)
+    ticket = _BestTake(request, model, stream, keep, on_word)
     ticket.notices += notices
-    ticket.start()
+    ticket.start(takes)
     return ticket
 
 
@@ -91,24 +91,15 @@ def _encode_context(
 class _BestTake(Ticket):
     """The ticket of a request whose takes have tickets of their own."""
 
-    def __init__(
-        self,
-        request: Request,
-        model: LoadedModel,
-        stream: bool,
-        keep: bool,
-        on_word: OnWord | None,
-        takes: Sequence[Ticket],
-    ):
-        super().__init__(request, model, stream, keep, on_word)
-        self._takes = takes
+    _takes: Sequence[Ticket] = ()
 
-    def start(self) -> None:
+    def start(self, takes: Sequence[Ticket]) -> None:
         """Waits for the takes in a thread.
 
         The engine's own has other requests; and it is no daemon, because an interpreter that exits
         during a computation crashes.
         """
+        self._takes = takes
         threading.Thread(target=self._run, name="csm_jax.takes").start()
 
     def cancel(self) -> None:

@@ -103,6 +103,9 @@ class _State(NamedTuple):
     wrong_frames: int
 
 
+# The part of the last word's natural length after which a silent frame is late in it.
+_LATE = 0.4
+
 SKIPPED = "leaves out words"
 REPEATED = "says words again"
 OVERRUN = "goes on after its last word"
@@ -276,7 +279,8 @@ class TextGuard:
         A stop consonant is silent too, but the attention stays on its word.
         """
         limits, end, num_faded, num_strong = self._limits, self.num_frames, 0, 0
-        for frame in range(reached + math.ceil(0.4 * self._natural_frames), self.num_frames):
+        late = reached + math.ceil(_LATE * self._natural_frames)
+        for frame in range(late, self.num_frames):
             is_faded = self._on_last[frame] < limits.faded
             num_strong = 0 if is_faded else num_strong + 1
             if end == self.num_frames or num_strong >= limits.faded_frames:
