@@ -36,8 +36,11 @@ def definer(values: flags.FlagValues) -> Callable[..., None]:
     return define
 
 
-class _SignalError(BaseException):
-    """A signal has told this program to end."""
+class _SignalError(SystemExit):
+    """A signal has told this program to end.
+
+    A `SystemExit`, because an event loop, such as Orbax's, goes on after any other exception.
+    """
 
     def __init__(self, number: int):
         super().__init__(number)

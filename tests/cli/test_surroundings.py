@@ -157,3 +157,21 @@ def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
     assert os.listdir(tmp_path) == []
+
+
+ENDED_IN_A_LOOP = """
+import asyncio, os, signal, sys
+from csm_jax.cli import flags
+
+async def wait():
+    asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
+    await asyncio.sleep(60)
+
+sys.exit(flags.run("program", "", lambda values: None, lambda values: asyncio.run(wait()), []))
+"""
+
+
+def test_a_signal_in_the_callback_of_an_event_loop_ends_the_program():
+    command = [sys.executable, "-c", ENDED_IN_A_LOOP]
+    done = subprocess.run(command, capture_output=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
