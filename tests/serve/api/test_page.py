@@ -325,7 +325,8 @@ def test_a_broken_connection_keeps_the_speech_that_arrived(visit):
 
     FakeServer(page, answer_with(break_off))
     visit.start()
-    page.get_by_text("connection to the server was lost: the engine has stopped").wait_for()
+    lost = "connection to the server was lost: the engine has stopped"
+    page.locator("#speech-error").get_by_text(lost).wait_for()
     visit.status("Interrupted")
     assert len(visit.download("WAV")) >= 0.8 * 24_000
     page.unroute_all()
@@ -339,7 +340,8 @@ def test_an_unreachable_server_shows_an_error(model, browser):
     with serve(model, Settings(**SMALL)) as running:
         visit = Visit(browser.new_page(), running.url)
     visit.start()
-    visit.page.get_by_text("The server cannot be reached").wait_for()
+    # The banner of the page may say it too.
+    visit.page.locator("#speech-error").get_by_text("The server cannot be reached").wait_for()
     visit.status("Not spoken")
     visit.page.close()
 
@@ -363,7 +365,7 @@ def test_the_page_asks_for_a_key(model, browser, certificate):
         visit = Visit(page, guarded.url)
         page.get_by_label("Key", exact=True).fill("wrong")
         page.get_by_role("button", name="Use key").click()
-        page.get_by_text("The server does not know this key").wait_for()
+        page.locator("#key-panel").get_by_text("The server does not know this key").wait_for()
         assert page.evaluate("sessionStorage.length") == 0
         page.get_by_label("Key", exact=True).fill("secret+/~key")
         page.get_by_role("button", name="Use key").click()
