@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
@@ -27,6 +28,8 @@ from csm_jax.model.sharding import keep_sharded
 CHUNK_FRAMES = 25
 # Positions of a text whose attention is returned, at most; a part of a text has fewer tokens.
 TEXT_POSITIONS = 512
+# Added to a logit, it leaves every other code without a chance.
+_CERTAIN = np.float32(1e6)
 
 
 class GenerationState(NamedTuple):
@@ -68,7 +71,8 @@ class TextRows(NamedTuple):
 
     Attributes:
       start: int32 [B], its first position in the cache.
-      end_bias: float32 [B], as for `CSM.generate_frame`, of all codebooks.
+      end_bias: float32 [B], added to the logits of the end of speech, as for `CSM.generate_frame`:
+        below 0 in all codebooks, above 0 in codebook 0 alone, after whose 0 the others then follow.
     """
 
     start: AnyArray
@@ -167,7 +171,10 @@ def _end_bias(text: TextRows | None, num_codebooks: int) -> Array | None:
     """float32 [B, Q]."""
     if text is None:
         return None
-    return jnp.broadcast_to(jnp.asarray(text.end_bias)[:, None], (len(text.start), num_codebooks))
+    bias = jnp.asarray(text.end_bias)[:, None]
+    # An end that has begun is completed: a raised 0 before other codes would be noise, not an end.
+    is_rest = jnp.arange(num_codebooks, dtype=jnp.int32)[None] > 0
+    return jnp.where(is_rest & (bias > 0), _CERTAIN, bias)
 
 
 def _without_end(end_bias: Array | None, excluded: Array, num_codebooks: int) -> Array:

@@ -27,8 +27,8 @@ class TextGuardLimits:
       skip_frames: frames on a later word after which words between are counted as left out.
       repeat_frames: frames on an earlier word after which it is counted as said again.
       last_frames, last_per_letter: frames that the last word takes: so many, and so many for each
-        of its letters. Half of them are needed before the end of speech, unless the speech is
-        silent by then; after as many again, or after a pause, it is ended.
+        of its letters. Six tenths of them are needed before the end of speech, or a third if the
+        speech is silent by then; after as many again, or after a pause, it is ended.
       pause_frames: silent frames in a row that are a pause; a stop consonant has fewer.
       left_frames: frames in a row that hardly attend to the last word, after which it is over.
       faded, faded_frames: after a silent frame late in the last word, so many frames with less
@@ -105,6 +105,9 @@ class _State(NamedTuple):
 
 # The part of the last word's natural length after which a silent frame is late in it.
 _LATE = 0.4
+# The parts of it that are needed before the end of speech: in general, and where it is silent.
+_SPOKEN = 0.6
+_SPOKEN_SILENT = 1 / 3
 
 SKIPPED = "leaves out words"
 REPEATED = "says words again"
@@ -244,15 +247,25 @@ class TextGuard:
         missing = self._letters[state.current + 1 : self._last + 1].sum()
         limits = self._limits
         if frame - since >= limits.hold_frames + math.ceil(limits.last_per_letter * missing):
-            return TextVerdict(TextAction.END, since, since, MISSING)
+            return self._lacking(since)
         return self._continue(self._passed_before(since))
+
+    def _lacking(self, since: int) -> TextVerdict:
+        """Decides after a hold in which the last word was not spoken."""
+        if self._retries == self._limits.max_retries:
+            return TextVerdict(TextAction.END, since, since, MISSING)
+        self._retries += 1
+        passed = self._passed_before(since)
+        self.truncate(passed)
+        return TextVerdict(TextAction.RESAMPLE, passed, passed, MISSING)
 
     def _may_end(self, state: _State) -> bool:
         """Whether the last word has been spoken, so far as the attention and the sound tell."""
         if state.reached_last is None:
             return False
         elapsed = self.num_frames - state.reached_last
-        return self._silent[-1] or elapsed >= self._natural_frames / 2
+        needed = _SPOKEN_SILENT if self._silent[-1] else _SPOKEN
+        return elapsed >= needed * self._natural_frames
 
     @property
     def _natural_frames(self) -> int:

@@ -8,10 +8,6 @@ every frame: below 0 speech runs on, above 0 it ends early. For each bias, witho
 with it, a line has the share of takes that ran on or ended early, compared with the undisturbed
 ones, the share that was cut, the word error rate of digits, and how many takes have the codes of
 the undisturbed model without a guard.
-
-A positive bias also puts code 0 into frames that are no end of speech, which no guard can mend. So
-the last columns are the word error rate of the takes without such a code, and that of the same
-texts undisturbed.
 """
 
 import dataclasses
@@ -80,22 +76,16 @@ def main(_: list[str]) -> None:
     num_words = np.array([len(request.text.split()) for request in requests])
     undisturbed = speak(model, requests, 0.0, "off")
     lengths = np.array([len(codes) for codes in undisturbed.codes])
-    undisturbed_errors = count_word_errors(model, requests, undisturbed)
-    print("bias  guard  ran on  ended early  cut   errors  unchanged  intact takes  undisturbed")
+    print("bias  guard  ran on  ended early  cut   errors  unchanged")
     for bias, guard in itertools.product(map(float, BIASES.value), ("off", "on")):
         takes = speak(model, requests, bias, guard)
         errors = count_word_errors(model, requests, takes)
         share = np.array([len(codes) for codes in takes.codes]) / np.maximum(lengths, 1)
         unchanged = map(np.array_equal, takes.codes, undisturbed.codes)
-        intact = np.array([(codes[:, 0] != 0).all() for codes in takes.codes])
-        rates = [
-            each[intact].sum() / num_words[intact].sum() for each in (errors, undisturbed_errors)
-        ]
         print(
             f"{bias:4.0f}  {guard:>5}  {np.mean(share > 1 + TOLERANCE):6.1%}  "
             f"{np.mean(share < 1 - TOLERANCE):11.1%}  {np.mean(takes.is_cut):4.1%}  "
-            f"{errors.sum() / num_words.sum():.4f}  {sum(unchanged):9d}  "
-            f"{rates[0]:12.4f}  {rates[1]:11.4f}",
+            f"{errors.sum() / num_words.sum():.4f}  {sum(unchanged):9d}",
             flush=True,
         )
 

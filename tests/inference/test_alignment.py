@@ -109,6 +109,20 @@ def test_an_end_that_is_excluded_is_never_drawn():
         assert len(up_to_the_end(codes)) == (0 if expected else 12)
 
 
+def test_an_end_that_is_raised_is_completed():
+    """A frame that only begins with 0 would be noise in the middle of speech."""
+    prompt, num_text = prompt_of("a", 2)
+    plain, raised = [], []
+    for seed in range(8):
+        for bias, ends in ((0.0, plain), (6.0, raised)):
+            batch = new_batch()
+            batch.join(0, Utterance(prompt, Sampling(), seed, 20, 0, num_text, end_bias=bias))
+            codes = batch.run(12).codes[0]
+            assert not bias or (codes[codes[:, 0] == 0] == 0).all()
+            ends.append(len(up_to_the_end(codes)))
+    assert np.mean(raised) < np.mean(plain)
+
+
 @pytest.fixture(scope="module")
 def demo():
     return csm_jax.load("demo", dtype="float32")

@@ -65,20 +65,27 @@ def test_an_end_before_the_last_word_is_held_down_until_it_is_spoken(size):
     assert step.back == (early, False, -np.inf)
     assert step.remark.kind == "continued"
     more, step = play(guarded, codes[early:], mass[early:], size)
-    # Where half of the last word has been heard the end is allowed again, at the same frame for
+    # Where most of the last word has been heard the end is allowed again, at the same frame for
     # any chunks.
     assert step.back.end_bias == 0
     assert not step.back.new_seed
-    assert step.back.num_frames == 13 + 6
-    np.testing.assert_array_equal(np.concatenate([released, more]), codes[:19])
+    assert step.back.num_frames == 13 + 7
+    np.testing.assert_array_equal(np.concatenate([released, more]), codes[:20])
 
 
 @sizes
-def test_held_speech_that_never_reaches_the_last_word_ends_where_it_had_ended(size):
-    guarded = new_guarded()
+@pytest.mark.parametrize("max_retries", [0, 2])
+def test_held_speech_that_never_reaches_the_last_word_is_resampled_then_ended(size, max_retries):
+    guarded = new_guarded(max_retries=max_retries)
     codes, mass = frames_of([0] * 4 + [1] * 4)
-    released, _ = play(guarded, codes, mass, size, ends=True)
     babble, nothing = frames_of([None] * 60)
+    released, _ = play(guarded, codes, mass, size, ends=True)
+    for retry in range(max_retries):
+        more, step = play(guarded, babble + 1000 * retry, nothing, size)
+        released = np.concatenate([released, more])
+        assert step.back == (len(codes), True, 0.0)
+        assert step.remark.kind == "resampled"
+        assert guarded.end().back == (len(codes), False, -np.inf)
     more, step = play(guarded, babble + 1000, nothing, size)
     assert step.is_over
     assert step.remark.kind == "ended"
