@@ -24,6 +24,7 @@ _DEFINE: dict[Any, Callable[..., object]] = {
     str: flags.DEFINE_string,
     Path: flags.DEFINE_string,
     tuple[str, ...]: flags.DEFINE_list,
+    tuple[float, ...]: flags.DEFINE_list,
 }
 _PARSE: dict[Any, Callable[[str], Any]] = {
     bool: {"true": True, "false": False}.__getitem__,
@@ -110,7 +111,7 @@ def read_flags(
     """The arguments of a dataclass that its flags give, by name."""
     kinds = field_types(cls)
     wanted = kinds if names is None else names
-    return {name: _as_kind(values[name].value, kinds[name]) for name in wanted}
+    return {name: _as_kind(name, values[name].value, kinds[name]) for name in wanted}
 
 
 def field_types(cls: type) -> dict[str, Any]:
@@ -144,8 +145,10 @@ def _default(field: dataclasses.Field) -> Any:
     return list(field.default) if isinstance(field.default, tuple) else field.default
 
 
-def _as_kind(value: Any, kind: Any) -> Any:
+def _as_kind(name: str, value: Any, kind: Any) -> Any:
     """The value of a flag as its field has it; an empty path is none."""
     if kind is Path:
         return Path(value) if value else None
+    if kind == tuple[float, ...]:
+        return tuple(_parse(name, str(text), float) for text in value)
     return tuple(value) if kind == tuple[str, ...] else value

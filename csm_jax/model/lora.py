@@ -5,7 +5,7 @@ q, k and v as three projections, where this model has one (`qkv.py`): an adapter
 the three.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ Adapters = dict[str, LowRank]  # by path, such as "backbone/layers/0/attn/q"
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down", "projection", "codebook0_head")
 DEFAULT_TARGETS = TARGETS[:7]
 _STACKS = ("backbone", "depth_decoder")
+# The parts of the model that have such projections.
+PARTS = (*_STACKS, "projection", "codebook0_head")
 _QKV = ("q", "k", "v")
 
 
@@ -35,11 +37,13 @@ class LoRAConfig:
       rank: of every update.
       alpha: updates are multiplied by `alpha / rank`.
       targets: of `TARGETS`, in both stacks.
+      parts: of `PARTS`, where the targets have adapters.
     """
 
     rank: int = 16
     alpha: float = 32.0
     targets: tuple[str, ...] = DEFAULT_TARGETS
+    parts: tuple[str, ...] = PARTS
 
     def __post_init__(self):
         if self.rank < 1:
@@ -54,21 +58,30 @@ class LoRAConfig:
     def scale(self) -> float:
         return self.alpha / self.rank
 
+    @property
+    def adapted_parts(self) -> frozenset[str]:
+        """The parts that do have adapters."""
+        has_stacks = any(target in DEFAULT_TARGETS for target in self.targets)
+        targeted = {*self.targets, *(_STACKS if has_stacks else ())}
+        return frozenset(targeted.intersection(self.parts))
 
-def adapter_shapes(config: CSMConfig, targets: Iterable[str]) -> dict[str, tuple[int, int]]:
-    """Path to (out, in) of every projection that a target names."""
+
+def adapter_shapes(
+    config: CSMConfig, targets: Iterable[str], parts: Collection[str] = PARTS
+) -> dict[str, tuple[int, int]]:
+    """Path to (out, in) of every projection in these parts that a target names."""
     wanted = set(targets)
     shapes = {}
-    for stack in _STACKS:
+    for stack in (name for name in _STACKS if name in parts):
         sizes = getattr(config, stack)
         for layer in range(sizes.num_layers):
             for name, shape in _layer_shapes(sizes).items():
                 if name.rpartition("/")[2] in wanted:
                     shapes[f"{stack}/layers/{layer}/{name}"] = shape
     embed_dim = config.backbone.embed_dim
-    if "projection" in wanted:
+    if "projection" in wanted & set(parts):
         shapes["projection"] = (config.depth_decoder.embed_dim, embed_dim)
-    if "codebook0_head" in wanted:
+    if "codebook0_head" in wanted & set(parts):
         shapes["codebook0_head"] = (config.audio_vocab_size, embed_dim)
     return shapes
 
@@ -91,7 +104,7 @@ def init_adapters(config: CSMConfig, lora: LoRAConfig, seed: int = 0) -> Adapter
     """New adapters, float32: `down` is random and `up` zero, so that the model is unchanged."""
     random = np.random.default_rng(seed)
     adapters = {}
-    for path, (out, width) in adapter_shapes(config, lora.targets).items():
+    for path, (out, width) in adapter_shapes(config, lora.targets, lora.parts).items():
         # PEFT's own: Kaiming's uniform with a = sqrt(5).
         bound = width**-0.5
         down = random.uniform(-bound, bound, (lora.rank, width)).astype(np.float32)

@@ -44,7 +44,7 @@ class Selection:
 
     Attributes:
       speakers: whose turns; None is those of all speakers.
-      turns: of `TURNS`; turns that are not trainable never count.
+      turns: all of a conversation, or the last; those that are not trainable never count.
       max_len: positions of a conversation, at most.
       is_guided: whether examples say what is spoken in each frame.
       diagonal: as for `spoken_rows.spoken_rows`.

@@ -36,6 +36,10 @@ class RunConfig:
     """The intervals of a run, in steps; 0 is never.
 
     Attributes:
+      save_every: steps between checkpoints.
+      eval_every: steps between evaluations; 0 is never.
+      sample_every: steps between audio samples; 0 is never.
+      log_every: steps between lines of metrics.jsonl.
       keep: how many of the latest checkpoints stay.
       patience: steps in a row without a finite gradient after which the run ends.
     """
@@ -221,11 +225,10 @@ def evaluate(
         depth += np.asarray(sums.depth, np.float64)
         num_frames += int(sums.num_frames)
     by_codebook = [float(value) / max(num_frames, 1) for value in [backbone, *depth]]
-    means = by_codebook[0], float(np.mean(by_codebook[1:]))
     return {
-        "loss": means[0] + config.depth_weight * means[1],
-        "backbone_loss": means[0],
-        "depth_decoder_loss": means[1],
+        "loss": float(np.dot(config.loss_weights.astype(np.float64), by_codebook)),
+        "backbone_loss": by_codebook[0],
+        "depth_decoder_loss": float(np.mean(by_codebook[1:])),
         "num_frames": num_frames,
         "by_codebook": by_codebook,
     }

@@ -1,4 +1,4 @@
-"""AdamW or Muon with warm-up and cosine decay; gradients are clipped, and skipped if not finite."""
+"""AdamW or Muon with warm-up and decay; gradients are clipped, and skipped if not finite."""
 
 import functools
 from dataclasses import dataclass
@@ -12,6 +12,7 @@ from csm_jax.errors import InputError
 from csm_jax.model.layers import Params
 
 KINDS = ("adamw", "muon")
+DECAYS = ("cosine", "linear", "constant")
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class OptimizerConfig:
 
     Attributes:
       learning_rate: the highest.
-      steps: of the whole run; the rate falls along half a cosine to `final_rate` of the highest.
+      steps: optimizer steps of the whole run.
       warmup: steps over which the rate rises from zero.
+      decay: how the rate falls after the warmup: cosine (along half of one), linear, or constant.
+      final_rate: share of the highest rate that is left at the last step.
       weight_decay: of matrices; norms have none.
       clip: largest norm of a gradient.
+      beta2: decay of the mean of squared gradients.
       kind: of `KINDS`. Muon (Jordan et al., 2024) makes the update of a matrix orthogonal, and
         leaves everything else to AdamW with Nesterov's momentum; from scratch it needs fewer steps.
     """
@@ -35,10 +39,17 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     kind: str = "adamw"
+    decay: str = "cosine"
+    beta2: float = 0.95
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise InputError(f"the optimizer is {self.kind}, but must be {' or '.join(KINDS)}")
+        if self.decay not in DECAYS:
+            raise InputError(f"decay is {self.decay}, but must be {' or '.join(DECAYS)}")
+        for name in ("final_rate", "beta2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise InputError(f"{name} is {getattr(self, name)}, but must be 0 to 1")
         if self.steps < 1:
             raise InputError(f"steps is {self.steps}, but must be at least 1")
         if not 0 <= self.warmup < self.steps:
@@ -71,7 +82,11 @@ def update(
 
 def _adamw(config: OptimizerConfig) -> optax.GradientTransformation:
     return optax.adamw(
-        learning_rate(config), b1=0.9, b2=0.95, weight_decay=config.weight_decay, mask=_decays
+        learning_rate(config),
+        b1=0.9,
+        b2=config.beta2,
+        weight_decay=config.weight_decay,
+        mask=_decays,
     )
 
 
@@ -80,7 +95,7 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
         learning_rate(config),
         weight_decay=config.weight_decay,
         adam_b1=0.9,
-        adam_b2=0.95,
+        adam_b2=config.beta2,
         muon_weight_dimension_numbers=_as_matrices,
         consistent_rms=_MUON_RMS,
     )
@@ -88,13 +103,13 @@ def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
 
 def learning_rate(config: OptimizerConfig) -> optax.Schedule:
     """The learning rate by step, counted from 0."""
-    return optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / (config.warmup + 1),
-        peak_value=config.learning_rate,
-        warmup_steps=config.warmup,
-        decay_steps=config.steps,
-        end_value=config.learning_rate * config.final_rate,
-    )
+    first, peak = config.learning_rate / (config.warmup + 1), config.learning_rate
+    last = peak * (1.0 if config.decay == "constant" else config.final_rate)
+    if config.decay == "cosine":
+        return optax.warmup_cosine_decay_schedule(first, peak, config.warmup, config.steps, last)
+    rise = optax.linear_schedule(first, peak, config.warmup)
+    fall = optax.linear_schedule(peak, last, config.steps - config.warmup)
+    return optax.join_schedules([rise, fall], [config.warmup])
 
 
 def _decays(params: optax.Params) -> optax.Params:

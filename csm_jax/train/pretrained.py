@@ -1,6 +1,7 @@
 """The checkpoint that training starts from, with its parameters in the types that a step needs."""
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from csm_jax.checkpoints import native_format
+from csm_jax.checkpoints.quantize import prepare
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.loading import open_source
@@ -21,6 +23,7 @@ from csm_jax.model.lora import Adapters, LoRAConfig
 from csm_jax.model.precision import FLOAT32, Precision
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.train import fsdp
+from csm_jax.train.parts import PARTS, split
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,9 @@ class PretrainedModel:
 
     Attributes:
       name: what it was loaded by.
-      params: of the language model, on the mesh; in the types to compute in if they are frozen,
-        else float32.
+      params: of the language model, on the mesh; float32 of the parts that are trained, else in the
+        types to compute in.
+      trained: the parts that are trained; none with adapters.
       codec_params: of the codec, in host memory.
       small_files: files beside the weights, which are copied to the result.
     """
@@ -42,6 +46,12 @@ class PretrainedModel:
     params: Params
     codec_params: Params
     small_files: list[Path]
+    trained: frozenset[str]
+
+    @property
+    def frozen(self) -> Params:
+        """The parameters of the parts that are not trained."""
+        return split(self.params, self.trained)[1]
 
 
 def load_pretrained(
@@ -49,14 +59,14 @@ def load_pretrained(
     precision: Precision,
     mesh: Mesh | None,
     *,
-    frozen: bool,
+    trained: Collection[str] = PARTS,
     adapters: str | Path | None = None,
     scratch_seed: int | None = None,
 ) -> PretrainedModel:
     """Loads a checkpoint to train.
 
     Args:
-      frozen: whether its parameters stay as they are, as with new adapters.
+      trained: the parts (of `parts.PARTS`) that are trained; none if adapters are.
       adapters: older ones, which are merged into the weights first.
       scratch_seed: draws new weights for the language model; None keeps the checkpoint's weights.
 
@@ -74,8 +84,11 @@ def load_pretrained(
         # The codec's go to the device when the codec is made.
         return np.asarray(tensor) if path.startswith("codec/") else fsdp.shard(tensor, mesh)
 
-    held = precision if frozen else FLOAT32
-    params = native_format.place_params(source.tensors, source.config, held, place)
+    flat = {}
+    for path, tensor in source.tensors:
+        held = FLOAT32 if path.split("/")[1] in trained else _frozen(precision, trained)
+        flat |= prepare(path, place(path, tensor), held)
+    params = native_format.unflatten(flat, native_format.param_shapes(source.config))
     if scratch_seed is not None:
         params["csm"] = fsdp.shard(_initialize(source.config, scratch_seed), mesh)
     return PretrainedModel(
@@ -86,7 +99,14 @@ def load_pretrained(
         params=params["csm"],
         codec_params=params["codec"],
         small_files=native_format.small_files(source.directory) if source.directory else [],
+        trained=frozenset(trained),
     )
+
+
+def _frozen(precision: Precision, trained: Collection[str]) -> Precision:
+    """How parameters are held that are not trained."""
+    # They are a part of the result beside trained ones, where bits would be none.
+    return dataclasses.replace(precision, packs_tables=False) if trained else precision
 
 
 def _initialize(config: CSMConfig, seed: int) -> Params:
@@ -109,9 +129,11 @@ def merge_trained(
     """Yields (path, host array) of every parameter of the trained model and of its codec.
 
     Args:
-      trained: in host memory: the model's parameters, or adapters of the kind `config`.
+      trained: in host memory: the parts that are trained, or adapters of the kind `config`.
     """
-    csm = trained if config is None else fsdp.gather(pretrained.params)
+    csm = fsdp.gather(pretrained.frozen)
+    if config is None:
+        csm |= trained
     tensors = sorted(native_format.flatten({"csm": csm, "codec": pretrained.codec_params}).items())
     if config is None:
         return iter(tensors)

@@ -7,10 +7,12 @@ from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
+from csm_jax.errors import InputError
 from csm_jax.model.csm import CSM, bind
 from csm_jax.model.layers import Array, Params
 from csm_jax.model.lora import LoRAConfig, attach
@@ -30,12 +32,14 @@ class TrainStepConfig:
       model: sizes of the model.
       optimizer: the optimizer and its learning rate.
       precision: the types to compute in. Trainable parameters are held in float32.
-      lora: the adapters to train; None trains everything but the codec.
-      depth_share: share of the frames that the depth decoder is trained on.
+      lora: the adapters to train; None trains parameters themselves.
+      depth_share: share of the frames that train the depth decoder.
       depth_weight: of the depth decoder's loss, where the backbone's has 1.
-      remat: recompute blocks in the backward pass instead of keeping their activations.
-      accumulate: parts of a batch that are computed one after another.
-      ema: decay of the moving average of the parameters; 0 keeps none.
+      codebook_weights: of the losses of single codebooks, from codebook 0 on, besides; the last one
+        holds for all that follow. Without any, all are 1.
+      remat: recompute activations in the backward pass, to save memory.
+      accumulate: micro-batches that a batch is computed in, one after another.
+      ema: decay of the moving average of the trained parameters; 0 keeps none.
       mesh: of `fsdp.make_fsdp_mesh`.
       guided: the attention heads that are guided; batches have `spoken` then. None guides none.
     """
@@ -46,11 +50,31 @@ class TrainStepConfig:
     lora: LoRAConfig | None = None
     depth_share: float = 1 / 16
     depth_weight: float = 1.0
+    codebook_weights: tuple[float, ...] = ()
     remat: bool = True
     accumulate: int = 1
     ema: float = 0.0
     mesh: Mesh | None = None
     guided: GuidedAttention | None = None
+
+    def __post_init__(self):
+        weights, count = self.codebook_weights, self.model.num_codebooks
+        if len(weights) > count:
+            raise InputError(
+                f"codebook_weights has {len(weights)} weights, but there are {count} codebooks"
+            )
+        if weights and not (np.isfinite(weights).all() and min(weights) >= 0 < max(weights)):
+            listed = ",".join(f"{weight:g}" for weight in weights)
+            raise InputError(f"codebook_weights is {listed}, but must be numbers from 0, not all 0")
+
+    @property
+    def loss_weights(self) -> np.ndarray:
+        """The weight of the mean loss of each codebook, float32 [Q]."""
+        given = np.asarray(self.codebook_weights or (1.0,), np.float32)
+        count = self.model.num_codebooks
+        weights = np.pad(given, (0, count - len(given)), mode="edge")
+        weights[1:] *= self.depth_weight / (count - 1)
+        return weights
 
 
 class TrainState(NamedTuple):
@@ -58,7 +82,7 @@ class TrainState(NamedTuple):
 
     Attributes:
       step: int32 [], batches so far, those with a skipped update included.
-      params: the trainable ones, float32: all parameters of the model, or its adapters.
+      params: the trained ones, float32: all parameters of the model, some parts, or adapters.
       opt_state: optax's.
       ema: moving average of `params`, or None.
     """
@@ -93,7 +117,7 @@ class Metrics(NamedTuple):
 
 
 def init_state(params: Params, config: TrainStepConfig) -> TrainState:
-    """The state before the first step; `params` are the trainable ones, float32."""
+    """The state before the first step; `params` are the trained ones, float32."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
@@ -110,7 +134,8 @@ def train_step(
     """Trains on one batch. `state` is donated: use the one returned.
 
     Args:
-      frozen: with adapters, the model's parameters, in `config.precision`; else None.
+      frozen: the parameters that are not trained, in `config.precision`: with adapters the model's,
+        else of the parts that `state.params` has not; None if there are none.
       batch: rows [B, T, ...], B a multiple of `config.accumulate`.
       seed: uint32 []; with the step it chooses the frames for the depth decoder.
     """
@@ -121,8 +146,9 @@ def train_step(
         ema = cast(Params, optax.incremental_update(params, ema, 1 - config.ema))
     state = keep_divided(TrainState(state.step + 1, params, opt_state, ema), config.mesh)
     backbone, depth = mean_losses(sums)
+    num_frames = _at_least_1(sums.num_frames), _at_least_1(sums.num_depth_frames)
     metrics = Metrics(
-        loss=backbone + config.depth_weight * depth,
+        loss=_weighted_loss(sums, *num_frames, config),
         backbone_loss=backbone,
         depth_loss=depth,
         grad_norm=optax.global_norm(gradients),
@@ -138,6 +164,15 @@ def mean_losses(sums: LossSums) -> tuple[Array, Array]:
     """Nats a code of codebook 0, and of the others."""
     num_codes = _at_least_1(sums.num_depth_frames) * sums.depth.shape[0]
     return sums.backbone / _at_least_1(sums.num_frames), jnp.sum(sums.depth) / num_codes
+
+
+def _weighted_loss(
+    sums: LossSums, num_frames: Array, num_depth_frames: Array, config: TrainStepConfig
+) -> Array:
+    """The loss of codes that a step lowers, float32 []."""
+    first, *others = config.loss_weights
+    depth = jnp.sum(jnp.asarray(others, jnp.float32) * sums.depth)
+    return jnp.float32(first) * sums.backbone / num_frames + depth / num_depth_frames
 
 
 def _mean_guided(sums: LossSums) -> Array | None:
@@ -160,14 +195,12 @@ def _gradients(
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
     # A part is weighed by its frames: parts may have different numbers of them.
     num_frames = _at_least_1(jnp.sum(batch.loss_mask))
-    num_codes = _at_least_1(jnp.sum(num_depth_frames(batch.loss_mask, config.depth_share)))
-    num_codes = num_codes * (config.model.num_codebooks - 1)
+    num_chosen = _at_least_1(jnp.sum(num_depth_frames(batch.loss_mask, config.depth_share)))
     guided_weight = _guided_weight(state, batch, config)
 
     def loss(params: Params, part: tuple[Batch, Array]) -> tuple[Array, LossSums]:
         sums = losses(params, frozen, *part, config=config)
-        depth = config.depth_weight * jnp.sum(sums.depth) / num_codes
-        total = sums.backbone / num_frames + depth
+        total = _weighted_loss(sums, num_frames, num_chosen, config)
         if guided_weight is not None and sums.guided is not None:
             total += guided_weight * sums.guided
         return total, sums
@@ -215,7 +248,7 @@ def losses(
 def assemble(params: Params, frozen: Params | None, config: TrainStepConfig) -> CSM:
     """The model to compute with, inside a jitted function."""
     if config.lora is None:
-        narrow = compute_params(params, config.precision)
+        narrow = {**(frozen or {}), **compute_params(params, config.precision)}
         return bind(config.model, keep_replicated(narrow, config.mesh))
     if frozen is None:
         raise ValueError("adapters are trained beside the model's parameters, which are missing")

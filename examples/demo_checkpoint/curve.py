@@ -40,7 +40,7 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.ERROR)
     run = Path(RUN.value)
     start = (run / "run.json").stat().st_mtime
-    base = load_pretrained(BASE.value, FLOAT32, None, frozen=False)
+    base = load_pretrained(BASE.value, FLOAT32, None)
     kept = sorted((run / "checkpoints").iterdir(), key=lambda path: int(path.name))
     print(f"{'step':>6}{'minutes':>9}{'word error rate':>17}")
     for checkpoint in kept:

@@ -23,6 +23,7 @@ from safetensors.numpy import load_file
 import csm_jax
 from csm_jax import finetune, generate
 from csm_jax.checkpoints import native_format
+from csm_jax.cli import training_flags
 from csm_jax.convert import __main__ as convert
 from csm_jax.io.audio import load_audio
 from csm_jax.model.precision import FLOAT32
@@ -234,7 +235,7 @@ def test_the_result_has_the_prompt_of_its_model(tmp_path):
     )
     base = tmp_path / "base"
     native_format.save(base, spaced, fixtures.params().items(), fixtures.TOKENIZER)
-    pretrained = load_pretrained(str(base), FLOAT32, None, frozen=False)
+    pretrained = load_pretrained(str(base), FLOAT32, None)
     out = write_result(tmp_path, pretrained, jax.device_get(pretrained.params), None, FLOAT32)
     assert native_format.load_config(out) == spaced
 
@@ -397,8 +398,8 @@ def test_losses_of_each_speaker_add_up_to_those_of_all(data, capsys):
 
 def test_optimiser_is_an_alias_of_optimizer():
     values = flags.FlagValues()
-    finetune.define_flags(values)
+    training_flags.define_flags(values)
     values(["finetune", "--optimiser=muon"])
     assert values.optimizer == "muon"
-    assert finetune._settings(values)["optimizer"] == "muon"
-    assert "optimiser" not in finetune._settings(values)
+    assert training_flags.read_settings(values)["optimizer"] == "muon"
+    assert "optimiser" not in training_flags.read_settings(values)

@@ -14,6 +14,7 @@ from absl import flags
 import csm_jax
 from csm_jax import finetune
 from csm_jax.checkpoints import native_format
+from csm_jax.cli import training_flags
 from csm_jax.errors import InputError
 from csm_jax.model.csm import bind
 from csm_jax.model.precision import FLOAT32
@@ -184,9 +185,9 @@ def test_the_command_guides_attention_and_logs_its_loss(data, tmp_path):
 
 def test_a_run_without_guided_attention_has_the_settings_of_earlier_versions():
     values = flags.FlagValues()
-    finetune.define_flags(values)
+    training_flags.define_flags(values)
     values(["finetune"])
-    assert not [name for name in finetune._settings(values) if name.startswith("guided_")]
+    assert not [name for name in training_flags.read_settings(values) if name.startswith("guided_")]
 
 
 @pytest.mark.parametrize(

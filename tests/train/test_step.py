@@ -112,20 +112,27 @@ def test_accumulation_and_remat_change_nothing(change):
 
 
 @pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.long), 4])
-def test_the_gradient_equals_that_of_the_mean_loss(accumulate):
+def test_the_gradient_equals_that_of_the_weighted_mean_loss(accumulate):
     """With every frame in the depth decoder, nothing is random."""
     config = dataclasses.replace(
-        CONFIG, depth_share=1.0, depth_weight=0.7, accumulate=accumulate, remat=False
+        CONFIG,
+        depth_share=1.0,
+        depth_weight=0.7,
+        codebook_weights=(2.0, 0.0, 0.5),
+        accumulate=accumulate,
+        remat=False,
     )
 
     def loss(params):
         sums = losses(params, None, random_batch(), keys(4), config=config)
-        backbone, depth = mean_losses(sums)
-        return backbone + 0.7 * depth
+        frames = random_batch().loss_mask.sum().astype(np.float32)
+        depth = 0.5 * sums.depth[1:].sum()
+        return (2 * sums.backbone + 0.7 * depth / (MODEL.num_codebooks - 1)) / frames
 
-    want = optax.global_norm(jax.jit(jax.grad(loss))(params()))
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params())
     _, metrics = after_a_step(config, random_batch())
-    np.testing.assert_allclose(metrics.grad_norm, want, rtol=1e-4)
+    np.testing.assert_allclose(metrics.grad_norm, optax.global_norm(gradient), rtol=1e-4)
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
 
 
 def test_rows_with_an_empty_loss_mask_change_nothing():
@@ -231,6 +238,12 @@ def test_the_learning_rate_rises_and_falls():
     assert rate(10) == pytest.approx(2.0)
     assert rate(55) == pytest.approx(1.1)  # half of a cosine
     assert rate(100) == pytest.approx(0.2)
+    linear = OptimizerConfig(2.0, steps=100, warmup=10, final_rate=0.0, decay="linear")
+    steps, want = [0, 9, 10, 55, 99, 100], [2 / 11, 20 / 11, 2.0, 1.0, 2 / 90, 0.0]
+    rates = [float(learning_rate(linear)(step)) for step in steps]
+    np.testing.assert_allclose(rates, want, rtol=1e-5, atol=1e-7)
+    rate = learning_rate(dataclasses.replace(linear, decay="constant"))
+    assert rate(10) == rate(100) == 2.0
 
 
 @pytest.mark.parametrize("rows", [0, 3, 6])
