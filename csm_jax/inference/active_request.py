@@ -5,12 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.inference.decode_batch import Utterance
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.frame_blocks import FrameBlocks
 from csm_jax.inference.pacing import Pace
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.ticket import Ticket
+from csm_jax.inference.utterance import Utterance
 from csm_jax.mimi.conv import State
 
 

@@ -1,6 +1,6 @@
 """The decode batch: utterances in the slots of one batch, around the compiled functions."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,75 +9,32 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
+from csm_jax.inference.buckets import bucket, buckets
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.inference.decode_step import (
     CHUNK_FRAMES,
-    NO_INTERVENTIONS,
-    ForcedCodes,
-    Params,
+    Position,
     Row,
-    RowInterventions,
     TextRows,
     init_state,
     prefill,
     prefill_prefix,
     run_frames,
+    set_num_prompts,
+    set_position,
     set_row,
 )
+from csm_jax.inference.row_interventions import NO_INTERVENTIONS
+from csm_jax.inference.stacking import stack_interventions
+from csm_jax.inference.utterance import Rewind, Utterance
 from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
-from csm_jax.model.layers import AnyArray
+from csm_jax.model.layers import Params
 from csm_jax.model.llama import Head
 from csm_jax.model.sampling import Sampling, SamplingParams
 from csm_jax.model.sharding import check_rows, place_rows
 from csm_jax.prompt.turns import Prompt
-
-
-class Utterance(NamedTuple):
-    """A prompt, and how the frames after it are generated.
-
-    Attributes:
-      prompt: what the backbone is prefilled with.
-      sampling: how codes are drawn.
-      seed: a whole number, of which the lowest 32 bits count.
-      max_frames: the most frames that are generated.
-      num_shared: positions at the beginning of the prompt that other prompts have too, fewer than
-        all: they are prefilled on their own, and their keys and values are kept.
-      num_text: positions at the end of the prompt, which are the text that is spoken.
-      end_bias: as for `CSM.generate_frame`; a batch without alignment heads ignores it.
-      forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
-      steering: float32 [D] by layer, which every frame adds to what that layer passes on.
-    """
-
-    prompt: Prompt
-    sampling: Sampling
-    seed: int
-    max_frames: int
-    num_shared: int = 0
-    num_text: int = 0
-    end_bias: float = 0.0
-    forced: np.ndarray | None = None
-    steering: Mapping[int, np.ndarray] | None = None
-
-    @property
-    def max_length(self) -> int:
-        """Positions of the prompt and of all frames."""
-        return len(self.prompt.frames) + self.max_frames
-
-
-class Rewind(NamedTuple):
-    """Where an utterance continues from.
-
-    Attributes:
-      codes: int32 [n, Q], its first frames.
-      seed: of what follows.
-      end_bias: of what follows, in addition to that of the utterance.
-    """
-
-    codes: np.ndarray
-    seed: int
-    end_bias: float = 0.0
 
 
 class BatchFrames(NamedTuple):
@@ -193,48 +150,38 @@ class DecodeBatch:
         Raises:
           ValueError: prompt and frames are longer than `max_seq_len`.
         """
-        frames, mask = utterance.prompt
         if utterance.max_length > self.max_seq_len:
-            raise ValueError(
-                f"{len(frames)} + {utterance.max_frames} positions in {self.max_seq_len}"
-            )
-        shared = utterance.num_shared
-        prefix = self._prefix(Prompt(frames[:shared], mask[:shared])) if shared else None
-        rest = self._padded(Prompt(frames[shared:], mask[shared:]))
-        self._state = prefill(
-            self._params,
-            self._state,
-            *rest,
-            np.int32(index),
-            prefix,
-            config=self.config,
-            mesh=self._mesh,
-        )
+            num_frames = utterance.max_frames
+            length = utterance.max_length - num_frames
+            raise ValueError(f"{length} + {num_frames} positions in {self.max_seq_len}")
         self._slots[index] = _Slot(utterance)
         self._stack_rows()
+        self._prefill(index, utterance.prompt, utterance.num_shared)
+        if utterance.guidance:
+            self._prefill(
+                self.size + index, utterance.guidance.prompt, utterance.guidance.num_shared
+            )
         no_codes = np.zeros((0, self.config.num_codebooks), np.int32)
         self.rewind(index, Rewind(no_codes, utterance.seed))
 
     def rewind(self, index: int, to: Rewind) -> None:
         """Lets the utterance in a slot continue from one of its own frames."""
-        slot, num_frames = self._taken(index), len(to.codes)
-        frames, mask = slot.utterance.prompt
-        frame, columns = frames[-1], mask[-1]
-        if num_frames:
-            frame = np.append(to.codes[-1], 0).astype(np.int32)
-            columns = np.arange(len(frame)) < len(frame) - 1
+        slot = self._taken(index)
+        utterance, num_frames = slot.utterance, len(to.codes)
         seen = np.zeros((self.config.audio_vocab_size,), bool)
         seen[to.codes[:, 0]] = True
         row = Row(
-            length=np.int32(len(frames) - 1 + num_frames),
-            frame=frame,
-            mask=columns,
+            *_position(utterance.prompt, to.codes),
             seed=np.uint32(to.seed % 2**32),
             num_frames=np.int32(num_frames),
             seen=seen,
             done=np.bool_(False),
         )
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
+        if utterance.guidance:
+            position = _position(utterance.guidance.prompt, to.codes)
+            second = np.int32(self.size + index)
+            self._state = set_position(self._state, second, position, mesh=self._mesh)
         slot.num_frames, slot.end_bias = num_frames, to.end_bias
         self._stack_text()
 
@@ -284,6 +231,21 @@ class DecodeBatch:
         if slot is None:
             raise ValueError(f"slot {index} is free")
         return slot
+
+    def _prefill(self, index: int, prompt: Prompt, num_shared: int) -> None:
+        """Fills the cache of one prompt of the state."""
+        frames, mask = prompt
+        shared = Prompt(frames[:num_shared], mask[:num_shared])
+        rest = self._padded(Prompt(frames[num_shared:], mask[num_shared:]))
+        self._state = prefill(
+            self._params,
+            self._state,
+            *rest,
+            np.int32(index),
+            self._prefix(shared) if num_shared else None,
+            config=self.config,
+            mesh=self._mesh,
+        )
 
     def _prefix(self, prompt: Prompt) -> KVCache:
         """The keys and values of a shared prefix, prefilled now or kept from an earlier prompt."""
@@ -342,37 +304,18 @@ class DecodeBatch:
         """Sets how the codes of all rows are drawn, and what is changed."""
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]
         self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
-        changes = RowInterventions(self._stack_forced(), self._stack_steering())
+        utterances = [slot.utterance if slot else None for slot in self._slots]
+        changes = stack_interventions(utterances, self.config)
         self._interventions = place_rows(changes, self._mesh)
-
-    def _stack_forced(self) -> ForcedCodes | None:
-        rows = [slot.utterance.forced if slot else None for slot in self._slots]
-        num_frames = [0 if codes is None else len(codes) for codes in rows]
-        if not any(num_frames):
-            return None
-        shape = self.size, bucket(max(num_frames)), self.config.num_codebooks
-        stacked = np.full(shape, -1, np.int32)
-        for row, codes in zip(stacked, rows, strict=True):
-            if codes is not None:
-                row[: len(codes)] = codes
-        return ForcedCodes(stacked, np.asarray(num_frames, np.int32))
-
-    def _stack_steering(self) -> Mapping[int, AnyArray] | None:
-        rows = [slot.utterance.steering or {} if slot else {} for slot in self._slots]
-        nothing = np.zeros(self.config.backbone.embed_dim, np.float32)
-        layers = sorted({layer for row in rows for layer in row})
-        stacked = {layer: np.stack([row.get(layer, nothing) for row in rows]) for layer in layers}
-        return stacked or None
+        num_prompts = self.size * (2 if changes.guidance else 1)
+        if num_prompts != len(self._state.frame):
+            self._state = set_num_prompts(self._state, num_prompts=num_prompts, mesh=self._mesh)
 
 
-def bucket(length: int, least: int = InferenceConfig.min_bucket) -> int:
-    """The next power of two, and no less than `least`: few compiled shapes serve every length."""
-    return max(least, 1 << (length - 1).bit_length())
-
-
-def buckets(max_seq_len: int, least: int = InferenceConfig.min_bucket) -> Iterator[int]:
-    """All lengths that `bucket` gives, up to `max_seq_len`."""
-    length = 0
-    while length < max_seq_len:
-        length = min(bucket(length + 1, least), max_seq_len)
-        yield length
+def _position(prompt: Prompt, codes: np.ndarray) -> Position:
+    """Where a prompt continues from after frames [n, Q]."""
+    frame, columns = prompt.frames[-1], prompt.mask[-1]
+    if len(codes):
+        frame = np.append(codes[-1], 0).astype(np.int32)
+        columns = np.arange(len(frame)) < len(frame) - 1
+    return Position(np.int32(len(prompt.frames) - 1 + len(codes)), frame, columns)

@@ -4,7 +4,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
-from csm_jax.inference.decode_batch import DecodeBatch, bucket
+from csm_jax.inference.buckets import bucket
+from csm_jax.inference.decode_batch import DecodeBatch
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request_state import RequestState, Step
 

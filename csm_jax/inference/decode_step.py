@@ -7,7 +7,6 @@ share one step.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,6 +16,8 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from csm_jax.config import CSMConfig
+from csm_jax.inference.row_interventions import NO_INTERVENTIONS, RowInterventions
+from csm_jax.model.changes import doubled
 from csm_jax.model.csm import CSM, bind
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import AnyArray, Array, Params
@@ -34,6 +35,9 @@ _CERTAIN = np.float32(1e6)
 
 class GenerationState(NamedTuple):
     """Everything that a batch needs for its next frame.
+
+    With guidance, `cache`, `frame` and `mask` have 2 * B rows: those of all first prompts, and then
+    those of all second ones.
 
     Attributes:
       cache: the backbone's keys and values; `cache.lengths` are the rows' positions.
@@ -54,8 +58,17 @@ class GenerationState(NamedTuple):
     done: Array
 
 
+class Position(NamedTuple):
+    """Where a prompt of a `GenerationState` continues from, apart from its keys and values."""
+
+    length: ArrayLike
+    frame: ArrayLike
+    mask: ArrayLike
+
+
 class Row(NamedTuple):
-    """Where one row of a `GenerationState` continues from, apart from its keys and values."""
+    """Where one row of a `GenerationState` continues from: the position of its first prompt, and
+    what is drawn after it."""
 
     length: ArrayLike
     frame: ArrayLike
@@ -77,33 +90,6 @@ class TextRows(NamedTuple):
 
     start: AnyArray
     end_bias: AnyArray
-
-
-class ForcedCodes(NamedTuple):
-    """Codes that are given, not drawn, in the first frames of each row.
-
-    Attributes:
-      codes: int32 [B, R, Q]; -1 is drawn.
-      num_frames: int32 [B], of `codes`; speech does not end before them by itself.
-    """
-
-    codes: AnyArray
-    num_frames: AnyArray
-
-
-class RowInterventions(NamedTuple):
-    """What is changed in the frames of all rows; None leaves the program without it.
-
-    Attributes:
-      forced: codes that are given.
-      steering: float32 [B, D] by layer of the backbone, as `added` of `Llama.attend`.
-    """
-
-    forced: ForcedCodes | None = None
-    steering: Mapping[int, AnyArray] | None = None
-
-
-NO_INTERVENTIONS = RowInterventions()
 
 
 class Frames(NamedTuple):
@@ -140,30 +126,31 @@ def frame_step(
       The next state, and one frame. A frame of zeros is the end of speech; rows that are done keep
       returning zeros.
     """
+    num_rows, num_prompts = len(state.done), len(state.frame)
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
+    changes = doubled(interventions.backbone(), num_prompts)
     hidden, cache, observed = model.backbone.attend(
-        embedded, state.cache, kv_length, heads, added=interventions.steering
+        embedded, state.cache, kv_length, heads, changes=changes
     )
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-    forced = None
-    end_bias = _end_bias(text, model.config.num_codebooks)
-    if interventions.forced is not None:
-        forced, is_before_end = _forced_codes(interventions.forced, state.num_frames)
-        end_bias = _without_end(end_bias, is_before_end, model.config.num_codebooks)
-    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, end_bias, forced)
+    changes = interventions.at(state.num_frames, _end_bias(text, model.config.num_codebooks))
+    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, changes)
     codes = jnp.where(state.done[:, None], 0, codes)
     # Rows that are done do not advance: they would run out of their cache.
-    lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
+    is_done = doubled(state.done, num_prompts)
+    lengths = jnp.where(is_done, state.cache.lengths, cache.lengths)
     state = GenerationState(
         cache=cache._replace(lengths=lengths),
-        frame=jnp.pad(codes, ((0, 0), (0, 1))),
+        frame=doubled(jnp.pad(codes, ((0, 0), (0, 1))), num_prompts),
         mask=jnp.broadcast_to(_audio_columns(model.config)[None], state.mask.shape),
         keys=state.keys,
         num_frames=jnp.where(state.done, state.num_frames, state.num_frames + 1),
         seen=state.seen | jax.nn.one_hot(codes[:, 0], state.seen.shape[1], dtype=bool),
         done=state.done | jnp.all(codes == 0, axis=-1),
     )
-    attention = None if text is None else _text_weights(observed.attention[:, :, 0], text)[:, None]
+    attention = (
+        None if text is None else _text_weights(observed.attention[:num_rows, :, 0], text)[:, None]
+    )
     return state, Frames(codes[:, None], attention)
 
 
@@ -175,22 +162,6 @@ def _end_bias(text: TextRows | None, num_codebooks: int) -> Array | None:
     # An end that has begun is completed: a raised 0 before other codes would be noise, not an end.
     is_rest = jnp.arange(num_codebooks, dtype=jnp.int32)[None] > 0
     return jnp.where(is_rest & (bias > 0), _CERTAIN, bias)
-
-
-def _without_end(end_bias: Array | None, excluded: Array, num_codebooks: int) -> Array:
-    """The bias [B, Q] with which some rows [B] do not end."""
-    # A frame is the end by its last code alone: frames that only begin with zeros stay as likely.
-    is_last = jnp.arange(num_codebooks, dtype=jnp.int32) == num_codebooks - 1
-    bias = jnp.where(excluded[:, None] & is_last[None], -jnp.inf, 0).astype(jnp.float32)
-    return bias if end_bias is None else end_bias + bias
-
-
-def _forced_codes(forced: ForcedCodes, frame: Array) -> tuple[Array, Array]:
-    """The codes of each row's frame number [B], int32 [B, Q]; and whether it is one of `forced`."""
-    is_forced = frame < forced.num_frames
-    index = jnp.minimum(frame, forced.codes.shape[1] - 1)
-    codes = jnp.take_along_axis(jnp.asarray(forced.codes), index[:, None, None], axis=1)[:, 0]
-    return jnp.where(is_forced[:, None], codes, -1), is_forced
 
 
 def _text_weights(weights: AnyArray, text: TextRows) -> Array:
@@ -294,16 +265,43 @@ def set_row(
 ) -> GenerationState:
     """Sets where one row of the batch continues from. Donates `state`."""
     key = jax.random.key(row.seed)
-    state = GenerationState(
-        cache=state.cache._replace(lengths=state.cache.lengths.at[index].set(row.length)),
-        frame=state.frame.at[index].set(row.frame),
-        mask=state.mask.at[index].set(row.mask),
+    state = _at_position(state, index, row)._replace(
         keys=state.keys.at[index].set(key),
         num_frames=state.num_frames.at[index].set(row.num_frames),
         seen=state.seen.at[index].set(row.seen),
         done=state.done.at[index].set(row.done),
     )
     return keep_sharded(state, mesh)
+
+
+@functools.partial(jax.jit, static_argnames="mesh", donate_argnames="state")
+def set_position(
+    state: GenerationState, index: Array, position: Position, *, mesh: Mesh | None = None
+) -> GenerationState:
+    """Sets where one prompt of the batch continues from. Donates `state`."""
+    return keep_sharded(_at_position(state, index, position), mesh)
+
+
+def _at_position(state: GenerationState, index: Array, to: Position | Row) -> GenerationState:
+    return state._replace(
+        cache=state.cache._replace(lengths=state.cache.lengths.at[index].set(to.length)),
+        frame=state.frame.at[index].set(to.frame),
+        mask=state.mask.at[index].set(to.mask),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("num_prompts", "mesh"))
+def set_num_prompts(
+    state: GenerationState, *, num_prompts: int, mesh: Mesh | None = None
+) -> GenerationState:
+    """A state with room for so many prompts, one or two for each row; the first ones are kept."""
+
+    def resize(x: Array) -> Array:
+        padding = [(0, max(0, num_prompts - len(x))), *[(0, 0)] * (x.ndim - 1)]
+        return jnp.pad(x[:num_prompts], padding)
+
+    cache, frame, mask = jax.tree.map(resize, (state.cache, state.frame, state.mask))
+    return keep_sharded(state._replace(cache=cache, frame=frame, mask=mask), mesh)
 
 
 @functools.partial(

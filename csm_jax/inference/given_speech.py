@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from csm_jax.errors import InputError
-from csm_jax.inference.decode_batch import bucket
+from csm_jax.inference.buckets import bucket
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.layers import AnyArray
 from csm_jax.prompt.turns import Prompt, Segment, Turn, join_rows

@@ -9,6 +9,8 @@ from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.io.arguments import real_number, whole_number
 
+GUIDED = ("text", "context")
+
 
 @dataclass(frozen=True, eq=False)
 class Steering:
@@ -29,6 +31,27 @@ class Steering:
 
 
 @dataclass(frozen=True, eq=False)
+class Guidance:
+    """Classifier-free guidance: codes are drawn from the logits of two prompts.
+
+    They are unconditional + scale * (conditional - unconditional), where the conditional prompt is
+    that of the request, and the unconditional one lacks its text or its context (Ho and Salimans,
+    2022). Repetition penalty, temperature and filters come after. The same frames follow both.
+
+    Attributes:
+      scale: 1 is the plain distribution, 0 the unconditional one, and above 1 the request counts
+        for more. float, or float [R] for the frames of the speech, of which the last one goes on.
+      over: "text" leaves the words of the text out, and keeps the tag of its speaker; "context"
+        leaves out all turns before, and the parts before of a long text.
+      depth_decoder: whether codebooks 1 and up are guided too, or codebook 0 alone.
+    """
+
+    scale: float | np.ndarray
+    over: str = "text"
+    depth_decoder: bool = True
+
+
+@dataclass(frozen=True, eq=False)
 class Interventions:
     """What is changed in the frames of a request; None of everything changes nothing.
 
@@ -39,10 +62,12 @@ class Interventions:
         which ends it there. The text must be short enough for one part, and have no pauses; the
         guard is off.
       steering: vectors that are added; those of one layer add up.
+      guidance: of text or context. It takes a second row of the batch.
     """
 
     forced: np.ndarray | None = None
     steering: Sequence[Steering] = ()
+    guidance: Guidance | None = None
 
 
 NO_CHANGE = Interventions()
@@ -98,6 +123,44 @@ def steering_vectors(
             raise InputError("vector and strength of steering must be finite")
         vectors[layer] = vectors.get(layer, np.float32(0)) + scaled
     return vectors or None
+
+
+def guidance_scale(interventions: Interventions) -> np.ndarray | None:
+    """The scale by frame, float32 [R]; None without guidance.
+
+    Raises:
+      InputError: the guidance is none.
+    """
+    guidance = interventions.guidance
+    if guidance is None:
+        return None
+    if not isinstance(guidance, Guidance):
+        raise InputError(f"guidance is of type {type(guidance).__name__}, not Guidance")
+    if guidance.over not in GUIDED:
+        raise InputError(f"guidance is over {guidance.over}, expected {' or '.join(GUIDED)}")
+    return by_frame(guidance.scale, "scale of guidance")
+
+
+def by_frame(value: float | np.ndarray, name: str) -> np.ndarray:
+    """A number, or one for each frame, as float32 [R].
+
+    Raises:
+      InputError: it is neither, or not finite.
+    """
+    values = np.asarray(value) if np.ndim(value) else np.asarray([real_number(value, name)])
+    if values.ndim != 1 or not values.size or values.dtype.kind not in "iuf":
+        raise InputError(
+            f"{name} has shape {list(values.shape)}, expected a number or [num_frames]"
+        )
+    values = values.astype(np.float32)
+    if not np.isfinite(values).all():
+        raise InputError(f"{name} must be finite")
+    return values
+
+
+def from_frame(values: np.ndarray, frame: int) -> np.ndarray:
+    """What is left of values by frame [R], the last of which goes on, from one frame on."""
+    return values[min(frame, len(values) - 1) :]
 
 
 def check_room(forced: np.ndarray, num_parts: int, num_pauses: int, max_frames: int) -> None:

@@ -13,15 +13,21 @@ import numpy as np
 from csm_jax.align.speech import PartAlignment, SpeechAlignment
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
-from csm_jax.inference.decode_batch import Rewind, Utterance
 from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
 from csm_jax.inference.history import History
-from csm_jax.inference.interventions import check_room, forced_codes, steering_vectors
+from csm_jax.inference.interventions import (
+    check_room,
+    forced_codes,
+    from_frame,
+    guidance_scale,
+    steering_vectors,
+)
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
+from csm_jax.inference.utterance import Rewind, Utterance, UtteranceGuidance
 from csm_jax.prompt.pauses import split_pauses
 from csm_jax.prompt.splitting import needed_seconds, split_text
 from csm_jax.prompt.turns import join_rows, text_rows
@@ -88,6 +94,7 @@ class RequestState:
         lead, self._parts, self._pauses = self._split()
         self._forced = forced_codes(request.interventions, model.config)
         self._steering = steering_vectors(request.interventions, model.config)
+        self._scale = guidance_scale(request.interventions)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         self._history = History(model, request, self._window, notify)
         self._part = -1
@@ -265,7 +272,21 @@ class RequestState:
             self._model.inference.end_bias,
             self._forced,
             self._steering,
+            self._guidance(),
         )
+
+    def _guidance(self) -> UtteranceGuidance | None:
+        """The unconditional prompt of the part that was started."""
+        guidance = self._request.interventions.guidance
+        if guidance is None or self._scale is None:
+            return None
+        if guidance.over == "context":
+            prompt, num_shared = self._rows, 0
+        else:
+            tag = text_rows(None, self._request.speaker, self._config, self._model.tokenizer)
+            prompt, num_shared = join_rows([*self._history.rows(), tag]), self._history.num_shared
+        scale = from_frame(self._scale, self._total)
+        return UtteranceGuidance(prompt, num_shared, scale, guidance.depth_decoder)
 
     def _report_guard(self, remark: Remark) -> None:
         frames = self._total - len(self._codes) + remark.frame

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.config import CSMConfig
-from csm_jax.inference.decode_batch import bucket
+from csm_jax.inference.buckets import bucket
 from csm_jax.inference.given_speech import GivenRows, GivenSpeech, batches
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind

@@ -10,7 +10,7 @@ import numpy as np
 
 from csm_jax.config import CSMConfig, LlamaConfig
 from csm_jax.errors import InputError
-from csm_jax.inference.decode_batch import bucket
+from csm_jax.inference.buckets import bucket
 from csm_jax.inference.given_speech import GivenRows, GivenSpeech, pad_rows
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.csm import bind

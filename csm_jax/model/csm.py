@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax.config import CSMConfig
+from csm_jax.model.changes import NO_CHANGES, FrameChanges, doubled, guide
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import (
     AnyArray,
@@ -105,19 +106,17 @@ class CSM(nnx.Module):
         keys: Array,
         sampling: SamplingParams,
         seen: Array,
-        end_bias: Array | None = None,
-        forced: Array | None = None,
+        changes: FrameChanges = NO_CHANGES,
     ) -> Array:
         """Samples one frame: codebook 0 from the backbone, the rest from the depth decoder.
 
         Args:
-          hidden: [B, D] backbone state at the last position.
+          hidden: [B, D] backbone state at the last position; with guidance [2 * B, D], of the
+            first prompts and then of the second ones.
           keys: one PRNG key per row [B], for this frame alone.
           sampling: values per row.
           seen: bool [B, V], codebook-0 ids that the repetition penalty applies to.
-          end_bias: float32 [B, Q], added to the logits of the end of speech, which is a frame of
-            zeros: of id 0 of each codebook after codes that are all 0. -inf excludes it.
-          forced: int32 [B, Q], codes that are taken instead of being drawn; -1 is drawn.
+          changes: what is changed in this frame.
 
         Returns:
           int32 [B, Q].
@@ -127,11 +126,13 @@ class CSM(nnx.Module):
         # The type is named: where jax's default is float64, other numbers would be drawn.
         draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32)
         uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
-        logits = self.backbone_logits(hidden)
+        logits = guide(self.backbone_logits(hidden), changes.guidance)
+        if changes.depth_guidance is None:
+            hidden = hidden[: len(logits)]
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
-        logits = _with_end_bias(logits, end_bias, 0)
-        first = _force(sample(logits, uniform[0], sampling.backbone), forced, 0)
-        return self._sample_depth(hidden, first, uniform[1:], sampling, end_bias, forced)
+        logits = _with_end_bias(logits, changes.end_bias, 0)
+        first = _force(sample(logits, uniform[0], sampling.backbone), changes.forced, 0)
+        return self._sample_depth(hidden, first, uniform[1:], sampling, changes)
 
     def _sample_depth(
         self,
@@ -139,22 +140,24 @@ class CSM(nnx.Module):
         first: Array,
         uniform: Array,
         sampling: SamplingParams,
-        end_bias: Array | None,
-        forced: Array | None,
+        changes: FrameChanges,
     ) -> Array:
         """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
         config = self.config.depth_decoder
-        num_codebooks = self.config.num_codebooks
+        num_codebooks, num_rows = self.config.num_codebooks, len(hidden)
         heads = self.depth_heads.matrix
+        stack_changes = doubled(changes.depth_decoder, num_rows)
 
         def next_code(
             inputs: Array, cache: KVCache, codebook: Array, end_bias: Array | None
         ) -> tuple[Array, KVCache]:
-            states, cache = self.depth_decoder(self.projection(inputs), cache)
+            projected = self.projection(doubled(inputs, num_rows))
+            states, cache, _ = self.depth_decoder.attend(projected, cache, changes=stack_changes)
             head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            logits = _with_end_bias(linear_float32(states[:, -1], head), end_bias, codebook)
+            logits = guide(linear_float32(states[:, -1], head), changes.depth_guidance)
+            logits = _with_end_bias(logits, end_bias, codebook)
             code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
-            return _force(code, forced, codebook), cache
+            return _force(code, changes.forced, codebook), cache
 
         def body(carry: _DepthCarry, codebook: Array) -> tuple[_DepthCarry, Array]:
             code, cache, end_bias = carry
@@ -163,10 +166,11 @@ class CSM(nnx.Module):
             return (code, cache, _where_zero(end_bias, code)), code
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
-        cache = KVCache.create(config, len(first), num_codebooks, hidden.dtype, num_lengths=1)
-        inputs = jnp.stack([hidden, self.embed_code(first, 0)], axis=1)  # [B, 2, D]
+        cache = KVCache.create(config, num_rows, num_codebooks, hidden.dtype, num_lengths=1)
+        embedded = doubled(self.embed_code(first, 0), num_rows)
+        inputs = jnp.stack([hidden, embedded], axis=1)  # [B, 2, D]
         codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
-        end_bias = _where_zero(end_bias, first)
+        end_bias = _where_zero(changes.end_bias, first)
         second, cache = next_code(inputs, cache, codebooks[0], end_bias)
         carry = second, cache, _where_zero(end_bias, second)
         _, rest = jax.lax.scan(body, carry, codebooks[1:])

@@ -1,7 +1,7 @@
 """The Llama stack (Llama 3.2): backbone and depth decoder are two sizes of it."""
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -11,6 +11,7 @@ from flax import nnx
 
 from csm_jax.config import LlamaConfig
 from csm_jax.model import kv_cache as kv
+from csm_jax.model.changes import NO_STACK_CHANGES, StackChanges
 from csm_jax.model.kv_cache import KVCache, LayerCache
 from csm_jax.model.layers import (
     AnyArray,
@@ -154,7 +155,7 @@ class Llama(nnx.Module):
         heads: Sequence[Head] = (),
         layers: Sequence[int] = (),
         remat: bool = False,
-        added: Mapping[int, AnyArray] | None = None,
+        changes: StackChanges = NO_STACK_CHANGES,
     ) -> tuple[Array, KVCache, Observed]:
         """Like calling the stack, and returns the attention of some heads and some states too.
 
@@ -164,7 +165,7 @@ class Llama(nnx.Module):
           heads: whose attention is returned.
           layers: whose states are returned, numbered as in transformers: 0 is `x`, i is what
             layer i passes on, counted from 1; of the last one it is taken after the final norm.
-          added: [B, D] by layer, counted from 1, which every new position passes on in addition.
+          changes: what is changed at the new positions.
 
         Returns:
           Hidden states and cache; and what was asked for.
@@ -180,8 +181,8 @@ class Llama(nnx.Module):
             call = functools.partial(block, kv_length=kv_length)
             call = jax.checkpoint(call) if remat else call
             x, layer_cache, attention_weights = call(x, layer_cache, positions)
-            if added and number in added:
-                x = x + jnp.asarray(added[number])[:, None].astype(x.dtype)
+            if changes.added and number in changes.added:
+                x = x + jnp.asarray(changes.added[number])[:, None].astype(x.dtype)
             caches.append(layer_cache)
             weights.append(attention_weights)
             states.append(x)

@@ -162,14 +162,18 @@ def turn_rows(
     return Turn(turn, config, tokenizer).rows(encode)
 
 
-def text_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
+def text_rows(text: str | None, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:
     """The rows of a text, which are all rows of a turn that is to be spoken.
+
+    Args:
+      text: None is the tag of the speaker without words.
 
     Raises:
       InputError: the text is empty.
     """
-    check_text(text)
-    return _tagged_rows(text, speaker, config, tokenizer)
+    if text is not None:
+        check_text(text)
+    return _tagged_rows(text or "", speaker, config, tokenizer)
 
 
 def _tagged_rows(text: str, speaker: int, config: CSMConfig, tokenizer: Tokenizer) -> Prompt:

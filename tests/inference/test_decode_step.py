@@ -349,8 +349,8 @@ def test_few_shapes_are_compiled():
     values += [Sampling(repetition_penalty=1.3, depth_temperature=0.5, depth_top_k=2)]
     for length in (5, 12, 16, 23, 31):
         value = values[length % len(values)]
-        prompts = [make_prompt(length)] * 2  # no other test has a batch of two rows
-        generate(CONFIG, random_weights(), prompts, [value] * 2, [length] * 2, 33 - length % 2)
+        prompts = [make_prompt(length)] * 7  # no other test has a batch of seven rows
+        generate(CONFIG, random_weights(), prompts, [value] * 7, [length] * 7, 33 - length % 2)
     assert [
         function._cache_size() - before
         for function, before in zip(functions, compiled, strict=True)

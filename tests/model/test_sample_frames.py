@@ -7,11 +7,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from sampling_oracle import ACCEPTED, OFF, filtered_probabilities, p_value, repeat
+from sampling_oracle import (
+    ACCEPTED,
+    OFF,
+    drawn,
+    filtered_probabilities,
+    filters,
+    p_value,
+    repeat,
+)
 from scipy import stats
 
 from csm_jax import config
 from csm_jax.checkpoints.random_weights import random_params
+from csm_jax.model.changes import Guidance, guide
 from csm_jax.model.csm import CSM
 from csm_jax.model.sampling import Sampling, SamplingParams
 
@@ -73,6 +82,22 @@ def test_the_repetition_penalty_applies_to_codebook_0_only(model):
     batch = jnp.broadcast_to(hidden, (FRAMES, *hidden.shape))
     depth = np.asarray(jax.jit(model.depth_logits)(batch, codes))[:, 0]
     assert p_value(codes[:, 1], filtered_probabilities(depth, sampling)) > ACCEPTED
+
+
+def test_guided_codes_match_the_combined_logits_of_two_states(model):
+    """A scale of 0 is the second distribution, of 1 the first; a row without guidance too."""
+    hidden = jax.random.normal(jax.random.key(12), (2, model.config.backbone.embed_dim))
+    logits = model.backbone_logits(hidden)
+    scales = np.repeat(np.float32([0, 1, 2.5, 2.5]), FRAMES // 4)
+    is_on = np.arange(FRAMES) < 3 * FRAMES // 4
+    combined = jax.jit(guide)(jnp.repeat(logits, FRAMES, axis=0), Guidance(scales, is_on))
+    uniform = np.random.default_rng(13).random(FRAMES, np.float32)
+    codes = np.asarray(drawn(combined, uniform, repeat(filters(OFF), FRAMES)))
+    first, second = np.asarray(logits)
+    distributions = [second, first, second + 2.5 * (first - second), first]
+    for part, each in zip(np.split(codes, 4), distributions, strict=True):
+        assert p_value(part, filtered_probabilities(each, OFF)) > ACCEPTED
+    assert p_value(codes[: FRAMES // 4], filtered_probabilities(first, OFF)) < ACCEPTED
 
 
 def test_codebooks_use_different_random_numbers(model):
