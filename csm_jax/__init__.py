@@ -20,6 +20,7 @@ from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.states import NamedArray, States
+from csm_jax.inference.voice import Voice
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
@@ -51,6 +52,7 @@ __all__ = [
     "States",
     "Steering",
     "Ticket",
+    "Voice",
     "Word",
     "csm_1b",
     "load",

@@ -3,6 +3,8 @@
     python -m csm_jax.generate --text="Hello from Sesame." --out=hello.wav
     python -m csm_jax.generate --text="Hello." --stream --out=- | ffplay -
     python -m csm_jax.generate --manifest=lines.jsonl --out_dir=speech
+    python -m csm_jax.generate --context_audio=a.wav --context_text="..." --save_voice=a.safetensors
+    python -m csm_jax.generate --text="Hello." --voice=a.safetensors --out=hello.wav
 
 Context turns are given by repeating --context_audio, --context_text and --context_speaker in
 order; a whole conversation by --script=turns.json; many texts by --manifest.
@@ -19,11 +21,18 @@ from absl import flags
 
 from csm_jax.align.finding import with_alignment
 from csm_jax.align.formats import check_words_out
-from csm_jax.cli import dataclass_flags, model_flags, processes, watermark_flags
+from csm_jax.cli import dataclass_flags, model_flags, processes, voice_flags, watermark_flags
 from csm_jax.cli import flags as cli
-from csm_jax.cli.manifest import LineFiles, check_lines, read_manifest, speak_manifest
+from csm_jax.cli.manifest import (
+    LineFiles,
+    check_lines,
+    read_manifest,
+    speak_manifest,
+    with_voice,
+)
 from csm_jax.cli.output import check_codes_out, check_out, open_speech, save_codes, save_speech
 from csm_jax.cli.progress import Report, lines_bar
+from csm_jax.cli.voice_flags import VoiceFiles
 from csm_jax.cli.words import WORDS_HELP, WordsFile, check_ending
 from csm_jax.errors import CSMError, InputError
 from csm_jax.inference.conversation import Conversation
@@ -66,6 +75,7 @@ def define_flags(values: flags.FlagValues) -> None:
     without = "accept recordings of earlier turns without transcripts; the speech can be less clear"
     define(flag, "context_without_text", False, without)
     define(numbers, "context_speaker", [], "its speaker; repeatable, in the same order")
+    voice_flags.define_flags(values)
     define(text, "script", None, "JSON list of turns to speak instead of --text")
     dataclass_flags.define_flags(values, Sampling)
     define(text, "codes_out", None, "also write the codes there, int32 [frames, codebooks] .npy")
@@ -83,9 +93,14 @@ def main(values: flags.FlagValues) -> None:
     if values.manifest is not None:
         _speak_manifest(values)
         return
+    if values.save_voice is not None and values.text is None and values.script is None:
+        _save_voice(values)
+        return
     job = _read_job(values)
     watermark = watermark_flags.read_watermark(values)
     model = model_flags.load_model(values)
+    voice = job.voices.prepare(model, _recordings(job.turns, model.sample_rate))
+    job = dataclasses.replace(job, defaults=dataclasses.replace(job.defaults, voice=voice))
     watermark_flags.warn_if_unmarked(values, watermark)
     if job.words_out is not None:
         model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)
@@ -98,6 +113,14 @@ def main(values: flags.FlagValues) -> None:
         save_codes(job.codes_out, codes)
     spoken_words.write()
     report.finish(job.out, len(codes))
+
+
+def _save_voice(values: flags.FlagValues) -> None:
+    """Writes a voice without speaking."""
+    voices, turns = voice_flags.read_voices(values), _read_context(values)
+    _check_turns(turns, values.context_without_text)
+    model = model_flags.load_model(values)
+    voices.prepare(model, _recordings(turns, model.sample_rate))
 
 
 @dataclass(frozen=True)
@@ -115,6 +138,7 @@ class _Job:
     format: str | None
     codes_out: Path | None
     words_out: Path | None
+    voices: VoiceFiles
 
 
 def _read_job(values: flags.FlagValues) -> _Job:
@@ -131,7 +155,8 @@ def _read_job(values: flags.FlagValues) -> _Job:
     if words_out is not None:
         check_words_out(words_out)
     turns, defaults = _read_turns(values), _read_defaults(values)
-    return _Job(turns, defaults, values.out, values.format, codes_out, words_out)
+    voices = voice_flags.read_voices(values)
+    return _Job(turns, defaults, values.out, values.format, codes_out, words_out, voices)
 
 
 def _read_turns(values: flags.FlagValues) -> list[Turn]:
@@ -144,12 +169,16 @@ def _read_turns(values: flags.FlagValues) -> list[Turn]:
     if values.normalize:
         script = [_normalized(turn) for turn in script]
     turns = _read_context(values) + script
+    _check_turns(turns, values.context_without_text)
+    return turns
+
+
+def _check_turns(turns: Sequence[Turn], without_text: bool) -> None:
     for turn in turns:
-        if turn.text or turn.audio is None or not values.context_without_text:
+        if turn.text or turn.audio is None or not without_text:
             check_text(turn.text)
         if turn.audio is not None and not turn.audio.is_file():
             raise InputError(f"context audio {turn.audio} does not exist")
-    return turns
 
 
 def _normalized(turn: Turn) -> Turn:
@@ -199,7 +228,17 @@ def _conversation(model: Generator | Engine, job: _Job) -> Conversation:
         pauses=defaults.pauses,
         best_of=defaults.best_of,
         context_seconds=defaults.context_seconds,
+        voice=defaults.voice,
     )
+
+
+def _recordings(turns: Sequence[Turn], sample_rate: int) -> list[Segment]:
+    """The turns that are recorded."""
+    return [
+        Segment(turn.speaker, turn.text or None, load_audio(turn.audio, sample_rate))
+        for turn in turns
+        if turn.audio is not None
+    ]
 
 
 def _speak_turns(
@@ -214,8 +253,7 @@ def _speak_turns(
             if conversation.last_speech is not None:
                 spoken_words.add(conversation.last_speech)
         else:
-            audio = load_audio(turn.audio, sample_rate)
-            conversation.add(Segment(turn.speaker, turn.text or None, audio))
+            conversation.turns += _recordings([turn], sample_rate)
     return spoken_words
 
 
@@ -270,11 +308,13 @@ def _speak_manifest(values: flags.FlagValues) -> None:
     """Speaks the lines of a manifest, or this process's share of them."""
     files = _check_manifest_flags(values)
     lines = read_manifest(Path(values.manifest), _read_defaults(values), values.normalize)
+    voices = voice_flags.read_voices(values)
     watermark = watermark_flags.read_watermark(values)
     files = dataclasses.replace(files, watermark=watermark)
     index, count = processes.join(values)
     model = model_flags.load_model(values)
     watermark_flags.warn_if_unmarked(values, watermark)
+    lines = with_voice(lines, voices.prepare(model, []))
     check_lines(model, lines)
     if files.words_suffix is not None:
         model = with_alignment(model, values.checkpoint, cli.warn, values.adapters)

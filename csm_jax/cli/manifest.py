@@ -29,6 +29,7 @@ from csm_jax.inference.generator import Generator
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.request_state import RequestState
+from csm_jax.inference.voice import Voice
 from csm_jax.io.audio import is_silent, load_audio, save_audio
 from csm_jax.io.script import Turn, parse_turn
 from csm_jax.io.text import read_text
@@ -78,6 +79,14 @@ class Line:
     name: str
     request: Request
     context: Sequence[Turn]
+
+
+def with_voice(lines: Sequence[Line], voice: Voice | None) -> list[Line]:
+    """The lines, spoken with a voice."""
+    return [
+        dataclasses.replace(line, request=dataclasses.replace(line.request, voice=voice))
+        for line in lines
+    ]
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from csm_jax.inference.request import Request
 from csm_jax.model.sampling import Sampling
 
 # A line of the prompts has these itself.
-_OF_A_LINE = {"text", "speaker", "context", "shared_turns", "sampling", "interventions"}
+_OF_A_LINE = {"text", "speaker", "context", "shared_turns", "sampling", "interventions", "voice"}
 _REQUEST_OPTIONS = [f.name for f in dataclasses.fields(Request) if f.name not in _OF_A_LINE]
 _SAMPLING_OPTIONS = [field.name for field in dataclasses.fields(Sampling)]
 

@@ -9,6 +9,7 @@ from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.ticket import Ticket
+from csm_jax.inference.voice import Voice
 from csm_jax.io.arguments import whole_number
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
@@ -37,8 +38,8 @@ class Conversation:
       num_spoken: turns that have been spoken.
       last_speech: of the turn that was spoken last, with its words; None before the first, and
         after one that was not heard to its end.
-      sampling, max_audio_length_ms, guard, pauses, best_of, context_seconds: of all turns, as of
-        a `Request`.
+      sampling, max_audio_length_ms, guard, pauses, best_of, context_seconds, voice: of all turns,
+        as of a `Request`.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Conversation:
         pauses: bool = False,
         best_of: int = 1,
         context_seconds: float | None = None,
+        voice: Voice | None = None,
     ):
         """Begins a conversation.
 
@@ -71,6 +73,7 @@ class Conversation:
         self.pauses = pauses
         self.best_of = best_of
         self.context_seconds = context_seconds
+        self.voice = voice
 
     @property
     def next_seed(self) -> int:
@@ -111,6 +114,7 @@ class Conversation:
             pauses=self.pauses,
             best_of=self.best_of,
             context_seconds=self.context_seconds,
+            voice=self.voice,
         )
 
     def speak(

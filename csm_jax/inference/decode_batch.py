@@ -27,6 +27,7 @@ from csm_jax.inference.decode_step import (
 from csm_jax.inference.row_interventions import NO_INTERVENTIONS
 from csm_jax.inference.stacking import stack_interventions
 from csm_jax.inference.utterance import Rewind, Utterance
+from csm_jax.inference.voice import Voice
 from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
@@ -156,11 +157,10 @@ class DecodeBatch:
             raise ValueError(f"{length} + {num_frames} positions in {self.max_seq_len}")
         self._slots[index] = _Slot(utterance)
         self._stack_rows()
-        self._prefill(index, utterance.prompt, utterance.num_shared)
-        if utterance.guidance:
-            self._prefill(
-                self.size + index, utterance.guidance.prompt, utterance.guidance.num_shared
-            )
+        voice = utterance.voice
+        self._prefill(index, utterance.prompt, utterance.num_shared, voice)
+        if guidance := utterance.guidance:
+            self._prefill(self.size + index, guidance.prompt, guidance.num_shared, voice)
         no_codes = np.zeros((0, self.config.num_codebooks), np.int32)
         self.rewind(index, Rewind(no_codes, utterance.seed))
 
@@ -232,7 +232,7 @@ class DecodeBatch:
             raise ValueError(f"slot {index} is free")
         return slot
 
-    def _prefill(self, index: int, prompt: Prompt, num_shared: int) -> None:
+    def _prefill(self, index: int, prompt: Prompt, num_shared: int, voice: Voice | None) -> None:
         """Fills the cache of one prompt of the state."""
         frames, mask = prompt
         shared = Prompt(frames[:num_shared], mask[:num_shared])
@@ -242,15 +242,17 @@ class DecodeBatch:
             self._state,
             *rest,
             np.int32(index),
-            self._prefix(shared) if num_shared else None,
+            self._prefix(shared, voice) if num_shared else None,
             config=self.config,
             mesh=self._mesh,
         )
 
-    def _prefix(self, prompt: Prompt) -> KVCache:
-        """The keys and values of a shared prefix, prefilled now or kept from an earlier prompt."""
-        key = prompt.frames.tobytes() + prompt.mask.tobytes()
+    def _prefix(self, prompt: Prompt, voice: Voice | None) -> KVCache:
+        """The keys and values of a shared prefix: a voice's, prefilled now, or kept from before."""
+        key = voice.digest if voice else prompt.frames.tobytes() + prompt.mask.tobytes()
         prefix = self._prefixes.pop(key, None)
+        if prefix is None and voice:
+            prefix = voice.place(self.bucket(voice.num_positions))
         if prefix is None:
             length = np.int32(len(prompt.frames))
             rows = self._padded(prompt)

@@ -36,11 +36,14 @@ from csm_jax.inference.request_parameters import (
 from csm_jax.inference.request_state import RequestState, Step
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.ticket import Ticket
+from csm_jax.inference.voice import Voice
+from csm_jax.inference.voice_prompts import make_voice, mix_voices
 from csm_jax.loading import open_source
 from csm_jax.loading.alignment import read_alignment
 from csm_jax.model.precision import Precision, resolve
 from csm_jax.model.sharding import place_on
 from csm_jax.prompt import limits as prompt_limits
+from csm_jax.prompt.turns import Segment
 
 # Frames between two reports of progress.
 _PROGRESS_FRAMES = 5
@@ -70,8 +73,8 @@ class Generator(Listener):
         Args:
           text: what to speak, or a `Request`.
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
-            best_of, interventions, context_seconds: as in `Request`; beside one, they replace
-            its own.
+            best_of, interventions, context_seconds, voice: as in `Request`; beside one, they
+            replace its own.
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.
@@ -180,6 +183,42 @@ class Generator(Listener):
                 tell(index, notice)
         return audio
 
+    @checks_call
+    def make_voice(self, turns: Sequence[Segment]) -> Voice:
+        """The voice of recordings, which requests can begin with and `Voice.save` keeps.
+
+            voice = model.make_voice([csm_jax.Segment(0, "We walked to the lake.", recording)])
+            audio = model.generate("And then it rained.", voice=voice)
+
+        The speech is that of `context=turns, shared_turns=len(turns)`, to the bit, without the
+        encoding and the prefill of these turns.
+
+        Args:
+          turns: with audio or codes.
+
+        Raises:
+          InputError: a turn is malformed, or all together do not fit the model's window.
+        """
+        return make_voice(self, turns)
+
+    @checks_call
+    def mix_voices(self, voices: Sequence[Voice], weights: Sequence[float]) -> Voice:
+        """A voice between others, by the embeddings of their prompts.
+
+        Each frame of a prompt is embedded as a vector; the new prompt has the weighted sums of the
+        vectors at the same places, which the backbone processes like those of any prompt. So the
+        turns must have the same speakers and transcripts, or none, and are cut to the shortest. A
+        weight of 1 beside zeros is that voice.
+
+        Args:
+          weights: from 0, one for each voice; their sum counts as 1.
+
+        Raises:
+          InputError: the voices do not fit together.
+          CheckpointError: one is of another model.
+        """
+        return mix_voices(self, voices, weights)
+
     def _best_take(self, request: Request, notify: Notify | None, on_word: OnWord | None) -> Ticket:
         """The best take of a request; it is over."""
         length = self.config.backbone.max_seq_len
@@ -277,6 +316,7 @@ def load(
         mesh,
         read_alignment(source.directory, source.config),
         InferenceConfig.of(prompt_limits.read(source.directory)),
+        str(name) if adapters is None else f"{name} with {adapters}",
     )
 
 

@@ -19,7 +19,7 @@ class History:
     """
 
     def __init__(self, model: LoadedModel, request: Request, window: int, notify: Notify):
-        """Takes the turns of the request's context.
+        """Takes the turns of the request's voice and of its context.
 
         Args:
           window: positions of the model.
@@ -32,22 +32,25 @@ class History:
         self._request = request
         self._window = window
         self._notify = notify
-        pinned = find_pinned(request.context, request.shared_turns)
+        turns = [*request.voice_turns, *request.context]
+        self._num_voice = len(request.voice_turns)
+        pinned = find_pinned(turns, self._num_voice or request.shared_turns)
         self._turns = [
             ContextTurn(Turn(turn, model.config, model.tokenizer), index + 1, index in pinned)
-            for index, turn in enumerate(request.context)
+            for index, turn in enumerate(turns)
         ]
         self._is_first = True
 
     @property
     def kept(self) -> list[int]:
         """The indices of the turns of the request's context that are kept."""
-        return [turn.number - 1 for turn in self._turns if turn.number]
+        first = self._num_voice + 1
+        return [turn.number - first for turn in self._turns if turn.number >= first]
 
     @property
     def num_shared(self) -> int:
-        """Positions of the request's shared turns; 0 if one of them is left out."""
-        count = self._request.shared_turns
+        """Positions of the voice's turns, or of shared ones; 0 if one of them is left out."""
+        count = self._num_voice or self._request.shared_turns
         shared = [turn for turn in self._turns if 1 <= turn.number <= count]
         return sum(each.turn.length for each in shared) if len(shared) == count else 0
 
@@ -93,18 +96,22 @@ class History:
     def _report_silence(self) -> None:
         for each in self._turns:
             if each.turn.is_silent:
+                number = each.number - self._num_voice  # a voice has codes, which are not silent
                 message = (
-                    f"the recording of turn {each.number} of the context is silent: record it "
-                    "louder"
+                    f"the recording of turn {number} of the context is silent: record it louder"
                 )
                 self._notify(Notice("silent_context", message))
 
     def _report_dropped(self, before: Sequence[ContextTurn]) -> None:
         """Names turns of the context that do not fit; after the first part, only pinned ones."""
-        kept = set(self.kept)
-        dropped = [each for each in before if each.number and each.number - 1 not in kept]
-        numbers = [each.number for each in dropped if each.is_pinned or self._is_first]
-        if numbers:
+        kept = {each.number for each in self._turns}
+        dropped = [each for each in before if each.number and each.number not in kept]
+        first = self._num_voice + 1
+        if any(each.number < first for each in dropped):
+            message = "the voice was left out: the text, with room for the speech, takes its place"
+            self._notify(Notice("context_dropped", message))
+        told = [each.number for each in dropped if each.is_pinned or self._is_first]
+        if numbers := [number - self._num_voice for number in told if number >= first]:
             message = (
                 f"{_list_numbers(numbers)} of {len(self._request.context)} turns of context were "
                 "left out: all together, with room for the speech, take more than "

@@ -1,6 +1,7 @@
 """A model in memory, as the decode loop, the engine and the facade use it."""
 
 import functools
+import hashlib
 from dataclasses import dataclass
 from typing import Self
 
@@ -12,14 +13,17 @@ from csm_jax.align.heads import AlignmentHeads
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
+from csm_jax.inference.voice import ModelIdentity
 from csm_jax.mimi.codec import Codec
-from csm_jax.model.layers import Params
+from csm_jax.model.layers import Array, Params
 from csm_jax.model.precision import Precision
 from csm_jax.prompt.tokenizer import Tokenizer
 
 # 2 s each of digital silence and of noise at about -80 and -60 dBFS.
 SILENCE_FRAMES = 25
 SILENCE_LEVELS = (0.0, 1e-4, 1e-3)
+# Numbers of a parameter by which models are told apart.
+_SAMPLED = 64
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +39,7 @@ class LoadedModel:
       mesh: the devices that `params` lie on; None for a single one.
       inference: how requests are split, limited and batched.
       alignment: the heads that tell which word is spoken; None where the checkpoint has none.
+      name: what it was loaded by.
     """
 
     config: CSMConfig
@@ -45,6 +50,7 @@ class LoadedModel:
     mesh: Mesh | None = None
     inference: InferenceConfig = DEFAULT_INFERENCE
     alignment: AlignmentHeads | None = None
+    name: str = "a model without a name"
 
     @classmethod
     def from_params(
@@ -56,6 +62,7 @@ class LoadedModel:
         mesh: Mesh | None = None,
         alignment: AlignmentHeads | None = None,
         inference: InferenceConfig = DEFAULT_INFERENCE,
+        name: str = "a model without a name",
     ) -> Self:
         """A model of parameters in two sections, as `native_format.place_params` returns them.
 
@@ -64,7 +71,7 @@ class LoadedModel:
         """
         codec = Codec(config.codec, params["codec"])
         csm = params["csm"]
-        return cls(config, csm, tokenizer, codec, precision, mesh, inference, alignment)
+        return cls(config, csm, tokenizer, codec, precision, mesh, inference, alignment, name)
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)
@@ -82,6 +89,16 @@ class LoadedModel:
     def sample_rate(self) -> int:
         """Hz of everything that comes out and of all context audio (24000)."""
         return self.config.codec.sample_rate
+
+    @functools.cached_property
+    def identity(self) -> ModelIdentity:
+        """What keys and values of this model depend on."""
+        sampled = jax.device_get(_sample(self.params))
+        digest = hashlib.sha256()
+        for path, values in jax.tree.leaves_with_path(sampled):
+            digest.update(jax.tree_util.keystr(path).encode())
+            digest.update(np.asarray(values).view(np.uint8).data)
+        return ModelIdentity(self.name, self.config, str(self.precision), digest.hexdigest())
 
     def check_alignment(self) -> AlignmentHeads:
         """The heads that tell which word is spoken. Raises `InputError` if there are none."""
@@ -117,6 +134,17 @@ class LoadedModel:
         noise = np.random.default_rng(0).standard_normal(SILENCE_FRAMES * self.codec.frame_size)
         silences = [(level * noise).astype(np.float32) for level in SILENCE_LEVELS]
         return frozenset(int(code) for row in self.codec.encode(silences, 1) for code in row[:, 0])
+
+
+@jax.jit
+def _sample(params: Params) -> Params:
+    """A few numbers of every parameter, evenly spaced in it."""
+
+    def sample(leaf: Array) -> Array:
+        places = np.linspace(0, leaf.size - 1, _SAMPLED).astype(int)
+        return leaf[np.unravel_index(places, leaf.shape)]
+
+    return jax.tree.map(sample, params)
 
 
 def _readable(count: int) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
 from csm_jax.inference.interventions import NO_CHANGE, Interventions
+from csm_jax.inference.voice import Voice
 from csm_jax.io.arguments import fill_defaults, real_number, whole_number
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.pauses import split_pauses
@@ -52,6 +53,8 @@ class Request:
       context_seconds: of the newest speech that stay in the context, besides what fixes the voice,
         where not everything does: for parts after the first of a long text, and if the context
         does not fit. None is the model's, 30 s; inf is all that fits.
+      voice: turns before the context, whose keys and values are known already (`Generator.
+        make_voice`): they are not prefilled, and stay.
     """
 
     text: str
@@ -66,6 +69,7 @@ class Request:
     best_of: int = 1
     interventions: Interventions = NO_CHANGE
     context_seconds: float | None = None
+    voice: Voice | None = None
 
     def __post_init__(self):
         fill_defaults(self)
@@ -84,6 +88,10 @@ class Request:
         if not isinstance(self.interventions, Interventions):
             kind = type(self.interventions).__name__
             raise InputError(f"interventions is of type {kind}, not Interventions")
+        if self.voice is not None and not isinstance(self.voice, Voice):
+            raise InputError(f"voice is of type {type(self.voice).__name__}, not Voice")
+        if self.voice is not None and self.shared_turns:
+            raise InputError("voice and shared_turns do not go together: a voice is shared itself")
         if not isinstance(self.pauses, bool):
             raise InputError(f"pauses is {self.pauses!r}, but must be True or False")
         if isinstance(self.guard, bool):
@@ -96,6 +104,11 @@ class Request:
             )
         if not 1 <= self.best_of <= MAX_TAKES:
             raise InputError(f"best_of is {self.best_of}, but must be from 1 to {MAX_TAKES}")
+
+    @property
+    def voice_turns(self) -> tuple[Segment, ...]:
+        """The turns of the voice, which come before the context."""
+        return () if self.voice is None else self.voice.turns
 
     @property
     def spoken_text(self) -> str:

@@ -20,6 +20,7 @@ from csm_jax.inference.request import (
     Request,
     as_request,
 )
+from csm_jax.inference.voice import Voice
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
 
@@ -41,6 +42,7 @@ def generate_parameters(
     best_of: int = 1,
     interventions: Interventions = NO_CHANGE,
     context_seconds: float | None = None,
+    voice: Voice | None = None,
     *,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -62,6 +64,7 @@ def submit_parameters(
     best_of: int = 1,
     interventions: Interventions = NO_CHANGE,
     context_seconds: float | None = None,
+    voice: Voice | None = None,
     *,
     stream: bool = True,
     wait: bool = False,

@@ -96,6 +96,8 @@ class RequestState:
         self._steering = steering_vectors(request.interventions, model.config)
         self._scale = guidance_scale(request.interventions)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
+        if request.voice is not None:
+            request.voice.check(model.identity)
         self._history = History(model, request, self._window, notify)
         self._part = -1
         # Silence before the first part, and all frames so far.
@@ -105,6 +107,11 @@ class RequestState:
         self._aligned: PartAlignment | None = None
         # Here, so that a request that does not fit is refused before anything runs.
         self._start_part()
+        if request.voice is not None and not self._history.num_shared:
+            raise InputError(
+                f"the voice takes {request.voice.num_positions} of {self._window} positions, which "
+                "leaves no room for the text and its speech: make it of a shorter recording"
+            )
         self._is_new = True
 
     @property
@@ -273,6 +280,7 @@ class RequestState:
             self._forced,
             self._steering,
             self._guidance(),
+            self._request.voice,
         )
 
     def _guidance(self) -> UtteranceGuidance | None:

@@ -184,7 +184,7 @@ def _as_given(model: LoadedModel, request: Request, codes: np.ndarray) -> GivenS
         return None
     turns = [dataclasses.replace(text, codes=codes[:room])]
     room -= len(codes)
-    for turn in reversed(request.context):
+    for turn in reversed([*request.voice_turns, *request.context]):
         room -= Turn(turn, model.config, model.tokenizer).length
         if room < 0:
             break

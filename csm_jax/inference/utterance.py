@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csm_jax.inference.voice import Voice
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt
 
@@ -40,6 +41,7 @@ class Utterance(NamedTuple):
       forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
       steering: float32 [D] by layer, which every frame adds to what that layer passes on.
       guidance: None if the logits are those of the prompt alone.
+      voice: has the keys and values of the shared positions; None if they are to be prefilled.
     """
 
     prompt: Prompt
@@ -52,6 +54,7 @@ class Utterance(NamedTuple):
     forced: np.ndarray | None = None
     steering: Mapping[int, np.ndarray] | None = None
     guidance: UtteranceGuidance | None = None
+    voice: Voice | None = None
 
     @property
     def max_length(self) -> int:

@@ -63,6 +63,12 @@ class Precision:
     int8: bool = False
     packs_tables: bool = False
 
+    def __str__(self) -> str:
+        kinds = [*["int8"] * self.int8, str(self.weights)]
+        if self.activations != self.weights:
+            kinds.append(f"computed in {self.activations}")
+        return " ".join(kinds)
+
     def dtype_of(self, role: Role) -> jnp.dtype:
         """The type of a parameter that is neither int8 nor packed."""
         if role in (Role.MATRIX_SCALE, Role.CODEC):
