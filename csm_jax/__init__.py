@@ -15,7 +15,7 @@ from csm_jax.errors import (
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine, Ticket
 from csm_jax.inference.generator import Generator, load
-from csm_jax.inference.interventions import Guidance, Interventions, Steering
+from csm_jax.inference.interventions import Guidance, HeadOutput, Interventions, Steering
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
@@ -37,6 +37,7 @@ __all__ = [
     "EngineClosedError",
     "Generator",
     "Guidance",
+    "HeadOutput",
     "InputError",
     "Interventions",
     "NamedArray",

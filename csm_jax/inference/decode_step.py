@@ -128,7 +128,7 @@ def frame_step(
     """
     num_rows, num_prompts = len(state.done), len(state.frame)
     embedded = model.embed(state.frame[:, None], state.mask[:, None])
-    changes = doubled(interventions.backbone(), num_prompts)
+    changes = doubled(interventions.backbone.at(state.num_frames), num_prompts)
     hidden, cache, observed = model.backbone.attend(
         embedded, state.cache, kv_length, heads, changes=changes
     )

@@ -17,13 +17,15 @@ from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark
 from csm_jax.inference.history import History
-from csm_jax.inference.interventions import (
+from csm_jax.inference.intervention_arrays import (
     check_room,
     forced_codes,
     from_frame,
     guidance_scale,
-    steering_vectors,
+    stack_from_frame,
+    stack_interventions,
 )
+from csm_jax.inference.interventions import STACKS
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Notify, Request, log_notice
 from csm_jax.inference.text_guard import TextGuard
@@ -93,7 +95,10 @@ class RequestState:
         self._window = min(max_seq_len or limit, limit)
         lead, self._parts, self._pauses = self._split()
         self._forced = forced_codes(request.interventions, model.config)
-        self._steering = steering_vectors(request.interventions, model.config)
+        self._stacks = {
+            stack: stack_interventions(request.interventions, stack, model.config)
+            for stack in STACKS
+        }
         self._scale = guidance_scale(request.interventions)
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         if request.voice is not None:
@@ -278,7 +283,8 @@ class RequestState:
             len(self._rows.frames),
             self._model.inference.end_bias,
             self._forced,
-            self._steering,
+            stack_from_frame(self._stacks["backbone"], self._total),
+            stack_from_frame(self._stacks["depth_decoder"], self._total),
             self._guidance(),
             self._request.voice,
         )

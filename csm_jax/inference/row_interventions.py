@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from csm_jax.model.changes import FrameChanges, Guidance, StackChanges
+from csm_jax.model.changes import FrameChanges, Guidance, ReplacedHeads, StackChanges
 from csm_jax.model.layers import AnyArray, Array
 
 
@@ -41,23 +41,58 @@ class RowGuidance(NamedTuple):
     depth_decoder: AnyArray | None
 
 
+class SteeredLayer(NamedTuple):
+    """Vectors that are added to what a layer passes on.
+
+    Attributes:
+      vectors: float32 [B, K, D].
+      strengths: float32 [B, R, K], by frame; the last ones go on.
+    """
+
+    vectors: AnyArray
+    strengths: AnyArray
+
+    def at(self, frame: Array) -> Array:
+        """The sum of the vectors, [B, D]."""
+        # No matrix product, whose precision depends on the platform.
+        return jnp.sum(_at(self.strengths, frame)[:, :, None] * self.vectors, axis=1)
+
+
+class StackInterventions(NamedTuple):
+    """What is changed inside a stack, by layer; no layer leaves the program without it.
+
+    Attributes:
+      steering: by layer, counted from 1.
+      heads: by layer, counted from 0.
+    """
+
+    steering: Mapping[int, SteeredLayer]
+    heads: Mapping[int, ReplacedHeads]
+
+    def at(self, frame: Array) -> StackChanges:
+        """What is changed in frame number `frame` [B] of each row."""
+        return StackChanges(
+            {layer: steered.at(frame) for layer, steered in self.steering.items()}, self.heads
+        )
+
+
+NO_STACK_INTERVENTIONS = StackInterventions({}, {})
+
+
 class RowInterventions(NamedTuple):
     """What is changed in the frames of all rows; None leaves the program without it.
 
     Attributes:
       forced: codes that are given.
-      steering: float32 [B, D] by layer of the backbone, as `StackChanges.added`.
+      backbone, depth_decoder: what is changed inside of them.
       guidance: if there is any, the cache has two rows for each of the batch: row B + b has the
         second prompt of row b.
     """
 
     forced: ForcedCodes | None = None
-    steering: Mapping[int, AnyArray] | None = None
+    backbone: StackInterventions = NO_STACK_INTERVENTIONS
+    depth_decoder: StackInterventions = NO_STACK_INTERVENTIONS
     guidance: RowGuidance | None = None
-
-    def backbone(self) -> StackChanges:
-        """What is changed in the backbone."""
-        return StackChanges(self.steering)
 
     def at(self, frame: Array, end_bias: Array | None) -> FrameChanges:
         """What is changed after the backbone, in frame number `frame` [B] of each row.
@@ -65,7 +100,7 @@ class RowInterventions(NamedTuple):
         Args:
           end_bias: float32 [B, Q], of the end of speech; codes that are forced add to it.
         """
-        changes = FrameChanges(end_bias)
+        changes = FrameChanges(end_bias, depth_decoder=self.depth_decoder.at(frame))
         if self.forced is not None:
             changes = changes._replace(
                 forced=_forced_codes(self.forced, frame),

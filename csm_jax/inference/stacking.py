@@ -1,14 +1,26 @@
 """The interventions of the utterances of a batch as the arrays of its rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
+import jax
 import numpy as np
 
 from csm_jax.config import CSMConfig
 from csm_jax.inference.buckets import bucket
-from csm_jax.inference.row_interventions import ForcedCodes, RowGuidance, RowInterventions
+from csm_jax.inference.row_interventions import (
+    NO_STACK_INTERVENTIONS,
+    ForcedCodes,
+    RowGuidance,
+    RowInterventions,
+    StackInterventions,
+    SteeredLayer,
+)
 from csm_jax.inference.utterance import Utterance
+from csm_jax.model.changes import ReplacedHeads
 from csm_jax.model.layers import AnyArray
+
+T = TypeVar("T")
 
 # Frames that arrays by frame are padded to, at least; one entry for all frames stays one.
 _LEAST_FRAMES = 32
@@ -19,8 +31,12 @@ Rows = Sequence[Utterance | None]
 
 def stack_interventions(rows: Rows, config: CSMConfig) -> RowInterventions:
     """What is changed in the frames of all rows; rows without a kind of change have none of it."""
+    nothing = NO_STACK_INTERVENTIONS
     return RowInterventions(
-        _stack_forced(rows, config), _stack_steering(rows, config), _stack_guidance(rows)
+        _stack_forced(rows, config),
+        _stack_layers([row.backbone if row else nothing for row in rows]),
+        _stack_layers([row.depth_decoder if row else nothing for row in rows]),
+        _stack_guidance(rows),
     )
 
 
@@ -37,12 +53,40 @@ def _stack_forced(rows: Rows, config: CSMConfig) -> ForcedCodes | None:
     return ForcedCodes(stacked, np.asarray(num_frames, np.int32))
 
 
-def _stack_steering(rows: Rows, config: CSMConfig) -> Mapping[int, AnyArray] | None:
-    steering = [(row.steering or {}) if row else {} for row in rows]
-    nothing = np.zeros(config.backbone.embed_dim, np.float32)
-    layers = sorted({layer for row in steering for layer in row})
-    stacked = {layer: np.stack([row.get(layer, nothing) for row in steering]) for layer in layers}
-    return stacked or None
+def _stack_layers(rows: Sequence[StackInterventions]) -> StackInterventions:
+    return StackInterventions(
+        _by_layer([row.steering for row in rows], _stack_steered),
+        _by_layer([row.heads for row in rows], _stack_heads),
+    )
+
+
+def _by_layer(
+    rows: Sequence[Mapping[int, T]], stack: Callable[[Sequence[T | None]], T]
+) -> Mapping[int, T]:
+    """What is stacked of each layer that any row has something of."""
+    layers = sorted({layer for row in rows for layer in row})
+    return {layer: stack([row.get(layer) for row in rows]) for layer in layers}
+
+
+def _stack_steered(rows: Sequence[SteeredLayer | None]) -> SteeredLayer:
+    count = max(len(row.vectors) for row in rows if row)
+    dim = next(row.vectors.shape[1] for row in rows if row)
+    nothing = SteeredLayer(np.zeros((0, dim), np.float32), np.zeros((1, 0), np.float32))
+    filled = [row or nothing for row in rows]
+    vectors = [_padded(row.vectors, count, axis=0) for row in filled]
+    strengths = [_padded(row.strengths, count, axis=1) for row in filled]
+    return SteeredLayer(np.stack(vectors), _by_frame(strengths))
+
+
+def _stack_heads(rows: Sequence[ReplacedHeads | None]) -> ReplacedHeads:
+    nothing = jax.tree.map(np.zeros_like, next(row for row in rows if row))
+    return jax.tree.map(lambda *arrays: np.stack(arrays), *[row or nothing for row in rows])
+
+
+def _padded(x: AnyArray, length: int, axis: int) -> np.ndarray:
+    """An array with zeros at the end of an axis."""
+    padding = [(0, length - x.shape[axis] if i == axis else 0) for i in range(x.ndim)]
+    return np.pad(x, padding)
 
 
 def _stack_guidance(rows: Rows) -> RowGuidance | None:

@@ -1,10 +1,10 @@
 """Utterances: what a decode batch generates in one of its slots."""
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from csm_jax.inference.row_interventions import NO_STACK_INTERVENTIONS, StackInterventions
 from csm_jax.inference.voice import Voice
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt
@@ -39,7 +39,7 @@ class Utterance(NamedTuple):
       num_text: positions at the end of the prompt, which are the text that is spoken.
       end_bias: as for `FrameChanges`; a batch without alignment heads ignores it.
       forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
-      steering: float32 [D] by layer, which every frame adds to what that layer passes on.
+      backbone, depth_decoder: what is changed inside of them, in arrays without a batch axis.
       guidance: None if the logits are those of the prompt alone.
       voice: has the keys and values of the shared positions; None if they are to be prefilled.
     """
@@ -52,7 +52,8 @@ class Utterance(NamedTuple):
     num_text: int = 0
     end_bias: float = 0.0
     forced: np.ndarray | None = None
-    steering: Mapping[int, np.ndarray] | None = None
+    backbone: StackInterventions = NO_STACK_INTERVENTIONS
+    depth_decoder: StackInterventions = NO_STACK_INTERVENTIONS
     guidance: UtteranceGuidance | None = None
     voice: Voice | None = None
 

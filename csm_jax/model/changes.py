@@ -14,14 +14,28 @@ from csm_jax.model.layers import AnyArray, Array
 Tree = TypeVar("Tree")
 
 
+class ReplacedHeads(NamedTuple):
+    """Attention heads of a layer whose outputs are replaced.
+
+    Attributes:
+      is_replaced: bool [B, N].
+      output: float32 [B, N, H], what they give to the output projection.
+    """
+
+    is_replaced: AnyArray
+    output: AnyArray
+
+
 class StackChanges(NamedTuple):
     """What is changed in a stack at every new position.
 
     Attributes:
       added: float32 [B, D] by layer, counted from 1: what the layer passes on in addition.
+      heads: by layer, counted from 0.
     """
 
     added: Mapping[int, AnyArray] | None = None
+    heads: Mapping[int, ReplacedHeads] | None = None
 
 
 NO_STACK_CHANGES = StackChanges()
@@ -64,6 +78,17 @@ NO_CHANGES = FrameChanges()
 def doubled(values: Tree, batch: int) -> Tree:
     """Arrays [B, ...] for a batch of as many rows, or for one that has each of them twice."""
     return jax.tree.map(lambda x: x if len(x) == batch else jnp.concatenate([x, x]), values)
+
+
+def replace_heads(mixed: Array, heads: ReplacedHeads | None) -> Array:
+    """The outputs of all heads of a layer [B, T, K, G, H], with those that are replaced."""
+    if heads is None:
+        return mixed
+    batch, _, num_kv_heads, num_groups, _ = mixed.shape
+    shape = batch, 1, num_kv_heads, num_groups, -1
+    is_replaced = jnp.asarray(heads.is_replaced).reshape(shape)
+    output = jnp.asarray(heads.output).reshape(shape).astype(mixed.dtype)
+    return jnp.where(is_replaced, output, mixed)
 
 
 def guide(logits: Array, guidance: Guidance | None) -> Array:

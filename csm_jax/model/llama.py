@@ -11,7 +11,7 @@ from flax import nnx
 
 from csm_jax.config import LlamaConfig
 from csm_jax.model import kv_cache as kv
-from csm_jax.model.changes import NO_STACK_CHANGES, StackChanges
+from csm_jax.model.changes import NO_STACK_CHANGES, ReplacedHeads, StackChanges, replace_heads
 from csm_jax.model.kv_cache import KVCache, LayerCache
 from csm_jax.model.layers import (
     AnyArray,
@@ -58,7 +58,12 @@ class Attention(nnx.Module):
         self.o = Linear(query_dim, config.embed_dim, precision=precision, rngs=rngs)
 
     def __call__(
-        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
+        self,
+        x: Array,
+        cache: LayerCache,
+        positions: Array,
+        kv_length: int,
+        replaced: ReplacedHeads | None = None,
     ) -> tuple[Array, LayerCache, Array]:
         """Attends to the cache, after the new positions have been written to it.
 
@@ -66,6 +71,7 @@ class Attention(nnx.Module):
           x: [B, T, D].
           positions: int32 [B, T] or [1, T], consecutive in each row.
           kv_length: as for `Llama.__call__`.
+          replaced: heads whose outputs are replaced.
 
         Returns:
           [B, T, D]; the cache with the new positions; and how much the queries attend to each
@@ -84,6 +90,7 @@ class Attention(nnx.Module):
         mixed, weights = attention(
             query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
         )
+        mixed = replace_heads(mixed, replaced)
         return self.o(mixed.reshape(*x.shape[:2], -1)), cache, weights
 
 
@@ -109,10 +116,16 @@ class Block(nnx.Module):
         self.mlp = MLP(config, precision=precision, rngs=rngs)
 
     def __call__(
-        self, x: Array, cache: LayerCache, positions: Array, kv_length: int
+        self,
+        x: Array,
+        cache: LayerCache,
+        positions: Array,
+        kv_length: int,
+        replaced: ReplacedHeads | None = None,
     ) -> tuple[Array, LayerCache, Array]:
         """Maps [B, T, D] to the same, with the cache and the weights of `Attention`."""
-        mixed, cache, weights = self.attn(self.attn_norm(x), cache, positions, kv_length)
+        normed = self.attn_norm(x)
+        mixed, cache, weights = self.attn(normed, cache, positions, kv_length, replaced)
         x = x + mixed
         return x + self.mlp(self.mlp_norm(x)), cache, weights
 
@@ -175,14 +188,13 @@ class Llama(nnx.Module):
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
         caches, weights, states = [], [], [x]
-        for number, (block, layer_cache) in enumerate(
-            zip(self.layers, cache.layers, strict=True), 1
-        ):
-            call = functools.partial(block, kv_length=kv_length)
+        added, replaced = changes.added or {}, changes.heads or {}
+        for index, (block, layer_cache) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            call = functools.partial(block, kv_length=kv_length, replaced=replaced.get(index))
             call = jax.checkpoint(call) if remat else call
             x, layer_cache, attention_weights = call(x, layer_cache, positions)
-            if changes.added and number in changes.added:
-                x = x + jnp.asarray(changes.added[number])[:, None].astype(x.dtype)
+            if index + 1 in added:
+                x = x + jnp.asarray(added[index + 1])[:, None].astype(x.dtype)
             caches.append(layer_cache)
             weights.append(attention_weights)
             states.append(x)

@@ -7,8 +7,7 @@ import pytest
 
 from csm_jax import Engine, Guidance, InputError, Interventions, Request, Segment
 
-# With and without context, positions are in one bucket: few programs are compiled.
-NUM_FRAMES = 24
+NUM_FRAMES = 12
 TEXT = "so it is"
 
 
@@ -24,7 +23,7 @@ def plain(context):
 
 
 def guided(request: Request, scale, over="text") -> Request:
-    # An array in any case, for the same reason.
+    # An array in any case, for which one program is compiled.
     changes = Interventions(guidance=Guidance(np.resize(scale, 4), over))
     return dataclasses.replace(request, interventions=changes)
 
