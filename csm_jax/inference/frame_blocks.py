@@ -6,8 +6,10 @@ at every repetition of a request. Here a size depends on the block's place in th
 
 import numpy as np
 
+from csm_jax.mimi.transformer import MAX_STREAM_FRAMES
+
 # Frames that are decoded at once in the long run. They cost the codec hardly more than one.
-MAX_BLOCK = 8
+MAX_BLOCK = MAX_STREAM_FRAMES
 # A block is collected while those before it are played, which are at least this many times as long.
 # So playback has no gaps where frames are generated 1.25 times as fast as they are played.
 _PLAYED_PER_WAITED = 4

@@ -28,8 +28,9 @@ from csm_jax.mimi.conv import (
 )
 from csm_jax.mimi.quantizer import SplitQuantizer
 from csm_jax.mimi.seanet import Decoder, Encoder
-from csm_jax.mimi.transformer import Transformer
+from csm_jax.mimi.transformer import MAX_STREAM_FRAMES, Transformer
 from csm_jax.model.compiling import Program, shape_of
+from csm_jax.model.kv_cache import WindowCache
 from csm_jax.model.layers import Params, Rngs
 
 # Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
@@ -141,18 +142,40 @@ def _decode_rows(
     config: MimiConfig,
 ) -> tuple[Array, State]:
     mimi = bind(config, params)
-    state = _select(restart, mimi.init_decode_state(len(codes)), state)
+    state = _restart(restart, state, mimi.init_decode_state(len(codes)))
     audio, stepped = mimi.decode_step(codes, state)
-    return audio[..., 0], _select(active, stepped, state)
+    return audio[..., 0], _keep(active, stepped, state)
 
 
-def _select(rows: Array, state: State, otherwise: State) -> State:
-    """`state` in the rows [B] that are True, `otherwise` in the rest."""
+def _restart(rows: Array, state: State, initial: State) -> State:
+    """The state with the rows [B] that are True as they are initially."""
 
-    def select(leaf: Array, other: Array) -> Array:
-        return jnp.where(jax.lax.expand_dims(rows, range(1, leaf.ndim)), leaf, other)
+    def restart(leaf: Array | WindowCache, new: Array | WindowCache) -> Array | WindowCache:
+        if isinstance(leaf, WindowCache):
+            return leaf.restart(rows)
+        return _choose(rows, new, leaf)
 
-    return jax.tree.map(select, state, otherwise)
+    return jax.tree.map(restart, state, initial, is_leaf=_is_window_cache)
+
+
+def _keep(rows: Array, state: State, before: State) -> State:
+    """The state with the rows [B] that are False as they were `before`."""
+
+    def keep(leaf: Array | WindowCache, old: Array | WindowCache) -> Array | WindowCache:
+        if isinstance(leaf, WindowCache):
+            return leaf.keep(rows, old)
+        return _choose(rows, leaf, old)
+
+    return jax.tree.map(keep, state, before, is_leaf=_is_window_cache)
+
+
+def _is_window_cache(node: Any) -> bool:
+    return isinstance(node, WindowCache)
+
+
+def _choose(rows: Array, leaf: Array, other: Array) -> Array:
+    """`leaf` in the rows [B] that are True, `other` in the rest."""
+    return jnp.where(jax.lax.expand_dims(rows, range(1, leaf.ndim)), leaf, other)
 
 
 class Codec:
@@ -306,10 +329,13 @@ class Codec:
         """`decode_frames` for some of the rows of a batch of unrelated streams.
 
         Args:
+          codes: int32 [batch, F, Q] of at most `MAX_STREAM_FRAMES` frames.
           active: bool [batch]; the streams of the other rows stay as they are, and their audio is
             arbitrary.
           restart: bool [batch], rows that begin a new stream.
         """
+        if codes.shape[1] > MAX_STREAM_FRAMES:
+            raise ValueError(f"{codes.shape[1]} frames at once; at most {MAX_STREAM_FRAMES}")
         codes = self.clamp(codes)
         return _decode_rows(self._params, codes, state, active, restart, config=self.config)
 

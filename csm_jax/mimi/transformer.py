@@ -15,7 +15,6 @@ from csm_jax.model.layers import (
     Linear,
     Rngs,
     apply_rope,
-    attention,
     per_channel,
     rope_frequencies,
 )
@@ -23,6 +22,8 @@ from csm_jax.model.precision import FLOAT32
 
 # The initial scale of residual branches (moshi `loaders.py`).
 LAYER_SCALE = 0.01
+# Frames of a block, at most, whose keys and values are written in place.
+MAX_STREAM_FRAMES = 8
 
 
 class TransformerLayer(StreamingLayer):
@@ -48,9 +49,8 @@ class TransformerLayer(StreamingLayer):
 
     def init_state(self, batch: int) -> WindowCache:
         config = self.config
-        return WindowCache.create(
-            batch, config.attention_window, config.num_heads, config.head_dim, jnp.float32
-        )
+        num_slots = config.attention_window + MAX_STREAM_FRAMES * config.downsample_stride
+        return WindowCache.create(batch, num_slots, config.num_heads, config.head_dim, jnp.float32)
 
     def step(self, x: Array, state: WindowCache) -> tuple[Array, WindowCache]:
         mixed, state = self._attend(self.attn_norm(x), state)
@@ -68,13 +68,12 @@ class TransformerLayer(StreamingLayer):
         query = apply_rope(self.q(x).reshape(heads), positions, frequencies)
         key = apply_rope(self.k(x).reshape(heads), positions, frequencies)
         value = self.v(x).reshape(heads)
-        key = jnp.concatenate([cache.key, key.transpose(0, 2, 3, 1)], axis=3)  # [B, N, H, W + T]
-        value = jnp.concatenate([cache.value, value.transpose(0, 2, 1, 3)], axis=2)
 
-        # Every query head has its own keys: groups of one.
-        visible = _visible(cache.length, length, window)
-        mixed, _ = attention(query[..., None, :], key, value, visible)
-        cache = WindowCache(key[..., -window:], value[:, :, -window:], cache.length + length)
+        key, value, seen, cache = cache.extend(key, value, window)
+        scores = _product("BTNH,BNHS->BNTS", query, key) * self.config.head_dim**-0.5
+        visible = _visible(positions, seen, window)
+        weights = jax.nn.softmax(jnp.where(visible[:, None], scores, -jnp.inf), axis=-1)
+        mixed = _product("BNTS,BNHS->BTNH", weights, value)
         return self.o(mixed.reshape(batch, length, dim)), cache
 
 
@@ -85,13 +84,11 @@ class Transformer(Chain):
         super().__init__(TransformerLayer(config, rngs=rngs) for _ in range(config.num_layers))
 
 
-def _visible(seen: Array, length: int, window: int) -> Array:
-    """The mask of new queries over cached and new keys, bool [B, T, W + T].
-
-    Args:
-      seen: int32 [B], positions before this block; the cache ends with the last of them.
-    """
-    query = seen[:, None, None] + jnp.arange(length, dtype=jnp.int32)[None, :, None]
-    offsets = jnp.arange(window + length, dtype=jnp.int32)[None, None]
-    key = seen[:, None, None] - window + offsets
+def _visible(query: Array, key: Array, window: int) -> Array:
+    """Which keys at positions [B, S] the queries at [B, T] attend to, bool [B, T, S]."""
+    query, key = query[:, :, None], key[:, None]
     return (key >= 0) & (key <= query) & (key > query - window)
+
+
+def _product(axes: str, left: Array, right: Array) -> Array:
+    return jnp.einsum(axes, left, right, precision=jax.lax.Precision.HIGHEST)

@@ -76,14 +76,14 @@ def _write_row(cache: LayerCache, key: Array, value: Array, start: Array) -> Lay
 
 
 class WindowCache(NamedTuple):
-    """The last W keys and values of a sliding-window attention layer, oldest first.
+    """The last keys and values of a sliding-window attention layer, in a ring.
 
-    Kept in order by shifting rather than as a ring: the codec moves 250 short vectors a step,
-    which costs nothing next to its convolutions, and positions need no arithmetic modulo W.
+    Position p is in slot p mod S. So a step writes its own positions alone, in place, and what it
+    computes depends on the row's own positions, whichever the other rows have reached.
 
     Attributes:
-      key: [B, N, H, W]; slots that were never filled are zero and are masked by position.
-      value: [B, N, W, H].
+      key, value: [B, N, H, S], of more slots than the window has positions; those that were never
+        filled are zero and are masked by position.
       length: int32 [B], positions seen so far.
     """
 
@@ -93,12 +93,83 @@ class WindowCache(NamedTuple):
 
     @staticmethod
     def create(
-        batch: int, window: int, num_heads: int, head_dim: int, dtype: DTypeLike
+        batch: int, slots: int, num_heads: int, head_dim: int, dtype: DTypeLike
     ) -> "WindowCache":
         """A cache before the first position."""
-        heads = batch, num_heads
+        shape = batch, num_heads, head_dim, slots
         return WindowCache(
-            key=jnp.zeros((*heads, head_dim, window), dtype),
-            value=jnp.zeros((*heads, window, head_dim), dtype),
+            key=jnp.zeros(shape, dtype),
+            value=jnp.zeros(shape, dtype),
             length=jnp.zeros((batch,), jnp.int32),
         )
+
+    @property
+    def num_slots(self) -> int:
+        """Positions that are kept."""
+        return self.key.shape[3]
+
+    @property
+    def positions(self) -> Array:
+        """The position in each slot, int32 [B, S]; below 0 in slots that are not filled."""
+        slots = jnp.arange(self.num_slots, dtype=jnp.int32)[None]
+        last = self.length[:, None] - 1
+        return last - (last - slots) % self.num_slots
+
+    def extend(self, key: Array, value: Array, window: int) -> "Extended":
+        """Appends the next T positions: key and value [B, T, N, H].
+
+        Args:
+          window: how many positions each attends to, itself included.
+        """
+        key, value = (x.transpose(0, 2, 3, 1) for x in (key, value))
+        after = self._write(key, value)
+        if key.shape[3] <= self.num_slots - window:
+            # Read after it was written, the cache is changed in place.
+            return Extended(after.key, after.value, after.positions, after)
+        new = self.length[:, None] + jnp.arange(key.shape[3], dtype=jnp.int32)[None]
+        return Extended(
+            jnp.concatenate([self.key, key], axis=3),
+            jnp.concatenate([self.value, value], axis=3),
+            jnp.concatenate([self.positions, new], axis=1),
+            after,
+        )
+
+    def restart(self, rows: Array) -> "WindowCache":
+        """The cache with the rows [B] that are True before their first position."""
+        return self._replace(length=jnp.where(rows, 0, self.length))
+
+    def keep(self, rows: Array, before: "WindowCache") -> "WindowCache":
+        """The cache with the rows [B] that are False as they were `before` it was extended.
+
+        What was written to those rows stays: no further position attends to what it replaced, as
+        long as no more positions are written at once than there are slots beside the window.
+        """
+        return self._replace(length=jnp.where(rows, self.length, before.length))
+
+    def _write(self, key: Array, value: Array) -> "WindowCache":
+        """Writes over the oldest positions, key and value [B, N, H, T]."""
+        batch, length = key.shape[0], key.shape[3]
+        kept = min(length, self.num_slots)
+        new = jnp.arange(length - kept, length, dtype=jnp.int32)
+        slots = (self.length[:, None] + new[None]) % self.num_slots  # [B, kept]
+        rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+
+        def write(old: Array, x: Array) -> Array:
+            return old.at[rows, :, :, slots].set(x[..., length - kept :].transpose(0, 3, 1, 2))
+
+        return WindowCache(write(self.key, key), write(self.value, value), self.length + length)
+
+
+class Extended(NamedTuple):
+    """A window cache with new positions.
+
+    Attributes:
+      key, value: [B, N, H, S], of all positions that the new ones may attend to, in any order.
+      positions: int32 [B, S]; below 0 where there is none.
+      cache: the cache after them.
+    """
+
+    key: Array
+    value: Array
+    positions: Array
+    cache: WindowCache
