@@ -32,6 +32,7 @@ from csm_jax.inference.decode_loop import new_batch
 from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Request
+from csm_jax.inference.row_decoder import RowDecoder
 from csm_jax.model.layers import linear_float32
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt, Segment
@@ -207,7 +208,25 @@ def _measure_model(model: Generator, values: flags.FlagValues) -> dict[str, Any]
         "mimi_encode_s": _median(lambda: model.codec.encode(audio), repeats),
         "mimi_decode_s": _median(lambda: model.codec.decode(codes), repeats),
         "mimi_stream_frame_ms": 1000 * _median(decode_frame, 10 * repeats),
+        "mimi_eight_rows_ratio": _eight_rows_ratio(model, frame, 10 * repeats),
     }
+
+
+def _eight_rows_ratio(model: Generator, frame: np.ndarray, repeats: int) -> float:
+    """How many times longer a frame of eight streams takes than that of one, in turns."""
+
+    def decoder(num_rows: int) -> Callable[[], Any]:
+        rows = RowDecoder(model.codec, num_rows, together=num_rows)
+        blocks = {row: frame[0] for row in range(num_rows)}
+        return lambda: rows.decode(blocks)
+
+    one, eight = decoder(1), decoder(8)
+    one()
+    eight()
+    seconds = [(_seconds(eight), _seconds(one)) for _ in range(repeats)]
+    return statistics.median(each[0] for each in seconds) / statistics.median(
+        each[1] for each in seconds
+    )
 
 
 def _joined(model: Generator, prompt_tokens: int) -> DecodeBatch:
@@ -280,7 +299,8 @@ def _table(figures: dict[str, Any]) -> str:
     lines.append(
         f"  Mimi, {figures['audio_s']:g} s   encode {figures['mimi_encode_s']:.3f} s, decode "
         f"{figures['mimi_decode_s']:.3f} s; one streamed frame "
-        f"{figures['mimi_stream_frame_ms']:.1f} ms"
+        f"{figures['mimi_stream_frame_ms']:.1f} ms, one of eight streams "
+        f"{figures['mimi_eight_rows_ratio']:.1f} times as long"
     )
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.io.audio import check_samples
+from csm_jax.mimi import state_rows
 from csm_jax.mimi.conv import (
     Array,
     ConvTranspose1d,
@@ -30,7 +31,6 @@ from csm_jax.mimi.quantizer import SplitQuantizer
 from csm_jax.mimi.seanet import Decoder, Encoder
 from csm_jax.mimi.transformer import MAX_STREAM_FRAMES, Transformer
 from csm_jax.model.compiling import Program, shape_of
-from csm_jax.model.kv_cache import WindowCache
 from csm_jax.model.layers import Params, Rngs
 
 # Recordings go through the network in blocks of at most this many frames (10.24 s), which bounds
@@ -142,40 +142,9 @@ def _decode_rows(
     config: MimiConfig,
 ) -> tuple[Array, State]:
     mimi = bind(config, params)
-    state = _restart(restart, state, mimi.init_decode_state(len(codes)))
+    state = state_rows.restart(restart, state, mimi.init_decode_state(len(codes)))
     audio, stepped = mimi.decode_step(codes, state)
-    return audio[..., 0], _keep(active, stepped, state)
-
-
-def _restart(rows: Array, state: State, initial: State) -> State:
-    """The state with the rows [B] that are True as they are initially."""
-
-    def restart(leaf: Array | WindowCache, new: Array | WindowCache) -> Array | WindowCache:
-        if isinstance(leaf, WindowCache):
-            return leaf.restart(rows)
-        return _choose(rows, new, leaf)
-
-    return jax.tree.map(restart, state, initial, is_leaf=_is_window_cache)
-
-
-def _keep(rows: Array, state: State, before: State) -> State:
-    """The state with the rows [B] that are False as they were `before`."""
-
-    def keep(leaf: Array | WindowCache, old: Array | WindowCache) -> Array | WindowCache:
-        if isinstance(leaf, WindowCache):
-            return leaf.keep(rows, old)
-        return _choose(rows, leaf, old)
-
-    return jax.tree.map(keep, state, before, is_leaf=_is_window_cache)
-
-
-def _is_window_cache(node: Any) -> bool:
-    return isinstance(node, WindowCache)
-
-
-def _choose(rows: Array, leaf: Array, other: Array) -> Array:
-    """`leaf` in the rows [B] that are True, `other` in the rest."""
-    return jnp.where(jax.lax.expand_dims(rows, range(1, leaf.ndim)), leaf, other)
+    return audio[..., 0], state_rows.keep(active, stepped, state)
 
 
 class Codec:
