@@ -17,6 +17,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from tqdm import tqdm
@@ -183,6 +184,8 @@ def _prepare(
     is_alone = jax.device_count() == 1 and values.fsdp == 1
     mesh = None if is_alone else fsdp.make_fsdp_mesh(values.fsdp)
     precision = resolve(values.dtype)
+    if precision.weights == jnp.float16:  # what "auto" is on older GPUs: see --dtype
+        precision = resolve("float32")
     pretrained = load_pretrained(
         values.checkpoint,
         precision,
