@@ -15,13 +15,20 @@ from csm_jax.errors import (
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine, Ticket
 from csm_jax.inference.generator import Generator, load
-from csm_jax.inference.interventions import Guidance, HeadOutput, Interventions, Steering
+from csm_jax.inference.interventions import (
+    Guidance,
+    HeadOutput,
+    Interventions,
+    LogitsFunction,
+    Steering,
+)
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.states import NamedArray, States
 from csm_jax.inference.voice import Voice
 from csm_jax.mimi.codec import Codec
+from csm_jax.model.logits_functions import CodeStep
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment
@@ -31,6 +38,7 @@ __all__ = [
     "CSMError",
     "CancelledError",
     "CheckpointError",
+    "CodeStep",
     "Codec",
     "Conversation",
     "Engine",
@@ -40,6 +48,7 @@ __all__ = [
     "HeadOutput",
     "InputError",
     "Interventions",
+    "LogitsFunction",
     "NamedArray",
     "Notice",
     "OutputError",

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from csm_jax.config import CSMConfig
+from csm_jax.inference.batch_functions import BatchFunctions
 from csm_jax.inference.buckets import bucket, buckets
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.inference.decode_step import (
@@ -33,6 +34,7 @@ from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import Params
 from csm_jax.model.llama import Head
+from csm_jax.model.logits_functions import NO_STATES
 from csm_jax.model.sampling import Sampling, SamplingParams
 from csm_jax.model.sharding import check_rows, place_rows
 from csm_jax.prompt.turns import Prompt
@@ -115,6 +117,7 @@ class DecodeBatch:
         self._shapes = jax.tree.map(shape_of, self._state)
         self._slots: list[_Slot | None] = [None] * size
         self._prefixes: dict[bytes, KVCache] = {}
+        self._functions = BatchFunctions(size, mesh)
         self._stack_rows()
         self._stack_text()
 
@@ -176,6 +179,7 @@ class DecodeBatch:
             num_frames=np.int32(num_frames),
             seen=seen,
             done=np.bool_(False),
+            functions=self._functions.states_of(utterance),
         )
         self._state = set_row(self._state, np.int32(index), row, mesh=self._mesh)
         if utterance.guidance:
@@ -210,6 +214,7 @@ class DecodeBatch:
             config=self.config,
             kv_length=self._kv_length(),
             heads=self._heads,
+            calls=self._functions.calls,
             mesh=self._mesh,
         )
         (codes, attention), done, count = jax.device_get((frames, self._state.done, count))
@@ -237,15 +242,18 @@ class DecodeBatch:
         frames, mask = prompt
         shared = Prompt(frames[:num_shared], mask[:num_shared])
         rest = self._padded(Prompt(frames[num_shared:], mask[num_shared:]))
-        self._state = prefill(
+        # Without them, as one program serves all functions.
+        states = self._state.functions
+        filled = prefill(
             self._params,
-            self._state,
+            self._state._replace(functions=NO_STATES),
             *rest,
             np.int32(index),
             self._prefix(shared, voice) if num_shared else None,
             config=self.config,
             mesh=self._mesh,
         )
+        self._state = filled._replace(functions=states)
 
     def _prefix(self, prompt: Prompt, voice: Voice | None) -> KVCache:
         """The keys and values of a shared prefix: a voice's, prefilled now, or kept from before."""
@@ -281,6 +289,7 @@ class DecodeBatch:
             num_frames=np.int32(0),
             seen=np.zeros((self.config.audio_vocab_size,), bool),
             done=np.bool_(True),
+            functions=self._functions.states_of(None),
         )
 
     def _kv_length(self) -> int:
@@ -307,7 +316,10 @@ class DecodeBatch:
         rows = [slot.utterance.sampling if slot else Sampling() for slot in self._slots]
         self._sampling = place_rows(SamplingParams.stack(rows), self._mesh)
         utterances = [slot.utterance if slot else None for slot in self._slots]
+        states = self._functions.update(utterances, self._state.functions)
+        self._state = self._state._replace(functions=states)
         changes = stack_interventions(utterances, self.config)
+        changes = changes._replace(functions=self._functions.rows)
         self._interventions = place_rows(changes, self._mesh)
         num_prompts = self.size * (2 if changes.guidance else 1)
         if num_prompts != len(self._state.frame):

@@ -11,26 +11,28 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from csm_jax.config import CSMConfig
 from csm_jax.inference.row_interventions import NO_INTERVENTIONS, RowInterventions
+from csm_jax.inference.text_positions import TEXT_POSITIONS, TextRows, end_bias, text_weights
 from csm_jax.model.changes import doubled
 from csm_jax.model.csm import CSM, bind
 from csm_jax.model.kv_cache import KVCache
-from csm_jax.model.layers import AnyArray, Array, Params
+from csm_jax.model.layers import Array, Params
 from csm_jax.model.llama import Head
+from csm_jax.model.logits_functions import (
+    NO_CALLS,
+    NO_STATES,
+    Calls,
+    CallStates,
+)
 from csm_jax.model.sampling import SamplingParams
 from csm_jax.model.sharding import keep_sharded
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25
-# Positions of a text whose attention is returned, at most; a part of a text has fewer tokens.
-TEXT_POSITIONS = 512
-# Added to a logit, it leaves every other code without a chance.
-_CERTAIN = np.float32(1e6)
 
 
 class GenerationState(NamedTuple):
@@ -47,6 +49,7 @@ class GenerationState(NamedTuple):
       num_frames: int32 [B], frames sampled so far, the end-of-speech frame included.
       seen: bool [B, V], codebook-0 ids sampled so far.
       done: bool [B], the row has reached its end of speech.
+      functions: the states of functions of logits.
     """
 
     cache: KVCache
@@ -56,6 +59,7 @@ class GenerationState(NamedTuple):
     num_frames: Array
     seen: Array
     done: Array
+    functions: CallStates = NO_STATES
 
 
 class Position(NamedTuple):
@@ -77,19 +81,7 @@ class Row(NamedTuple):
     num_frames: ArrayLike
     seen: ArrayLike
     done: ArrayLike
-
-
-class TextRows(NamedTuple):
-    """Where the text that each row speaks lies, and what to do about its end.
-
-    Attributes:
-      start: int32 [B], its first position in the cache.
-      end_bias: float32 [B], added to the logits of the end of speech, as for `CSM.generate_frame`:
-        below 0 in all codebooks, above 0 in codebook 0 alone, after whose 0 the others then follow.
-    """
-
-    start: AnyArray
-    end_bias: AnyArray
+    functions: CallStates = NO_STATES
 
 
 class Frames(NamedTuple):
@@ -113,6 +105,7 @@ def frame_step(
     text: TextRows | None = None,
     heads: tuple[Head, ...] = (),
     interventions: RowInterventions = NO_INTERVENTIONS,
+    calls: Calls = NO_CALLS,
 ) -> tuple[GenerationState, Frames]:
     """One frame for every row: the pure function all generation is made of.
 
@@ -121,6 +114,7 @@ def frame_step(
       text: None leaves the end of speech alone, and there is no attention to return.
       heads: whose attention to `text` is returned.
       interventions: what is changed in this frame.
+      calls: functions of logits.
 
     Returns:
       The next state, and one frame. A frame of zeros is the end of speech; rows that are done keep
@@ -133,8 +127,11 @@ def frame_step(
         embedded, state.cache, kv_length, heads, changes=changes
     )
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-    changes = interventions.at(state.num_frames, _end_bias(text, model.config.num_codebooks))
-    codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen, changes)
+    changes = interventions.at(state.num_frames, end_bias(text, model.config.num_codebooks))
+    functions = interventions.functions_at(state.num_frames, state.frame, calls)
+    codes, states = model.generate_frame(
+        hidden[:, 0], keys, sampling, state.seen, changes, functions, state.functions
+    )
     codes = jnp.where(state.done[:, None], 0, codes)
     # Rows that are done do not advance: they would run out of their cache.
     is_done = doubled(state.done, num_prompts)
@@ -147,30 +144,12 @@ def frame_step(
         num_frames=jnp.where(state.done, state.num_frames, state.num_frames + 1),
         seen=state.seen | jax.nn.one_hot(codes[:, 0], state.seen.shape[1], dtype=bool),
         done=state.done | jnp.all(codes == 0, axis=-1),
+        functions=states,
     )
     attention = (
-        None if text is None else _text_weights(observed.attention[:num_rows, :, 0], text)[:, None]
+        None if text is None else text_weights(observed.attention[:num_rows, :, 0], text)[:, None]
     )
     return state, Frames(codes[:, None], attention)
-
-
-def _end_bias(text: TextRows | None, num_codebooks: int) -> Array | None:
-    """float32 [B, Q]."""
-    if text is None:
-        return None
-    bias = jnp.asarray(text.end_bias)[:, None]
-    # An end that has begun is completed: a raised 0 before other codes would be noise, not an end.
-    is_rest = jnp.arange(num_codebooks, dtype=jnp.int32)[None] > 0
-    return jnp.where(is_rest & (bias > 0), _CERTAIN, bias)
-
-
-def _text_weights(weights: AnyArray, text: TextRows) -> Array:
-    """The part of weights [B, N, S] that belongs to the text: [B, N, L]."""
-    length = min(weights.shape[-1], TEXT_POSITIONS)
-    # Where the text begins near the end of the cache, what lies beyond is 0.
-    padded = jnp.pad(weights, ((0, 0), (0, 0), (0, length)))
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)
-    return jax.vmap(take)(padded, text.start)
 
 
 def _audio_columns(config: CSMConfig) -> Array:
@@ -270,6 +249,9 @@ def set_row(
         num_frames=state.num_frames.at[index].set(row.num_frames),
         seen=state.seen.at[index].set(row.seen),
         done=state.done.at[index].set(row.done),
+        functions=jax.tree.map(
+            lambda states, value: states.at[index].set(value), state.functions, row.functions
+        ),
     )
     return keep_sharded(state, mesh)
 
@@ -305,7 +287,9 @@ def set_num_prompts(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("config", "kv_length", "heads", "mesh"), donate_argnames="state"
+    jax.jit,
+    static_argnames=("config", "kv_length", "heads", "calls", "mesh"),
+    donate_argnames="state",
 )
 def run_frames(
     params: Params,
@@ -319,6 +303,7 @@ def run_frames(
     config: CSMConfig,
     kv_length: int | None = None,
     heads: tuple[Head, ...] = (),
+    calls: Calls = NO_CALLS,
     mesh: Mesh | None = None,
 ) -> tuple[GenerationState, Frames, Array]:
     """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
@@ -327,7 +312,7 @@ def run_frames(
 
     Args:
       pause: bool [], whether to stop as soon as any row ends.
-      text, heads, interventions: as for `frame_step`.
+      text, heads, interventions, calls: as for `frame_step`.
       kv_length: as for `Llama.__call__`.
 
     Returns:
@@ -345,7 +330,9 @@ def run_frames(
         carry: tuple[GenerationState, Frames, Array],
     ) -> tuple[GenerationState, Frames, Array]:
         state, buffers, count = carry
-        state, frame = frame_step(model, state, sampling, kv_length, text, heads, interventions)
+        state, frame = frame_step(
+            model, state, sampling, kv_length, text, heads, interventions, calls
+        )
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=count, axis=1)
         return state, jax.tree.map(put, buffers, frame), count + 1
 

@@ -1,22 +1,27 @@
 """Interventions of a request as the arrays of its utterances; all that do not fit are refused."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.config import CSMConfig, LlamaConfig
-from csm_jax.errors import InputError
+from csm_jax.errors import InputError, first_line
 from csm_jax.inference.interventions import (
     GUIDED,
     STACKS,
     Guidance,
     HeadOutput,
     Interventions,
+    LogitsFunction,
     Steering,
 )
 from csm_jax.inference.row_interventions import StackInterventions, SteeredLayer
 from csm_jax.io.arguments import real_number, whole_number
 from csm_jax.model.changes import ReplacedHeads
+from csm_jax.model.logits_functions import CodeStep
 
 
 def forced_codes(interventions: Interventions, config: CSMConfig) -> np.ndarray | None:
@@ -132,6 +137,41 @@ def guidance_scale(interventions: Interventions) -> np.ndarray | None:
     if guidance.over not in GUIDED:
         raise InputError(f"guidance is over {guidance.over}, expected {' or '.join(GUIDED)}")
     return by_frame(guidance.scale, "scale of guidance")
+
+
+def logits_function(function: LogitsFunction | None, config: CSMConfig) -> LogitsFunction | None:
+    """The function, traced once for a check, with a state of arrays.
+
+    Raises:
+      InputError: it is none, fails, or returns something else than it is given.
+    """
+    if function is None:
+        return None
+    if not isinstance(function, LogitsFunction) or not callable(function.function):
+        raise InputError(f"{function!r} is no LogitsFunction of a function")
+    code, codes = jnp.int32(0), jnp.zeros(config.num_codebooks, jnp.int32)
+    step = CodeStep(frame=code, codebook=code, codes=codes, previous=codes)
+    logits = jax.ShapeDtypeStruct((config.audio_vocab_size,), np.float32)
+    try:
+        hash(function.function)
+        state = jax.tree.map(jnp.asarray, function.state)
+        returned = jax.eval_shape(function.function, logits, state, step)
+    except Exception as error:
+        raise InputError(f"the function of logits failed: {first_line(error)}") from error
+    given = jax.eval_shape(lambda *arguments: arguments, logits, state)
+    if jax.tree.map(_kind, returned) != jax.tree.map(_kind, given):
+        raise InputError(
+            f"the function of logits returns {_shown(returned)}, expected {_shown(given)}"
+        )
+    return LogitsFunction(function.function, state)
+
+
+def _kind(array: jax.ShapeDtypeStruct) -> tuple[tuple[int, ...], str]:
+    return array.shape, str(array.dtype)
+
+
+def _shown(tree: Any) -> str:
+    return str(jax.tree.map(lambda array: f"{array.dtype}{list(array.shape)}", tree))
 
 
 def by_frame(value: float | np.ndarray, name: str) -> np.ndarray:

@@ -2,8 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from csm_jax.model.logits_functions import Call
 
 GUIDED = ("text", "context")
 STACKS = ("backbone", "depth_decoder")
@@ -70,6 +73,32 @@ class Guidance:
 
 
 @dataclass(frozen=True, eq=False)
+class LogitsFunction:
+    """A function that changes logits, compiled into the frame loop.
+
+        def ban(logits, state, step):
+            return logits.at[7].set(-jnp.inf), state
+
+    It is pure, of one row, and written in `jax.numpy`: `function(logits, state, step)` returns
+    logits and state of the same shapes and types. Logits are float32 [V], after guidance and before
+    repetition penalty, temperature and filters; -inf excludes an id. `step` is a `CodeStep`: frame,
+    codebook, the codes of this frame so far and those of the frame before.
+
+    A function object is compiled once, so define it once, and give what differs between requests as
+    its state.
+
+    Attributes:
+      function: as above.
+      state: arrays and numbers in any pytree, at the beginning of each part of a text. It goes from
+        frame to frame, and in the depth decoder from codebook to codebook too. With a state the
+        guard is off, since it could not go back to an earlier one.
+    """
+
+    function: Call
+    state: Any = ()
+
+
+@dataclass(frozen=True, eq=False)
 class Interventions:
     """What is changed in the frames of a request; None of everything changes nothing.
 
@@ -82,12 +111,16 @@ class Interventions:
       steering: vectors that are added; those of one layer add up.
       guidance: of text or context.
       heads: attention heads whose outputs are replaced.
+      logits: a function of the logits of codebook 0.
+      depth_logits: a function of those of the other codebooks.
     """
 
     forced: np.ndarray | None = None
     steering: Sequence[Steering] = ()
     guidance: Guidance | None = None
     heads: Sequence[HeadOutput] = ()
+    logits: LogitsFunction | None = None
+    depth_logits: LogitsFunction | None = None
 
 
 NO_CHANGE = Interventions()

@@ -8,6 +8,7 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from csm_jax.align.speech import PartAlignment, SpeechAlignment
@@ -22,6 +23,7 @@ from csm_jax.inference.intervention_arrays import (
     forced_codes,
     from_frame,
     guidance_scale,
+    logits_function,
     stack_from_frame,
     stack_interventions,
 )
@@ -100,6 +102,10 @@ class RequestState:
             for stack in STACKS
         }
         self._scale = guidance_scale(request.interventions)
+        changes = request.interventions
+        self._functions = [
+            logits_function(each, model.config) for each in (changes.logits, changes.depth_logits)
+        ]
         self._max_total_frames = self._total_frames(lead + sum(self._pauses))
         if request.voice is not None:
             request.voice.check(model.identity)
@@ -245,12 +251,16 @@ class RequestState:
             silent = self._lead + sum(self._pauses)
             check_room(self._forced, len(self._parts), silent, self._max_frames)
         self._guarded = None
-        is_drawn = self._forced is None and not request.sampling.greedy
-        if request.guard == "on" and is_drawn:
+        if request.guard == "on" and self._can_resample():
             self._guarded = self._new_guarded(needed)
             # One more than it may have, for the guard to see it.
             self._max_frames = min(self._max_frames, needed + 1)
         self._left = self._max_frames
+
+    def _can_resample(self) -> bool:
+        """Whether frames can be drawn again with another seed, and come out otherwise."""
+        has_state = any(each and jax.tree.leaves(each.state) for each in self._functions)
+        return self._forced is None and not self._request.sampling.greedy and not has_state
 
     def _new_alignment(self, text: str) -> PartAlignment | None:
         """The alignment of the part; None without alignment heads, or for a text too long."""
@@ -287,6 +297,7 @@ class RequestState:
             stack_from_frame(self._stacks["depth_decoder"], self._total),
             self._guidance(),
             self._request.voice,
+            *self._functions,
         )
 
     def _guidance(self) -> UtteranceGuidance | None:

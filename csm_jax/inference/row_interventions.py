@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from csm_jax.model.changes import FrameChanges, Guidance, ReplacedHeads, StackChanges
 from csm_jax.model.layers import AnyArray, Array
+from csm_jax.model.logits_functions import NO_CALLS, NO_ROWS, CallRows, Calls, FrameFunctions
 
 
 class ForcedCodes(NamedTuple):
@@ -87,12 +88,14 @@ class RowInterventions(NamedTuple):
       backbone, depth_decoder: what is changed inside of them.
       guidance: if there is any, the cache has two rows for each of the batch: row B + b has the
         second prompt of row b.
+      functions: the rows that functions of logits are applied to.
     """
 
     forced: ForcedCodes | None = None
     backbone: StackInterventions = NO_STACK_INTERVENTIONS
     depth_decoder: StackInterventions = NO_STACK_INTERVENTIONS
     guidance: RowGuidance | None = None
+    functions: CallRows = NO_ROWS
 
     def at(self, frame: Array, end_bias: Array | None) -> FrameChanges:
         """What is changed after the backbone, in frame number `frame` [B] of each row.
@@ -113,6 +116,17 @@ class RowInterventions(NamedTuple):
                 depth_guidance=None if which is None else Guidance(scale, which),
             )
         return changes
+
+    def functions_at(self, frame: Array, fed: Array, calls: Calls) -> FrameFunctions | None:
+        """The functions in frame number `frame` [B] of each row; None without any.
+
+        Args:
+          fed: int32 [B, Q + 1] or [2 * B, Q + 1], the rows that were fed last.
+        """
+        if calls == NO_CALLS:
+            return None
+        previous = jnp.where((frame == 0)[:, None], -1, fed[: len(frame), :-1])
+        return FrameFunctions(calls, self.functions, frame, previous)
 
 
 NO_INTERVENTIONS = RowInterventions()

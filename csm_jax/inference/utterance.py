@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from csm_jax.inference.interventions import LogitsFunction
 from csm_jax.inference.row_interventions import NO_STACK_INTERVENTIONS, StackInterventions
 from csm_jax.inference.voice import Voice
 from csm_jax.model.sampling import Sampling
@@ -41,6 +42,7 @@ class Utterance(NamedTuple):
       forced: int32 [R, Q], codes of its first frames that are given; -1 is drawn.
       backbone, depth_decoder: what is changed inside of them, in arrays without a batch axis.
       guidance: None if the logits are those of the prompt alone.
+      logits, depth_logits: functions of logits, as of `Interventions`; states are arrays.
       voice: has the keys and values of the shared positions; None if they are to be prefilled.
     """
 
@@ -56,6 +58,8 @@ class Utterance(NamedTuple):
     depth_decoder: StackInterventions = NO_STACK_INTERVENTIONS
     guidance: UtteranceGuidance | None = None
     voice: Voice | None = None
+    logits: LogitsFunction | None = None
+    depth_logits: LogitsFunction | None = None
 
     @property
     def max_length(self) -> int:

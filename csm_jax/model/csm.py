@@ -6,6 +6,7 @@ A frame is a row of Q audio codes and one text id, Q + 1 columns; a mask says wh
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +27,27 @@ from csm_jax.model.layers import (
     pack,
 )
 from csm_jax.model.llama import Head, Llama, Observed
+from csm_jax.model.logits_functions import NO_STATES, CallStates, FrameFunctions
 from csm_jax.model.precision import FLOAT32, Precision, Role
 from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
 
-# The code before, the cache of the depth decoder, and the end bias of the next code.
-_DepthCarry = tuple[Array, KVCache, Array | None]
+
+class _Depth(NamedTuple):
+    """The depth decoder between two codebooks.
+
+    Attributes:
+      code: int32 [B], the code before.
+      cache: its positions are codebooks.
+      end_bias: float32 [B, Q], of the codes to come.
+      codes: int32 [B, Q], all so far; None without functions that want them.
+      states: of these functions.
+    """
+
+    code: Array
+    cache: KVCache
+    end_bias: Array | None
+    codes: Array | None
+    states: tuple[Any, ...]
 
 
 class CSM(nnx.Module):
@@ -107,7 +124,9 @@ class CSM(nnx.Module):
         sampling: SamplingParams,
         seen: Array,
         changes: FrameChanges = NO_CHANGES,
-    ) -> Array:
+        functions: FrameFunctions | None = None,
+        states: CallStates = NO_STATES,
+    ) -> tuple[Array, CallStates]:
         """Samples one frame: codebook 0 from the backbone, the rest from the depth decoder.
 
         Args:
@@ -117,9 +136,10 @@ class CSM(nnx.Module):
           sampling: values per row.
           seen: bool [B, V], codebook-0 ids that the repetition penalty applies to.
           changes: what is changed in this frame.
+          functions, states: what changes logits after guidance, and before all else.
 
         Returns:
-          int32 [B, Q].
+          int32 [B, Q]; and the new states of the functions.
         """
         # One number decides one code.
         shape = (self.config.num_codebooks,)
@@ -129,10 +149,16 @@ class CSM(nnx.Module):
         logits = guide(self.backbone_logits(hidden), changes.guidance)
         if changes.depth_guidance is None:
             hidden = hidden[: len(logits)]
+        first_states = ()
+        if functions is not None:
+            logits, first_states = functions.apply_first(logits, states.first)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
         logits = _with_end_bias(logits, changes.end_bias, 0)
         first = _force(sample(logits, uniform[0], sampling.backbone), changes.forced, 0)
-        return self._sample_depth(hidden, first, uniform[1:], sampling, changes)
+        codes, rest_states = self._sample_depth(
+            hidden, first, uniform[1:], sampling, changes, functions, states.rest
+        )
+        return codes, CallStates(first_states, rest_states)
 
     def _sample_depth(
         self,
@@ -141,40 +167,54 @@ class CSM(nnx.Module):
         uniform: Array,
         sampling: SamplingParams,
         changes: FrameChanges,
-    ) -> Array:
+        functions: FrameFunctions | None,
+        states: tuple[Any, ...],
+    ) -> tuple[Array, tuple[Any, ...]]:
         """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
-        config = self.config.depth_decoder
         num_codebooks, num_rows = self.config.num_codebooks, len(hidden)
         heads = self.depth_heads.matrix
         stack_changes = doubled(changes.depth_decoder, num_rows)
 
-        def next_code(
-            inputs: Array, cache: KVCache, codebook: Array, end_bias: Array | None
-        ) -> tuple[Array, KVCache]:
-            projected = self.projection(doubled(inputs, num_rows))
-            states, cache, _ = self.depth_decoder.attend(projected, cache, changes=stack_changes)
-            head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            logits = guide(linear_float32(states[:, -1], head), changes.depth_guidance)
-            logits = _with_end_bias(logits, end_bias, codebook)
-            code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
-            return _force(code, changes.forced, codebook), cache
+        def after(code: Array, codebook: Array | int, before: _Depth) -> _Depth:
+            codes = None if before.codes is None else before.codes.at[:, codebook].set(code)
+            return before._replace(
+                code=code, end_bias=_where_zero(before.end_bias, code), codes=codes
+            )
 
-        def body(carry: _DepthCarry, codebook: Array) -> tuple[_DepthCarry, Array]:
-            code, cache, end_bias = carry
-            inputs = self.embed_code(code, codebook - 1)[:, None]  # [B, 1, D]
-            code, cache = next_code(inputs, cache, codebook, end_bias)
-            return (code, cache, _where_zero(end_bias, code)), code
+        def next_code(inputs: Array, before: _Depth, codebook: Array) -> _Depth:
+            projected = self.projection(doubled(inputs, num_rows))
+            hidden, cache, _ = self.depth_decoder.attend(
+                projected, before.cache, changes=stack_changes
+            )
+            head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
+            logits = guide(linear_float32(hidden[:, -1], head), changes.depth_guidance)
+            new_states = ()
+            if functions is not None:
+                logits, new_states = functions.apply_rest(
+                    logits, before.states, codebook, before.codes
+                )
+            logits = _with_end_bias(logits, before.end_bias, codebook)
+            code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
+            code = _force(code, changes.forced, codebook)
+            return after(code, codebook, before._replace(cache=cache, states=new_states))
+
+        def body(before: _Depth, codebook: Array) -> tuple[_Depth, Array]:
+            inputs = self.embed_code(before.code, codebook - 1)[:, None]  # [B, 1, D]
+            depth = next_code(inputs, before, codebook)
+            return depth, depth.code
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
+        config = self.config.depth_decoder
         cache = KVCache.create(config, num_rows, num_codebooks, hidden.dtype, num_lengths=1)
         embedded = doubled(self.embed_code(first, 0), num_rows)
         inputs = jnp.stack([hidden, embedded], axis=1)  # [B, 2, D]
         codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
-        end_bias = _where_zero(changes.end_bias, first)
-        second, cache = next_code(inputs, cache, codebooks[0], end_bias)
-        carry = second, cache, _where_zero(end_bias, second)
-        _, rest = jax.lax.scan(body, carry, codebooks[1:])
-        return jnp.concatenate([first[None], second[None], rest]).T
+        no_codes = functions.no_codes() if functions and functions.calls.rest else None
+        depth = after(first, 0, _Depth(first, cache, changes.end_bias, no_codes, states))
+        depth = next_code(inputs, depth, codebooks[0])
+        second = depth.code
+        depth, rest = jax.lax.scan(body, depth, codebooks[1:])
+        return jnp.concatenate([first[None], second[None], rest]).T, depth.states
 
     def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.

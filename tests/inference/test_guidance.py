@@ -2,10 +2,20 @@
 
 import dataclasses
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from csm_jax import Engine, Guidance, InputError, Interventions, Request, Segment
+from csm_jax import (
+    Engine,
+    Guidance,
+    InputError,
+    Interventions,
+    LogitsFunction,
+    Request,
+    Sampling,
+    Segment,
+)
 
 NUM_FRAMES = 12
 TEXT = "so it is"
@@ -54,18 +64,37 @@ def test_a_scale_by_frame_holds_from_its_frame_on(model, plain):
     assert (codes[3:] != expected[3:]).any()
 
 
-def test_an_engine_guides_requests_beside_others(model, plain):
+def used_before(logits, seen, step):
+    """The repetition penalty as a function of logits."""
+    seen = seen | (jnp.arange(len(logits), dtype=jnp.int32) == step.previous[0])
+    penalized = jnp.where(logits > 0, logits / 1.5, logits * 1.5)
+    return jnp.where(seen, penalized, logits), seen
+
+
+def test_an_engine_changes_each_request_apart(model, plain):
     """And its batch has its own number of rows again when the guided requests have left."""
-    shared = dataclasses.replace(plain, shared_turns=1)
-    wanted = [guided(plain, 2.0), plain, guided(shared, -1.0, "context")]
-    alone = [model.generate_codes(request) for request in wanted]
+    seen = np.zeros(model.config.audio_vocab_size, bool)
+    penalize = Interventions(logits=LogitsFunction(used_before, seen))
+    wanted = [
+        guided(plain, 2.0),
+        plain,
+        dataclasses.replace(plain, interventions=penalize),
+    ]
+    expected = [model.generate_codes(request) for request in wanted[:2]]
+    expected.append(model.generate_codes(plain, sampling=Sampling(repetition_penalty=1.5)))
     with Engine(model, max_batch=3) as engine:
         with engine._changed:  # so that all start at once
             tickets = [engine.submit(request, stream=False) for request in wanted]
-        for ticket, codes in zip(tickets, alone, strict=True):
+        for ticket, codes in zip(tickets, expected, strict=True):
             np.testing.assert_array_equal(ticket.codes(), codes)
-        np.testing.assert_array_equal(engine.submit(plain, stream=False).codes(), alone[1])
         assert len(engine._core.batch._state.frame) == 3
+
+
+@pytest.mark.long
+def test_streams_are_guided(model, plain):
+    request = guided(plain, 2.0)
+    streamed = np.concatenate(list(model.stream(request)))
+    np.testing.assert_allclose(streamed, model.generate(request), atol=1e-4)
 
 
 @pytest.mark.parametrize(

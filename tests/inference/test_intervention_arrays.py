@@ -43,7 +43,7 @@ def test_vectors_of_one_strength_become_one(model):
     """So that their number needs no other program."""
     vectors = np.random.default_rng(0).normal(size=(3, LOWER.embed_dim)).astype(np.float32)
     steering = [Steering(2, vector, i, "depth_decoder") for i, vector in enumerate(vectors)]
-    request = Request("so", interventions=Interventions(steering=steering))
+    request = Request("so", guard="off", interventions=Interventions(steering=steering))
     utterance = RequestState(model, request).next_utterance()
     assert utterance is not None
     assert not utterance.backbone.steering

@@ -73,7 +73,7 @@ def plain_run_frames(params, state, sampling, num_frames, pause):
         embedded = model.embed(state.frame[:, None], state.mask[:, None])
         hidden, cache = plain_backbone(model.backbone, embedded, state.cache, LENGTH)
         keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
-        codes = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
+        codes, _ = model.generate_frame(hidden[:, 0], keys, sampling, state.seen)
         codes = jnp.where(state.done[:, None], 0, codes)
         lengths = jnp.where(state.done, state.cache.lengths, cache.lengths)
         state = GenerationState(

@@ -41,7 +41,8 @@ def draw_frames(model: CSM, hidden, sampling: Sampling, seen=None) -> np.ndarray
     keys = jax.random.split(jax.random.key(9), FRAMES)
     params = repeat(SamplingParams.stack([sampling]), FRAMES)
     batch = [np.broadcast_to(x, (FRAMES, *x.shape)) for x in (hidden, seen)]
-    return np.asarray(jax.jit(model.generate_frame)(batch[0], keys, params, batch[1]))
+    codes, _ = jax.jit(model.generate_frame)(batch[0], keys, params, batch[1])
+    return np.asarray(codes)
 
 
 def test_sampled_frames_match_the_logits_of_the_model(model):
