@@ -72,8 +72,7 @@ def _read(given: str) -> tuple[Voice, float]:
     if not colon or weight.endswith(SUFFIX):
         return Voice.load(given), 1.0
     try:
-        return Voice.load(path), float(weight)
+        number = float(weight)
     except ValueError as error:
-        if isinstance(error, InputError):
-            raise
         raise InputError(f"--voice has {given}, but must be FILE or FILE:WEIGHT") from error
+    return Voice.load(path), number

@@ -118,11 +118,8 @@ class RequestState:
         self._aligned: PartAlignment | None = None
         # Here, so that a request that does not fit is refused before anything runs.
         self._start_part()
-        if request.voice is not None and not self._history.num_shared:
-            raise InputError(
-                f"the voice takes {request.voice.num_positions} of {self._window} positions, which "
-                "leaves no room for the text and its speech: make it of a shorter recording"
-            )
+        if request.voice is not None:
+            request.voice.check_room(self._history.num_shared, self._window)
         self._is_new = True
 
     @property

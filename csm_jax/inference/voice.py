@@ -91,6 +91,24 @@ class Voice:
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
         return digest.digest()
 
+    def check_room(self, num_positions: int, window: int) -> None:
+        """Raises `InputError` if the voice has no place in a prompt.
+
+        Args:
+          num_positions: that its turns take there; 0 if there is no room for them.
+          window: positions of the prompt and of the speech.
+        """
+        if not num_positions:
+            raise InputError(
+                f"the voice takes {self.num_positions} of {window} positions, which leaves no room "
+                "for the text and its speech: make it of a shorter recording"
+            )
+        if num_positions != self.num_positions:
+            raise InputError(
+                f"the voice has keys of {self.num_positions} positions, but its turns take "
+                f"{num_positions}: make it again"
+            )
+
     def check(self, model: ModelIdentity) -> None:
         """Raises `CheckpointError` if the voice is one of another model."""
         if difference := self.model.find_difference(model):
@@ -175,11 +193,8 @@ def _read(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Voi
 
 
 def _check_shapes(layers: tuple[VoiceLayer, ...], config: CSMConfig) -> None:
-    length, heads, dim = (
-        layers[0].value.shape[1],
-        config.backbone.num_kv_heads,
-        config.backbone.head_dim,
-    )
+    heads, dim = config.backbone.num_kv_heads, config.backbone.head_dim
+    length = layers[0].value.shape[1]
     for layer in layers:
         if layer.key.shape != (heads, dim, length) or layer.value.shape != (heads, length, dim):
             raise ValueError(f"keys of shape {layer.key.shape}, values of {layer.value.shape}")

@@ -162,6 +162,8 @@ def test_a_voice_must_fit(model, voice, turns):
     long = csm_jax.Segment(0, None, codes=np.ones((size, model.config.num_codebooks), np.int32))
     with pytest.raises(csm_jax.InputError, match="make it of a shorter recording"):
         model.generate("Hi.", voice=model.make_voice([long]))
+    with pytest.raises(csm_jax.InputError, match="but its turns take"):
+        model.generate("Hi.", voice=dataclasses.replace(voice, turns=voice.turns[:1]))
     with pytest.raises(csm_jax.InputError, match="cut them"):
         model.make_voice([long, long])
     with pytest.raises(csm_jax.InputError, match="no recording"):

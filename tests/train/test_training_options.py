@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fixtures
 import huggingface_hub
+import jax
 import numpy as np
 import pytest
 from absl import flags
@@ -15,13 +16,15 @@ import csm_jax
 from csm_jax import finetune
 from csm_jax.checkpoints import native_format
 from csm_jax.cli import training_flags
-from csm_jax.model.precision import FLOAT32
+from csm_jax.model.precision import FLOAT32, resolve, role_of
+from csm_jax.train.batches import Batch
 from csm_jax.train.loop import RunConfig
 from csm_jax.train.optimizer import OptimizerConfig
-from csm_jax.train.parts import GROUPS, PARTS
+from csm_jax.train.parts import GROUPS, PARTS, split
 from csm_jax.train.presets import PRESETS
+from csm_jax.train.pretrained import load_pretrained, merge_trained
 from csm_jax.train.publish import make_card, publish
-from csm_jax.train.step import TrainStepConfig
+from csm_jax.train.step import TrainStepConfig, init_state, train_step
 
 CONFIG = csm_jax.tiny()
 COMMON = ["--checkpoint=random:tiny", "--batch_size=2", "--max_len=512", "--steps=2"]
@@ -256,3 +259,54 @@ def test_the_flags_of_a_run_have_the_defaults_of_its_configs():
     config = training_flags.read_step(values, CONFIG, FLOAT32, None)
     assert config == TrainStepConfig(CONFIG, optimizer, FLOAT32)
     np.testing.assert_allclose(config.loss_weights.sum(), 2, rtol=1e-6)
+
+
+def test_frozen_parts_are_those_of_the_checkpoint_in_narrow_types():
+    """On a CPU tables would be held as bits, which are no part of a result."""
+    base = native_format.flatten(load_pretrained("random:tiny", FLOAT32, None).params)
+    narrow = resolve("bfloat16")
+    assert narrow.packs_tables
+    pretrained = load_pretrained("random:tiny", narrow, None, trained={"projection"})
+    trained, frozen = split(pretrained.params, pretrained.trained)
+    assert trained["projection"]["weight"].dtype == np.float32
+    merged = dict(merge_trained(pretrained, jax.device_get(trained), None))
+    for path, leaf in native_format.flatten(frozen).items():
+        want = base[path].astype(narrow.dtype_of(role_of(f"csm/{path}")))
+        np.testing.assert_array_equal(leaf, want, path)
+        assert merged[f"csm/{path}"].dtype == want.dtype
+
+
+def test_training_is_in_float32_where_inference_is_in_float16(data, tmp_path, monkeypatch):
+    """Gradients fall out of the range of float16, as on a T4."""
+    found = []
+
+    def stop(name, precision, *_, **__):
+        found.append(precision)
+        raise csm_jax.InputError("stop")
+
+    monkeypatch.setattr("csm_jax.model.precision._best_dtype", lambda *_: "float16")
+    monkeypatch.setattr(finetune, "load_pretrained", stop)
+    assert run(data, tmp_path / "run") == 2
+    assert found == [FLOAT32]
+
+
+@pytest.mark.long
+def test_without_the_backbone_there_is_no_backward_pass_through_it():
+    """Its products are then those of the forward pass alone."""
+
+    def count_products(parts: set[str]) -> int:
+        params = load_pretrained("random:tiny", FLOAT32, None).params
+        config = TrainStepConfig(CONFIG, OptimizerConfig(), FLOAT32, remat=False)
+        trained, frozen = split(params, parts)
+        columns = CONFIG.num_codebooks + 1
+        frames = np.zeros((2, 16, columns), np.int32)
+        mask = np.ones(frames.shape, bool)
+        batch = Batch(frames, mask, mask[..., 0])
+        state = jax.eval_shape(lambda params: init_state(params, config), trained)
+        lowered = train_step.lower(state, frozen or None, batch, np.uint32(0), config=config)
+        return lowered.as_text().count("dot_general")
+
+    decoder = {"projection", "depth_decoder", "depth_heads"}
+    saved = count_products(set(PARTS)) - count_products(decoder)
+    # Two gradients of each product of a layer: of its input and of its weight.
+    assert saved >= 2 * 5 * CONFIG.backbone.num_layers
