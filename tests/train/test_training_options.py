@@ -1,5 +1,6 @@
 """What is trained, by which settings, and where the result is published."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -69,8 +70,21 @@ class Hub:
 @pytest.fixture
 def hub(monkeypatch):
     hub = Hub()
+    for name in ("whoami", "model_info", "create_repo", "upload_folder"):
+        real = getattr(huggingface_hub.HfApi, name)
+        monkeypatch.setattr(hub, name, called_like(real, getattr(hub, name)))
     monkeypatch.setattr(huggingface_hub, "HfApi", hub)
     return hub
+
+
+def called_like(real, method):
+    """The method, which takes only calls that fit the real one."""
+
+    def call(*args, **kwargs):
+        inspect.signature(real).bind(None, *args, **kwargs)
+        return method(*args, **kwargs)
+
+    return call
 
 
 @pytest.fixture(scope="module")
