@@ -15,7 +15,7 @@ from ray.serve.config import AutoscalingConfig  # pyright: ignore[reportMissingI
 
 from csm_jax.serve.app import load_app
 from csm_jax.serve.settings import Settings
-from csm_jax.watermark import Watermark, find_weights
+from csm_jax.watermark import choose, parse_key
 
 # Arguments that are not in `Settings`, and their defaults.
 DEFAULTS = {
@@ -25,6 +25,9 @@ DEFAULTS = {
     "min_replicas": 1,
     "max_replicas": 1,
     "num_gpus": 0,
+    "watermark": "auto",
+    "watermark_weights": None,
+    "watermark_key": None,
 }
 
 
@@ -32,7 +35,8 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     """Makes a deployment that scales with the number of requests in progress.
 
     Args:
-      arguments: those of `DEFAULTS`, where `num_gpus` is per replica, and the numbers, texts and
+      arguments: those of `DEFAULTS`, where `num_gpus` is per replica and those of the watermark are
+        as the flags of `csm_jax.serve`, and the numbers, texts and
         lists of `Settings`. Ray's command line passes strings for all of them.
 
     Raises:
@@ -41,10 +45,11 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     values = DEFAULTS | {k: v for k, v in arguments.items() if k in DEFAULTS}
     settings = _settings({k: v for k, v in arguments.items() if k not in DEFAULTS})
 
+    key = None if values["watermark_key"] is None else parse_key(values["watermark_key"])
+
     def make_app() -> FastAPI:
         checkpoint, dtype, quantize = (values[k] for k in ("checkpoint", "dtype", "quantize"))
-        weights = find_weights()
-        watermark = None if weights is None else Watermark(weights)
+        watermark = choose(values["watermark"], values["watermark_weights"], key)
         return load_app(checkpoint, settings, dtype, quantize, watermark=watermark)
 
     scaling = AutoscalingConfig(

@@ -9,12 +9,13 @@
 
 from csm_jax.watermark.checkpoint import Weights
 from csm_jax.watermark.decision import Detection, Verdict
-from csm_jax.watermark.finding import convert, find_weights
+from csm_jax.watermark.finding import MODES, choose, convert, find_weights
 from csm_jax.watermark.marking import Marker, Watermark, embed
-from csm_jax.watermark.message import PUBLIC_KEY, check_key
+from csm_jax.watermark.message import PUBLIC_KEY, check_key, parse_key
 from csm_jax.watermark.reading import detect
 
 __all__ = [
+    "MODES",
     "PUBLIC_KEY",
     "Detection",
     "Marker",
@@ -22,8 +23,10 @@ __all__ = [
     "Watermark",
     "Weights",
     "check_key",
+    "choose",
     "convert",
     "detect",
     "embed",
     "find_weights",
+    "parse_key",
 ]

@@ -31,6 +31,17 @@ def check_key(key: Sequence[int]) -> Key:
     return numbers
 
 
+def parse_key(text: str) -> Key:
+    """The key that is written with commas. Raises `InputError` if it is none."""
+    numbers = text.split(",")
+    if not all(number.strip().isascii() and number.strip().isdecimal() for number in numbers):
+        raise InputError(
+            f"watermark_key is {text}: give {KEY_LENGTH} numbers from 0 to 255, such as "
+            "212,211,146,56,201"
+        )
+    return check_key([int(number) for number in numbers])
+
+
 def to_symbols(key: Sequence[int]) -> np.ndarray:
     """The symbols of a key, int32 [21]."""
     bits = (np.array(check_key(key))[:, None] >> _SHIFTS) & 3

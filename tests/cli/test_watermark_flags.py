@@ -70,7 +70,7 @@ def test_speech_without_weights_is_said_once_not_to_be_marked(cache, capsys):
     [
         (["--watermark=on"], "there are no weights of a watermark: python -m csm_jax.watermark"),
         (["--watermark_key=1,2,3,4,5"], "there are no weights of a watermark"),
-        (["--watermark=off", "--watermark_key=1,2,3,4,5"], "--watermark=off takes no"),
+        (["--watermark=off", "--watermark_key=1,2,3,4,5"], "watermark=off takes no"),
         (["--watermark_key=1"], "5 numbers from 0 to 255"),
         (["--watermark_weights=none.safetensors"], "none.safetensors do not exist"),
     ],

@@ -70,3 +70,10 @@ def test_an_unknown_argument_is_named_in_the_error():
 
     with pytest.raises(ValueError, match="unknown argument max_bath"):
         build({"max_bath": "3"})
+
+
+def test_a_wrong_key_of_a_watermark_is_named_before_a_replica_starts():
+    from csm_jax.serve.ray_app import build
+
+    with pytest.raises(ValueError, match="1,2,300,4,5"):
+        build({"watermark_key": "1,2,300,4,5"})
