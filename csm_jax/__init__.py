@@ -26,6 +26,7 @@ from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.scores import Score
 from csm_jax.inference.speech import Speech
 from csm_jax.inference.states import NamedArray, States
+from csm_jax.inference.take import Take, rank_take
 from csm_jax.inference.voice import Voice
 from csm_jax.mimi.codec import Codec
 from csm_jax.model.logits_functions import CodeStep
@@ -61,6 +62,7 @@ __all__ = [
     "Speech",
     "States",
     "Steering",
+    "Take",
     "Ticket",
     "Voice",
     "Word",
@@ -68,5 +70,6 @@ __all__ = [
     "load",
     "miso_8b",
     "normalize_text",
+    "rank_take",
     "tiny",
 ]

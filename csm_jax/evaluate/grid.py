@@ -15,9 +15,10 @@ from csm_jax.errors import InputError
 from csm_jax.inference.request import Request
 from csm_jax.model.sampling import Sampling
 
-# A line of the prompts has these itself.
-_OF_A_LINE = {"text", "speaker", "context", "shared_turns", "sampling", "interventions", "voice"}
-_REQUEST_OPTIONS = [f.name for f in dataclasses.fields(Request) if f.name not in _OF_A_LINE]
+# A line of the prompts has the first of these itself; the others are no values of a flag.
+_NO_FLAGS = {"text", "speaker", "context", "shared_turns", "sampling"}
+_NO_FLAGS |= {"interventions", "voice", "rank"}
+_REQUEST_OPTIONS = [f.name for f in dataclasses.fields(Request) if f.name not in _NO_FLAGS]
 _SAMPLING_OPTIONS = [field.name for field in dataclasses.fields(Sampling)]
 
 

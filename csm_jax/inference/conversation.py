@@ -8,6 +8,7 @@ from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import DEFAULT_SAMPLING, Notify, Progress, Request, log_notice
 from csm_jax.inference.speech import Speech
+from csm_jax.inference.take import Rank, rank_take
 from csm_jax.inference.ticket import Ticket
 from csm_jax.inference.voice import Voice
 from csm_jax.io.arguments import whole_number
@@ -38,8 +39,8 @@ class Conversation:
       num_spoken: turns that have been spoken.
       last_speech: of the turn that was spoken last, with its words; None before the first, and
         after one that was not heard to its end.
-      sampling, max_audio_length_ms, guard, pauses, best_of, context_seconds, voice: of all turns,
-        as of a `Request`.
+      sampling, max_audio_length_ms, guard, pauses, best_of, context_seconds, voice, rank: of all
+        turns, as of a `Request`.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Conversation:
         best_of: int = 1,
         context_seconds: float | None = None,
         voice: Voice | None = None,
+        rank: Rank = rank_take,
     ):
         """Begins a conversation.
 
@@ -74,6 +76,7 @@ class Conversation:
         self.best_of = best_of
         self.context_seconds = context_seconds
         self.voice = voice
+        self.rank = rank
 
     @property
     def next_seed(self) -> int:
@@ -115,6 +118,7 @@ class Conversation:
             best_of=self.best_of,
             context_seconds=self.context_seconds,
             voice=self.voice,
+            rank=self.rank,
         )
 
     def speak(

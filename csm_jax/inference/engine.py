@@ -159,7 +159,7 @@ class Engine:
         Args:
           text: what to speak, or a `Request`.
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
-            best_of, interventions, context_seconds, voice: as in `Request`; beside one, they
+            best_of, interventions, context_seconds, voice, rank: as in `Request`; beside one, they
             replace its own.
           stream: whether there are chunks while it is generated; otherwise the thread that asks
             for the result decodes it, and no other request waits for that.

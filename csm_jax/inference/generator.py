@@ -73,7 +73,7 @@ class Generator(Listener):
         Args:
           text: what to speak, or a `Request`.
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
-            best_of, interventions, context_seconds, voice: as in `Request`; beside one, they
+            best_of, interventions, context_seconds, voice, rank: as in `Request`; beside one, they
             replace its own.
           progress: called now and then with the number of 80 ms frames so far.
           notify: called with each notice, such as that the speech was cut; by default notices are

@@ -1,4 +1,4 @@
-"""Requests for speech, and the notices that a caller gets beside the speech."""
+"""Requests for speech, and what a caller is called with beside the speech."""
 
 import dataclasses
 import logging
@@ -9,6 +9,8 @@ from typing import Any
 from csm_jax.align.words import Word
 from csm_jax.errors import InputError
 from csm_jax.inference.interventions import NO_CHANGE, Interventions
+from csm_jax.inference.notices import Notice
+from csm_jax.inference.take import Rank, rank_take
 from csm_jax.inference.voice import Voice
 from csm_jax.io.arguments import fill_defaults, real_number, whole_number
 from csm_jax.model.sampling import Sampling
@@ -48,13 +50,16 @@ class Request:
       pauses: whether `[pause:0.5s]` and the other marks of `prompt/pauses.py` are silences of that
         length, which the model hears before it speaks on. Without it they are text like any other.
       best_of: how many takes are generated side by side, each with another seed, of which the best
-        is kept (`takes.py`). The first is that of 1.
+        is kept (`takes.py`). The first has the seed of the request, and the others those of
+        `takes.take_seeds`.
       interventions: what is changed while the speech is generated.
       context_seconds: of the newest speech that stay in the context, besides what fixes the voice,
         where not everything does: for parts after the first of a long text, and if the context
         does not fit. None is the model's, 30 s; inf is all that fits.
       voice: turns before the context, whose keys and values are known already (`Generator.
         make_voice`): they are not prefilled, and stay.
+      rank: a function of a `Take`, of which `best_of` keeps the one with the highest value, and of
+        equal ones the first. The built-in one is `rank_take`.
     """
 
     text: str
@@ -70,6 +75,7 @@ class Request:
     interventions: Interventions = NO_CHANGE
     context_seconds: float | None = None
     voice: Voice | None = None
+    rank: Rank = rank_take
 
     def __post_init__(self):
         fill_defaults(self)
@@ -94,6 +100,10 @@ class Request:
             raise InputError("voice and shared_turns do not go together: a voice is shared itself")
         if not isinstance(self.pauses, bool):
             raise InputError(f"pauses is {self.pauses!r}, but must be True or False")
+        if not callable(self.rank):
+            raise InputError(
+                f"rank is of type {type(self.rank).__name__}, not a function of a Take"
+            )
         if isinstance(self.guard, bool):
             object.__setattr__(self, "guard", "on" if self.guard else "off")
         if self.guard not in GUARD:
@@ -144,21 +154,6 @@ def as_request(text: str | Request, **fields: Any) -> Request:
     if isinstance(text, Request):
         return dataclasses.replace(text, **fields)
     return Request(text, **fields)
-
-
-@dataclass(frozen=True)
-class Notice:
-    """A remark about the speech of a request, such as that it was cut.
-
-    Attributes:
-      kind: "cut", "nothing_said", "context_dropped", "silent_context"; of the guard "resampled",
-        "guard_cut", "continued" (an early end was not taken) or "ended" (what followed the last
-        word was not).
-      message: the same as a sentence.
-    """
-
-    kind: str
-    message: str
 
 
 # Is given every notice as it arises.

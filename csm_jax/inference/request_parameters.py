@@ -20,6 +20,7 @@ from csm_jax.inference.request import (
     Request,
     as_request,
 )
+from csm_jax.inference.take import Rank, rank_take
 from csm_jax.inference.voice import Voice
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Segment
@@ -43,6 +44,7 @@ def generate_parameters(
     interventions: Interventions = NO_CHANGE,
     context_seconds: float | None = None,
     voice: Voice | None = None,
+    rank: Rank = rank_take,
     *,
     progress: Progress | None = None,
     notify: Notify | None = None,
@@ -65,6 +67,7 @@ def submit_parameters(
     interventions: Interventions = NO_CHANGE,
     context_seconds: float | None = None,
     voice: Voice | None = None,
+    rank: Rank = rank_take,
     *,
     stream: bool = True,
     wait: bool = False,

@@ -5,24 +5,25 @@ own.
 """
 
 import dataclasses
+import functools
 import threading
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from csm_jax.errors import CSMError, first_line
-from csm_jax.inference.given_speech import GivenSpeech, read_speech
+from csm_jax.inference.given_speech import GivenSpeech
+from csm_jax.inference.history import History
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, OnWord, Request
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.scores import Score, score_speech
+from csm_jax.inference.take import Take
 from csm_jax.inference.ticket import Ticket
-from csm_jax.prompt.turns import Segment, Turn
+from csm_jax.prompt.turns import Segment, join_rows, text_rows, turn_rows
 
 # Takes whose attention over the window is in memory at once.
 _SCORED_AT_ONCE = 4
-# Notices of speech that lacks something.
-_FAULTS = {"cut", "guard_cut", "nothing_said"}
 
 Submit = Callable[[Request], Ticket]
 
@@ -65,7 +66,8 @@ def submit_takes(
 
 
 def take_seeds(seed: int, count: int) -> list[int]:
-    """The seeds of the takes; the first is that of the request."""
+    """The seeds of the takes: that of the request, and of take i, counted from 0,
+    `np.random.SeedSequence([seed % 2**32, 0, 0, i]).generate_state(1)[0]`."""
     # The parts of a text have other seeds (`request_state.py`).
     derived = [np.random.SeedSequence([seed % 2**32, 0, 0, take]) for take in range(1, count)]
     return [seed, *(int(each.generate_state(1)[0]) for each in derived)]
@@ -123,7 +125,7 @@ class _BestTake(Ticket):
         """Waits for all takes, and becomes the best. Raises `CSMError` if one has failed."""
         for take in self._takes:
             take.codes()
-        ranks = _rank(self._model, self._takes)
+        ranks = [self.request.rank(take) for take in _as_takes(self._model, self._takes)]
         best = self._takes[ranks.index(max(ranks))]  # of equal ones the first
         self.timing, self.alignment = best.timing, best.alignment
         self.notices += best.notices
@@ -133,60 +135,35 @@ class _BestTake(Ticket):
             self.add_chunk(self._model.decode(best.codes()))
 
 
-def _rank(model: LoadedModel, takes: Sequence[Ticket]) -> list[tuple[int, float]]:
-    """How good each take is: one with fewer faults first, then one that attends to its words more
-    and that the model was surer of."""
-    certainties = _certainties(model, takes)
-    return [
-        (-_count_faults(take), _confidence(take) + certainty)
-        for take, certainty in zip(takes, certainties, strict=True)
-    ]
+def _as_takes(model: LoadedModel, tickets: Sequence[Ticket]) -> list[Take]:
+    scores = functools.cache(functools.partial(_scores, model, tickets))
+
+    def take(index: int, ticket: Ticket) -> Take:
+        words, notices = tuple(ticket.alignment.words()), tuple(ticket.notices)
+        seed = ticket.request.seed
+        return Take(seed, ticket.codes(), words, notices, model.decode, lambda: scores()[index])
+
+    return [take(index, ticket) for index, ticket in enumerate(tickets)]
 
 
-def _count_faults(take: Ticket) -> int:
-    kinds = {notice.kind for notice in take.notices}
-    return sum(not word.spoken for word in take.alignment.words()) + len(kinds & _FAULTS)
-
-
-def _confidence(take: Ticket) -> float:
-    """The mean of all words; 0 without alignment heads."""
-    words = take.alignment.words()
-    return sum(word.confidence for word in words) / max(1, len(words))
-
-
-def _certainties(model: LoadedModel, takes: Sequence[Ticket]) -> list[float]:
-    """How sure the model was of each take, in nats: the mean log-probability of its codes and its
-    end, less the mean entropy that the codes of the first codebook were drawn with.
-
-    A text in several parts is heard as one; 0 for all if it fills the window.
-    """
+def _scores(model: LoadedModel, takes: Sequence[Ticket]) -> Sequence[Score | None]:
+    """The score of each take; a text in several parts is heard as one."""
     speeches = [_as_given(model, take.request, take.codes()) for take in takes]
     given = [speech for speech in speeches if speech is not None]
-    if len(given) < len(takes):
-        return [0.0] * len(takes)
-    return [_certainty(score) for score in score_speech(model, given, None, _SCORED_AT_ONCE)]
-
-
-def _certainty(score: Score) -> float:
-    if not len(score.codes):
-        return -np.inf
-    num_codes = score.log_probability.size + len(score.end_log_probability)
-    return score.total / num_codes - float(score.entropy[:, 0].mean())
+    # They have one text, so either all of them fit or none.
+    return score_speech(model, given, None, _SCORED_AT_ONCE) or [None] * len(takes)
 
 
 def _as_given(model: LoadedModel, request: Request, codes: np.ndarray) -> GivenSpeech | None:
-    """The speech of a request with as much as fits the window: its beginning, and the newest turns
-    of the context; None if there is no room beside the text."""
-    room = model.config.backbone.max_seq_len - 1
-    text = Segment(request.speaker, request.spoken_text)
-    room -= Turn(text, model.config, model.tokenizer).length
+    """The speech of a request with as much of its beginning and of the context as fits the window;
+    None if there is no room beside the text."""
+    config, tokenizer = model.config, model.tokenizer
+    history = History(model, request, config.backbone.max_seq_len, lambda notice: None)
+    text = text_rows(request.spoken_text, request.speaker, config, tokenizer)
+    room = history.make_room(len(text.frames), max(1, len(codes)))
     if room < 1:
         return None
-    turns = [dataclasses.replace(text, codes=codes[:room])]
-    room -= len(codes)
-    for turn in reversed([*request.voice_turns, *request.context]):
-        room -= Turn(turn, model.config, model.tokenizer).length
-        if room < 0:
-            break
-        turns.insert(0, turn)
-    return read_speech(model, turns)
+    codes = codes[:room]
+    spoken = Segment(request.speaker, request.spoken_text, codes=codes)
+    prompt = join_rows([*history.rows(), *turn_rows(spoken, config, tokenizer)])
+    return GivenSpeech(prompt, codes, len(text.frames))

@@ -111,6 +111,8 @@ def test_a_manifest_line_takes_every_field_of_a_request_that_is_not_made_of_othe
         "shared_turns",
         "pauses",
         "interventions",
+        "voice",
+        "rank",
     }
 
 

@@ -8,8 +8,9 @@ import pytest
 import csm_jax
 from csm_jax import Engine, InputError, Request, Segment
 from csm_jax.errors import CSMError, QueueFullError, RequestCancelledError
-from csm_jax.inference import takes
+from csm_jax.inference import take, takes
 from csm_jax.inference.request import MAX_TAKES
+from csm_jax.inference.request_state import RequestState
 
 TEXT = "four nine one zero"
 
@@ -40,18 +41,15 @@ def test_takes_have_seeds_of_their_own_and_the_first_is_that_of_the_request():
     assert len({*takes.take_seeds(5, MAX_TAKES), *takes.take_seeds(6, MAX_TAKES)}) == 2 * MAX_TAKES
 
 
-def test_the_take_with_the_best_score_is_kept(engine, monkeypatch):
+def test_the_take_with_the_highest_rank_is_kept(engine):
     request = Request(TEXT, seed=3, best_of=3)
     expected = [ticket.codes() for ticket in by_hand(engine, request)]
     assert len({codes.tobytes() for codes in expected}) == 3
     for best in range(3):
         wanted = expected[best].tobytes()
-        monkeypatch.setattr(
-            takes,
-            "_rank",
-            lambda model, takes, wanted=wanted: [t.codes().tobytes() == wanted for t in takes],
+        ticket = engine.submit(
+            request, rank=lambda take, wanted=wanted: take.codes.tobytes() == wanted, stream=False
         )
-        ticket = engine.submit(request, stream=False)
         np.testing.assert_array_equal(ticket.codes(), expected[best])
 
 
@@ -73,9 +71,7 @@ def test_without_alignment_heads_the_take_that_the_model_is_surest_of_is_kept(mo
 
 def test_a_take_that_is_cut_is_kept_only_if_all_are(engine, monkeypatch):
     """Whatever is likely."""
-    monkeypatch.setattr(
-        takes, "_certainties", lambda model, takes: [-len(t.codes()) for t in takes]
-    )
+    monkeypatch.setattr(take, "_certainty", lambda score: -len(score.codes))
     request = Request(TEXT, seed=3, best_of=2)
     shortest = min(len(ticket.codes()) for ticket in by_hand(engine, request))
     assert len(engine.submit(request, stream=False).codes()) == shortest
@@ -105,9 +101,8 @@ def test_recordings_of_the_context_are_encoded_once(engine, monkeypatch):
     assert "silent_context" in {notice.kind for notice in ticket.notices}
 
 
-def test_of_equal_takes_the_first_is_kept(engine, monkeypatch):
-    monkeypatch.setattr(takes, "_rank", lambda model, takes: [0.0] * len(takes))
-    codes = engine.submit(TEXT, seed=3, best_of=3, stream=False).codes()
+def test_of_equal_takes_the_first_is_kept(engine):
+    codes = engine.submit(TEXT, seed=3, best_of=3, stream=False, rank=lambda take: 0).codes()
     np.testing.assert_array_equal(codes, engine.submit(TEXT, seed=3, stream=False).codes())
 
 
@@ -171,10 +166,48 @@ def test_cancel_cancels_all_takes(model):
             ticket.codes()
 
 
-def test_a_choice_that_fails_is_the_error_of_the_request(engine, monkeypatch):
-    def fail(model, takes):
+def test_a_choice_that_fails_is_the_error_of_the_request(engine):
+    def fail(take):
         raise ValueError("no score")
 
-    monkeypatch.setattr(takes, "_rank", fail)
     with pytest.raises(CSMError, match="no take could be chosen: no score"):
-        engine.submit(TEXT, best_of=2).codes()
+        engine.submit(TEXT, best_of=2, rank=fail).codes()
+    with pytest.raises(InputError, match="rank is of type str"):
+        engine.submit(TEXT, best_of=2, rank="surest")
+
+
+def test_a_rank_is_given_audio_codes_words_and_scores_of_every_take(engine, model):
+    """And each take is what its seed leads to alone."""
+    given: list[csm_jax.Take] = []
+
+    def longest(take: csm_jax.Take) -> int:
+        given.append(take)
+        return len(take.codes)
+
+    ticket = engine.submit(TEXT, seed=3, best_of=2, rank=longest, stream=False)
+    assert len(ticket.codes()) == max(len(take.codes) for take in given)
+    assert [take.seed for take in given] == takes.take_seeds(3, 2)
+    for each in given:
+        np.testing.assert_array_equal(each.codes, model.generate_codes(TEXT, seed=each.seed))
+        np.testing.assert_array_equal(each.audio, model.decode(each.codes))
+        assert each.score.total == pytest.approx(model.score(TEXT, each.codes).total, rel=1e-4)
+        assert [word.text for word in each.words] == TEXT.split()
+
+
+def test_scores_of_takes_have_the_context_that_the_takes_had(model):
+    """What fixes a voice is not left out for what is newer."""
+    room, shape = model.config.backbone.max_seq_len, model.config.num_codebooks
+    sizes = 20, room // 2, room // 2 - 20
+    voice, *newer = (np.full((size, shape), i + 1, np.int32) for i, size in enumerate(sizes))
+    context = [Segment(0, "zero", codes=codes) for codes in (voice, *newer)]
+    request = Request(TEXT, 0, context, max_audio_length_ms=800, context_seconds=np.inf)
+    utterance = RequestState(model, request, lambda notice: None).next_utterance()
+    assert utterance is not None
+    given = takes._as_given(model, request, voice[:10])
+    assert given is not None
+    before = len(given.prompt.frames) - 11
+    np.testing.assert_array_equal(given.prompt.frames[:before], utterance.prompt.frames)
+    kept = set(given.prompt.frames[:before, 0])
+    assert 1 in kept
+    assert 2 not in kept
+    assert 3 in kept
