@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from csm_jax.checkpoints.native_format import flatten, param_shapes, unflatten
 from csm_jax.config import CSMConfig
@@ -180,21 +180,23 @@ def _placed_to_train(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(lambda leaf: _placed(leaf, fsdp_sharding(leaf.shape, mesh)), shapes)
 
 
-def measure(lower: Callable[[], Lowered]) -> dict[str, float | int]:
+def measure(lower: Callable[[], Lowered]) -> tuple[Compiled, dict[str, float | int]]:
     """Compiles a program.
 
     Returns:
-      Seconds to trace and to compile it, and bytes on every device: of its arguments, of what it
-      needs beside them while it runs, and of the arguments that it gives back in place.
+      It; and seconds to trace and to compile it, and bytes on every device: of its arguments, of
+      what it needs beside them while it runs, and of the arguments that it gives back in place.
     """
     started = time.perf_counter()
     lowered = lower()
     traced = time.perf_counter()
-    memory = lowered.compile().memory_analysis()
+    compiled = lowered.compile()
+    finished = time.perf_counter()
+    memory = compiled.memory_analysis()
     unaliased = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return {
+    return compiled, {
         "trace_s": round(traced - started, 2),
-        "compile_s": round(time.perf_counter() - traced, 2),
+        "compile_s": round(finished - traced, 2),
         "argument_bytes": memory.argument_size_in_bytes,
         "additional_bytes": memory.temp_size_in_bytes + unaliased,
         "donated_bytes": memory.alias_size_in_bytes,

@@ -4,11 +4,14 @@
     python examples/compile_full_size.py --tpu [--topology=v5e:2x2 --data=2 --model=2] ...
     python examples/compile_full_size.py --tpu --config=miso_8b --quantize=int8 ...
     python examples/compile_full_size.py --tpu --programs train_step [--lora_rank=16] [--fsdp=4] ...
+    python examples/compile_full_size.py --gpu=h100 [--quantize=int8] [--batch=8] ...
 
 The program needs only the shapes of the weights. It prints a JSON line for each compiled program:
 prefill of a prompt, the frame loop with a cache of 2048 positions, and the codec's decoding of a
 frame; or a step of training. With --tpu it compiles for TPU chips, without having any, with the
-compiler of `pip install "jax[tpu]"`.
+compiler of `pip install "jax[tpu]"`. With --gpu it compiles for a card, with `jax[cuda12]`; then it
+prints the kernels that the program launches (the frame loop's in one frame), the bytes that they
+move, and the milliseconds that launches and bytes take at least: an estimate, since nothing is run.
 """
 
 import argparse
@@ -17,8 +20,11 @@ import json
 import jax
 import jax.numpy as jnp
 from ahead_of_time import Target, lower_train_step, measure, tpu_devices
+from gpu_kernels import cost_of_pass, cost_of_program, parse
+from gpu_targets import CARDS, Card, gpu_devices
 
 import csm_jax
+from csm_jax.config import tiny
 from csm_jax.model.lora import LoRAConfig
 from csm_jax.model.precision import DTYPES, QUANTIZE, Precision, resolve
 from csm_jax.model.sharding import make_mesh
@@ -26,13 +32,15 @@ from csm_jax.train.fsdp import make_fsdp_mesh
 from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import TrainStepConfig
 
-CONFIGS = {"csm_1b": csm_jax.csm_1b(), "miso_8b": csm_jax.miso_8b()}
+CONFIGS = {"csm_1b": csm_jax.csm_1b(), "miso_8b": csm_jax.miso_8b(), "tiny": tiny()}
 PROGRAMS = ("prefill", "frame_loop", "codec_step")
 
 
-def parse() -> argparse.Namespace:
+def parse_flags() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tpu", action="store_true", help="compile for TPUs")
+    platform = parser.add_mutually_exclusive_group()
+    platform.add_argument("--tpu", action="store_true", help="compile for TPUs")
+    platform.add_argument("--gpu", choices=CARDS, help="compile for this card")
     parser.add_argument("--config", default="csm_1b", choices=CONFIGS, help="sizes of the model")
     parser.add_argument("--topology", default="v5e:1x1", help="v5e:2x2, v6e:1x1, ...")
     parser.add_argument("--data", type=int, default=1, help="chips that the batch is divided over")
@@ -56,12 +64,13 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    flags = parse()
-    devices = tpu_devices(flags.topology) if flags.tpu else jax.devices()
+    flags = parse_flags()
+    card = CARDS[flags.gpu] if flags.gpu else None
+    devices = devices_to_compile_for(flags, card)
     dtype = jnp.dtype(flags.dtype)
     precision = (
         Precision(dtype, dtype, flags.quantize == "int8")
-        if flags.tpu
+        if flags.tpu or card
         else resolve(flags.dtype, flags.quantize)
     )
     programs = inference(flags, precision, devices) | {
@@ -70,7 +79,27 @@ def main() -> None:
         )
     }
     for program in flags.programs:
-        print(json.dumps({"program": program} | measure(programs[program])), flush=True)
+        compiled, figures = measure(programs[program])
+        if card:
+            figures |= work_on(card, program, compiled.as_text())
+        print(json.dumps({"program": program} | figures), flush=True)
+
+
+def devices_to_compile_for(flags: argparse.Namespace, card: Card | None) -> list[jax.Device]:
+    if card:
+        return gpu_devices(card)
+    return tpu_devices(flags.topology) if flags.tpu else jax.devices()
+
+
+def work_on(card: Card, program: str, text: str) -> dict[str, float | int]:
+    """Kernels, bytes and their time in one call, or in one frame of the frame loop."""
+    count = cost_of_pass if program == "frame_loop" else cost_of_program
+    cost = count(parse(text), card.bandwidth)
+    return {
+        "kernels": cost.kernels,
+        "bytes": cost.bytes,
+        "estimate_ms": round(1000 * cost.seconds, 2),
+    }
 
 
 def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> dict:

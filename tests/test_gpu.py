@@ -1,0 +1,95 @@
+"""The programs, compiled by XLA's GPU compiler, which needs no GPU.
+
+The tests show that they lower and compile, and hold the number of kernels, which decides the speed
+at small batches; they cannot measure speed.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import csm_jax
+from csm_jax.checkpoints.native_format import flatten, param_shapes
+from csm_jax.config import CSMConfig, tiny
+from csm_jax.model.precision import Precision
+
+
+def compiler_is_installed() -> bool:
+    plugins = importlib.util.find_spec("jax_plugins")
+    return plugins is not None and importlib.util.find_spec("jax_plugins.xla_cuda12") is not None
+
+
+pytestmark = [
+    pytest.mark.gpu_compiler,
+    pytest.mark.skipif(
+        not compiler_is_installed(),
+        reason='the GPU compiler is not installed: pip install "jax[cuda12]"',
+    ),
+]
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "compile_full_size.py"
+# A row of the cache: keys and values, 16 layers, 8 heads of 64, 2048 positions, 2 bytes.
+ROW = 2 * 16 * 8 * 64 * 2048 * 2
+
+
+def compiled(program: str, *flags: str) -> dict:
+    """Figures of one program, compiled in a separate process."""
+    command = [sys.executable, SCRIPT, "--programs", program, *flags]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    return json.loads(done.stdout)
+
+
+def weights_of_a_frame(config: CSMConfig, quantize: str) -> int:
+    """Bytes of the weights that a frame multiplies with.
+
+    The depth decoder takes a step for each codebook but the first; in each, a head is another one.
+    """
+    precision = Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), quantize == "int8")
+    parts = dict.fromkeys(param_shapes(config, precision)["csm"], 0)
+    for path, leaf in flatten(param_shapes(config, precision)["csm"]).items():
+        parts[path.split("/")[0]] += leaf.size * leaf.dtype.itemsize
+    steps = config.num_codebooks - 1
+    once = parts["backbone"] + parts["codebook0_head"] + parts["depth_heads"]
+    return once + steps * (parts["depth_decoder"] + parts["projection"])
+
+
+@pytest.mark.parametrize(
+    ("quantize", "kernels"),
+    [("none", 284), pytest.param("int8", 366, marks=pytest.mark.long)],
+)
+def test_a_frame_launches_no_more_kernels(quantize, kernels):
+    """One more in a step of the depth decoder would be five more here, and 30 at full size."""
+    flags = "--gpu=h100", "--config=tiny", "--max_seq_len=64", f"--quantize={quantize}"
+    figures = compiled("frame_loop", *flags)
+    assert figures["kernels"] < kernels + 5
+    assert figures["bytes"] > weights_of_a_frame(tiny(), quantize)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("quantize", "batch", "kernels"),
+    [("none", 1, 2891), ("none", 32, 2800), ("int8", 1, 3773), ("int8", 32, 3700)],
+)
+def test_a_frame_of_the_full_size(quantize, batch, kernels):
+    """It reads its weights once a step, and beside them little but the cache."""
+    flags = "--gpu=h100", f"--quantize={quantize}", f"--batch={batch}"
+    figures = compiled("frame_loop", *flags)
+    assert figures["kernels"] < kernels + 30
+    weights = weights_of_a_frame(csm_jax.csm_1b(), quantize)
+    assert weights < figures["bytes"] < 1.1 * weights + batch * 3 * ROW
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("card", ["h200", "a100", "l4", "t4"])
+def test_every_card_has_a_compiler(card):
+    flags = f"--gpu={card}", "--config=tiny", "--max_seq_len=64", "--dtype=float16"
+    assert compiled("frame_loop", *flags)["kernels"] > 200
