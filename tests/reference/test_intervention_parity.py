@@ -13,12 +13,10 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from fixtures import params_of
 
 import csm_jax
 import oracles
 from csm_jax import (
-    Generator,
     Guidance,
     HeadOutput,
     Interventions,
@@ -27,11 +25,8 @@ from csm_jax import (
     Segment,
     Steering,
 )
-from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.inference.decode_loop import new_batch
 from csm_jax.inference.request_state import RequestState
-from csm_jax.model.precision import FLOAT32
-from csm_jax.prompt.tokenizer import byte_tokenizer
 from csm_jax.prompt.turns import Prompt, join_rows, text_rows, turn_rows
 
 CONFIG = csm_jax.tiny()
@@ -77,18 +72,6 @@ CHANGES = {
     ),
     "nothing": Interventions(),
 }
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return oracles.hf_model(CONFIG, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model(reference, tmp_path_factory):
-    directory = oracles.save_hf(reference, tmp_path_factory.mktemp("hf") / "model")
-    params = params_of(open_checkpoint(directory), FLOAT32)
-    return Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
 
 
 def request_for(size: int, changes: Interventions) -> Request:

@@ -7,16 +7,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from fixtures import params_of
 from sampling_oracle import filtered_probabilities
 
 import csm_jax
 import oracles
-from csm_jax import Generator, Sampling, Segment
-from csm_jax.convert.layouts import open_checkpoint
+from csm_jax import Sampling, Segment
 from csm_jax.inference.given_speech import read_speech
-from csm_jax.model.precision import FLOAT32
-from csm_jax.prompt.tokenizer import byte_tokenizer
 
 CONFIG = csm_jax.tiny()
 RANDOM = np.random.default_rng(4)
@@ -35,18 +31,6 @@ CONVERSATIONS = [
     [Segment(1, "before", codes=noise(9)), Segment(0, "x", codes=noise(40))],
     [Segment(3, None, codes=noise(2)), Segment(1, "no sound"), Segment(2, "empty", codes=noise(0))],
 ]
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return oracles.hf_model(CONFIG, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model(reference, tmp_path_factory):
-    directory = oracles.save_hf(reference, tmp_path_factory.mktemp("hf") / "model")
-    params = params_of(open_checkpoint(directory), FLOAT32)
-    return Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
 
 
 @torch.no_grad()

@@ -7,16 +7,12 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from fixtures import params_of
 from torch import nn
 
 import csm_jax
 import oracles
-from csm_jax import Generator, InputError, Segment
-from csm_jax.convert.layouts import open_checkpoint
+from csm_jax import InputError, Segment
 from csm_jax.inference.given_speech import read_speech
-from csm_jax.model.precision import FLOAT32
-from csm_jax.prompt.tokenizer import byte_tokenizer
 
 CONFIG = csm_jax.tiny()
 CODES = np.random.default_rng(4).integers(0, 30, (2, 11, CONFIG.num_codebooks)).astype(np.int32)
@@ -31,13 +27,6 @@ def reference():
     model = oracles.hf_model(CONFIG, seed=3)
     model.set_attn_implementation("eager")
     return model
-
-
-@pytest.fixture(scope="module")
-def model(reference, tmp_path_factory):
-    directory = oracles.save_hf(reference, tmp_path_factory.mktemp("hf") / "model")
-    params = params_of(open_checkpoint(directory), FLOAT32)
-    return Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
 
 
 @pytest.fixture(scope="module")

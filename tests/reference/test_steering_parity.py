@@ -7,13 +7,11 @@ pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
-from fixtures import params_of
 
 import csm_jax
 import oracles
 from csm_jax import (
     Engine,
-    Generator,
     InputError,
     Interventions,
     Request,
@@ -21,10 +19,7 @@ from csm_jax import (
     Segment,
     Steering,
 )
-from csm_jax.convert.layouts import open_checkpoint
 from csm_jax.inference.given_speech import read_speech
-from csm_jax.model.precision import FLOAT32
-from csm_jax.prompt.tokenizer import byte_tokenizer
 
 CONFIG = csm_jax.tiny()
 NUM_LAYERS, DIM = CONFIG.backbone.num_layers, CONFIG.backbone.embed_dim
@@ -32,18 +27,6 @@ VECTOR = np.random.default_rng(2).normal(size=DIM).astype(np.float32)
 CODES = np.random.default_rng(4).integers(1, 30, (9, CONFIG.num_codebooks)).astype(np.int32)
 CONTEXT = [Segment(1, "before", codes=CODES)]
 NUM_FRAMES = 10
-
-
-@pytest.fixture(scope="module")
-def reference():
-    return oracles.hf_model(CONFIG, seed=3)
-
-
-@pytest.fixture(scope="module")
-def model(reference, tmp_path_factory):
-    directory = oracles.save_hf(reference, tmp_path_factory.mktemp("hf") / "model")
-    params = params_of(open_checkpoint(directory), FLOAT32)
-    return Generator.from_params(CONFIG, params, byte_tokenizer(CONFIG), FLOAT32)
 
 
 def request_for(*steering: Steering, **fields) -> Request:
