@@ -1,4 +1,4 @@
-"""Classifier-free guidance: what a scale of 0 and of 1 is, alone, in streams and in the engine."""
+"""Classifier-free guidance: what a scale of 0 and of 1 is, in batches, streams and the engine."""
 
 import dataclasses
 
@@ -16,6 +16,8 @@ from csm_jax import (
     Sampling,
     Segment,
 )
+from csm_jax.inference.decode_loop import new_batch
+from csm_jax.inference.request_state import RequestState
 
 NUM_FRAMES = 12
 TEXT = "so it is"
@@ -33,35 +35,56 @@ def plain(context):
 
 
 def guided(request: Request, scale, over="text") -> Request:
-    # An array in any case, for which one program is compiled.
-    changes = Interventions(guidance=Guidance(np.resize(scale, 4), over))
+    changes = Interventions(guidance=Guidance(scale, over))
     return dataclasses.replace(request, interventions=changes)
 
 
-def test_a_scale_of_0_over_the_context_is_speech_without_it(model, plain):
-    codes = model.generate_codes(guided(plain, 0.0, "context"))
-    np.testing.assert_array_equal(codes, model.generate_codes(plain, context=[]))
-    assert (codes != model.generate_codes(plain)).any()
+@pytest.fixture(scope="module")
+def requests(plain) -> dict[str, Request]:
+    return {
+        "guided": guided(plain, [2.0, 2.0]),
+        "plain": plain,
+        "without context": dataclasses.replace(plain, context=[]),
+        "penalized": dataclasses.replace(plain, sampling=Sampling(repetition_penalty=1.5)),
+        "0 over context": guided(plain, 0.0, "context"),
+        "0 over text": guided(plain, 0.0),
+        "0 over another text": dataclasses.replace(guided(plain, 0.0), text="the other"),
+        "1": guided(plain, 1.0),
+        "1 for three frames": guided(plain, [1.0, 1.0, 1.0, -1.0]),
+    }
 
 
-def test_a_scale_of_1_changes_nothing(model, plain):
-    codes = model.generate_codes(guided(plain, 1.0))
-    np.testing.assert_array_equal(codes, model.generate_codes(plain))
+@pytest.fixture(scope="module")
+def generated(model, requests) -> dict[str, np.ndarray]:
+    """The codes of all requests, side by side in one batch, for which little is compiled."""
+    batch = new_batch(model, len(requests), 128)
+    for index, request in enumerate(requests.values()):
+        utterance = RequestState(model, request).next_utterance()
+        assert utterance is not None
+        batch.join(index, utterance)
+    codes = batch.run(NUM_FRAMES).codes
+    assert codes.shape[1] == NUM_FRAMES
+    return dict(zip(requests, codes, strict=True))
 
 
-def test_a_scale_of_0_over_the_text_does_not_depend_on_it(model, plain):
-    first = guided(plain, 0.0)
-    codes = model.generate_codes(first)
-    other = dataclasses.replace(first, text="the other")
-    np.testing.assert_array_equal(codes, model.generate_codes(other))
-    assert (codes != model.generate_codes(plain)).any()
+def test_a_scale_of_0_over_the_context_is_speech_without_it(generated):
+    np.testing.assert_array_equal(generated["0 over context"], generated["without context"])
+    assert (generated["0 over context"] != generated["plain"]).any()
 
 
-def test_a_scale_by_frame_holds_from_its_frame_on(model, plain):
-    codes = model.generate_codes(guided(plain, [1.0, 1.0, 1.0, -1.0]))
-    expected = model.generate_codes(plain)
-    np.testing.assert_array_equal(codes[:3], expected[:3])
-    assert (codes[3:] != expected[3:]).any()
+def test_a_scale_of_0_over_the_text_does_not_depend_on_it(generated):
+    np.testing.assert_array_equal(generated["0 over text"], generated["0 over another text"])
+    assert (generated["0 over text"] != generated["plain"]).any()
+
+
+def test_a_scale_of_1_changes_nothing(generated):
+    np.testing.assert_array_equal(generated["1"], generated["plain"])
+
+
+def test_a_scale_by_frame_holds_from_its_frame_on(generated):
+    codes = generated["1 for three frames"]
+    np.testing.assert_array_equal(codes[:3], generated["plain"][:3])
+    assert (codes[3:] != generated["plain"][3:]).any()
 
 
 def used_before(logits, seen, step):
@@ -71,30 +94,29 @@ def used_before(logits, seen, step):
     return jnp.where(seen, penalized, logits), seen
 
 
-def test_an_engine_changes_each_request_apart(model, plain):
-    """And its batch has its own number of rows again when the guided requests have left."""
+def test_an_engine_changes_each_request_apart(model, plain, requests, generated):
+    """And its batch has its own number of rows again when the guided request has left."""
     seen = np.zeros(model.config.audio_vocab_size, bool)
     penalize = Interventions(logits=LogitsFunction(used_before, seen))
-    wanted = [
-        guided(plain, 2.0),
-        plain,
-        dataclasses.replace(plain, interventions=penalize),
-    ]
-    expected = [model.generate_codes(request) for request in wanted[:2]]
-    expected.append(model.generate_codes(plain, sampling=Sampling(repetition_penalty=1.5)))
+    wanted = {
+        "guided": requests["guided"],
+        "plain": plain,
+        "penalized": dataclasses.replace(plain, interventions=penalize),
+    }
     with Engine(model, max_batch=3) as engine:
         with engine._changed:  # so that all start at once
-            tickets = [engine.submit(request, stream=False) for request in wanted]
-        for ticket, codes in zip(tickets, expected, strict=True):
-            np.testing.assert_array_equal(ticket.codes(), codes)
+            tickets = {name: engine.submit(each, stream=False) for name, each in wanted.items()}
+        for name, ticket in tickets.items():
+            np.testing.assert_array_equal(ticket.codes(), generated[name])
         assert len(engine._core.batch._state.frame) == 3
 
 
 @pytest.mark.long
-def test_streams_are_guided(model, plain):
-    request = guided(plain, 2.0)
-    streamed = np.concatenate(list(model.stream(request)))
-    np.testing.assert_allclose(streamed, model.generate(request), atol=1e-4)
+def test_streams_and_requests_alone_are_guided(model, requests, generated):
+    codes = model.generate_codes(requests["guided"])
+    np.testing.assert_array_equal(codes, generated["guided"])
+    streamed = np.concatenate(list(model.stream(requests["guided"])))
+    np.testing.assert_allclose(streamed, model.decode(codes), atol=1e-4)
 
 
 @pytest.mark.parametrize(
