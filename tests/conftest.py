@@ -14,12 +14,33 @@ if importlib.util.find_spec("libtpu") and not _CHIPS:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
+# The workers of pytest-xdist share the cores: torch's threads would wait for each other, spinning.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # Tests spend four fifths of their time compiling programs that run for milliseconds. 0 is the
 # users' setting. The variable also applies to the processes that tests start.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 jax.config.update(
     "jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0"
 )
+
+# XLA's former way to compile fused operations takes half the time; newer versions have it no more.
+# And one thread a program takes a fifth less: dividing it is work, and the workers share the cores.
+# The processes that tests start do not get these flags, because they use the compilation cache,
+# which is off here: XLA crashed once when it wrote a program to it that was compiled so.
+_XLA_FLAGS = os.environ.get("XLA_FLAGS", "")
+if os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] != "0":
+    _XLA_FLAGS += " --xla_cpu_parallel_codegen_split_count=1"
+    if jax.__version_info__ < (0, 11):
+        _XLA_FLAGS += " --xla_cpu_use_fusion_emitters=false"
+jax.config.update("jax_enable_compilation_cache", False)
+with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XLA_FLAGS", _XLA_FLAGS)
+    jax.devices()  # reads them
+
+# Tracing makes and drops many objects, among the hundred thousands of the imported modules, which
+# a full collection would visit each time.
+gc.set_threshold(50_000, 20, 100)
 
 # Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
 # compiles, and it crashes where it gets no more.
@@ -53,6 +74,12 @@ def own_cache(tmp_path_factory):
     constants.HF_HUB_OFFLINE = True  # imported before the variable was set
     os.environ.pop("JAX_COMPILATION_CACHE_DIR", None)
     return directory
+
+
+@pytest.fixture(scope="session")
+def compiled_alike():
+    """Variables of a process whose numbers are compared with those of this one to the bit."""
+    return {"XLA_FLAGS": _XLA_FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "0"}
 
 
 @pytest.fixture(scope="module")

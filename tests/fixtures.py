@@ -4,6 +4,7 @@ The files are made by running the project's own tables backwards; `test_rules.py
 tests show that the tables are right.
 """
 
+import dataclasses
 import functools
 import json
 import sys
@@ -49,6 +50,15 @@ def shapes() -> dict[str, jax.ShapeDtypeStruct]:
     return native_format.flatten(native_format.param_shapes(CONFIG))
 
 
+def shallow(backbone: int = 1) -> CSMConfig:
+    """The tiny model with fewer layers, which compiles in less time."""
+    return dataclasses.replace(
+        CONFIG,
+        backbone=dataclasses.replace(CONFIG.backbone, num_layers=backbone),
+        depth_decoder=dataclasses.replace(CONFIG.depth_decoder, num_layers=1),
+    )
+
+
 @functools.cache
 def params() -> Tensors:
     """All parameters by path. No scale is 1 and no bias 0, so a missing one changes the outputs."""
@@ -58,6 +68,13 @@ def params() -> Tensors:
         path: np.asarray(array) + 0.05 * rng.standard_normal(array.shape, np.float32)
         for path, array in drawn.items()
     }
+
+
+def language_params(config: CSMConfig) -> native_format.Params:
+    """New arrays of a model without its codec: `tiny()`, or a shallow one. A step donates them."""
+    shapes = native_format.param_shapes(config)
+    flat = {path: jax.numpy.array(params()[path]) for path in native_format.flatten(shapes)}
+    return native_format.unflatten(flat, shapes)["csm"]
 
 
 def section(prefix: str, values: dict) -> dict:
@@ -130,8 +147,10 @@ def write_codec(directory: Path, kind: str) -> Path:
     return directory
 
 
-def write_native(directory: Path) -> Path:
-    native_format.save(directory, CONFIG, params().items(), TOKENIZER)
+def write_native(directory: Path, config: CSMConfig = CONFIG) -> Path:
+    """A native checkpoint of `tiny()`, or of a shallow model."""
+    paths = native_format.flatten(native_format.param_shapes(config))
+    native_format.save(directory, config, ((path, params()[path]) for path in paths), TOKENIZER)
     return directory
 
 

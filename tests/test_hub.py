@@ -1,5 +1,6 @@
 """Checkpoints by name, from a local server with the API of the Hugging Face hub."""
 
+import itertools
 import json
 import os
 import re
@@ -7,13 +8,13 @@ import shutil
 import socket
 import subprocess
 import sys
-import textwrap
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import fixtures
+import forked
 import numpy as np
 import pytest
 from fixtures import CONFIG, assert_same_params, params
@@ -163,6 +164,7 @@ def run(hub, tmp_path):
     """Looks up names in a process with separate caches; returns a line for each."""
     hub.seen.clear()
     hub.commit = COMMIT
+    numbers = itertools.count()
     # The library retries for up to 23 s without a network.
     native = """
         import sys, time
@@ -179,14 +181,9 @@ def run(hub, tmp_path):
     def run(*names: str, code: str = native, **environment: str) -> list[str]:
         paths = {"HF_HOME": str(tmp_path / "hf"), "CSM_JAX_CACHE": str(tmp_path / "ours")}
         settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}
-        done = subprocess.run(
-            [sys.executable, "-c", textwrap.dedent(code), *names],
-            env=os.environ | paths | settings | environment,
-            stdout=subprocess.PIPE,
-            text=True,
-            check=True,
-        )
-        return done.stdout.splitlines()
+        variables = os.environ | paths | settings | environment
+        output = tmp_path / f"{next(numbers)}.out"
+        return forked.run_code(code, names, variables, output)
 
     return run
 

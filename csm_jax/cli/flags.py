@@ -22,8 +22,11 @@ USAGE_ERROR = 2
 HELP_WIDTH = 100
 # In jax's warnings, which have no type of their own.
 _CACHE_FAILURE = "persistent compilation cache"
-# Signals that end a program from outside: a machine that shuts down, a terminal that closes.
-_END_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+# Signals that end a program from outside: a machine that shuts down, a terminal that closes, and
+# its user.
+_END_SIGNALS = [
+    getattr(signal, name) for name in ("SIGTERM", "SIGHUP", "SIGINT") if hasattr(signal, name)
+]
 
 
 def definer(values: flags.FlagValues) -> Callable[..., None]:
@@ -108,8 +111,8 @@ def _run(
             raise
         warn(f"{program}: error: {problem}")
         return USAGE_ERROR
-    except KeyboardInterrupt:
-        return 130
+    except KeyboardInterrupt:  # before or after `main`
+        return _end_by_signal(signal.SIGINT)
     except _SignalError as caught:
         return _end_by_signal(caught.number)
     return 0
@@ -138,7 +141,10 @@ def _unwinding() -> Iterator[None]:
             hook(caught)
 
     is_main = threading.current_thread() is threading.main_thread()
-    before = [each for each in _END_SIGNALS if is_main and signal.getsignal(each) == signal.SIG_DFL]
+    # Python's own handler of SIGINT raises a KeyboardInterrupt, which it then drops just so.
+    defaults = (signal.SIG_DFL, signal.default_int_handler)
+    handlers = {number: signal.getsignal(number) for number in _END_SIGNALS if is_main}
+    before = {number: each for number, each in handlers.items() if each in defaults}
     for number in before:
         signal.signal(number, unwind)
     hook, sys.unraisablehook = sys.unraisablehook, unwind_again
@@ -146,12 +152,13 @@ def _unwinding() -> Iterator[None]:
         yield
     finally:
         sys.unraisablehook = hook
-        for number in before:
-            signal.signal(number, signal.SIG_DFL)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _end_by_signal(number: int) -> int:
     """Ends as if the signal had not been caught; returns a code where that has no effect."""
+    signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     return 128 + number  # process 1 of a container
 

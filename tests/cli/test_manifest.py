@@ -330,7 +330,7 @@ def test_out_dir_is_required(tmp_path, capsys):
 # --- Several processes --------------------------------------------------------------------------
 
 
-def test_two_processes_with_a_coordinator_share_the_lines(tmp_path):
+def test_two_processes_with_a_coordinator_share_the_lines(tmp_path, compiled_alike):
     path = write(tmp_path, *LINES)
     assert run([*FLAGS, f"--manifest={path}", f"--out_dir={tmp_path / 'one'}"]) == 0
     with socket.socket() as free:
@@ -344,6 +344,7 @@ def test_two_processes_with_a_coordinator_share_the_lines(tmp_path):
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env=os.environ | compiled_alike,
         )
         for i in range(2)
     ]

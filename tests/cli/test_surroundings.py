@@ -41,31 +41,31 @@ def assert_complete(path) -> None:
 # --- Closed streams -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stream", [["--stream"], []])
-@pytest.mark.parametrize("redirections", ["2>&-", "<&-", ">&-", "<&- >&- 2>&-"])
-def test_a_file_is_complete_whatever_streams_are_closed(tmp_path, redirections, stream):
-    done = shell(redirections, f"--out={tmp_path}/a.wav", *stream)
+@pytest.mark.parametrize(
+    ("redirections", "flags"),
+    [("2>&-", ["--stream"]), ("<&-", []), (">&-", ["--stream"]), ("<&- >&- 2>&-", [])],
+)
+def test_a_file_is_complete_whatever_streams_are_closed(tmp_path, redirections, flags):
+    done = shell(redirections, f"--out={tmp_path}/a.wav", *flags)
     assert (done.returncode, done.stdout) == (0, b"")
     assert_complete(tmp_path / "a.wav")
 
 
-@pytest.mark.parametrize("stream", [["--stream"], []])
-def test_without_stderr_no_message_is_inside_the_sound(stream):
-    done = shell("2>&-", "--out=-", "--format=pcm", *stream)
+def test_without_stderr_no_message_is_inside_the_sound():
+    done = shell("2>&-", "--out=-", "--format=pcm", "--stream")
     assert done.returncode == 0
     assert len(done.stdout) == 2 * NUM_SAMPLES
 
 
-@pytest.mark.parametrize("redirections", ["2>&-", "<&- 2>&-"])
-def test_an_error_without_stderr_has_its_exit_code(tmp_path, redirections):
-    done = shell(redirections, f"--out={tmp_path}/a.wav", "--top_k=0")
+def test_an_error_without_stderr_has_its_exit_code(tmp_path):
+    done = shell("2>&-", f"--out={tmp_path}/a.wav", "--top_k=0")
     assert (done.returncode, done.stdout) == (2, b"")
 
 
 # --- Devices --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("platform", ["cuda", "rocm", "nonsense", "cuda,rocm"])
+@pytest.mark.parametrize("platform", ["cuda", "nonsense", "cuda,rocm"])
 def test_a_device_that_is_not_there_is_one_line(tmp_path, platform):
     done = run(f"--out={tmp_path}/a.wav", environment={"JAX_PLATFORMS": platform})
     line = done.stderr.splitlines()[-1]
@@ -86,7 +86,7 @@ def codes(tmp_path, name: str, environment: dict[str, str], *flags: str) -> np.n
     [
         [],
         pytest.param(["--stream"], marks=pytest.mark.long),
-        ["--greedy"],
+        pytest.param(["--greedy"], marks=pytest.mark.long),
         pytest.param(["--quantize=int8"], marks=pytest.mark.long),
     ],
 )
@@ -137,14 +137,18 @@ def test_a_full_cache_is_one_line(tmp_path):
 # --- Signals --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def interruptible() -> None:
+    """Tests that a shell runs in the background ignore SIGINT, and so would their processes."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
     flags = ["--stream", "--max_audio_length_ms=160000", f"--out={tmp_path}/a.wav"]
     process = subprocess.Popen(
         [*COMMAND, *flags],
         stderr=subprocess.PIPE,
-        # Tests that a shell runs in the background ignore SIGINT, and so would this process.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=interruptible,
     )
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".*.partial")):
@@ -152,7 +156,7 @@ def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(number)
-    assert process.wait(30) in (-number, 130)
+    assert process.wait(30) == -number
     assert process.stderr is not None
     assert b"Traceback" not in process.stderr.read()
     process.stderr.close()
@@ -172,6 +176,36 @@ sys.exit(flags.run("program", "", lambda values: None, lambda values: asyncio.ru
 
 
 def test_a_signal_in_the_callback_of_an_event_loop_ends_the_program():
-    command = [sys.executable, "-c", ENDED_IN_A_LOOP]
-    done = subprocess.run(command, capture_output=True, timeout=40, check=False)
-    assert (done.returncode, done.stderr) == (-signal.SIGTERM, b"")
+    assert ended(ENDED_IN_A_LOOP) == (-signal.SIGTERM, b"")
+
+
+ENDED_IN_A_DESTRUCTOR = """
+import os, signal, sys, time
+from csm_jax.cli import flags
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.NAME)
+        time.sleep(0.1)
+
+def main(values):
+    Last()
+    time.sleep(60)
+
+sys.exit(flags.run("program", "", lambda values: None, main, []))
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
+def test_a_signal_in_a_destructor_ends_the_program(name):
+    """Python drops what is raised there, a KeyboardInterrupt too."""
+    assert ended(ENDED_IN_A_DESTRUCTOR.replace("NAME", name)) == (-getattr(signal, name), b"")
+
+
+def ended(code: str) -> tuple[int, bytes]:
+    """The exit code of a program, and what it writes to stderr."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=interruptible
+    )
+    _, stderr = process.communicate(timeout=40)
+    return process.returncode, stderr

@@ -212,7 +212,7 @@ def test_a_run_is_compared_with_an_earlier_one(prompts, spoken, tmp_path, capsys
 
 @pytest.mark.long
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_run_is_continued_with_the_same_files(tmp_path, kind, capsys):
+def test_a_killed_run_is_continued_with_the_same_files(tmp_path, kind, compiled_alike):
     prompts = tmp_path / "meta.lst"
     prompts.write_text("\n".join(f"{i:02}|one two {i}" for i in range(24)))
     given = [f"--prompts={prompts}", *NOISE, "--phases=speak"]
@@ -220,7 +220,7 @@ def test_a_killed_run_is_continued_with_the_same_files(tmp_path, kind, capsys):
     assert run([*given, f"--out={whole}"]) == 0
     lines = killed / NAME / "takes.jsonl"
     command = [sys.executable, "-m", "csm_jax.evaluate", *given, f"--out={killed}"]
-    with subprocess.Popen(command, env=os.environ | {"JAX_PLATFORMS": "cpu"}) as process:
+    with subprocess.Popen(command, env=os.environ | compiled_alike) as process:
         while not lines.is_file() or lines.read_bytes().count(b"\n") < 3:
             assert process.poll() is None
             time.sleep(0.002)

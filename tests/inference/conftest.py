@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 
+import fixtures
 import pytest
 from engine_requests import REQUESTS, SMALL
 
@@ -19,8 +20,10 @@ def no_thread_is_left():
 
 
 @pytest.fixture(scope="session")
-def model():
-    return dataclasses.replace(csm_jax.load("random:tiny"), inference=SMALL)
+def model(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("shallow") / "native"
+    loaded = csm_jax.load(fixtures.write_native(directory, fixtures.shallow()))
+    return dataclasses.replace(loaded, inference=SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 import functools
 
+import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +12,7 @@ from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt
 
-CONFIG = config.tiny()
+CONFIG = fixtures.shallow(backbone=2)
 VOCAB, NUM_CODEBOOKS = CONFIG.audio_vocab_size, CONFIG.num_codebooks
 GREEDY = Sampling(greedy=True)
 

@@ -22,7 +22,7 @@ from scipy import stats
 from csm_jax.errors import InputError
 from csm_jax.model.sampling import LogitFilter, Sampling, SamplingParams, _prefix_sums
 
-DRAWS, GRID = 20_000, 4096
+DRAWS, GRID = 20_000, 1024
 INF = np.inf
 
 

@@ -32,8 +32,8 @@ from csm_jax.train.pretrained import load_pretrained
 from csm_jax.train.result import write_result
 
 CONFIG = csm_jax.tiny()
-# Short runs of a tiny model; every test adds its own flags.
-COMMON = ["--checkpoint=random:tiny", "--batch_size=2", "--max_len=512", "--log_every=1"]
+# Compiled in less time than `tiny()`.
+MODEL = fixtures.shallow()
 
 
 pytestmark = pytest.mark.usefixtures("lenient")
@@ -44,8 +44,21 @@ def data(tmp_path_factory):
     return fixtures.write_conversations(tmp_path_factory.mktemp("data"))
 
 
-def run(*arguments: str) -> int:
-    return finetune.run([*COMMON, *arguments])
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("base") / "native"
+    return fixtures.write_native(directory, MODEL)
+
+
+@pytest.fixture(scope="module")
+def common(base):
+    """Flags of short runs; every test adds its own."""
+    return [f"--checkpoint={base}", "--batch_size=2", "--max_len=512", "--log_every=1"]
+
+
+@pytest.fixture(scope="module")
+def run(common):
+    return lambda *arguments: finetune.run([*common, *arguments])
 
 
 def metrics(out: Path) -> list[dict]:
@@ -64,13 +77,13 @@ def state(out: Path, step: int) -> list[np.ndarray]:
 def assert_same_runs(one: Path, other: Path, step: int) -> None:
     assert metrics(one) == metrics(other)
     ours, theirs = state(one, step), state(other, step)
-    assert len(ours) == len(theirs) > 100
+    assert len(ours) == len(theirs) > 50
     for mine, yours in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(mine, yours)
 
 
 @pytest.fixture(scope="module")
-def whole_run(data, tmp_path_factory):
+def whole_run(data, run, tmp_path_factory):
     """6 steps without an interruption, and the flags of the run."""
     out = tmp_path_factory.mktemp("whole") / "run"
     flags = [f"--data={data}", "--steps=6", "--save_every=2", "--eval_every=3", "--ema=0.5"]
@@ -95,13 +108,20 @@ def test_the_result_is_the_moving_average(whole_run):
     """They are not the parameters after the last step, from which a decay of 0.5 tells them."""
     out, _ = whole_run
     stored = state(out, 6)
-    result = dict(native_format.read_params(out / "model", CONFIG))["csm/projection/weight"]
+    result = dict(native_format.read_params(out / "model", MODEL))["csm/projection/weight"]
     same = [leaf for leaf in stored if leaf.shape == result.shape and np.array_equal(leaf, result)]
     assert len(same) == 1, "the checkpoint has parameters, moments and averages of this shape"
 
 
-def command(out: Path, flags: list[str]) -> list[str]:
-    return [sys.executable, "-m", "csm_jax.finetune", *COMMON, *flags, f"--out={out}"]
+@pytest.fixture(scope="module")
+def start(common, compiled_alike):
+    """Starts a run in a process of its own."""
+
+    def start(out: Path, flags: list[str], **named) -> subprocess.Popen:
+        command = [sys.executable, "-m", "csm_jax.finetune", *common, *flags, f"--out={out}"]
+        return subprocess.Popen(command, env=os.environ | compiled_alike, **named)
+
+    return start
 
 
 def wait_for(done, process: subprocess.Popen) -> None:
@@ -120,11 +140,11 @@ def has_step(out: Path, step: int) -> bool:
 @pytest.mark.parametrize(
     "step", [1, *(pytest.param(step, marks=pytest.mark.long) for step in (3, 5))]
 )
-def test_a_killed_run_is_resumed_with_equal_results(whole_run, tmp_path, step):
+def test_a_killed_run_is_resumed_with_equal_results(run, whole_run, tmp_path, start, step):
     """Before the first checkpoint, between two, while one is written."""
     whole, flags = whole_run
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, flags), stderr=subprocess.DEVNULL)
+    process = start(out, flags, stderr=subprocess.DEVNULL)
     wait_for(lambda: has_step(out, step), process)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -133,10 +153,10 @@ def test_a_killed_run_is_resumed_with_equal_results(whole_run, tmp_path, step):
     assert_same_runs(out, whole, 6)
 
 
-def test_sigterm_saves_a_checkpoint_and_ends_the_run(whole_run, tmp_path):
+def test_sigterm_saves_a_checkpoint_and_ends_the_run(run, whole_run, tmp_path, start):
     whole, flags = whole_run
     out = tmp_path / "run"
-    process = subprocess.Popen(command(out, flags), stderr=subprocess.PIPE, text=True)
+    process = start(out, flags, stderr=subprocess.PIPE, text=True)
     wait_for(lambda: has_step(out, 1), process)
     process.terminate()
     _, stderr = process.communicate()
@@ -149,7 +169,7 @@ def test_sigterm_saves_a_checkpoint_and_ends_the_run(whole_run, tmp_path):
     assert_same_runs(out, whole, 6)
 
 
-def test_a_directory_has_one_run_at_a_time(whole_run, tmp_path, capsys):
+def test_a_directory_has_one_run_at_a_time(run, whole_run, tmp_path, capsys):
     """The lock is held here as another process would hold it, and free afterwards."""
     whole, flags = whole_run
     out = tmp_path / "run"
@@ -169,13 +189,15 @@ def test_a_directory_has_one_run_at_a_time(whole_run, tmp_path, capsys):
 @pytest.mark.parametrize(
     "size", [200, 20_000, *(pytest.param(n, marks=pytest.mark.long) for n in (2000, 50_000))]
 )
-def test_a_run_on_a_full_disk_ends_with_a_line_and_can_be_resumed(whole_run, tmp_path, size):
+def test_a_run_on_a_full_disk_ends_with_a_line_and_can_be_resumed(
+    run, common, whole_run, tmp_path, size
+):
     """Files cannot grow beyond `size` bytes: the settings, the metrics, or a checkpoint fail."""
     whole, flags = whole_run
     out = tmp_path / "run"
     limit = f"import resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({size}, r.RLIM_INFINITY)); "
     code = f"{limit} import sys; from csm_jax import finetune; sys.exit(finetune.run())"
-    arguments = [*COMMON, *flags, f"--out={out}"]
+    arguments = [*common, *flags, f"--out={out}"]
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code, *arguments], capture_output=True, text=True
     )
@@ -187,7 +209,7 @@ def test_a_run_on_a_full_disk_ends_with_a_line_and_can_be_resumed(whole_run, tmp
     assert_same_runs(out, whole, 6)
 
 
-def test_a_result_is_replaced_only_by_a_complete_one(whole_run, tmp_path, monkeypatch, capsys):
+def test_a_result_is_replaced_only_by_a_complete_one(run, whole_run, tmp_path, monkeypatch, capsys):
     whole, flags = whole_run
     out = tmp_path / "run"
     shutil.copytree(whole, out)
@@ -203,18 +225,18 @@ def test_a_result_is_replaced_only_by_a_complete_one(whole_run, tmp_path, monkey
     assert (out / "model").stat().st_ino == before
     assert run(*flags, f"--out={out}") == 0
     assert (out / "model").stat().st_ino != before
-    ours, theirs = (dict(native_format.read_params(run / "model", CONFIG)) for run in (out, whole))
+    ours, theirs = (dict(native_format.read_params(path / "model", MODEL)) for path in (out, whole))
     fixtures.assert_same_params(ours, theirs)
     assert sorted(p.name for p in out.iterdir()) == sorted(p.name for p in whole.iterdir())
 
 
-def test_a_run_cannot_be_resumed_with_other_settings(whole_run, capsys):
+def test_a_run_cannot_be_resumed_with_other_settings(run, whole_run, capsys):
     out, flags = whole_run
     assert run(*flags, f"--out={out}", "--learning_rate=0.5") == 2
     assert "--learning_rate" in capsys.readouterr().err
 
 
-def test_saving_evaluating_and_sampling_do_not_change_the_losses(whole_run, tmp_path):
+def test_saving_evaluating_and_sampling_do_not_change_the_losses(run, whole_run, tmp_path):
     """Nor do the parts of a batch, up to rounding."""
     whole, flags = whole_run
     out = tmp_path / "run"
@@ -240,12 +262,13 @@ def test_the_result_has_the_prompt_of_its_model(tmp_path):
     assert native_format.load_config(out) == spaced
 
 
-def test_a_memorized_conversation_is_generated_to_the_code(tmp_path, capsys):
+def test_a_memorized_conversation_is_generated_to_the_code(run, tmp_path, capsys):
     """It is trained on until greedy sampling gives its codes."""
     data = fixtures.write_conversations(tmp_path, lengths=[(7,)])
     out = tmp_path / "run"
     flags = [f"--data={data}", "--depth_share=0.5", "--learning_rate=1e-2", "--weight_decay=0"]
-    assert run(*flags, "--steps=120", "--batch_size=1", f"--out={out}", "--log_every=20") == 0
+    flags += ["--checkpoint=random:tiny", "--steps=120"]
+    assert run(*flags, "--batch_size=1", f"--out={out}", "--log_every=20") == 0
     capsys.readouterr()
     assert finetune.run([f"--checkpoint={out / 'model'}", f"--data={data}", "--eval_only"]) == 0
     losses = json.loads(capsys.readouterr().out)
@@ -258,7 +281,7 @@ def test_a_memorized_conversation_is_generated_to_the_code(tmp_path, capsys):
     np.testing.assert_array_equal(generated, codes)
 
 
-def test_a_run_without_finite_gradients_ends(data, tmp_path, capsys):
+def test_a_run_without_finite_gradients_ends(run, data, tmp_path, capsys):
     """After a step of 1e30 nothing is finite any more; the error names the checkpoint before."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=20", "--save_every=1", "--warmup=0"]
@@ -269,18 +292,18 @@ def test_a_run_without_finite_gradients_ends(data, tmp_path, capsys):
     assert [line["skipped"] for line in metrics(out)][:3] == [0, 1, 2]
 
 
-def test_a_run_with_adapters_writes_them_alone(data, tmp_path):
+def test_a_run_with_adapters_writes_them_alone(run, base, data, tmp_path):
     """They are merged when they are loaded; the base stays as it was."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=4", "--learning_rate=0.05", "--lora_targets=q,v,down"]
     assert run(*flags, "--lora_rank=3", f"--out={out}") == 0
     tensors = load_file(out / "adapters" / "adapter_model.safetensors")
-    layers = CONFIG.backbone.num_layers + CONFIG.depth_decoder.num_layers
+    layers = MODEL.backbone.num_layers + MODEL.depth_decoder.num_layers
     assert len(tensors) == 2 * 3 * layers
-    base, tuned = (csm_jax.load("random:tiny", adapters=a) for a in (None, out / "adapters"))
-    for layer in range(CONFIG.backbone.num_layers):
+    plain, tuned = (csm_jax.load(base, adapters=a) for a in (None, out / "adapters"))
+    for layer in range(MODEL.backbone.num_layers):
         block = tuned.params["backbone"]["layers"][layer]
-        before = base.params["backbone"]["layers"][layer]
+        before = plain.params["backbone"]["layers"][layer]
         assert not np.array_equal(block["attn"]["qkv"]["weight"], before["attn"]["qkv"]["weight"])
         assert np.array_equal(block["attn"]["o"]["weight"], before["attn"]["o"]["weight"])
 
@@ -314,7 +337,7 @@ def test_a_run_with_adapters_writes_them_alone(data, tmp_path):
         ([], "--data is missing"),
     ],
 )
-def test_wrong_flags_are_one_line(flags, message, data, tmp_path, capsys):
+def test_wrong_flags_are_one_line(run, flags, message, data, tmp_path, capsys):
     out = tmp_path / "run"
     assert run(*(flag.format(data=data) for flag in flags), f"--out={out}") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -323,27 +346,27 @@ def test_wrong_flags_are_one_line(flags, message, data, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_a_directory_with_other_files_is_refused(data, tmp_path, capsys):
+def test_a_directory_with_other_files_is_refused(run, data, tmp_path, capsys):
     (tmp_path / "precious").write_text("mine")
     assert run(f"--data={data}", f"--out={tmp_path}") == 2
     assert "no run" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["precious"]
 
 
-def test_convert_with_adapters_equals_loading_with_adapters(data, tmp_path):
+def test_convert_with_adapters_equals_loading_with_adapters(run, base, data, tmp_path):
     """`convert --adapters` writes the weights of `load(adapters=)`, with the same codes."""
     adapters, merged = tmp_path / "run" / "adapters", tmp_path / "merged"
     flags = [f"--data={data}", "--steps=2", "--learning_rate=0.05", f"--out={tmp_path / 'run'}"]
     assert run(*flags, "--lora_rank=2") == 0
-    source = ["--source=random:tiny", f"--adapters={adapters}"]
+    source = [f"--source={base}", f"--adapters={adapters}"]
     assert convert.run([*source, f"--out={merged}"]) == 0
     ours = native_format.flatten(csm_jax.load(merged).params)
     fixtures.assert_same_params(
-        ours, native_format.flatten(csm_jax.load("random:tiny", adapters=adapters).params)
+        ours, native_format.flatten(csm_jax.load(base, adapters=adapters).params)
     )
     codes = []
     for chosen in (
-        ["--checkpoint=random:tiny", f"--adapters={adapters}"],
+        [f"--checkpoint={base}", f"--adapters={adapters}"],
         [f"--checkpoint={merged}"],
     ):
         out = [f"--out={tmp_path / 'x.wav'}", f"--codes_out={tmp_path / 'x.npy'}"]
@@ -353,20 +376,20 @@ def test_convert_with_adapters_equals_loading_with_adapters(data, tmp_path):
     np.testing.assert_array_equal(*codes)
 
 
-def test_from_scratch_initializes_the_language_model_alone(data, tmp_path):
+def test_from_scratch_initializes_the_language_model_alone(run, base, data, tmp_path):
     """Its loss is at first that of a guess, or more."""
     out = tmp_path / "run"
     assert run(f"--data={data}", "--steps=2", "--from_scratch", f"--out={out}") == 0
     guess = 2 * np.log(CONFIG.audio_vocab_size)
     assert 0.9 * guess < metrics(out)[0]["loss"] < 2 * guess
-    ours = dict(native_format.read_params(out / "model", CONFIG))
-    base = native_format.flatten({"csm": csm_jax.load("random:tiny").params})
-    assert not any(np.allclose(ours[path], leaf) for path, leaf in base.items() if leaf.ndim > 1)
-    codec = csm_jax.load("random:tiny").codec
-    assert csm_jax.load(out / "model").codec.fingerprint == codec.fingerprint
+    ours = dict(native_format.read_params(out / "model", MODEL))
+    before = csm_jax.load(base)
+    given = native_format.flatten({"csm": before.params})
+    assert not any(np.allclose(ours[path], leaf) for path, leaf in given.items() if leaf.ndim > 1)
+    assert csm_jax.load(out / "model").codec.fingerprint == before.codec.fingerprint
 
 
-def test_lines_with_problems_end_the_run_or_are_left_out(data, tmp_path, capsys):
+def test_lines_with_problems_end_the_run_or_are_left_out(run, data, tmp_path, capsys):
     mixed = data.with_name("mixed.jsonl")
     mixed.write_text(
         "{\n" + data.read_text() + '[{"speaker": 0, "text": "", "audio": "0-0.wav"}]\n'
@@ -378,10 +401,10 @@ def test_lines_with_problems_end_the_run_or_are_left_out(data, tmp_path, capsys)
     assert f"{mixed}, line 6: turn 1: the text is empty" in error
     assert "2 of 6 conversations" in error
     assert not out.exists()
-    assert run(f"--data={mixed}", "--steps=1", f"--out={out}", "--on_bad_data=skip") == 0
+    assert run(f"--data={mixed}", "--steps=2", f"--out={out}", "--on_bad_data=skip") == 0
 
 
-def test_losses_of_each_speaker_add_up_to_those_of_all(data, capsys):
+def test_losses_of_each_speaker_add_up_to_those_of_all(run, data, capsys):
     """Weighed by the numbers of their frames."""
 
     def losses(*flags: str) -> dict:

@@ -11,9 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-import csm_jax
 from csm_jax import finetune
-from csm_jax.checkpoints import native_format
 from csm_jax.cli import training_flags
 from csm_jax.errors import InputError
 from csm_jax.model.csm import bind
@@ -25,7 +23,7 @@ from csm_jax.train.guided_attention import GuidedAttention, guided_entropy
 from csm_jax.train.optimizer import OptimizerConfig
 from csm_jax.train.step import TrainStepConfig, eval_step, init_state, losses, train_step
 
-MODEL = csm_jax.tiny()
+MODEL = fixtures.shallow(backbone=2)
 HEAD = (MODEL.backbone.num_layers - 1, 1)
 GUIDED = GuidedAttention((HEAD,), weight=1.0, steps=1000)
 PLAIN = TrainStepConfig(MODEL, OptimizerConfig(learning_rate=1e-2, steps=50, warmup=0), FLOAT32)
@@ -36,8 +34,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def params():
-    flat = {path: jnp.array(array) for path, array in fixtures.params().items()}
-    return native_format.unflatten(flat, native_format.param_shapes(MODEL))["csm"]
+    return fixtures.language_params(MODEL)
 
 
 def batch(num_rows=4) -> Batch:

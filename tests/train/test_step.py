@@ -12,8 +12,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import csm_jax
-from csm_jax.checkpoints import native_format
 from csm_jax.errors import InputError
 from csm_jax.model.lora import LoRAConfig, init_adapters
 from csm_jax.model.precision import FLOAT32, Precision
@@ -30,7 +28,7 @@ from csm_jax.train.step import (
     train_step,
 )
 
-MODEL = csm_jax.tiny()
+MODEL = fixtures.shallow()
 CONFIG = TrainStepConfig(MODEL, OptimizerConfig(learning_rate=1e-2, steps=10, warmup=0), FLOAT32)
 SEED = np.uint32(7)
 
@@ -39,9 +37,7 @@ pytestmark = pytest.mark.usefixtures("lenient")
 
 
 def params():
-    """New arrays every time: a step donates them."""
-    flat = {path: jnp.array(array) for path, array in fixtures.params().items()}
-    return native_format.unflatten(flat, native_format.param_shapes(MODEL))["csm"]
+    return fixtures.language_params(MODEL)
 
 
 def random_batch(lengths=(29, 17, 40, 8), num_rows=4, seed=0) -> Batch:

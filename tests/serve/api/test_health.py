@@ -26,11 +26,18 @@ def figures(server) -> dict[str, float]:
     }
 
 
-def test_healthz_succeeds_before_readyz(model):
+def test_healthz_succeeds_before_readyz(model, monkeypatch):
+    compiled = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self, *_: compiled.wait(60))
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").json() == {"status": "ok"}
+        response = running.get("/readyz")
+        assert response.status_code == 503
+        assert response.json()["error"]["code"] == "not_ready"
+        compiled.set()
+        deadline = time.monotonic() + 60
         while (response := running.get("/readyz")).status_code == 503:
-            assert response.json()["error"]["code"] == "not_ready"
+            assert time.monotonic() < deadline
             time.sleep(0.05)
         assert response.json()["status"] == "ready"
 
