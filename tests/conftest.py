@@ -112,3 +112,10 @@ def codec(request, tmp_path_factory):
 @pytest.fixture(scope="session")
 def native(tmp_path_factory):
     return fixtures.write_native(tmp_path_factory.mktemp("native") / "native")
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory):
+    """A native checkpoint that is compiled in less time than `native` and `random:tiny`."""
+    directory = tmp_path_factory.mktemp("shallow") / "native"
+    return fixtures.write_native(directory, fixtures.shallow())

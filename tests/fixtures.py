@@ -73,8 +73,8 @@ def params() -> Tensors:
 def language_params(config: CSMConfig) -> native_format.Params:
     """New arrays of a model without its codec: `tiny()`, or a shallow one. A step donates them."""
     shapes = native_format.param_shapes(config)
-    flat = {path: jax.numpy.array(params()[path]) for path in native_format.flatten(shapes)}
-    return native_format.unflatten(flat, shapes)["csm"]
+    flat = {path: params()[path].copy() for path in native_format.flatten(shapes)}
+    return jax.tree.map(jax.numpy.asarray, native_format.unflatten(flat, shapes)["csm"])
 
 
 def section(prefix: str, values: dict) -> dict:

@@ -3,7 +3,6 @@
 import dataclasses
 import threading
 
-import fixtures
 import pytest
 from engine_requests import REQUESTS, SMALL
 
@@ -20,10 +19,8 @@ def no_thread_is_left():
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("shallow") / "native"
-    loaded = csm_jax.load(fixtures.write_native(directory, fixtures.shallow()))
-    return dataclasses.replace(loaded, inference=SMALL)
+def model(shallow):
+    return dataclasses.replace(csm_jax.load(shallow), inference=SMALL)
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,8 @@ NOISE = 0.1 * np.random.default_rng(0).standard_normal(3 * FRAME).astype(np.floa
 
 
 @pytest.fixture(scope="module")
-def model():
-    return csm_jax.load("random:tiny")
+def model(shallow):
+    return csm_jax.load(shallow)
 
 
 @pytest.fixture(scope="module")

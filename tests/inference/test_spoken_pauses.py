@@ -16,8 +16,8 @@ LIMITED = {"sampling": GREEDY, "guard": "off"}
 
 
 @pytest.fixture(scope="module")
-def model():
-    return csm_jax.load("random:tiny")
+def model(shallow):
+    return csm_jax.load(shallow)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """Losses, gradients and adapters against transformers and PEFT."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,13 +87,17 @@ def keys_of(batch: Batch):
 
 def our_loss(params, batch, config, frozen=None):
     """Loss, its two parts, and gradients."""
+    (whole, parts), gradients = _differentiate(params, frozen, batch, config=config)
+    return whole, parts, gradients
 
+
+@functools.partial(jax.jit, static_argnames="config")
+def _differentiate(params, frozen, batch, *, config):
     def loss(params):
         backbone, depth = mean_losses(losses(params, frozen, batch, keys_of(batch), config=config))
         return backbone + config.depth_weight * depth, (backbone, depth)
 
-    (whole, parts), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    return whole, parts, gradients
+    return jax.value_and_grad(loss, has_aux=True)(params)
 
 
 def their_loss(model, batch: Batch, share: float):

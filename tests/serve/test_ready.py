@@ -4,7 +4,6 @@ import base64
 import json
 import time
 
-import fixtures
 import jax
 import numpy as np
 import pytest
@@ -33,10 +32,9 @@ BRIEF = {"max_audio_length_ms": 6000, "seed": 1}
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory):
+def ready(shallow):
     """A server with sizes for which no other test of this process has compiled."""
-    directory = tmp_path_factory.mktemp("shallow") / "native"
-    model = csm_jax.load(fixtures.write_native(directory, fixtures.shallow()))
+    model = csm_jax.load(shallow)
     with serve(model, Settings(max_batch=3, max_seq_len=384), warm=True) as running:
         yield running
 

