@@ -34,7 +34,7 @@ from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import Params
 from csm_jax.model.llama import Head
-from csm_jax.model.logits_functions import NO_STATES
+from csm_jax.model.logits_functions import NO_CALLS, NO_STATES
 from csm_jax.model.sampling import Sampling, SamplingParams
 from csm_jax.model.sharding import check_rows, place_rows
 from csm_jax.prompt.turns import Prompt
@@ -129,7 +129,9 @@ class DecodeBatch:
             yield prefill, (self._params, self._shapes, *self._empty(length), index, None), static
             flags = np.int32(1), np.bool_(True), self._text, NO_INTERVENTIONS
             arguments = self._params, self._shapes, self._sampling, *flags
-            yield run_frames, arguments, static | {"kv_length": length, "heads": self._heads}
+            # Defaults too: jit compiles again where an argument is given that was not before.
+            more = {"kv_length": length, "heads": self._heads, "calls": NO_CALLS}
+            yield run_frames, arguments, static | more
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
 
     def prefix_programs(self, prefix_length: int) -> Iterator[Program]:

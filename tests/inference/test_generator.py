@@ -16,8 +16,8 @@ GREEDY = Sampling(greedy=True)
 
 
 @pytest.fixture(scope="module")
-def model(shallow):
-    return csm_jax.load(shallow)
+def model():
+    return csm_jax.load("random:tiny")
 
 
 def sound(num_frames: int) -> np.ndarray:

@@ -56,7 +56,12 @@ def batch(num_rows=4) -> Batch:
 def test_the_loss_is_the_logarithm_of_the_attention_on_what_is_spoken():
     """It is of the position before each frame, and of frames in the loss mask that speak."""
     given, (head, other) = batch(), (HEAD, (0, 0))
-    attention = bind(MODEL, params()).attend(given.frames, given.mask, (head, other))[1].attention
+
+    @jax.jit
+    def attend(params):
+        return bind(MODEL, params).attend(given.frames, given.mask, (head, other))[1].attention
+
+    attention = np.asarray(attend(params()))
     want, count = 0.0, 0
     for row, frame in zip(*np.nonzero(given.loss_mask), strict=True):
         first, end = given.spoken[row, frame]
@@ -67,11 +72,11 @@ def test_the_loss_is_the_logarithm_of_the_attention_on_what_is_spoken():
             on_words = float(attention[row, number, frame - 1, first:end].sum())
             want -= math.log(on_words) / 2
     assert count == 4 * 22 - 10 - 3
-    got = guided_entropy(attention, given.spoken, given.loss_mask)
+    got = jax.jit(guided_entropy)(attention, given.spoken, given.loss_mask)
     np.testing.assert_allclose(got, want, rtol=1e-4)
     config = dataclasses.replace(CONFIG, guided=dataclasses.replace(GUIDED, heads=(head, other)))
     keys = jax.vmap(jax.random.key)(jnp.arange(4, dtype=jnp.uint32))
-    sums = losses(params(), None, given, keys, config=config)
+    sums = jax.jit(losses, static_argnames="config")(params(), None, given, keys, config=config)
     np.testing.assert_allclose(sums.guided, want, rtol=1e-4)
     assert sums.num_guided == count
 

@@ -18,6 +18,13 @@ LONG = {"text": "one two three four five six " * 4, "temperature": 5, "seed": 1}
 LONG |= {"max_audio_length_ms": 20_000}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def compiled(server):
+    """No time limit of these tests includes that of the compiler."""
+    for body in (LONG | {"streaming": True}, {"text": "one"}):
+        assert server.post("/generate", json=body).status_code == 200
+
+
 def figures(server) -> dict[str, float]:
     return {
         sample.name + "".join(f",{v}" for v in sample.labels.values()): sample.value
@@ -27,14 +34,14 @@ def figures(server) -> dict[str, float]:
 
 
 def test_healthz_succeeds_before_readyz(model, monkeypatch):
-    compiled = threading.Event()
-    monkeypatch.setattr(Engine, "warm_up", lambda self, *_: compiled.wait(60))
+    finished = threading.Event()
+    monkeypatch.setattr(Engine, "warm_up", lambda self, *_: finished.wait(60))
     with serve(model, Settings(**SMALL), warm=None) as running:
         assert running.get("/healthz").json() == {"status": "ok"}
         response = running.get("/readyz")
         assert response.status_code == 503
         assert response.json()["error"]["code"] == "not_ready"
-        compiled.set()
+        finished.set()
         deadline = time.monotonic() + 60
         while (response := running.get("/readyz")).status_code == 503:
             assert time.monotonic() < deadline
