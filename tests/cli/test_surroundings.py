@@ -137,19 +137,19 @@ def test_a_full_cache_is_one_line(tmp_path):
 # --- Signals --------------------------------------------------------------------------------------
 
 
-def interruptible() -> None:
+@pytest.fixture
+def interruptible():
     """Tests that a shell runs in the background ignore SIGINT, and so would their processes."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
     flags = ["--stream", "--max_audio_length_ms=160000", f"--out={tmp_path}/a.wav"]
-    process = subprocess.Popen(
-        [*COMMAND, *flags],
-        stderr=subprocess.PIPE,
-        preexec_fn=interruptible,
-    )
+    process = subprocess.Popen([*COMMAND, *flags], stderr=subprocess.PIPE)
     deadline = time.monotonic() + 60
     while not any(path.stat().st_size > 10_000 for path in tmp_path.glob(".*.partial")):
         assert process.poll() is None
@@ -196,6 +196,7 @@ sys.exit(flags.run("program", "", lambda values: None, main, []))
 """
 
 
+@pytest.mark.usefixtures("interruptible")
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
 def test_a_signal_in_a_destructor_ends_the_program(name):
     """Python drops what is raised there, a KeyboardInterrupt too."""
@@ -204,8 +205,6 @@ def test_a_signal_in_a_destructor_ends_the_program(name):
 
 def ended(code: str) -> tuple[int, bytes]:
     """The exit code of a program, and what it writes to stderr."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stderr=subprocess.PIPE, preexec_fn=interruptible
-    )
-    _, stderr = process.communicate(timeout=40)
-    return process.returncode, stderr
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, timeout=40, check=False)
+    return done.returncode, done.stderr
