@@ -2,7 +2,6 @@
 
 import functools
 
-import fixtures
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +11,7 @@ from csm_jax.checkpoints.random_weights import random_params
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt
 
-CONFIG = fixtures.shallow(backbone=2)
+CONFIG = config.tiny()
 VOCAB, NUM_CODEBOOKS = CONFIG.audio_vocab_size, CONFIG.num_codebooks
 GREEDY = Sampling(greedy=True)
 
