@@ -36,8 +36,7 @@ def parse_key(text: str) -> Key:
     numbers = text.split(",")
     if not all(number.strip().isascii() and number.strip().isdecimal() for number in numbers):
         raise InputError(
-            f"watermark_key is {text}: give {KEY_LENGTH} numbers from 0 to 255, such as "
-            "212,211,146,56,201"
+            f"watermark_key is {text}: give five numbers from 0 to 255, such as 212,211,146,56,201"
         )
     return check_key([int(number) for number in numbers])
 

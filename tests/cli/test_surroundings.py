@@ -139,10 +139,12 @@ def test_a_full_cache_is_one_line(tmp_path):
 
 @pytest.fixture
 def interruptible():
-    """Tests that a shell runs in the background ignore SIGINT, and so would their processes."""
+    """Tests that a shell runs in the background, or `nohup`, would start deaf processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before_hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGINT, before)
+    signal.signal(signal.SIGHUP, before_hangup)
 
 
 @pytest.mark.usefixtures("interruptible")

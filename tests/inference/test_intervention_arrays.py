@@ -1,7 +1,10 @@
 """Interventions of a request as arrays of its utterances, and those that are refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+from engine_requests import SMALL
 
 import csm_jax
 from csm_jax import Guidance, HeadOutput, InputError, Interventions, Request, Steering
@@ -11,6 +14,12 @@ from csm_jax.inference.request_state import RequestState
 CONFIG = csm_jax.tiny()
 UPPER, LOWER = CONFIG.backbone, CONFIG.depth_decoder
 RAMP = np.arange(20, dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Deeper than that of the other tests of inference."""
+    return dataclasses.replace(csm_jax.load("random:tiny"), inference=SMALL)
 
 
 def test_the_last_number_goes_on():

@@ -6,6 +6,7 @@ import json
 import ml_dtypes
 import numpy as np
 import pytest
+from engine_requests import SMALL
 from safetensors.numpy import load_file, save_file
 
 import csm_jax
@@ -16,6 +17,12 @@ from csm_jax.inference.voice import Voice, VoiceLayer
 from csm_jax.io.audio import save_audio
 
 OPTIONS = {"guard": "off", "max_audio_length_ms": 800, "seed": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Deeper than that of the other tests of inference."""
+    return dataclasses.replace(csm_jax.load("random:tiny"), inference=SMALL)
 
 
 def recording(seed: int, num_frames: int = 5) -> np.ndarray:
