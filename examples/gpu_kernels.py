@@ -246,8 +246,14 @@ def _bytes_read_by(inside: list[Instruction], use: Instruction, position: int, w
     if use.opcode in _READS_A_PART and position == 0:
         return size(use.shape)
     # What is updated in place is not read.
-    in_place = use.opcode == "dynamic-update-slice" and position == 0
-    return 0 if in_place else whole
+    return 0 if position < _updated_in_place(use) else whole
+
+
+def _updated_in_place(instruction: Instruction) -> int:
+    """How many operands, from the first one on, the instruction changes a part of."""
+    if instruction.opcode == "scatter":  # as many arrays, the indices, and as many updates
+        return len(instruction.operands) // 2
+    return 1 if instruction.opcode == "dynamic-update-slice" else 0
 
 
 def _results(by_name: dict[str, Instruction], root: Instruction) -> list[Instruction]:
@@ -259,8 +265,10 @@ def _results(by_name: dict[str, Instruction], root: Instruction) -> list[Instruc
 def _bytes_written(by_name: dict[str, Instruction], result: Instruction) -> int:
     while result.opcode == "bitcast":
         result = by_name[result.operands[0]]
-    if result.opcode == "dynamic-update-slice":
-        return size(by_name[result.operands[1]].shape)
+    if updated := _updated_in_place(result):
+        # The parts follow the arrays, those of a scatter after the indices.
+        begin = updated + (result.opcode == "scatter")
+        return sum(size(by_name[name].shape) for name in result.operands[begin:][:updated])
     if result.opcode == "custom-call":
         return size(_SCRATCH.sub(")", result.shape))
     return size(result.shape)

@@ -170,6 +170,34 @@ def test_a_lookup_reads_its_rows_and_an_update_in_place_writes_its_own():
     assert cost(PARTS).kernels == 3
 
 
+SCATTER = """HloModule jit_scatter
+
+%fused_scatter (a: f32[900], b: s8[900], at: s32[7,1], c: f32[7], d: s8[7]) -> (f32[900], s8[900]) {
+  %a = f32[900]{0} parameter(0)
+  %b = s8[900]{0} parameter(1)
+  %at = s32[7,1]{1,0} parameter(2)
+  %c = f32[7]{0} parameter(3)
+  %d = s8[7]{0} parameter(4)
+  ROOT %set = (f32[900]{0}, s8[900]{0}) scatter(%a, %b, %at, %c, %d), update_window_dims={}, \
+inserted_window_dims={0}, scatter_dims_to_operand_dims={0}, index_vector_dim=1, to_apply=%second
+}
+
+ENTRY %main (a: f32[900], b: s8[900], at: s32[7,1], c: f32[7], d: s8[7]) -> (f32[900], s8[900]) {
+  %a = f32[900]{0} parameter(0)
+  %b = s8[900]{0} parameter(1)
+  %at = s32[7,1]{1,0} parameter(2)
+  %c = f32[7]{0} parameter(3)
+  %d = s8[7]{0} parameter(4)
+  ROOT %f = (f32[900]{0}, s8[900]{0}) fusion(%a, %b, %at, %c, %d), kind=kInput, calls=%fused_scatter
+}
+"""
+
+
+def test_a_scatter_reads_and_writes_its_updates():
+    updates = 28 + 7
+    assert cost(SCATTER).bytes == 28 + updates + updates
+
+
 def test_an_array_that_is_also_read_as_a_whole_counts_once():
     whole = PARTS.replace(
         "  ROOT %wide = f32[64]{0} convert(%flat)\n",
