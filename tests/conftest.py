@@ -1,6 +1,7 @@
 import gc
 import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import fixtures
@@ -44,7 +45,8 @@ gc.set_threshold(50_000, 20, 100)
 
 # Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
 # compiles, and it crashes where it gets no more.
-_MAX_MEMORY_MAPS = 20_000
+# A module of tests adds 9000 at most.
+_MAX_MEMORY_MAPS = 40_000
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -80,6 +82,20 @@ def own_cache(tmp_path_factory):
 def compiled_alike():
     """Variables of a process whose numbers are compared with those of this one to the bit."""
     return {"XLA_FLAGS": _XLA_FLAGS, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+
+
+@pytest.fixture
+def heeded_signals():
+    """The signals' default actions, for processes that the test starts.
+
+    Tests that run in the background of a shell, or under nohup, ignore SIGINT or SIGHUP, and their
+    processes inherit that.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,6 @@
 """Commands in unusual surroundings: closed streams, missing devices, no home, full caches."""
 
 import os
-import resource
 import signal
 import subprocess
 import sys
@@ -123,12 +122,11 @@ def test_a_cache_that_cannot_be_made_is_one_line(tmp_path):
 def test_a_full_cache_is_one_line(tmp_path):
     """A limit on the size of files fails like a full disk."""
     (tmp_path / "a.wav").symlink_to("/dev/null")
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000, 1_000))
-
-    environment = {"CSM_JAX_CACHE": str(tmp_path / "cache")}
-    done = run(f"--out={tmp_path}/a.wav", environment=environment, preexec_fn=limit)
+    limited = ["/bin/bash", "-c", 'ulimit -f 1 && exec "$@"', "bash", *COMMAND]
+    environment = os.environ | {"CSM_JAX_CACHE": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [*limited, f"--out={tmp_path}/a.wav"], capture_output=True, text=True, env=environment
+    )
     assert done.returncode == 0, done.stderr
     (line,) = messages(done)
     assert os.strerror(27) in line
@@ -137,17 +135,7 @@ def test_a_full_cache_is_one_line(tmp_path):
 # --- Signals --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def interruptible():
-    """Tests that a shell runs in the background, or `nohup`, would start deaf processes."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    before_hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGINT, before)
-    signal.signal(signal.SIGHUP, before_hangup)
-
-
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_during_a_stream_leaves_no_partial_file(tmp_path, number):
     flags = ["--stream", "--max_audio_length_ms=160000", f"--out={tmp_path}/a.wav"]
@@ -198,7 +186,7 @@ sys.exit(flags.run("program", "", lambda values: None, main, []))
 """
 
 
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT"])
 def test_a_signal_in_a_destructor_ends_the_program(name):
     """Python drops what is raised there, a KeyboardInterrupt too."""

@@ -135,6 +135,7 @@ def test_a_running_conversion_of_another_namespace_is_not_disturbed(huggingface,
     assert_same_params(loaded(out), params())
 
 
+@pytest.mark.usefixtures("heeded_signals")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_conversion_ended_by_a_signal_leaves_no_files(huggingface, tmp_path, number):
     out = tmp_path / "home" / "out"
