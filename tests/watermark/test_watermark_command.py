@@ -76,7 +76,7 @@ def test_a_mark_is_told_with_its_key(found, given, answer):
         (["--audio=x.wav"], "there are no weights"),
         (["--audio=x.wav", "--watermark_weights=none"], "watermark weights none do not exist"),
         (["--audio=x.wav", "--watermark_key=1,2,3"], "5 numbers from 0 to 255"),
-        (["--audio=x.wav", "--watermark_key=1,2,3,4,x"], "give 5 numbers from 0 to 255"),
+        (["--audio=x.wav", "--watermark_key=1,2,3,4,x"], "five numbers from 0 to 255"),
         (["--audio=x.wav", "--watermark_key=1,2,3,4,300"], "5 numbers from 0 to 255"),
         (["--convert=no such place"], "neither a directory nor a name on the hub"),
     ],
