@@ -75,7 +75,7 @@ class Generator(Listener):
           speaker, context, sampling, max_audio_length_ms, seed, guard, shared_turns, pauses,
             best_of, interventions, context_seconds, voice, rank: as in `Request`; beside one, they
             replace its own.
-          progress: called now and then with the number of 80 ms frames so far.
+          progress: called now and then with the number of 80 ms frames so far; not with `best_of`.
           notify: called with each notice, such as that the speech was cut; by default notices are
             logged as warnings.
           on_word: called with each word and its times, in order, as soon as they are certain. They
@@ -113,7 +113,7 @@ class Generator(Listener):
         notify: Notify | None,
         on_word: OnWord | None,
     ) -> Speech:
-        """Like `generate`, but returns audio, codes, words with their times, and notices.
+        """Like `generate`, but returns audio, codes, words with their times, notices and takes.
 
         Notices are not logged; `notify` is given them as they arise.
         """

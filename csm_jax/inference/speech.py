@@ -6,6 +6,7 @@ import numpy as np
 
 from csm_jax.align.words import Word
 from csm_jax.inference.request import Notice
+from csm_jax.inference.take import Take
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,6 +20,7 @@ class Speech:
       words: the words of the text and when they are spoken; empty if the checkpoint has no
         alignment heads (`csm_jax.align`).
       notices: remarks, such as that the speech was cut.
+      takes: with `best_of`, all of them, the best first; this is the speech of the first.
     """
 
     audio: np.ndarray
@@ -26,3 +28,4 @@ class Speech:
     codes: np.ndarray
     words: tuple[Word, ...]
     notices: tuple[Notice, ...]
+    takes: tuple[Take, ...] = ()

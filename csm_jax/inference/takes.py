@@ -93,21 +93,21 @@ def _encode_context(
 class _BestTake(Ticket):
     """The ticket of a request whose takes have tickets of their own."""
 
-    _takes: Sequence[Ticket] = ()
+    _tickets: Sequence[Ticket] = ()
 
-    def start(self, takes: Sequence[Ticket]) -> None:
+    def start(self, tickets: Sequence[Ticket]) -> None:
         """Waits for the takes in a thread.
 
         The engine's own has other requests; and it is no daemon, because an interpreter that exits
         during a computation crashes.
         """
-        self._takes = takes
+        self._tickets = tickets
         threading.Thread(target=self._run, name="csm_jax.takes").start()
 
     def cancel(self) -> None:
         super().cancel()
-        for take in self._takes:
-            take.cancel()
+        for ticket in self._tickets:
+            ticket.cancel()
 
     def _run(self) -> None:
         try:
@@ -123,10 +123,14 @@ class _BestTake(Ticket):
 
     def _choose(self) -> None:
         """Waits for all takes, and becomes the best. Raises `CSMError` if one has failed."""
-        for take in self._takes:
-            take.codes()
-        ranks = [self.request.rank(take) for take in _as_takes(self._model, self._takes)]
-        best = self._takes[ranks.index(max(ranks))]  # of equal ones the first
+        for ticket in self._tickets:
+            ticket.codes()
+        takes = _as_takes(self._model, self._tickets)
+        ranks = [self.request.rank(take) for take in takes]
+        # Sorting keeps equal ones in their order, also in reverse.
+        order = sorted(range(len(takes)), key=ranks.__getitem__, reverse=True)
+        self.takes = tuple(takes[index] for index in order)
+        best = self._tickets[order[0]]
         self.timing, self.alignment = best.timing, best.alignment
         self.notices += best.notices
         self.add_frames(best.codes())

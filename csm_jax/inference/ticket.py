@@ -14,6 +14,7 @@ from csm_jax.errors import CSMError
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, OnWord, Request
 from csm_jax.inference.speech import Speech
+from csm_jax.inference.take import Take
 
 logger = logging.getLogger("csm_jax")
 
@@ -46,6 +47,7 @@ class Ticket:
       notices: remarks about the speech so far; complete when the request is over.
       is_cancelled: whether `cancel` was called.
       alignment: the words of the parts of the text that are over.
+      takes: with `best_of`, all of them, the best first, when the request is over.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Ticket:
         self._error: CSMError | None = None
         self._on_word = on_word
         self.alignment = SpeechAlignment(model.sample_rate)
+        self.takes: tuple[Take, ...] = ()
 
     def __iter__(self) -> Iterator[np.ndarray]:
         """Yields the speech as it is generated, float32 [n]; every iterator from the beginning.
@@ -121,10 +124,10 @@ class Ticket:
         return self.alignment.words(self.result())
 
     def speech(self) -> Speech:
-        """Waits for the end; audio, codes, words and notices. Raises as iterating does."""
-        audio = self.result()
-        words = tuple(self.alignment.words(audio))
-        return Speech(audio, self._model.sample_rate, self.codes(), words, tuple(self.notices))
+        """Waits for the end; audio, codes, words, notices and takes. Raises as iterating does."""
+        audio, rate = self.result(), self._model.sample_rate
+        words, notices = tuple(self.alignment.words(audio)), tuple(self.notices)
+        return Speech(audio, rate, self.codes(), words, notices, self.takes)
 
     def cancel(self) -> None:
         """Ends the request at the next step; nothing happens if it is over."""

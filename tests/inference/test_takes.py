@@ -106,6 +106,18 @@ def test_of_equal_takes_the_first_is_kept(engine):
     np.testing.assert_array_equal(codes, engine.submit(TEXT, seed=3, stream=False).codes())
 
 
+def test_speech_has_all_takes_the_best_first_and_equal_ones_in_the_order_of_their_seeds(model):
+    request = Request(TEXT, seed=3, best_of=4)
+    ranks = dict(zip(takes.take_seeds(3, 4), [1.0, 2.0, 1.0, 3.0], strict=True))
+    speech = model.speak(request, rank=lambda take: ranks[take.seed])
+    seeds = [take.seed for take in speech.takes]
+    assert seeds == [list(ranks)[index] for index in (3, 1, 0, 2)]
+    np.testing.assert_array_equal(speech.takes[0].codes, speech.codes)
+    alone = model.generate(TEXT, seed=seeds[-1])
+    np.testing.assert_allclose(speech.takes[-1].audio, alone, atol=1e-5)
+    assert model.speak(TEXT, seed=3).takes == ()
+
+
 def test_the_choice_is_the_same_each_time(engine):
     request = Request(TEXT, seed=8, best_of=3)
     first, second = (engine.submit(request, stream=False).codes() for _ in range(2))
