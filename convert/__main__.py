@@ -21,7 +21,7 @@ from csm_jax.convert.layouts import read_sizes
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.loading import BUNDLED, Source, find_directory, hub, open_source
+from csm_jax.loading import BUNDLED, NAMES, Source, find_directory, hub, open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
@@ -119,7 +119,9 @@ def _small_files(source: Source) -> list[Path]:
 
 
 def _source(name: str) -> Path:
-    path = Path(name).expanduser()
+    if name in NAMES and name not in BUNDLED:
+        raise InputError(f"{name} has no files to convert; --to=hf writes it")
+    path = BUNDLED.get(name) or Path(name).expanduser()
     return path if path.exists() else hub.download(name)
 
 

@@ -15,6 +15,7 @@ from texts import draw_text, is_held_out, spell
 
 import csm_jax
 from csm_jax import generate
+from csm_jax.convert import __main__ as convert
 from csm_jax.io.audio import load_audio
 from csm_jax.loading import BUNDLED
 
@@ -149,3 +150,16 @@ def test_the_name_demo_has_precedence_over_a_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("demo").mkdir()
     assert csm_jax.load("demo").sample_rate == 24_000
+
+
+def test_the_bundled_checkpoint_converts_to_a_native_one_that_says_the_same(tmp_path, model):
+    out = tmp_path / "native"
+    assert convert.run(["--source=demo", f"--out={out}"]) == 0
+    expected = model.generate_codes("three one four", seed=1)
+    codes = csm_jax.load(out, dtype="float32").generate_codes("three one four", seed=1)
+    np.testing.assert_array_equal(codes, expected)
+
+
+def test_random_weights_have_no_files_to_convert(tmp_path, capsys):
+    assert convert.run(["--source=random:tiny", f"--out={tmp_path / 'native'}"]) == 2
+    assert "random:tiny has no files to convert; --to=hf writes it" in capsys.readouterr().err
