@@ -54,6 +54,10 @@ class Checkpoint:
                 yield prefix + path, tensor
 
 
+# Weights of other programs: llama.cpp, MLX, Keras, Flax, ONNX, and parts of torch's runs.
+_UNREAD_SUFFIXES = (".gguf", ".ggml", ".npz", ".h5", ".msgpack", ".onnx", ".distcp")
+
+
 def open_checkpoint(
     source: Path, codec: Path | None = None, config: CSMConfig | None = None
 ) -> Checkpoint:
@@ -112,7 +116,9 @@ def _find_model(source: Path) -> TensorSource:
         if peft_files.is_adapters(adapters):
             config = read_json(adapters / peft_files.CONFIG)
             raise peft_files.not_a_checkpoint(adapters, config)
-    inside = [str(file.parent) for file in sorted(directory.glob("*/config.json"))]
+    # Below `snapshots` they are in the cache of the hub's library.
+    configs_inside = [*directory.glob("*/config.json"), *directory.glob("snapshots/*/config.json")]
+    inside = [str(file.parent) for file in sorted(configs_inside)]
     if source.is_dir() and inside:
         raise CheckpointError(
             f"{source} holds no CSM checkpoint itself: name {' or '.join(inside)}"
@@ -120,7 +126,15 @@ def _find_model(source: Path) -> TensorSource:
     raise CheckpointError(
         f"{source} holds no CSM checkpoint: expected transformers-*.safetensors or "
         "model.safetensors of a CSM model, ckpt.pt, or a directory written by csm_jax.convert"
+        + _others_in(directory)
     )
+
+
+def _others_in(directory: Path) -> str:
+    """What a directory holds instead of weights that are read, for the end of a message."""
+    files = [*sorted(directory.glob("*")), *sorted(directory.glob("*/*"))]
+    others = [file.relative_to(directory) for file in files if file.suffix in _UNREAD_SUFFIXES]
+    return f"; {others[0]} is in a format that is not read" if others else ""
 
 
 def _find(source: Path, keys: Collection[str]) -> TensorSource | None:

@@ -14,7 +14,7 @@ from csm_jax.checkpoints.torch_files import TORCH_SUFFIXES, load_tensors, plain_
 from csm_jax.config import read_json
 from csm_jax.convert.rules import Shape, TensorSource
 from csm_jax.convert.weight_files import INDEX, Candidate, candidates, of_index
-from csm_jax.errors import CheckpointError, first_line
+from csm_jax.errors import CheckpointError, explain
 
 _DTYPES = {
     "F64": np.float64,
@@ -129,7 +129,7 @@ def _open(file: Path):
         raise CheckpointError(f"{file} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file} is damaged or was not downloaded whole: {first_line(error)}"
+            f"{file} is damaged or was not downloaded whole: {explain(error, file)}"
         ) from error
 
 

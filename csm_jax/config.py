@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csm_jax.errors import CheckpointError
+from csm_jax.errors import CheckpointError, explain
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing: it tells the sizes of the model") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {explain(error, path)}") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} is not a JSON object")
     return values

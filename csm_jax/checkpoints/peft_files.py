@@ -15,7 +15,7 @@ from csm_jax.checkpoints.native_format import check_finite
 from csm_jax.checkpoints.peft_options import PeftOptions, parse_options
 from csm_jax.checkpoints.torch_files import load_tensors, plain_names
 from csm_jax.config import CSMConfig, read_json
-from csm_jax.errors import CheckpointError, first_line
+from csm_jax.errors import CheckpointError, explain
 from csm_jax.io.files import new_directory
 from csm_jax.model.layers import LowRank
 from csm_jax.model.lora import TARGETS, Adapters, LoRAConfig, adapter_shapes, merge
@@ -24,7 +24,10 @@ WEIGHTS, TORCH_WEIGHTS = "adapter_model.safetensors", "adapter_model.bin"
 CONFIG = "adapter_config.json"
 _PREFIX = "base_model.model."
 _STACKS = {"backbone": "backbone_model", "depth_decoder": "depth_decoder.model"}
-_HALF = re.compile(rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?([AB])(?:\.weight)?")
+# State dicts that were not saved by PEFT have the name of the adapter too, such as "default".
+_HALF = re.compile(
+    rf"{re.escape(_PREFIX)}(.+)\.lora_(?:embedding_)?([AB])(?:\.(?!weight$)\w+)?(?:\.weight)?"
+)
 # PEFT copies the head that it adapts, as it is in the base, next to its adapters.
 _COPY = re.compile(rf"{re.escape(_PREFIX)}(.+)\.base_layer\.weight")
 # Between a bfloat16 and the value that was rounded to it.
@@ -196,7 +199,7 @@ def _read_tensors(directory: Path) -> dict[str, np.ndarray]:
             with safe_open(file, "np") as opened:
                 tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         except Exception as error:
-            raise CheckpointError(f"{file}: {first_line(error)}") from error
+            raise CheckpointError(f"{file} cannot be read: {explain(error, file)}") from error
     return {plain: tensors[name] for plain, name in plain_names(tensors, str(file)).items()}
 
 
@@ -212,7 +215,11 @@ def _pair(tensors: Mapping[str, np.ndarray], directory: Path) -> dict[str, LowRa
                 f"{directory}: {name} is no adapter of a projection of this model"
             )
         check_finite(f"{directory}: {name}", tensor)
-        halves.setdefault(match[1], {})[match[2]] = tensor.astype(np.float32)
+        if match[2] in (half := halves.setdefault(match[1], {})):
+            raise CheckpointError(
+                f"{directory} holds several adapters of {match[1]}: save one of them alone"
+            )
+        half[match[2]] = tensor.astype(np.float32)
     for module, pair in halves.items():
         if len(pair) < 2:
             raise CheckpointError(f"{directory}: half of the adapter of {module} is missing")

@@ -92,6 +92,10 @@ def parse_options(values: Mapping[str, Any], where: str) -> PeftOptions:
       CheckpointError: it sets an option that is not understood, or one to a wrong value.
     """
     kind = values.get("peft_type")
+    if kind is None:
+        raise CheckpointError(
+            f"{where} has no peft_type: only adapters of PEFT are read, in its format"
+        )
     if kind != "LORA":
         raise CheckpointError(f"{where} describes adapters of type {kind}; only LORA is supported")
     _check_init(values.get("init_lora_weights"), where)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from csm_jax.errors import CheckpointError, first_line
+from csm_jax.errors import CheckpointError, explain
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Under these names training programs save a state dict among other things.
@@ -55,7 +55,7 @@ def load_tensors(file: Path) -> dict[str, Any]:
                 f"{file} cannot be read by torch without running code, because it holds "
                 f"{match[1]}: save the state dict alone"
             ) from error
-        raise CheckpointError(f"{file} cannot be read by torch: {first_line(error)}") from error
+        raise CheckpointError(f"{file} cannot be read by torch: {_reason(error, file)}") from error
     return _unwrap(content, file)
 
 
@@ -77,6 +77,12 @@ def _unwrap(content: Any, file: Path) -> dict[str, Any]:
             f"{', '.join(WRAPPERS)} is a state dict in it"
         )
     return _unwrap(content[wrapped[0]], file)
+
+
+def _reason(error: Exception, file: Path) -> str:
+    reason = explain(error, file)
+    # torch advises to run the code of such a file.
+    return "it is damaged, or no file of torch" if "weights_only" in reason else reason
 
 
 def plain_names(names: Iterable[str], file: str) -> dict[str, str]:

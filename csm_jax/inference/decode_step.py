@@ -28,6 +28,7 @@ from csm_jax.model.logits_functions import (
     Calls,
     CallStates,
 )
+from csm_jax.model.random_numbers import random_key
 from csm_jax.model.sampling import SamplingParams
 from csm_jax.model.sharding import keep_sharded
 
@@ -171,7 +172,7 @@ def init_state(
         cache=KVCache.create(config.backbone, batch, max_seq_len, dtype, num_lengths=batch),
         frame=jnp.zeros((batch, columns), jnp.int32),
         mask=jnp.zeros((batch, columns), bool),
-        keys=jax.vmap(jax.random.key)(jnp.zeros((batch,), jnp.uint32)),
+        keys=jax.vmap(random_key)(jnp.zeros((batch,), jnp.uint32)),
         num_frames=jnp.zeros((batch,), jnp.int32),
         seen=jnp.zeros((batch, config.audio_vocab_size), bool),
         done=jnp.ones((batch,), bool),
@@ -243,7 +244,7 @@ def set_row(
     state: GenerationState, index: Array, row: Row, *, mesh: Mesh | None = None
 ) -> GenerationState:
     """Sets where one row of the batch continues from. Donates `state`."""
-    key = jax.random.key(row.seed)
+    key = random_key(row.seed)
     state = _at_position(state, index, row)._replace(
         keys=state.keys.at[index].set(key),
         num_frames=state.num_frames.at[index].set(row.num_frames),

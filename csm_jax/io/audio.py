@@ -15,7 +15,8 @@ import numpy as np
 import soundfile
 import soxr
 
-from csm_jax.errors import InputError, OutputError, first_line
+from csm_jax.errors import InputError, OutputError, first_line, mistaken_content
+from csm_jax.io.av_decoder import MAX_RATE, MIN_RATE
 from csm_jax.io.compressed import decode_compressed, find_demuxer
 from csm_jax.io.files import new_file, reporting
 from csm_jax.io.outputs import check_writable, is_stream, open_stream, write_all, write_output
@@ -303,18 +304,44 @@ def _format(suffix: str, name: str) -> _Format:
 def _decode(data: bytes, path: Path) -> tuple[np.ndarray, int]:
     """Decodes to float32 [num_samples, num_channels] and the rate in Hz."""
     try:
-        with soundfile.SoundFile(io.BytesIO(data)) as file:
-            samples = file.read(dtype="float32", always_2d=True)
-            return limit_overshoot(samples, file.subtype), file.samplerate
+        with ForwardFile(io.BytesIO(data)) as file:
+            if not MIN_RATE <= file.samplerate <= MAX_RATE:
+                raise InputError(
+                    f"{path}: its head says {file.samplerate} Hz, but recordings have {MIN_RATE} "
+                    f"to {MAX_RATE} Hz; repair it"
+                )
+            blocks = [np.zeros((0, file.channels), np.float32), *read_blocks(file)]
+            return np.concatenate(blocks), file.samplerate
     except soundfile.LibsndfileError as error:
         # To libsndfile, a file of 0 bytes has an unknown format.
         reason = audio_error(error) if data else "the file is empty"
+        if what := mistaken_content(data[:256]):
+            raise InputError(f"{path} is {what}") from error
         raise InputError(
             f"{path}: not readable as audio ({reason}); convert it to wav, flac, mp3, ogg or opus"
         ) from error
 
 
-def limit_overshoot(samples: np.ndarray, coding: str) -> np.ndarray:
+class ForwardFile(soundfile.SoundFile):
+    """A file that is read from its beginning to its end.
+
+    soundfile seeks after every block, which fails at the end of a stream of unknown length.
+    """
+
+    def seekable(self) -> bool:
+        return False
+
+
+def read_blocks(file: ForwardFile) -> Iterator[np.ndarray]:
+    """Decodes a second after another, float32 [num_samples, num_channels], to the end of the file.
+
+    The length in its head counts for nothing: streams, such as ffmpeg's FLAC, have none there.
+    """
+    while len(block := file.read(file.samplerate, "float32", always_2d=True)):
+        yield _limit_overshoot(block, file.subtype)
+
+
+def _limit_overshoot(samples: np.ndarray, coding: str) -> np.ndarray:
     """Decoded samples, whose peaks beyond full scale are cut where they are the decoder's own.
 
     Lossy codings make peaks of 2.6 of recordings that were cut at 1; samples that are stored as
@@ -337,7 +364,10 @@ def _decode_raw(data: bytes, path: Path) -> np.ndarray:
 
 
 def _mono_float32(audio: np.ndarray, name: str) -> np.ndarray:
-    audio = np.asarray(audio)
+    try:
+        audio = np.asarray(audio)
+    except ValueError as error:  # such as (rate, samples) of other libraries
+        raise InputError(f"{name} is no array of samples: give those alone") from error
     expected = f"give float samples at {SAMPLE_RATE} Hz (load_audio reads files)"
     if audio.ndim != 1:
         raise InputError(f"{name} has shape {audio.shape}; mono audio is [num_samples]: {expected}")

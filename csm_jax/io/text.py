@@ -37,8 +37,15 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{name} cannot be read as UTF-8: it is {encoding}; save it as UTF-8")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        raise InputError(
+            f"{name} cannot be read as text: line {line} has a zero byte; it may be UTF-16, or no "
+            "text at all: save it as UTF-8"
+        )
     try:
-        return data.decode("utf-8-sig")
+        # Files that were joined have a mark inside too, at the beginning of a line.
+        return data.decode("utf-8-sig").replace("\n\ufeff", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise InputError(

@@ -33,6 +33,8 @@ def whole_wav(data: bytes, name: str) -> bytes:
     Raises:
       InputError: another file comes after it, which libsndfile leaves out without a word.
     """
+    if data[:4] == b"RF64" and data[12:16] == b"ds64":
+        return _whole_rf64(data)
     if data[:4] != b"RIFF" or data[8:12] != b"WAVE" or (at := _find_samples(data)) is None:
         return data
     size, left = int.from_bytes(data[at - 4 : at], "little"), len(data) - at
@@ -47,6 +49,14 @@ def whole_wav(data: bytes, name: str) -> bytes:
             f"{name}: a second WAV file begins at byte {behind}; split them, or join their samples"
         )
     return data
+
+
+def _whole_rf64(data: bytes) -> bytes:
+    """The same of a file with lengths of 64 bits: of the file, and then of the samples."""
+    at = _find_samples(data)
+    if at is None or int.from_bytes(data[28:36], "little") not in (0, 2**64 - 1):
+        return data
+    return data[:20] + struct.pack("<QQ", len(data) - 8, len(data) - at) + data[36:]
 
 
 def _find_samples(data: bytes) -> int | None:

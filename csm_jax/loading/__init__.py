@@ -1,6 +1,8 @@
 """Checkpoints by name: from what `load` is given to tensors, a config and a tokenizer."""
 
 import logging
+import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +13,7 @@ from csm_jax import config as presets
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
-from csm_jax.errors import CheckpointError
+from csm_jax.errors import CheckpointError, InputError, mistaken_file
 from csm_jax.loading import hub
 from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
@@ -23,6 +25,10 @@ RANDOM = {
 # Part of the package; `examples/demo_checkpoint/` is how it was made.
 BUNDLED = {"demo": Path(__file__).parent / "demo"}
 NAMES = (*BUNDLED, *RANDOM)
+
+# How the hub's pages and other programs write the name of a repository.
+_ADDRESS = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/|hf://")
+_REVISION = re.compile(r"([^/]+/[^/]+)/(?:tree|blob)/([^/]+)")
 
 logger = logging.getLogger("csm_jax")
 
@@ -103,10 +109,14 @@ def find_adapters(name: str | Path) -> Path:
     Raises:
       CheckpointError: there are no adapters of this name.
     """
+    if not isinstance(name, str | os.PathLike) or not str(name).strip():
+        raise InputError(f"adapters is {name!r}, but must be the name of one directory")
     directory = Path(name).expanduser()
-    if directory.exists() or not hub.is_adapters_name(str(name)):
+    if os.path.exists(directory):  # False for impossible names
         return directory
-    return hub.download_adapters(str(name))
+    if hub.is_adapters_name(str(name)):
+        return hub.download_adapters(str(name))
+    raise CheckpointError(f"{name} is no directory: name one with adapters{_meant(str(name))}")
 
 
 def find_directory(name: str) -> Path | None:
@@ -117,10 +127,15 @@ def find_directory(name: str) -> Path | None:
     """
     if name in RANDOM:
         return None
+    if not name.strip():
+        raise CheckpointError(f"the checkpoint has no name: {', '.join(NAMES)}, or a directory")
     directory = BUNDLED.get(name) or Path(name).expanduser()
-    if directory.is_dir():
+    # Of os.path, because those of Path raise an error for impossible names.
+    if os.path.isdir(directory):
         return directory
-    if directory.is_file():
+    if os.path.isfile(directory):
+        if what := mistaken_file(directory):
+            raise CheckpointError(f"checkpoint {name} is {what}")
         raise CheckpointError(
             f"checkpoint {name} is a file: name its directory, or convert the file first, with "
             f"csm_jax.convert --source={name}"
@@ -129,5 +144,15 @@ def find_directory(name: str) -> Path | None:
         return hub.native_copy(name)
     raise CheckpointError(
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
-        f"of {', '.join(NAMES)}"
+        f"of {', '.join(NAMES)}{_meant(name)}"
     )
+
+
+def _meant(name: str) -> str:
+    """The name that an address of the hub or a name in another case stands for, for a message."""
+    plain = _ADDRESS.sub("", name.strip()).rstrip("/")
+    if match := _REVISION.fullmatch(plain):
+        plain = f"{match[1]}@{match[2]}"
+    plain = plain.lower() if plain.lower() in NAMES else plain
+    is_name = plain in NAMES or hub.is_name(plain)
+    return f"; write {plain}" if is_name and plain != name else ""

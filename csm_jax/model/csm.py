@@ -29,6 +29,7 @@ from csm_jax.model.layers import (
 from csm_jax.model.llama import Head, Llama, Observed
 from csm_jax.model.logits_functions import NO_STATES, CallStates, FrameFunctions
 from csm_jax.model.precision import FLOAT32, Precision, Role
+from csm_jax.model.random_numbers import uniform_numbers
 from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
 
 
@@ -142,10 +143,8 @@ class CSM(nnx.Module):
           int32 [B, Q]; and the new states of the functions.
         """
         # One number decides one code.
-        shape = (self.config.num_codebooks,)
-        # The type is named: where jax's default is float64, other numbers would be drawn.
-        draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32)
-        uniform = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
+        draw = functools.partial(uniform_numbers, length=self.config.num_codebooks)
+        numbers = jax.vmap(draw, out_axes=1)(keys)  # [Q, B]
         logits = guide(self.backbone_logits(hidden), changes.guidance)
         if changes.depth_guidance is None:
             hidden = hidden[: len(logits)]
@@ -154,9 +153,9 @@ class CSM(nnx.Module):
             logits, first_states = functions.apply_first(logits, states.first)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
         logits = _with_end_bias(logits, changes.end_bias, 0)
-        first = _force(sample(logits, uniform[0], sampling.backbone), changes.forced, 0)
+        first = _force(sample(logits, numbers[0], sampling.backbone), changes.forced, 0)
         codes, rest_states = self._sample_depth(
-            hidden, first, uniform[1:], sampling, changes, functions, states.rest
+            hidden, first, numbers[1:], sampling, changes, functions, states.rest
         )
         return codes, CallStates(first_states, rest_states)
 

@@ -21,6 +21,7 @@ from csm_jax.config import MimiConfig
 from csm_jax.mimi.codec import Mimi, bind
 from csm_jax.mimi.quantizer import ResidualQuantizer, SplitQuantizer, nearest
 from csm_jax.model.layers import Array, Params, linear_float32
+from csm_jax.model.random_numbers import random_key
 from csm_jax.train.optimizer import OptimizerConfig, make_optimizer, update
 from csm_jax.train.spectral import mel_distance
 
@@ -186,7 +187,7 @@ def codec_step(
     """
     if (labels is None) == bool(config.num_labels):
         raise ValueError("labels are given if, and only if, the config has some")
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(random_key(seed), state.step)
     drop, replace = jax.random.split(key)
     kept = _draw_kept(drop, len(audio), config)
 

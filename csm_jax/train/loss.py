@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from csm_jax.model.csm import CSM
 from csm_jax.model.layers import AnyArray, Array
 from csm_jax.model.llama import Head
+from csm_jax.model.random_numbers import uniform_numbers
 from csm_jax.model.teacher_forcing import frames_at
 from csm_jax.train.batches import Batch
 from csm_jax.train.guided_attention import guided_entropy, guided_frames
@@ -101,7 +102,7 @@ def choose_frames(loss_mask: AnyArray, share: float, keys: Array) -> tuple[Array
       Positions, int32 [B, K]; and bool [B, K], those of them that count.
     """
     length = loss_mask.shape[1]
-    scores = jax.vmap(lambda key: jax.random.uniform(key, (length,), jnp.float32))(keys)
+    scores = jax.vmap(lambda key: uniform_numbers(key, length))(keys)
     _, chosen = jax.lax.top_k(jnp.where(loss_mask, scores, -1), num_chosen(length, share))
     wanted = num_depth_frames(loss_mask, share)  # [B]
     return chosen, jnp.arange(chosen.shape[1])[None] < wanted[:, None]

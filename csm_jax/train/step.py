@@ -17,6 +17,7 @@ from csm_jax.model.csm import CSM, bind
 from csm_jax.model.layers import Array, Params
 from csm_jax.model.lora import LoRAConfig, attach
 from csm_jax.model.precision import Precision, role_of
+from csm_jax.model.random_numbers import random_key
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import keep_divided, keep_replicated
 from csm_jax.train.guided_attention import GuidedAttention, guided_frames
@@ -191,7 +192,7 @@ def _gradients(
 ) -> tuple[Params, LossSums]:
     """The gradients of the mean loss over the whole batch, computed part by part."""
     rows = len(batch.frames)
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(random_key(seed), state.step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(rows))
     # A part is weighed by its frames: parts may have different numbers of them.
     num_frames = _at_least_1(jnp.sum(batch.loss_mask))
@@ -276,5 +277,5 @@ def eval_step(
 ) -> LossSums:
     """Losses of a batch with every frame counted."""
     everything = dataclasses.replace(config, depth_share=1.0, remat=False, guided=None)
-    keys = jax.vmap(jax.random.key)(jnp.zeros(len(batch.frames), jnp.uint32))
+    keys = jax.vmap(random_key)(jnp.zeros(len(batch.frames), jnp.uint32))
     return losses(params, frozen, batch, keys, config=everything)

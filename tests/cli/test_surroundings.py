@@ -100,6 +100,12 @@ def test_codes_are_the_same_with_64_bit_numbers(tmp_path, flags):
     assert wide.dtype == usual.dtype == np.int32
 
 
+def test_codes_do_not_depend_on_the_generator_that_jax_is_set_to(tmp_path):
+    usual = codes(tmp_path, "usual", {})
+    others = {"JAX_DEFAULT_PRNG_IMPL": "rbg", "JAX_THREEFRY_PARTITIONABLE": "0"}
+    np.testing.assert_array_equal(codes(tmp_path, "others", others), usual)
+
+
 # --- Caches ---------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """Published layouts: every one is read as the same parameters, or refused with a reason."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -106,6 +107,43 @@ def test_checkpoints_in_directories_of_a_run_are_named(sesame, tmp_path):
     for step in (500, 1000):
         shutil.copytree(sesame, tmp_path / f"checkpoint-{step}")
     with pytest.raises(CheckpointError, match=r"itself: name .*checkpoint-1000 or .*point-500"):
+        csm_jax.load(tmp_path)
+
+
+def test_a_checkpoint_in_the_cache_of_the_hub_is_named(sesame, tmp_path):
+    snapshot = tmp_path / "models--sesame--csm-1b" / "snapshots" / ("0" * 40)
+    shutil.copytree(sesame, snapshot)
+    with pytest.raises(CheckpointError, match=f"itself: name {re.escape(str(snapshot))}$"):
+        csm_jax.load(snapshot.parent.parent)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ckpt.pt", "config.json"])
+def test_pointers_of_git_lfs_are_named(huggingface, tmp_path, name):
+    directory = tmp_path / "clone"
+    shutil.copytree(huggingface, directory)
+    if name != "config.json":
+        for file in directory.glob("*.safetensors*"):
+            file.unlink()
+    (directory / name).write_bytes(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{name}.*a pointer of Git LFS.*git lfs pull"):
+        open_checkpoint(directory)
+
+
+def test_a_damaged_pickle_is_no_advice_to_run_its_code(tmp_path):
+    (tmp_path / "ckpt.pt").write_bytes(b"not a pickle")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(tmp_path)
+    assert "weights_only" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["csm-q8_0.gguf", "weights.npz", "fsdp_0/__0_0.distcp"])
+def test_weights_of_other_programs_are_named(tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=rf"; {name} is in a format that is not read$"):
         csm_jax.load(tmp_path)
 
 

@@ -12,6 +12,8 @@ import soundfile
 
 from csm_jax.errors import InputError, OutputError
 from csm_jax.io import audio
+from csm_jax.serve.audio.decoding import decode_recording
+from csm_jax.serve.settings import Limits
 
 RATE = audio.SAMPLE_RATE
 SUFFIXES = [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm", ".raw"]
@@ -142,6 +144,18 @@ def write_one_sample_of_1_ghz(path):
     soundfile.write(path, np.ones(1, np.float32), 1_000_000_000, format="WAV")
 
 
+def write_one_hz(path):
+    soundfile.write(path, sine(440, 0.1), 1)
+
+
+def write_pointer(path):
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 99\n")
+
+
+def write_page(path):
+    path.write_text("<!DOCTYPE html>\n<html></html>")
+
+
 def write_odd(path):
     path.write_bytes(b"\0\0\0")
 
@@ -161,7 +175,10 @@ def write_odd(path):
         ("cut.flac", write_cut_flac, "not readable as audio"),
         ("nan.wav", write_nan, "1 of 2400 samples"),
         ("infinities.wav", write_infinities, "9 of 9 samples"),
-        ("fast.wav", write_one_sample_of_1_ghz, "no samples"),
+        ("fast.wav", write_one_sample_of_1_ghz, "1000000000 Hz"),
+        ("slow.wav", write_one_hz, "1 Hz"),
+        ("pointer.wav", write_pointer, "git lfs pull"),
+        ("page.mp3", write_page, "a web page"),
         ("odd.pcm", write_odd, "3 bytes"),
     ],
 )
@@ -177,6 +194,25 @@ def test_a_forbidden_file_is_refused_in_one_line(tmp_path):
     os.chmod(tmp_path / "a.wav", 0)
     with one_line(InputError, tmp_path / "a.wav", "Permission denied"):
         audio.load_audio(tmp_path / "a.wav", RATE)
+
+
+def test_a_flac_stream_without_its_length_is_read_to_its_end(tmp_path):
+    """Its head has 0 as the number of samples, as ffmpeg writes one into a pipe."""
+    audio.save_audio(tmp_path / "a.flac", sine(440, 1.5), RATE)
+    wanted = audio.load_audio(tmp_path / "a.flac", RATE)
+    file = bytearray((tmp_path / "a.flac").read_bytes())
+    # The 36 bits before the checksum of STREAMINFO, which begins at byte 8.
+    file[21] &= 0xF0
+    file[22:26] = bytes(4)
+    (tmp_path / "a.flac").write_bytes(file)
+    np.testing.assert_array_equal(audio.load_audio(tmp_path / "a.flac", RATE), wanted)
+    np.testing.assert_array_equal(decode_recording(bytes(file), Limits()), wanted)
+
+
+def test_a_coding_that_can_only_be_read_forwards_is_read(tmp_path):
+    soundfile.write(tmp_path / "a.wav", sine(440, 1.5), RATE, subtype="GSM610")
+    read = audio.load_audio(tmp_path / "a.wav", RATE)
+    assert abs(len(read) - len(sine(440, 1.5))) <= 640  # blocks of 320
 
 
 # Arrays
@@ -210,6 +246,7 @@ def test_int16_arrays_are_scaled(dtype):
         (np.array([1e300]), "1 of 1"),
         (np.zeros(0, np.float32), "no samples"),
         ([], "no samples"),
+        ((24_000, np.zeros(5, np.float32)), "give those alone"),
     ],
 )
 def test_bad_arrays_are_refused_in_one_line(array, says):

@@ -96,5 +96,19 @@ def test_the_line_of_the_first_wrong_byte_is_named(tmp_path):
         read_text(tmp_path / "a.txt")
 
 
+@pytest.mark.parametrize("data", ["a\nb".encode("utf-16-le"), b"a\nPK\3\4\0"])
+def test_a_file_with_zero_bytes_is_no_text(tmp_path, data):
+    """UTF-16 without its mark is valid UTF-8, and would be spoken letter by letter."""
+    (tmp_path / "a.txt").write_bytes(data)
+    with pytest.raises(InputError, match=r"line [12] has a zero byte; it may be UTF-16"):
+        read_text(tmp_path / "a.txt")
+
+
+def test_marks_of_files_that_were_joined_are_left_out(tmp_path):
+    script = "0: One.\n".encode("utf-8-sig") + "1: Two.\n".encode("utf-8-sig")
+    (tmp_path / "a.txt").write_bytes(script)
+    assert read_text(tmp_path / "a.txt") == "0: One.\n1: Two.\n"
+
+
 def test_keys_without_comments_are_read():
     assert read_keys("# a comment\n\nkey\n") == ["key"]

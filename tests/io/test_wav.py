@@ -8,6 +8,7 @@ import wave
 
 import numpy as np
 import pytest
+import soundfile
 
 from csm_jax.errors import InputError
 from csm_jax.io.audio import load_audio
@@ -54,6 +55,17 @@ def test_a_file_without_its_length_is_read_to_its_end(riff, data, tmp_path):
         command = ["ffmpeg", "-v", "error", "-i", tmp_path / "a.wav", "-f", "s16le", "-"]
         done = subprocess.run(command, capture_output=True, check=True)
         np.testing.assert_array_equal(np.frombuffer(done.stdout, "<i2"), tone())
+
+
+@pytest.mark.parametrize("unknown", [0, 2**64 - 1])
+def test_a_file_of_64_bit_lengths_without_them_is_read_to_its_end(unknown, tmp_path):
+    """As recorders leave one that was not closed."""
+    soundfile.write(tmp_path / "a.wav", tone(), RATE, format="RF64")
+    file = bytearray((tmp_path / "a.wav").read_bytes())
+    assert (file[:4], file[12:16]) == (b"RF64", b"ds64")
+    file[20:36] = struct.pack("<QQ", unknown, unknown)
+    (tmp_path / "a.wav").write_bytes(file)
+    np.testing.assert_array_equal(load_audio(tmp_path / "a.wav", RATE) * 32_768, tone())
 
 
 def test_chunks_before_the_samples_do_not_matter(tmp_path):

@@ -29,6 +29,8 @@ CONFIG = csm_jax.tiny()
 TABLE = csm.huggingface_table(CONFIG.backbone, CONFIG.depth_decoder)
 # The list of public fine-tuning notebooks.
 SUFFIXES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PREFIX = "base_model.model."
+SAMPLE = f"{PREFIX}backbone_model.layers.0.self_attn.q_proj"
 PLAIN = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
 
 
@@ -77,10 +79,9 @@ def change_config(directory, **changes):
 def write_plain(directory, **options):
     """One small adapter with a config of these options."""
     directory.mkdir(exist_ok=True)
-    module = "base_model.model.backbone_model.layers.0.self_attn.q_proj"
     width, out = CONFIG.backbone.embed_dim, CONFIG.backbone.num_heads * CONFIG.backbone.head_dim
     halves = {"A": torch.ones(2, width), "B": torch.ones(out, 2)}
-    tensors = {f"{module}.lora_{half}.weight": tensor for half, tensor in halves.items()}
+    tensors = {f"{SAMPLE}.lora_{half}.weight": tensor for half, tensor in halves.items()}
     save_file(tensors, directory / peft_files.WEIGHTS)
     (directory / peft_files.CONFIG).write_text(json.dumps(PLAIN | options))
     return directory
@@ -193,7 +194,7 @@ def test_every_option_of_peft_is_known_or_refused():
         ({"an_option_of_next_year": {"a": 1}}, "an_option_of_next_year"),
         ({"bias": "all"}, "bias=all"),
         ({"peft_type": "ADALORA"}, "type ADALORA; only LORA"),
-        ({"peft_type": None}, "type None; only LORA"),
+        ({"peft_type": None}, "has no peft_type"),
         ({"r": "2"}, "r is '2'"),
         ({"r": True}, "r is True"),
         ({"r": 3}, "rank is 3"),
@@ -242,6 +243,33 @@ def test_adapters_of_a_compiled_model_are_read(base, tmp_path):
     tensors = load_file(file)
     save_file({n.replace(prefix, f"{prefix}_orig_mod."): t for n, t in tensors.items()}, file)
     assert_equal_to_peft(base, tmp_path, model)
+
+
+@pytest.mark.parametrize("adapter", ["default", "voice"])
+def test_names_of_adapters_inside_of_names_are_read(base, tmp_path, adapter):
+    """As in a state dict of PEFT's model itself, which accelerate and torch save."""
+    model = trained(tmp_path)
+    assert f"{SAMPLE}.lora_A.default.weight" in model.state_dict()
+    file = tmp_path / peft_files.WEIGHTS
+    names = load_file(file)
+    save_file({n.replace(".weight", f".{adapter}.weight"): t for n, t in names.items()}, file)
+    assert_equal_to_peft(base, tmp_path, model)
+
+
+def test_several_adapters_in_a_file_are_refused(tmp_path):
+    file = write_plain(tmp_path) / peft_files.WEIGHTS
+    names = load_file(file)
+    others = {n.replace(".weight", ".other.weight"): t.clone() for n, t in names.items()}
+    save_file(names | others, file)
+    with pytest.raises(CheckpointError, match=f"several adapters of {SAMPLE[len(PREFIX) :]}"):
+        read(tmp_path)
+
+
+def test_adapters_of_other_libraries_are_refused(tmp_path):
+    """The config of mlx-lm."""
+    write_plain(tmp_path, peft_type=None, fine_tune_type="lora", lora_parameters={"rank": 8})
+    with pytest.raises(CheckpointError, match="no peft_type: only adapters of PEFT"):
+        read(tmp_path)
 
 
 def test_values_that_are_not_finite_are_refused(tmp_path):

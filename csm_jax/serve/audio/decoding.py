@@ -18,15 +18,13 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, first_line
-from csm_jax.io.audio import SAMPLE_RATE, audio_error, check_speech, limit_overshoot
+from csm_jax.io.audio import SAMPLE_RATE, ForwardFile, audio_error, check_speech, read_blocks
 from csm_jax.io.av_decoder import MAX_CHANNELS, MAX_RATE, MIN_RATE
 from csm_jax.io.compressed import decode_compressed, find_demuxer
 from csm_jax.io.wav import whole_wav
 from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits
 
-# Length of the blocks that are decoded one by one.
-_BLOCK_SECONDS = 1
 # The first bytes of the accepted formats. libsndfile also reads two dozen rare ones, whose decoders
 # are tested less, and it would look for any of them behind a tag.
 _SIGNATURES = re.compile(rb"RIFF....WAVE|fLaC|OggS|\xff[\xe2-\xff]", re.DOTALL)
@@ -106,14 +104,14 @@ def _is_compressed(data: bytes, limits: Limits, name: str) -> bool:
 
 
 @contextlib.contextmanager
-def _open_audio(data: bytes, limits: Limits, name: str) -> Iterator[soundfile.SoundFile]:
+def _open_audio(data: bytes, limits: Limits, name: str) -> Iterator[ForwardFile]:
     """Opens a file. Raises `InputError` for bytes that are not audio in an accepted format."""
     if not _is_known(data):
         raise InputError(_not_readable(name))
     try:
         if data.startswith(b"OggS"):
             data = checked_ogg(data)
-        with soundfile.SoundFile(io.BytesIO(whole_wav(data, name))) as file:
+        with ForwardFile(io.BytesIO(whole_wav(data, name))) as file:
             if file.format not in _CONTAINERS:
                 raise InputError(_not_readable(name))
             if not (1 <= file.channels <= MAX_CHANNELS and MIN_RATE <= file.samplerate <= MAX_RATE):
@@ -136,17 +134,17 @@ def _is_known(data: bytes) -> bool:
     return _SIGNATURES_AFTER_TAG.match(data, tag.end() + size) is not None
 
 
-def _read(file: soundfile.SoundFile, limits: Limits, name: str) -> np.ndarray:
+def _read(file: ForwardFile, limits: Limits, name: str) -> np.ndarray:
     """Decodes to mono float32 at the file's own rate."""
     most = int(limits.audio_seconds * file.samplerate)
     blocks, total = [], 0
     # The samples are counted, because the length in the head can be wrong.
-    while len(block := file.read(_BLOCK_SECONDS * file.samplerate, "float32", always_2d=True)):
+    for block in read_blocks(file):
         total += len(block)
         if total > most:
             raise InputError(_too_long(name, limits))
         with np.errstate(invalid="ignore", over="ignore"):
-            blocks.append(limit_overshoot(block, file.subtype).mean(axis=1))
+            blocks.append(block.mean(axis=1))
     return np.concatenate([np.zeros(0, np.float32), *blocks])
 
 
