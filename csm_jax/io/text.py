@@ -3,7 +3,7 @@
 import codecs
 from pathlib import Path
 
-from csm_jax.errors import InputError, first_line
+from csm_jax.errors import InputError, first_line, mistaken_content
 
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
 _OTHER_MARKS = {
@@ -37,6 +37,8 @@ def decode_text(data: bytes, name: str) -> str:
     for mark, encoding in _OTHER_MARKS.items():
         if data.startswith(mark):
             raise InputError(f"{name} cannot be read as UTF-8: it is {encoding}; save it as UTF-8")
+    if what := mistaken_content(data[:256]):
+        raise InputError(f"{name} is {what}")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
         raise InputError(

@@ -86,7 +86,10 @@ def read_conversations(
     form, directory, rows = read_rows(path)
     if not rows:
         raise InputError(f"data {path} is empty: write a conversation a line")
-    columns = find_columns(values for _, values in rows)
+    try:
+        columns = find_columns(values for _, values in rows)
+    except InputError as error:
+        raise InputError(f"data {path}: {error}") from error
     numbers = _number_speakers(rows, columns)
     if columns.used:
         tell(f"data {path}: {_describe(form, columns, numbers)}")
@@ -146,6 +149,8 @@ def _parse_row(
     """The turn of a row of named values."""
     given = {kind: values.get(name) for kind, name in used.items()}
     start, end = (_seconds(given.pop(name, None), name) for name in ("start", "end"))
+    if (duration := _seconds(given.pop("duration", None), "duration")) is not None and end is None:
+        end = (start or 0) + duration
     if end is not None and end <= (start or 0):
         raise InputError(f"it ends at {end:g} s, where it has not begun")
     if isinstance(audio := given.get("audio"), dict):  # a column of the hub's type Audio

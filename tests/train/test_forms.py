@@ -187,6 +187,25 @@ def test_a_part_behind_the_end_is_a_problem_that_names_it(tmp_path):
     assert str(error) == f"{tmp_path}/a.wav, 9 s to its end: the recording lasts 0.32 s"
 
 
+def test_an_offset_and_a_duration_are_a_part(tmp_path):
+    """As in manifests of NeMo, where the duration alone is that of the whole recording."""
+    row = {"audio_filepath": "a.wav", "text": "a", "duration": 0.08}
+    for offset, part in ((0.16, (0.16, 0.24)), (None, (None, None))):
+        values = row if offset is None else row | {"offset": offset}
+        (tmp_path / "a.jsonl").write_text(json.dumps(values))
+        (conversation,), problems = read_conversations(tmp_path / "a.jsonl")
+        assert problems == []
+        found = conversation.turns[0].start, conversation.turns[0].end
+        assert found == pytest.approx(part) if offset else found == part
+
+
+@pytest.mark.parametrize("name", ["start_ms", "segment_start", "end_sec", "begin", "Onset"])
+def test_parts_in_other_units_are_not_trained_on_as_a_whole(tmp_path, name):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"audio": "a.wav", "text": "a", name: 80}))
+    with pytest.raises(InputError, match=f"column {name} is not read, .* give start and end"):
+        read_conversations(tmp_path / "a.jsonl")
+
+
 BAD = [
     ({"text": "a", "path": "a.wav", "start": 2, "end": 1}, "it ends at 1 s"),
     ({"text": "a", "path": "a.wav", "start": "x"}, "start is 'x'"),
@@ -220,3 +239,67 @@ def test_a_bar_too_many_is_a_problem_of_its_line(tmp_path):
     conversations, (problem,) = read_conversations(tmp_path / "list.txt")
     assert len(conversations) == 1
     assert problem.line == 2
+
+
+def test_a_text_with_commas_without_quotes_is_a_problem_of_its_line(tmp_path):
+    """Python's `csv` would leave out what is behind the comma."""
+    (tmp_path / "a.csv").write_text("audio,text\na.wav,One, two.\nb.wav,Two.\n")
+    conversations, (problem,) = read_conversations(tmp_path / "a.csv")
+    assert [each.turns[0].text for each in conversations] == ["Two."]
+    assert (problem.line, "put quotes around" in problem.message) == (2, True)
+
+
+@pytest.mark.parametrize("separator", ["|", "\t"])
+def test_lines_of_file_speaker_name_and_text_are_read(tmp_path, separator):
+    lines = [separator.join((n, f"person_{s}", t)) + "\n" for n, s, t in TURNS]
+    (tmp_path / "list.txt").write_text("".join(lines))
+    turns, (told,) = read(tmp_path / "list.txt")
+    assert turns == TURNS
+    assert told.endswith("speakers: person_0 is 0, person_1 is 1")
+
+
+def test_lines_with_tabs_are_read(tmp_path):
+    (tmp_path / "list.tsv").write_text("".join(f"{n}\t{t}\n" for n, _, t in TURNS))
+    assert read(tmp_path / "list.tsv")[0] == [(name, 0, text) for name, _, text in TURNS]
+
+
+def test_a_header_of_bars_is_no_turn(tmp_path):
+    path = write_csv(tmp_path / "a.csv", ["path", "speaker", "text"], TURNS, delimiter="|")
+    assert read(path)[0] == TURNS
+
+
+def test_line_ends_of_old_spreadsheets_are_read(tmp_path):
+    (tmp_path / "a.csv").write_bytes(b"audio,text\ra.wav,One.\rb.wav,Two.\r")
+    assert read(tmp_path / "a.csv")[0] == [("a.wav", 0, "One."), ("b.wav", 0, "Two.")]
+
+
+@pytest.mark.parametrize("suffix", [".lab", ".normalized.txt"])
+def test_transcripts_of_aligners_and_libritts_are_read(tmp_path, suffix):
+    for name, _, text in TURNS:
+        (tmp_path / name).with_suffix(suffix).write_text(text)
+    conversations, problems = read_conversations(tmp_path)
+    assert problems == []
+    assert [each.turns[0].text for each in conversations] == [text for *_, text in TURNS]
+
+
+def test_a_directory_of_directories_names_those_with_data(tmp_path):
+    (tmp_path / "set" / "train").mkdir(parents=True)
+    (tmp_path / "set" / "train" / "metadata.csv").write_text("file_name,text\n")
+    with pytest.raises(InputError, match=r"nor recordings: name .*set/train$"):
+        read_conversations(tmp_path / "set")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a.wav,One.\n", "first line is neither JSON, nor the header of a CSV file"),
+        ("wav.scp", b"utt1 a.wav\n", "nor file|text"),
+        ("a.parquet", b"PAR1\0", ".parquet is not read; write its rows as JSON lines or CSV"),
+        ("a.xlsx", b"PK\3\4\0", ".xlsx is not read"),
+    ],
+)
+def test_other_forms_are_one_line(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_conversations(tmp_path / name)
+    assert message in str(caught.value)
