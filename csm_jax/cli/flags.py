@@ -101,6 +101,7 @@ def _run(
             return 0
         _parse(values, program, argv)
         with _unwinding(), _plain_log(), _one_cache_warning():
+            _check_directory()
             _prepare_jax()
             main(values)
     except (CSMError, flags.Error) as error:
@@ -165,11 +166,18 @@ def _end_by_signal(number: int) -> int:
 
 def _parse(values: flags.FlagValues, program: str, argv: Sequence[str]) -> None:
     try:
-        rest = values([program, *argv])[1:]
+        rest = values([program, *map(_expand_home, argv)])[1:]
     except flags.UnrecognizedFlagError as error:
         raise flags.Error(f"{error}; --help lists the flags") from error
     if rest:
         raise flags.Error(f"unexpected argument {rest[0]}: flags are written --name=value")
+
+
+def _expand_home(argument: str) -> str:
+    """`--out=~/a.wav` with the user's directory: shells replace `~` at the start of a word only."""
+    name, equals, value = argument.partition("=")
+    is_path = name.startswith("--") and value.startswith("~/")
+    return name + equals + os.path.expanduser(value) if is_path else argument
 
 
 def _describe(values: flags.FlagValues) -> str:
@@ -232,6 +240,16 @@ def _one_cache_warning() -> Iterator[None]:
         yield
     finally:
         warnings.showwarning = show_warning
+
+
+def _check_directory() -> None:
+    """Raises `OutputError` if the working directory is gone, which ends libraries with a crash."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise OutputError(
+            f"the working directory cannot be used ({error.strerror}): change to another one"
+        ) from error
 
 
 def _prepare_jax() -> None:
