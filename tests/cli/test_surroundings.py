@@ -1,6 +1,7 @@
 """Commands in unusual surroundings: closed streams, missing devices, no home, full caches."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from fixtures import CONFIG
 
+from csm_jax import generate
 from csm_jax.io import audio
 
 COMMAND = [sys.executable, "-m", "csm_jax.generate", "--checkpoint=random:tiny", "--text=Hi."]
@@ -59,6 +61,25 @@ def test_without_stderr_no_message_is_inside_the_sound():
 def test_an_error_without_stderr_has_its_exit_code(tmp_path):
     done = shell("2>&-", f"--out={tmp_path}/a.wav", "--top_k=0")
     assert (done.returncode, done.stdout) == (2, b"")
+
+
+# --- Directories ----------------------------------------------------------------------------------
+
+
+def test_a_path_of_a_flag_may_begin_with_the_home_directory(tmp_path, monkeypatch, capsys):
+    """A shell replaces `~` at the beginning of a word, and not behind `--out=`."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert generate.run([*COMMAND[3:], "--out=~/gone/a.wav"]) == 2
+    assert f"cannot be written in directory {tmp_path}/gone" in capsys.readouterr().err
+
+
+def test_a_working_directory_that_is_gone_is_one_line(tmp_path):
+    (tmp_path / "gone").mkdir()
+    command = shlex.join([*COMMAND, f"--out={tmp_path}/a.wav"])
+    script = f"cd {shlex.quote(str(tmp_path))}/gone && rmdir ../gone && exec {command}"
+    done = subprocess.run(["/bin/bash", "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "error: the working directory cannot be used" in done.stderr.splitlines()[-1]
 
 
 # --- Devices --------------------------------------------------------------------------------------
