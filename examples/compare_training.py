@@ -79,6 +79,8 @@ def their_step(length: int, dtype: str) -> Step:
         model = transformers.CsmForConditionalGeneration(transformers.CsmConfig.from_dict(sizes))
     model.tie_weights()
     model.codec_model = torch.nn.Identity()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
     for parameter in model.parameters():
         with torch.no_grad():
             std = parameter[0].numel() ** -0.5
@@ -93,15 +95,16 @@ def their_step(length: int, dtype: str) -> Step:
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     batch = conversation(config, length)
-    codes = torch.from_numpy(batch.frames[..., :-1]).long()
-    labels = torch.where(torch.from_numpy(batch.loss_mask)[..., None], codes, -100)
+    codes = torch.from_numpy(batch.frames[..., :-1]).long().to(device)
+    is_audio = torch.from_numpy(batch.loss_mask)[..., None].to(device)
+    labels = torch.where(is_audio, codes, -100)
     for row in range(1, length):
         if row % round(1 / SHARE):
             labels[:, row, 1:] = -100
     with torch.no_grad():
-        text = model.embed_text_tokens(torch.from_numpy(batch.frames[..., -1]).long())
+        texts = torch.from_numpy(batch.frames[..., -1]).long().to(device)
         audio = model.backbone_model.embed_tokens(codes)
-        embeds = torch.where(torch.from_numpy(batch.loss_mask)[..., None], audio, text)
+        embeds = torch.where(is_audio, audio, model.embed_text_tokens(texts))
 
     def step() -> float:
         optimizer.zero_grad()
@@ -109,7 +112,7 @@ def their_step(length: int, dtype: str) -> Step:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        return loss.item()
+        return loss.item()  # waits for the device
 
     return step
 
