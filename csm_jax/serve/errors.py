@@ -7,6 +7,7 @@ an object, as its clients expect.
 """
 
 import logging
+import re
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -26,6 +27,7 @@ _MAX_QUOTED = 200
 ELEVENLABS_PATHS = ("/v1/text-to-speech/", "/v1/voices", "/v2/voices")
 # Its names of errors, which its users' programs compare.
 _ELEVENLABS_CODES = {"bad_key": "invalid_api_key", "too_long": "text_too_long"}
+_TYPE_NAME = re.compile(r"(?:str|int|float|bool|dict|list|function-\w+|constrained-\w+)(?:\[.*)?")
 # Seconds after which the queue is likely to have room.
 RETRY_AFTER = 1
 # Code of a WebSocket close, for a client that can try again later.
@@ -132,17 +134,43 @@ def as_bad_field(error: RequestValidationError | ValidationError) -> ApiError:
         first = error.errors()[0]
     # FastAPI puts "body" before the names of fields.
     outside = ("body",) if isinstance(error, RequestValidationError) else ()
-    where = ".".join(str(part) for part in first["loc"] if part not in outside)[:_MAX_QUOTED]
+    names = [str(part) for part in first["loc"] if part not in outside]
+    # pydantic names the type of a union that it tried.
+    names = names[:1] + [name for name in names[1:] if not _TYPE_NAME.fullmatch(name)]
+    where = ".".join(names)[:_MAX_QUOTED]
     what = first["msg"][:_MAX_QUOTED]
     message = f"{where}: {what}" if where else what
     return ApiError(400, message, param=where or None, code=first["type"])
+
+
+def _as_wrong_route(app: FastAPI, method: str, path: str, error: HTTPException) -> ApiError:
+    """The error of a path that is not there, or has no such method: what may have been meant."""
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        return ApiError(405, f"{method} is not possible here; send {allowed}")
+    if error.status_code != 404 or error.detail != "Not Found":
+        return as_api_error(error)
+    paths = app.openapi()["paths"]
+    # A base URL without /v1, or with it twice, is a usual mistake.
+    near = sorted(each for each in paths if len(each) > 1 and _is_meant(each, path.rstrip("/")))
+    hint = f"send it to {near[0]}" if near else "/docs lists what there is"
+    return ApiError(404, f"there is nothing at {path[:_MAX_QUOTED]}; {hint}")
+
+
+def _is_meant(route: str, path: str) -> bool:
+    return route == f"/v1{path}" or path.endswith(route)
 
 
 def install(app: FastAPI) -> None:
     """Adds handlers to an application, so that all errors have the same body."""
 
     def respond(request: Request, error: Exception) -> JSONResponse:
-        return as_api_error(error).response(request.scope["path"])
+        path = request.scope["path"]
+        if isinstance(error, HTTPException):
+            response = _as_wrong_route(app, request.method, path, error).response(path)
+            response.headers.update(error.headers or {})
+            return response
+        return as_api_error(error).response(path)
 
     kinds = (ApiError, CSMError, ClientGoneError, ClientDisconnect)
     for kind in (*kinds, RequestValidationError, HTTPException):

@@ -201,6 +201,35 @@ class TestRefusals:
         assert response.status_code == 415
         assert "Content-Type" in response.json()["detail"]
 
+    @pytest.mark.parametrize(
+        ("path", "meant"),
+        [
+            ("/audio/speech", "/v1/audio/speech"),
+            ("/v1/v1/audio/speech", "/v1/audio/speech"),
+            ("/audio/voices", "/v1/audio/voices"),
+            ("/openai/v1/chat/completions/", "/v1/chat/completions"),
+        ],
+    )
+    def test_a_wrong_base_url_is_told(self, server, path, meant):
+        response = server.post(path, json={})
+        assert response.status_code == 404
+        assert response.json()["detail"] == f"there is nothing at {path}; send it to {meant}"
+
+    def test_other_paths_lead_to_the_list(self, server):
+        response = server.post("/v1/audio/transcriptions", json={})
+        assert response.json()["error"]["message"].endswith("; /docs lists what there is")
+        assert server.get("/docs").status_code == 307  # to the page
+
+    def test_another_method_is_told(self, server):
+        response = server.get(PATH)
+        assert (response.status_code, response.headers["allow"]) == (405, "POST")
+        assert response.json()["detail"] == "GET is not possible here; send POST"
+
+    @pytest.mark.parametrize("voice", [["alloy"], {"name": "alloy"}])
+    def test_a_field_of_another_type_is_called_by_its_name(self, server, voice):
+        response = server.post(PATH, json=FIELDS | {"voice": voice})
+        assert response.json()["error"]["param"] == "voice"
+
 
 class TestReferences:
     """A voice in the request itself."""
