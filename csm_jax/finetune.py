@@ -124,10 +124,18 @@ def _train_in(
         plot_losses(out)
         limits = data_limits(train) if values.from_scratch else None
         result = write_result(out, pretrained, trained, config.lora, config.precision, limits)
-        cli.warn(f"{result} is the result of {config.optimizer.steps} steps")
+        cli.warn(f"{result} is the result of {config.optimizer.steps} steps{_compilation(run)}")
         if values.push_to_hub is not None:
             settings = training_flags.read_settings(values)
             cli.warn(f"{publish(out, result, values.push_to_hub, settings)} has it too")
+
+
+def _compilation(run: Run) -> str:
+    """How long the step took to compile; nothing if no step was left to do."""
+    if not run.compiled:
+        return ""
+    lengths = ", ".join(map(str, sorted(run.compiled)))
+    return f"; compiled for rows of {lengths} in {sum(run.compiled.values()):.1f} s"
 
 
 def _read_data(

@@ -118,10 +118,11 @@ def their_step(length: int, dtype: str) -> Step:
 
 
 def work(make: Callable[[int, str], Step], length: int, dtype: str, pipe: Connection) -> None:
-    """Runs in a worker: a step to warm up, then one for every message."""
+    """Runs in a worker: a step to warm up, whose time it sends, then one for every message."""
     step = make(length, dtype)
+    started = time.perf_counter()
     step()
-    pipe.send(None)
+    pipe.send(time.perf_counter() - started)
     while pipe.recv():
         started = time.perf_counter()
         step()
@@ -135,7 +136,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     flags = parser.parse_args()
     spawn = multiprocessing.get_context("spawn")
-    workers = {}
+    workers, first = {}, {}
     for name, make in {"transformers + peft": their_step, "csm-jax": our_step}.items():
         here, there = spawn.Pipe()
         process = spawn.Process(
@@ -143,7 +144,7 @@ def main() -> None:
         )
         process.start()
         there.close()  # so that the end of a worker is noticed
-        here.recv()
+        first[name] = here.recv()
         workers[name] = here
     seconds: dict[str, list[float]] = {name: [] for name in workers}
     for _ in range(flags.repeats):
@@ -154,9 +155,9 @@ def main() -> None:
     frames = flags.length - flags.length // 5
     print(f"LoRA rank {RANK}, {flags.dtype}, {flags.length} positions, {frames} frames of audio")
     for name, median in medians.items():
-        spread = max(seconds[name]) / min(seconds[name])
-        rate = frames / median
+        spread, rate = max(seconds[name]) / min(seconds[name]), frames / median
         print(f"  {name:<20}{median:7.2f} s a step (spread {spread:.2f}){rate:7.1f} frames/s")
+        print(f"  {'':<20}{first[name] - median:7.2f} s more for the first step")
     theirs, ours = medians.values()
     print(f"  ratio {theirs / ours:.2f}")
 

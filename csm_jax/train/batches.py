@@ -1,6 +1,6 @@
 """Batches of examples of similar lengths, in an order that can be saved and resumed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import grain
@@ -36,9 +36,21 @@ def bucket(length: int) -> int:
     return between if length <= between and between > SHORTEST else above
 
 
-def make_batch(examples: Sequence[Example], num_rows: int) -> Batch:
-    """Examples as the first rows of a batch."""
-    length = bucket(max(len(example.frames) for example in examples))
+def longest(examples: Iterable[Example]) -> int:
+    """The number of frames of the longest example."""
+    return max(len(example.frames) for example in examples)
+
+
+def make_batch(examples: Sequence[Example], num_rows: int, limit: int | None = None) -> Batch:
+    """Examples as the first rows of a batch.
+
+    Args:
+      limit: of all examples the `longest`, which is long enough for every batch: its multiple of 32
+        takes the place of longer buckets.
+    """
+    length = bucket(longest(examples))
+    if limit is not None:
+        length = min(length, -(-limit // SHORTEST) * SHORTEST)
     columns = examples[0].frames.shape[1]
     frames = np.zeros((num_rows, length, columns), np.int32)
     mask = np.zeros(frames.shape, bool)
@@ -66,6 +78,7 @@ class ShuffledBatches:
         self._examples = examples
         self._num_rows = num_rows
         self._seed = seed
+        self._longest = longest(examples)
         self._buckets: dict[int, list[int]] = {}
         for index, example in enumerate(examples):
             self._buckets.setdefault(bucket(len(example.frames)), []).append(index)
@@ -81,7 +94,8 @@ class ShuffledBatches:
 
     def __getitem__(self, number: int) -> Batch:
         epoch, index = divmod(int(number), self.num_batches)
-        return make_batch([self._examples[i] for i in self._plan(epoch)[index]], self._num_rows)
+        chosen = [self._examples[i] for i in self._plan(epoch)[index]]
+        return make_batch(chosen, self._num_rows, self._longest)
 
     def _plan(self, epoch: int) -> list[np.ndarray]:
         """The indices of the examples of every batch."""
@@ -112,7 +126,8 @@ def ordered_batches(examples: Sequence[Example], num_rows: int) -> list[Batch]:
     """The batches of one pass, sorted by length: every example once."""
     by_length = sorted(examples, key=lambda example: len(example.frames))
     starts = range(0, len(by_length), num_rows)
-    return [make_batch(by_length[start : start + num_rows], num_rows) for start in starts]
+    limit = longest(by_length) if by_length else None
+    return [make_batch(by_length[start : start + num_rows], num_rows, limit) for start in starts]
 
 
 def split_holdout(

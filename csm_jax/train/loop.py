@@ -63,6 +63,9 @@ class Run:
       frozen, seed: as for `train_step`.
       held_out: batches to evaluate on.
       sample: writes speech of the model, called with the step and the trainable parameters.
+
+    Attributes:
+      compiled: seconds that the step took to compile, by the length of its rows.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Run:
         self._seed = np.uint32(seed % 2**32)
         self._sample = sample
         self._stop = threading.Event()
+        self.compiled: dict[int, float] = {}
         self._rate = learning_rate(step_config.optimizer)
 
     def train(self) -> bool:
@@ -130,9 +134,11 @@ class Run:
         """Trains on the next batch; returns the metrics, and the figures to log."""
         started = time.perf_counter()
         batch = place_rows(next(self._batches), self.step_config.mesh)
-        self.state, metrics = train_step(
-            self.state, self._frozen, batch, self._seed, config=self.step_config
-        )
+        with compile_clock() as seconds:
+            self.state, metrics = train_step(
+                self.state, self._frozen, batch, self._seed, config=self.step_config
+            )
+        self.compiled.setdefault(batch.frames.shape[1], sum(seconds))
         metrics = jax.device_get(metrics)
         return metrics, self._describe(step, metrics, time.perf_counter() - started)
 
@@ -185,6 +191,22 @@ class Run:
 
 def _is_due(step: int, every: int, last: int) -> bool:
     return every > 0 and (step % every == 0 or step == last)
+
+
+@contextlib.contextmanager
+def compile_clock() -> Iterator[list[float]]:
+    """A list of the seconds of everything that jax traces, lowers and compiles in the block."""
+    seconds: list[float] = []
+
+    def listen(event: str, duration_secs: float, **kwargs: Any) -> None:
+        if event.startswith("/jax/core/compile/"):
+            seconds.append(duration_secs)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield seconds
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
 
 
 @contextlib.contextmanager

@@ -109,6 +109,21 @@ def test_every_epoch_has_every_example_once(num_rows, seed):
             assert {bucket(LENGTHS[i]) for i in members(batch)} == {batch.frames.shape[1]}
 
 
+def test_no_batch_is_longer_than_the_longest_example_needs():
+    examples = [example(number, length) for number, length in enumerate((40, 129, 130))]
+    source = ShuffledBatches(examples, 2, 0)
+    # The next multiple of 32, where the bucket has 192.
+    assert sorted(batch.frames.shape[1] for batch in epoch(source, 0)) == [48, 160]
+    assert sorted(all_members(epoch(source, 0))) == [0, 1, 2]
+    for batch in epoch(source, 0):
+        size = batch.frames.shape[1]
+        for row, number in enumerate(members(batch)):
+            length = len(examples[number].frames)
+            np.testing.assert_array_equal(batch.frames[row, :length], examples[number].frames)
+            assert length <= size
+    assert [batch.frames.shape[1] for batch in ordered_batches(examples, 1)] == [48, 160, 160]
+
+
 def test_an_epoch_depends_on_its_number_and_the_seed_alone():
     """The order of access does not matter; so all processes of several have the same batches."""
     source, other = ShuffledBatches(EXAMPLES, 3, 7), ShuffledBatches(EXAMPLES, 3, 7)

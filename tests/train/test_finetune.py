@@ -5,6 +5,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -286,11 +287,12 @@ def test_a_run_without_finite_gradients_ends(run, data, tmp_path, capsys):
     assert [line["skipped"] for line in metrics(out)][:3] == [0, 1, 2]
 
 
-def test_a_run_with_adapters_writes_them_alone(run, shallow, data, tmp_path):
+def test_a_run_with_adapters_writes_them_alone(run, shallow, data, tmp_path, capsys):
     """They are merged when they are loaded; the base stays as it was."""
     out = tmp_path / "run"
     flags = [f"--data={data}", "--steps=4", "--learning_rate=0.05", "--lora_targets=q,v,down"]
     assert run(*flags, "--lora_rank=3", f"--out={out}") == 0
+    assert re.search(r"4 steps; compiled for rows of [\d, ]+ in \d+\.\d s", capsys.readouterr().err)
     tensors = load_file(out / "adapters" / "adapter_model.safetensors")
     layers = MODEL.backbone.num_layers + MODEL.depth_decoder.num_layers
     assert len(tensors) == 2 * 3 * layers

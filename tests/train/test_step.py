@@ -17,6 +17,7 @@ from csm_jax.model.lora import LoRAConfig, init_adapters
 from csm_jax.model.precision import FLOAT32, Precision
 from csm_jax.train.batches import Batch
 from csm_jax.train.fsdp import AXES, check_batch_size, fsdp_sharding
+from csm_jax.train.loop import compile_clock
 from csm_jax.train.loss import choose_frames, num_depth_frames
 from csm_jax.train.optimizer import OptimizerConfig, learning_rate
 from csm_jax.train.step import (
@@ -263,3 +264,13 @@ def test_arrays_are_divided_along_their_longest_side():
     assert fsdp_sharding((8, 13), mesh).spec == P("fsdp")
     assert fsdp_sharding((7, 13), mesh).spec == P()
     assert fsdp_sharding((64,), mesh).spec == P()
+
+
+def test_the_clock_of_compilation_counts_a_program_of_each_shape_once():
+    program = jax.jit(lambda x: jnp.sin(x) * 3)
+    seconds = []
+    for size in (7, 7, 11):
+        with compile_clock() as compiled:
+            program(np.ones(size, np.float32))
+        seconds.append(sum(compiled))
+    assert seconds[1] == 0 < min(seconds[0], seconds[2])
