@@ -11,6 +11,7 @@ from csm_jax.errors import InputError
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.request import Request
 from csm_jax.model.sampling import Sampling
+from csm_jax.prompt.normalizing import normalize_text
 from csm_jax.prompt.turns import Segment, turn_rows
 
 ZEROS = [0, 0.0, -0.0, np.int8(0), np.uint64(0), np.float32(0), np.array(0), jnp.int32(0)]
@@ -82,6 +83,47 @@ def test_a_context_of_something_else_is_refused(context):
 def test_a_length_that_is_no_number_is_refused(length):
     with pytest.raises(InputError, match=r"^max_audio_length_ms is"):
         Request("a", max_audio_length_ms=length)
+
+
+FIELDS = {"temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.25, "repetition_penalty": 2}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_numbers_of_sampling_may_have_any_form(name):
+    value = FIELDS[name]
+    expected = Sampling(**{name: value})
+    for form in (np.float16(value), np.float64(value), np.asarray(value), jnp.asarray(value)):
+        given = Sampling(**{name: form})
+        assert given == expected
+        assert type(getattr(given, name)) in (int, float)
+    assert Sampling(**{name: None}) == Sampling()
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("value", ["0.5", [0.5], True, 1j, np.zeros(2), object()], ids=repr)
+@pytest.mark.parametrize("name", [*FIELDS, "depth_temperature", "depth_top_k"])
+def test_other_values_of_sampling_are_refused_in_one_line(name, value):
+    with pytest.raises(InputError, match=f"^{name} is ") as caught:
+        Sampling(**{name: value})
+    assert "\n" not in str(caught.value)
+
+
+def test_greedy_is_true_or_false():
+    """The text "false" would be true."""
+    assert (
+        Sampling(greedy=np.bool_(True))
+        == Sampling(greedy=jnp.asarray(True))
+        == Sampling(greedy=True)
+    )
+    for value in ("false", 1, 0.0, [False]):
+        with pytest.raises(InputError, match=r"^greedy is .*, but must be True or False"):
+            Sampling(greedy=value)
+
+
+@pytest.mark.parametrize("text", [None, b"5", 5])
+def test_only_a_str_is_normalized(text):
+    with pytest.raises(InputError, match=r"^the text is of type"):
+        normalize_text(text)
 
 
 @pytest.mark.parametrize("sampling", [0.9, {"temperature": 0.9}, "greedy"])

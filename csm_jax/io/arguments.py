@@ -41,6 +41,14 @@ def real_number(value: Any, name: str) -> float:
     raise InputError(f"{name} is {_shown(value)}, but must be a number")
 
 
+def truth_value(value: Any, name: str) -> bool:
+    """A `bool` of Python, numpy or jax. Raises `InputError` otherwise: "false" would be true."""
+    plain = _plain(value)
+    if isinstance(plain, bool):
+        return plain
+    raise InputError(f"{name} is {_shown(value)}, but must be True or False")
+
+
 def fill_defaults(instance: Any) -> None:
     """Gives the fields of a frozen dataclass that are None their defaults, where those are not."""
     for field in dataclasses.fields(instance):

@@ -7,6 +7,7 @@ repetition penalty, temperature, top-k, top-p, min-p.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from csm_jax.errors import InputError
+from csm_jax.io.arguments import fill_defaults, real_number, truth_value, whole_number
 from csm_jax.model.layers import AnyArray, Array
 
 _POSITIVE = "over 0 (1e-30 to 1e30)"
+_COUNT = "a whole number of at least 1"
+_GREEDY = "; for the likeliest id every time use greedy"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,33 +48,31 @@ class Sampling:
     depth_top_k: int | None = None
 
     def __post_init__(self):
-        _require(_positive(self.temperature), "temperature", self.temperature, _POSITIVE, True)
-        _require(_count(self.top_k), "top_k", self.top_k, "a whole number of at least 1")
-        _require(0 < self.top_p <= 1, "top_p", self.top_p, "over 0 and at most 1 (1 is off)")
-        _require(0 <= self.min_p < 1, "min_p", self.min_p, "at least 0 (off) and under 1")
-        penalty = self.repetition_penalty
-        _require(_positive(penalty), "repetition_penalty", penalty, f"{_POSITIVE}; 1 is off")
-        if self.depth_temperature is not None:
-            value = self.depth_temperature
-            _require(_positive(value), "depth_temperature", value, _POSITIVE, True)
-        if self.depth_top_k is not None:
-            value = self.depth_top_k
-            _require(_count(value), "depth_top_k", value, "a whole number of at least 1")
+        fill_defaults(self)
+        for name in ("temperature", "depth_temperature"):
+            self._set(name, lambda value: 1e-30 <= value <= 1e30, _POSITIVE, _GREEDY)
+        for name in ("top_k", "depth_top_k"):
+            self._set(name, lambda value: value >= 1 and value % 1 == 0, _COUNT)
+        self._set("top_p", lambda value: 0 < value <= 1, "over 0 and at most 1 (1 is off)")
+        self._set("min_p", lambda value: 0 <= value < 1, "at least 0 (off) and under 1")
+        # In float32, neither the value nor logits multiplied or divided by it are 0 or infinite.
+        self._set(
+            "repetition_penalty", lambda value: 1e-30 <= value <= 1e30, f"{_POSITIVE}; 1 is off"
+        )
+        object.__setattr__(self, "greedy", truth_value(self.greedy, "greedy"))
 
-
-def _positive(value: float) -> bool:
-    # In float32, neither the value nor logits multiplied or divided by it are 0 or infinite.
-    return 1e-30 <= value <= 1e30
-
-
-def _count(value: int) -> bool:
-    return value >= 1 and value % 1 == 0
-
-
-def _require(ok: bool, name: str, value: float, limit: str, greedy_hint: bool = False) -> None:
-    if not ok:
-        hint = "; for the likeliest id every time use greedy" if greedy_hint else ""
-        raise InputError(f"{name} is {value}, but must be {limit}{hint}")
+    def _set(
+        self, name: str, is_valid: Callable[[float], bool], limit: str, hint: str = ""
+    ) -> None:
+        """Makes a plain number of a field that is not None. Raises `InputError`."""
+        value = getattr(self, name)
+        if value is None:
+            return
+        number = real_number(value, name)
+        if not is_valid(number):
+            raise InputError(f"{name} is {value}, but must be {limit}{hint}")
+        plain = whole_number(value, name) if limit == _COUNT else number
+        object.__setattr__(self, name, plain)
 
 
 class LogitFilter(NamedTuple):

@@ -8,6 +8,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 
+from csm_jax.errors import InputError
 from csm_jax.prompt import amounts, dates
 from csm_jax.prompt.amounts import END, NUMBER, START, TIGHT_DASH
 from csm_jax.prompt.markup import strip_markup
@@ -37,8 +38,10 @@ def normalize_text(text: str) -> str:
     (`pauses.py`) stay.
 
     Raises:
-      InputError: num2words is missing.
+      InputError: it is no text, or num2words is missing.
     """
+    if not isinstance(text, str):
+        raise InputError(f"the text is of type {type(text).__name__}, but must be a str")
     pieces, start = [], 0
     for mark in MARK.finditer(text):
         pieces += [_normalize(text[start : mark.start()]), mark[0]]
