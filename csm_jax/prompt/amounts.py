@@ -8,7 +8,7 @@ NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+"
 # A number is read only as a whole, between spaces, brackets and punctuation. What it touches and
 # is not understood, as in v1.2.3, F-16 or 10/12, leaves it as it is.
 START = r"(?<![^\s(\[\"'\u201c\u2018\u00ab\u2014])(?<!\d['\"])"
-END = r"(?![\w/%°$€£¥¢²³^=+*<>@#&\\{}|~])(?!-\d)(?![.,:'\u2019]\d)"
+END = r"(?![\w/%\u2030°$€£¥¢²³\u00b9\u2070-\u207f^=+*<>@#&\\{}|~])(?!-\d)(?![.,:'\u2019]\d)"
 # Of a range. "0 -5" is none.
 DASH = r"(?:[-\u2013\u2014]|\s[-\u2013\u2014]\s)"
 TIGHT_DASH = "[-\u2013]"

@@ -66,6 +66,7 @@ SPOKEN = {
     "10/12 or 24/7": "10/12 or 24/7",
     "v1.2.3 at 192.168.0.1:8080": "v1.2.3 at 192.168.0.1:8080",
     "F-16, COVID-19, 16:9 and 1:05:09": "F-16, COVID-19, 16:9 and 1:05:09",
+    "10\u207b\u00b3 or 5\u2030": "10\u207b\u00b3 or 5\u2030",
     "1.234,56 or 1e10": "1.234,56 or 1e10",
     "at 5 in the morning, 1 in 10": "at five in the morning, one in ten",
     "on 03/04/2026": "on 03/04/2026",
@@ -106,6 +107,7 @@ FURTHER = {
     "10\u00a0000 or 1 000 000": "ten thousand or one million",
     "0.05 -0.5 .5": "zero point zero five minus zero point five zero point five",
     "call +1 (555) 123-4567": "call plus one, five five five, one two three, four five six seven",
+    "1-800-555-0199": "one, eight zero zero, five five five, zero one nine nine",
     "555-1234": "five five five, one two three four",
     # Markup
     "<b>Bold</b><br/>and &amp;amp; &quot;more&quot;<!-- no -->": 'Bold and & "more"',
