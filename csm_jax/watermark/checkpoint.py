@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
+from jax.typing import DTypeLike
 
 from csm_jax.checkpoints.torch_files import load_tensors, plain_names
 from csm_jax.errors import CheckpointError, first_line
@@ -47,18 +48,25 @@ class Weights:
 
     Attributes:
       params: `carrier`, `decoder` and `message`, lists of layers; `symbols` and `band`, linear.
+      dtype: of the products of most layers that make a mark. The first layers have float32, as
+        weak partials of speech are lost beside strong ones otherwise.
     """
 
     config: WatermarkConfig
     params: Params
+    dtype: DTypeLike = jnp.bfloat16
 
     @functools.cached_property
-    def fast_kernels(self) -> dict[str, list[jax.Array]]:
+    def fast_kernels(self) -> dict[str, list[list[jax.Array]]]:
         """The kernels that make a mark, but for the last, as `winograd.convolve` takes them."""
-        layers = {"carrier": self.params["carrier"], "decoder": self.params["decoder"][:-1]}
+        first, *others = [layer["kernel"] for layer in self.params["decoder"][:-1]]
+        exact = [transform_kernel(layer["kernel"], jnp.float32) for layer in self.params["carrier"]]
         return {
-            name: [transform_kernel(layer["kernel"]) for layer in stack]
-            for name, stack in layers.items()
+            "carrier": exact,
+            "decoder": [
+                transform_kernel(first, jnp.float32),
+                *(transform_kernel(kernel, self.dtype) for kernel in others),
+            ],
         }
 
 

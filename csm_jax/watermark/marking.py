@@ -32,24 +32,24 @@ SDR = 36.0
 _LEAST_POWER = 1e-6
 # Of a recording that has not ended.
 _NO_END = np.int32(2**30)
-# Frames that are marked at once in a whole recording.
-_WHOLE_STEP = 4
+# Frames that can be marked at once; as many as there are, as they take less time than one by one.
+_STEPS = (8, 2, 1)
 
 State = dict[str, Any]
 
 
-def _empty_state(config: WatermarkConfig) -> State:
+def _empty_state(weights: Weights) -> State:
     """What is kept between steps.
 
-    `carrier` and `decoder` are the last two frames of the input of each layer of 3 x 3,
-    [2, F, C]; `spectra` [reach, n_fft / 2 + 1] and their `gains` [reach] wait for their mark.
+    `carrier` and `decoder` are of the last two frames of the input of each layer of 3 x 3;
+    `spectra` [reach, n_fft / 2 + 1] and their `gains` [reach] wait for their mark.
     """
-    carrier = [1] + [config.carrier_channels] * (config.carrier_layers - 1)
-    decoder = [config.carrier_channels + 2]
-    decoder += [config.decoder_channels] * (config.decoder_layers - 2)
-    return {
-        "carrier": [np.zeros((2, config.num_inputs, size), np.float32) for size in carrier],
-        "decoder": [np.zeros((2, config.num_inputs, size), np.float32) for size in decoder],
+    config = weights.config
+    kept = {
+        name: [winograd.empty_frames(config.num_inputs, kernel) for kernel in kernels]
+        for name, kernels in weights.fast_kernels.items()
+    }
+    return kept | {
         "spectra": np.zeros((config.reach, config.num_bins), np.complex64),
         "gains": np.ones(config.reach, np.float32),
     }
@@ -66,7 +66,7 @@ def _carrier_rms(config: WatermarkConfig) -> float:
 @functools.partial(jax.jit, static_argnames=("config", "sdr"))
 def _mark_frames(
     params: Params,
-    kernels: dict[str, list[jax.Array]],
+    kernels: dict[str, list[list[jax.Array]]],
     config: WatermarkConfig,
     sdr: float,
     state: State,
@@ -88,32 +88,45 @@ def _mark_frames(
     """
     count, reach, bins = len(frames), config.reach, config.num_inputs
     indices = start + jnp.arange(count)
-    inputs: dict[str, list[jax.Array]] = {"carrier": [], "decoder": []}
+    kept: dict[str, list[list[jax.Array]]] = {"carrier": [], "decoder": []}
+    bins_exist = winograd.bins_exist(bins)
 
-    def run_layers(name: str, h: jax.Array, lag: int) -> jax.Array:
+    def run_layers(name: str, places: list[jax.Array], lag: int) -> list[jax.Array]:
         """The layers of 3 x 3; each gives the frame before the last one that it takes."""
-        for index, kept in enumerate(state[name]):
+        for index, layer in enumerate(params[name][: len(kernels[name])]):
             at = indices - lag - index
+            exist = ((at >= 0) & (at < num_frames))[:, None, None]
             # As each layer of the reference pads its input with zeros.
-            h = jnp.where(((at >= 0) & (at < num_frames))[:, None, None], h, 0)
-            h = jnp.concatenate([kept, h])
-            inputs[name].append(h[-2:])
-            h = winograd.convolve(h, kernels[name][index])
-            h = network.finish_layer(params[name][index], h, Statistics.TRAINED)
-        return h
+            places = [
+                jnp.where(exist & inside[None], place, 0)
+                for place, inside in zip(places, bins_exist, strict=True)
+            ]
+            places, recent = winograd.convolve(places, state[name][index], kernels[name][index])
+            places = [network.finish_layer(layer, place, Statistics.TRAINED) for place in places]
+            kept[name].append(recent)
+        return places
 
     spectra = jnp.concatenate([state["spectra"], spectrum.transform(frames)])
     gains = jnp.concatenate([state["gains"], jnp.sqrt(TRAINED_POWER / powers)])
     carrier = spectrum.magnitude(spectra[:, :bins]) * gains[:, None]
-    encoded = run_layers("carrier", carrier[reach:, :, None], lag=0)
+    encoded = run_layers("carrier", winograd.split_bins(carrier[reach:, :, None]), lag=0)
     lag = config.carrier_layers
     delayed = carrier[reach - lag : reach - lag + count]
     message = network.embed_symbols(params, symbols[(indices - lag) % config.period], bins)
-    h = run_layers("decoder", network.decoder_input(delayed, encoded, message), lag)
-    h = network.gated_layer(params["decoder"][-1], h, Statistics.TRAINED)
+    others = winograd.split_bins(jnp.stack([delayed, message], axis=-1))
+    inputs = [
+        network.decoder_input(other[..., 0], place, other[..., 1])
+        for place, other in zip(encoded, others, strict=True)
+    ]
+    last = params["decoder"][-1]
+    places = [
+        network.finish_layer(last, place @ last["kernel"][0, 0], Statistics.TRAINED)
+        for place in run_layers("decoder", inputs, lag)
+    ]
+    h = winograd.join_bins(places, bins)
     mark = network.normalize_mark(config, h, sdr) * _carrier_rms(config)
     marked = spectrum.subtract(spectra[:count], mark / gains[:count, None])
-    after = inputs | {"spectra": spectra[count:], "gains": gains[count:]}
+    after = kept | {"spectra": spectra[count:], "gains": gains[count:]}
     return after, spectrum.invert(marked)
 
 
@@ -182,7 +195,6 @@ class Marker:
         key: Sequence[int],
         sample_rate: int,
         sdr: float = SDR,
-        step: int = 1,
     ):
         """Makes a marker.
 
@@ -190,27 +202,23 @@ class Marker:
           key: five numbers from 0 to 255.
           sample_rate: of the audio, in Hz.
           sdr: how far the mark lies below the speech, in dB.
-          step: frames to mark at once; each above 1 delays by as many frames more.
         """
-        self._weights, self._sdr, self._step = weights, sdr, step
+        self._weights, self._sdr = weights, sdr
         self._symbols = to_symbols(key)
         config = weights.config
-        self._state = _empty_state(config)
+        self._state = _empty_state(weights)
         rate = config.sample_rate
         self._up = Resampler(sample_rate, rate) if sample_rate != rate else None
         self._down = Resampler(rate, sample_rate) if sample_rate != rate else None
         self._frames = _Frames(config.n_fft)
-        # Frames that wait until there are enough for a step.
-        self._waiting = np.zeros((0, config.n_fft), np.float32)
-        self._powers = np.zeros(0, np.float32)
-        self._start = 0  # index of the first of them
+        self._start = 0  # index of the next frame
         self._half = np.zeros(config.hop, np.float32)  # second half of the last marked frame
         self._num_in = self._num_out = self._num_marked = 0
         self.delay = self._count_delay()
 
     def _count_delay(self) -> int:
         config = self._weights.config
-        delay = (config.reach + 1 + self._step) * config.hop
+        delay = (config.reach + 2) * config.hop
         if self._up is None or self._down is None:
             return delay
         back = delay + self._down.width + self._down.source
@@ -222,6 +230,12 @@ class Marker:
         self._num_in += len(samples)
         marked = self._mark(samples if self._up is None else self._up.add(samples))
         return self._count(marked if self._down is None else self._down.add(marked))
+
+    def warm_up(self) -> None:
+        """Compiles what any audio needs, before there is any."""
+        for step in _STEPS:
+            frames = np.zeros((step, self._weights.config.n_fft), np.float32)
+            self._feed(frames, np.ones(step, np.float32), _NO_END)
 
     def finish(self) -> np.ndarray:
         """Gives the rest."""
@@ -247,25 +261,27 @@ class Marker:
         frames, powers = self._frames.finish()
         # Frames that push out the last ones.
         extra = self._weights.config.reach
-        extra += -(len(self._waiting) + len(frames) + extra) % self._step
         frames = np.pad(frames, ((0, extra), (0, 0)))
         powers = np.pad(powers, (0, extra), constant_values=1)
         left = self._frames.num_samples - self._num_marked
         return self._feed(frames, powers, np.int32(self._frames.num_frames))[:left]
 
     def _feed(self, frames: np.ndarray, powers: np.ndarray, num_frames: np.int32) -> np.ndarray:
-        """Marks whole steps of frames; gives the samples that are certain."""
-        self._waiting = np.concatenate([self._waiting, frames])
-        self._powers = np.concatenate([self._powers, powers])
-        marked = [np.zeros(0, np.float32)]
-        while len(self._waiting) >= self._step:
-            marked.append(self._step_once(num_frames))
+        """Marks frames; gives the samples that are certain."""
+        marked, at = [np.zeros(0, np.float32)], 0
+        while at < len(frames):
+            count = next(step for step in _STEPS if step <= len(frames) - at)
+            step = slice(at, at + count)
+            marked.append(self._mark_step(frames[step], powers[step], num_frames))
+            at += count
         samples = np.concatenate(marked)
         self._num_marked += len(samples)
         return samples
 
-    def _step_once(self, num_frames: np.int32) -> np.ndarray:
-        weights, step = self._weights, self._step
+    def _mark_step(
+        self, frames: np.ndarray, powers: np.ndarray, num_frames: np.int32
+    ) -> np.ndarray:
+        weights = self._weights
         self._state, marked = _mark_frames(
             weights.params,
             weights.fast_kernels,
@@ -273,14 +289,13 @@ class Marker:
             self._sdr,
             self._state,
             self._symbols,
-            self._waiting[:step],
-            self._powers[:step],
+            frames,
+            powers,
             np.int32(self._start),
             num_frames,
         )
         first = self._start - weights.config.reach
-        self._waiting, self._powers = self._waiting[step:], self._powers[step:]
-        self._start += step
+        self._start += len(frames)
         frames = np.asarray(marked)[max(-first, 0) :]
         if not len(frames):
             return np.zeros(0, np.float32)
@@ -307,9 +322,7 @@ class Watermark:
 
     def warm_up(self, sample_rate: int) -> None:
         """Compiles what streams and whole recordings need."""
-        silence = np.zeros(sample_rate, np.float32)
-        self.marker(sample_rate).add(silence)
-        self.embed(silence, sample_rate)
+        self.marker(sample_rate).warm_up()
 
     def embed(self, audio: np.ndarray, sample_rate: int) -> np.ndarray:
         """Marks a whole recording, float [num_samples]."""
@@ -329,5 +342,5 @@ def embed(
       InputError: audio that is not mono, not float, or not finite; or a key that is none.
     """
     samples = check_samples(audio)
-    marker = Marker(weights, key, sample_rate, sdr, _WHOLE_STEP)
+    marker = Marker(weights, key, sample_rate, sdr)
     return np.concatenate([marker.add(samples), marker.finish()])

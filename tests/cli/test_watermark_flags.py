@@ -7,6 +7,7 @@ import pytest
 import soundfile
 
 from csm_jax.generate import run
+from csm_jax.serve.__main__ import run as serve
 from csm_jax.watermark import checkpoint, embed, find_weights, finding
 from csm_jax.watermark.config import tiny
 
@@ -63,6 +64,13 @@ def test_speech_without_weights_is_said_once_not_to_be_marked(cache, capsys):
     assert error.count(NOT_MARKED) == 1
     assert "--convert=sony/silentcipher" in error
     assert "license" in error
+
+
+def test_a_server_without_weights_of_a_mark_does_not_start(cache, capsys):
+    pytest.importorskip("uvicorn")
+    assert serve(["--checkpoint=none", "--watermark=on"]) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "there are no weights of a watermark: python -m csm_jax.watermark" in error
 
 
 @pytest.mark.parametrize(

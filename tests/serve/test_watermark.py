@@ -54,7 +54,7 @@ def test_speech_is_marked(servers, watermark):
     np.testing.assert_allclose(marked, expected.clip(-1, 1), atol=1e-3)
 
 
-@pytest.mark.parametrize("audio_format", ["wav", "mp3", "opus"])
+@pytest.mark.parametrize("audio_format", ["wav", "flac", "mp3", "opus"])
 def test_speech_is_marked_in_every_format(servers, audio_format):
     plain, marked = (
         soundfile.read(io.BytesIO(_speech(server, response_format=audio_format)))[0]

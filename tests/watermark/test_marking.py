@@ -1,11 +1,16 @@
 """A marked stream is the marked whole, later by no more than its delay."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from csm_jax.errors import InputError
-from csm_jax.watermark import Marker, embed, marking, network, spectrum
+from csm_jax.io.audio import load_audio
+from csm_jax.loading import BUNDLED
+from csm_jax.watermark import Marker, embed, marking, network, reading, spectrum
 from csm_jax.watermark.checkpoint import random_weights
 from csm_jax.watermark.config import WatermarkConfig, tiny
 from csm_jax.watermark.network import Statistics
@@ -58,8 +63,12 @@ def test_delay_of_the_released_sizes_is_under_two_fifths_of_a_second():
     assert 0.37 < marker.delay / 24_000 < 0.385
 
 
-def test_stream_marks_as_the_reference_where_the_power_is_constant(weights, monkeypatch):
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 1e-6), (jnp.bfloat16, 2e-5)])
+def test_stream_marks_as_the_reference_where_the_power_is_constant(
+    weights, monkeypatch, dtype, tolerance
+):
     """Samples of one magnitude: the power up to each frame is that of the whole."""
+    weights = dataclasses.replace(weights, dtype=dtype)
     audio = 0.1 * np.sign(_noise(2000))
     config = weights.config
     gain = (marking.TRAINED_POWER / 0.01) ** 0.5
@@ -71,7 +80,36 @@ def test_stream_marks_as_the_reference_where_the_power_is_constant(weights, monk
     expected = embed_like_reference(audio, weights, KEY, 31.0, Statistics.TRAINED)
     marked = embed(audio, config.sample_rate, weights, KEY, 31.0)
     assert np.abs(expected - audio).max() > 1e-3
-    np.testing.assert_allclose(marked, expected, atol=1e-6)
+    np.testing.assert_allclose(marked, expected, atol=tolerance)
+
+
+def test_bfloat16_changes_neither_the_audio_nor_what_is_read():
+    """In the released sizes, and with speech, whose partials differ most."""
+    weights = random_weights(WatermarkConfig())
+    path = sorted((BUNDLED["demo"] / "prompts").glob("*.flac"))[0]
+    audio = load_audio(path, 44_100)[: 2 * 44_100].astype(np.float32)
+    marked, expected = (
+        embed(audio, 44_100, dataclasses.replace(weights, dtype=dtype), KEY)
+        for dtype in (jnp.bfloat16, jnp.float32)
+    )
+    np.testing.assert_allclose(marked, expected, atol=1e-4)
+    assert np.std(marked - expected) < 0.02 * np.std(expected - audio)
+    # A network that is not trained has frames whose symbols are as probable as others.
+    second, first = np.sort(_logits(expected, weights), axis=1)[:, -2:].T
+    certain = first - second > 0.02 * np.ptp(first)
+    symbols = reading.read_symbols(expected, weights)
+    assert certain.mean() > 0.7
+    assert len({*symbols[certain]}) > 2
+    found = reading.read_symbols(marked, weights)
+    np.testing.assert_array_equal(found[certain], symbols[certain])
+
+
+def _logits(audio, weights):
+    """At the level to which `read_symbols` brings all audio."""
+    level = (marking.TRAINED_POWER / np.mean(np.square(audio, dtype=np.float64))) ** 0.5
+    frames = spectrum.split_frames(audio * np.float32(level), weights.config.n_fft)
+    carrier = spectrum.magnitude(spectrum.transform(frames))
+    return np.asarray(network.symbol_logits(weights.params, weights.config, carrier))
 
 
 def test_mark_is_as_far_below_the_speech_as_asked(weights):

@@ -57,6 +57,7 @@ def test_each_marks_and_reads_as_the_other(networks, length):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(3600)  # six minutes of computation for a minute of audio, and 6 GB
 @pytest.mark.parametrize("length", LONG)
 def test_each_marks_and_reads_long_recordings_as_the_other(networks, length):
     check_both_ways(*networks, _speech(length))

@@ -2,14 +2,13 @@
 
 import numpy as np
 import pytest
+from pitches import KEY, RATE, read_pitches, tones
 
 from csm_jax.io.audio import save_audio
 from csm_jax.watermark import PUBLIC_KEY, __main__, checkpoint
 from csm_jax.watermark.__main__ import describe, run
 from csm_jax.watermark.config import tiny
 from csm_jax.watermark.decision import Detection, Verdict
-
-KEY = (17, 202, 5, 99, 240)
 
 
 @pytest.fixture
@@ -28,7 +27,7 @@ def _answer(capsys, *flags):
     return line
 
 
-@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus", "pcm"])
+@pytest.mark.parametrize("suffix", ["wav", "flac", "mp3", "ogg", "opus", "pcm", "raw"])
 def test_noise_in_every_format_has_no_mark(tmp_path, capsys, weights, suffix):
     path = tmp_path / f"noise.{suffix}"
     save_audio(path, _noise(0.5), 24_000)
@@ -51,6 +50,23 @@ def test_stereo_at_another_rate_is_read(tmp_path, capsys, weights):
     path = tmp_path / "stereo.wav"
     soundfile.write(path, np.stack([_noise(0.5), _noise(0.5)], axis=1), 8000)
     assert "no mark was found" in _answer(capsys, f"--audio={path}", weights)
+
+
+@pytest.mark.parametrize("suffix", ["wav", "flac"])
+def test_a_marked_recording_is_told_with_its_key(tmp_path, monkeypatch, capsys, weights, suffix):
+    import soundfile
+
+    read_pitches(monkeypatch)
+    path = tmp_path / f"marked.{suffix}"
+    soundfile.write(path, np.stack([tones(300)] * 2, axis=1), RATE)
+    answers = {
+        flag: _answer(capsys, f"--audio={path}", weights, *flag)
+        for flag in [(), ("--watermark_key=17,202,5,99,240",), ("--watermark_key=1,2,3,4,5",)]
+    }
+    told, right, wrong = answers.values()
+    assert told.startswith(f"{path}: marked by the key, 17,202,5,99,240; ")
+    assert right == told
+    assert wrong.startswith(f"{path}: marked by another key, 17,202,5,99,240; ")
 
 
 @pytest.mark.parametrize(
