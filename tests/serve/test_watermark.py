@@ -1,17 +1,17 @@
 """A server with a watermark marks whole and streamed speech of all formats."""
 
 import base64
-import io
 import json
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import serving
-import soundfile
 from talking import Talk
 from websockets.sync.client import connect
 
+from csm_jax.io.audio import decode_audio
 from csm_jax.serve.settings import Settings
 from csm_jax.watermark import Watermark, embed
 from csm_jax.watermark.checkpoint import random_weights
@@ -56,8 +56,9 @@ def test_speech_is_marked(servers, watermark):
 
 @pytest.mark.parametrize("audio_format", ["wav", "flac", "mp3", "opus"])
 def test_speech_is_marked_in_every_format(servers, audio_format):
+    path = Path(f"speech.{audio_format}")
     plain, marked = (
-        soundfile.read(io.BytesIO(_speech(server, response_format=audio_format)))[0]
+        decode_audio(_speech(server, response_format=audio_format), path, 24_000)
         for server in servers
     )
     assert len(plain) == len(marked)
