@@ -7,6 +7,7 @@ python -m csm_jax.convert --verify=DIR                                    checks
 """
 
 import functools
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from csm_jax.convert.layouts import read_sizes
 from csm_jax.convert.native import write_native
 from csm_jax.convert.verify import verify
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.loading import BUNDLED, NAMES, Source, find_directory, hub, open_source
+from csm_jax.loading import BUNDLED, NAMES, Source, find_directory, hub, meant_name, open_source
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 PROGRAM = "csm_jax.convert"
@@ -122,7 +123,11 @@ def _source(name: str) -> Path:
     if name in NAMES and name not in BUNDLED:
         raise InputError(f"{name} has no files to convert; --to=hf writes it")
     path = BUNDLED.get(name) or Path(name).expanduser()
-    return path if path.exists() else hub.download(name)
+    if name.strip() and os.path.exists(path):  # False for impossible names
+        return path
+    if not hub.is_name(name):
+        raise CheckpointError(f"source {name!r} does not exist{meant_name(name)}")
+    return hub.download(name)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

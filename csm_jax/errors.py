@@ -57,11 +57,11 @@ CancelledError = RequestCancelledError
 _CONTENTS = (
     (re.compile(rb"version https://git-lfs"), "a pointer of Git LFS to the file: run git lfs pull"),
     (
-        re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml)", re.IGNORECASE),
+        re.compile(rb"(?:\xef\xbb\xbf)?\s*<(?:!doctype|html|\?xml[^>]*>\s*<error>)", re.IGNORECASE),
         "a web page: download the file itself, logged in if need be",
     ),
     (
-        re.compile(rb"GGUF"),
+        re.compile(rb"GGUF.\0\0\0", re.DOTALL),
         "a GGUF file, which is not read: use the model.safetensors of the model",
     ),
 )

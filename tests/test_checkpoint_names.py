@@ -3,6 +3,7 @@
 import pytest
 
 import csm_jax
+from csm_jax.convert import __main__ as convert
 from csm_jax.errors import CheckpointError, InputError
 from csm_jax.loading import find_adapters, find_directory
 
@@ -46,3 +47,16 @@ def test_adapters_are_one_name(name):
 def test_an_address_of_adapters_is_told_as_a_name():
     with pytest.raises(CheckpointError, match=r"; write someone/csm-lora$"):
         find_adapters("https://huggingface.co/someone/csm-lora")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("https://huggingface.co/sesame/csm-1b", "does not exist; write sesame/csm-1b"),
+        ("", "source '' does not exist"),
+        ("/nothing/here/at/all", "source '/nothing/here/at/all' does not exist"),
+    ],
+)
+def test_a_source_that_is_not_there_is_one_line(tmp_path, capsys, name, message):
+    assert convert.run([f"--source={name}", f"--out={tmp_path}/out"]) == 2
+    assert message in capsys.readouterr().err

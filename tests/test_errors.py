@@ -64,6 +64,11 @@ def test_files_that_are_something_else_are_named(tmp_path, content, what):
     assert what in errors.explain(RuntimeError("header too large"), tmp_path / "file")
 
 
+@pytest.mark.parametrize("text", [b"GGUF is a format.", b"<?xml version='1.0'?><speak>Hi</speak>"])
+def test_texts_that_only_look_like_it_are_not(text):
+    assert errors.mistaken_content(text) is None
+
+
 def test_other_files_have_the_error_of_their_library(tmp_path):
     (tmp_path / "file").write_bytes(b"{}")
     for path in (tmp_path / "file", tmp_path / "gone"):

@@ -116,7 +116,7 @@ def find_adapters(name: str | Path) -> Path:
         return directory
     if hub.is_adapters_name(str(name)):
         return hub.download_adapters(str(name))
-    raise CheckpointError(f"{name} is no directory: name one with adapters{_meant(str(name))}")
+    raise CheckpointError(f"{name} is no directory: name one with adapters{meant_name(str(name))}")
 
 
 def find_directory(name: str) -> Path | None:
@@ -144,11 +144,11 @@ def find_directory(name: str) -> Path | None:
         return hub.native_copy(name)
     raise CheckpointError(
         f"checkpoint {name} is neither a directory nor a hub name such as sesame/csm-1b, nor one "
-        f"of {', '.join(NAMES)}{_meant(name)}"
+        f"of {', '.join(NAMES)}{meant_name(name)}"
     )
 
 
-def _meant(name: str) -> str:
+def meant_name(name: str) -> str:
     """The name that an address of the hub or a name in another case stands for, for a message."""
     plain = _ADDRESS.sub("", name.strip()).rstrip("/")
     if match := _REVISION.fullmatch(plain):

@@ -104,6 +104,13 @@ def test_a_file_with_zero_bytes_is_no_text(tmp_path, data):
         read_text(tmp_path / "a.txt")
 
 
+def test_a_pointer_of_git_lfs_is_no_text(tmp_path):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (tmp_path / "a.txt").write_text(pointer)
+    with pytest.raises(InputError, match="git lfs pull"):
+        read_text(tmp_path / "a.txt")
+
+
 def test_marks_of_files_that_were_joined_are_left_out(tmp_path):
     script = "0: One.\n".encode("utf-8-sig") + "1: Two.\n".encode("utf-8-sig")
     (tmp_path / "a.txt").write_bytes(script)
