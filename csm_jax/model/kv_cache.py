@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from csm_jax.config import LlamaConfig
-from csm_jax.model.layers import Array
+from csm_jax.model.layers import SHORT, Array
 
 
 class LayerCache(NamedTuple):
@@ -61,11 +61,29 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
       start: int32 [B], or [1] for all rows alike.
     """
     if start.shape[0] == 1:
-        return LayerCache(
-            jax.lax.dynamic_update_slice_in_dim(cache.key, key, start[0], 3),
-            jax.lax.dynamic_update_slice_in_dim(cache.value, value, start[0], 2),
+        # A GPU copies a short cache in the kernel that computes its new position. Of several rows
+        # XLA would transpose the copy, in a kernel more than it saves.
+        one = cache.key.shape[0] == key.shape[3] == 1 and cache.key.shape[3] <= SHORT
+        on_gpu = _write_one_position if one else _write_rows_alike
+        return jax.lax.platform_dependent(
+            cache, key, value, start, cuda=on_gpu, default=_write_rows_alike
         )
     return jax.vmap(_write_row)(cache, key, value, start)
+
+
+def _write_rows_alike(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
+    return LayerCache(
+        jax.lax.dynamic_update_slice_in_dim(cache.key, key, start[0], 3),
+        jax.lax.dynamic_update_slice_in_dim(cache.value, value, start[0], 2),
+    )
+
+
+def _write_one_position(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
+    here = jnp.arange(cache.key.shape[3], dtype=jnp.int32) == start
+    return LayerCache(
+        jnp.where(here[None, None, None, :], key, cache.key),
+        jnp.where(here[None, None, :, None], value, cache.value),
+    )
 
 
 def _write_row(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:

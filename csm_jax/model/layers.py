@@ -28,6 +28,9 @@ AnyArray = jax.Array | np.ndarray
 Params = dict[str, Any]
 Rngs = nnx.Rngs | None
 
+# Positions of a cache, at most, for which a GPU has forms of its own with few kernels.
+SHORT = 64
+
 # What a packed bfloat16 table is held as.
 PACKED = jnp.dtype(jnp.uint16)
 
@@ -300,10 +303,19 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[A
     Returns:
       [B, T, K, G, H]; and the weights of the values, float32 [B, K, G, T, S].
     """
-    # The softmax runs in float32, from float32 scores: bfloat16 has 8 bits for what may be
-    # hundreds of nearly equal weights.
-    scores = _scores(query, key) * query.shape[-1] ** -0.5
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    by_products = functools.partial(_attention_by_products, visible=visible)
+    by_sums = functools.partial(_attention_by_sums, visible=visible)
+    # A GPU starts two kernels for the products and two for what is between them; of sums it makes
+    # one kernel of everything.
+    short = query.shape[1] == 1 and key.shape[3] <= SHORT
+    on_gpu = by_sums if short else by_products
+    return jax.lax.platform_dependent(query, key, value, cuda=on_gpu, default=by_products)
+
+
+def _attention_by_products(
+    query: Array, key: Array, value: Array, visible: Array
+) -> tuple[Array, Array]:
+    weights = _attention_weights(_scores(query, key), query, visible)
     mixed = jnp.einsum(
         "BKGTS,BKSH->BTKGH",
         weights.astype(value.dtype),
@@ -311,6 +323,27 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[A
         precision=jax.lax.Precision.HIGHEST,
     )
     return mixed, weights
+
+
+def _attention_by_sums(
+    query: Array, key: Array, value: Array, visible: Array
+) -> tuple[Array, Array]:
+    """Attention of one position, T = 1."""
+    queries = query[:, 0, ..., None].astype(jnp.float32)  # [B, K, G, H, 1]
+    scores = jnp.sum(queries * key[:, :, None].astype(jnp.float32), axis=3)  # [B, K, G, S]
+    weights = _attention_weights(scores[:, :, :, None], query, visible)
+    rounded = weights[:, :, :, 0, :, None].astype(value.dtype)  # [B, K, G, S, 1]
+    products = rounded.astype(jnp.float32) * value[:, :, None].astype(jnp.float32)
+    mixed = jnp.sum(products, axis=3).astype(value.dtype)  # [B, K, G, H]
+    return mixed[:, None], weights
+
+
+def _attention_weights(scores: Array, query: Array, visible: Array) -> Array:
+    """The softmax of products [B, K, G, T, S] of queries and keys."""
+    # It runs in float32, from float32 scores: bfloat16 has 8 bits for what may be hundreds of
+    # nearly equal weights.
+    scaled = scores * query.shape[-1] ** -0.5
+    return jax.nn.softmax(jnp.where(visible[:, None, None], scaled, -jnp.inf), axis=-1)
 
 
 def _scores(query: Array, key: Array) -> Array:

@@ -139,10 +139,13 @@ def sample(logits: Array, uniform: Array, values: LogitFilter) -> Array:
     cumulative = _prefix_sums(mass)
     drawn = jnp.where(values.greedy, 0, uniform) * cumulative[:, -1]
     ids = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
-    # Rounding in the sums must not draw an id that was filtered out.
-    ids_from_drawn = jnp.where((mass > 0) & (cumulative > drawn[:, None]), ids, mass.shape[1])
-    last = jnp.max(jnp.where(mass > 0, ids, 0), axis=-1)
-    return jnp.minimum(jnp.min(ids_from_drawn, axis=-1), last)
+    # Rounding in the sums must not draw an id that was filtered out; and if it leaves none, the
+    # last one is drawn. Those before the drawn one follow in reverse, so that one minimum, which
+    # is one kernel of a GPU, finds either.
+    beyond = 2 * mass.shape[1]
+    ranks = jnp.where(cumulative > drawn[:, None], ids, beyond - ids)
+    first = jnp.min(jnp.where(mass > 0, ranks, beyond), axis=-1)
+    return jnp.minimum(first, beyond - first)
 
 
 def _prefix_sums(mass: Array) -> Array:
