@@ -8,9 +8,11 @@ import pytest
 
 from csm_jax import config
 from csm_jax.config import RopeScaling
+from csm_jax.model.kv_cache import LayerCache, _write_one_position
 from csm_jax.model.layers import (
     LayerNorm,
     RMSNorm,
+    _attention_by_sums,
     apply_rope,
     attention,
     linear,
@@ -228,6 +230,27 @@ def test_attention_equals_a_loop(dtype, num_kv_heads, group):
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
     np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
+@every_dtype
+def test_the_attention_of_a_gpu_to_a_short_cache_equals_a_loop(dtype):
+    query = normal(9, 2, 1, 2, 3, 8, dtype=dtype, scale=2.0)
+    key, value = normal(10, 2, 2, 8, 7, dtype=dtype), normal(11, 2, 2, 7, 8, dtype=dtype)
+    visible = np.arange(7)[None, None] < np.array([[[5]], [[7]]])
+    got, weights = jax.jit(_attention_by_sums)(query, key, value, visible)
+    expected, expected_weights = naive_attention(query, key, value, visible)
+    eps = float(ml_dtypes.finfo(dtype).eps)
+    assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
+def test_the_write_of_a_gpu_changes_one_position():
+    cache = LayerCache(normal(1, 1, 2, 3, 5), normal(2, 1, 2, 5, 3))
+    key, value = normal(3, 1, 2, 3, 1), normal(4, 1, 2, 1, 3)
+    got = jax.jit(_write_one_position)(cache, key, value, np.array([4], np.int32))
+    cache.key[..., 4], cache.value[:, :, 4] = key[..., 0], value[:, :, 0]
+    np.testing.assert_array_equal(got.key, cache.key)
+    np.testing.assert_array_equal(got.value, cache.value)
 
 
 @every_dtype
