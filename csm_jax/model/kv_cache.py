@@ -61,12 +61,12 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
       start: int32 [B], or [1] for all rows alike.
     """
     if start.shape[0] == 1:
+        if cache.key.shape[0] > 1 or key.shape[3] > 1 or cache.key.shape[3] > SHORT:
+            return _write_rows_alike(cache, key, value, start)
         # A GPU copies a short cache in the kernel that computes its new position. Of several rows
         # XLA would transpose the copy, in a kernel more than it saves.
-        one = cache.key.shape[0] == key.shape[3] == 1 and cache.key.shape[3] <= SHORT
-        on_gpu = _write_one_position if one else _write_rows_alike
         return jax.lax.platform_dependent(
-            cache, key, value, start, cuda=on_gpu, default=_write_rows_alike
+            cache, key, value, start, cuda=_write_one_position, default=_write_rows_alike
         )
     return jax.vmap(_write_row)(cache, key, value, start)
 

@@ -304,12 +304,12 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[A
       [B, T, K, G, H]; and the weights of the values, float32 [B, K, G, T, S].
     """
     by_products = functools.partial(_attention_by_products, visible=visible)
-    by_sums = functools.partial(_attention_by_sums, visible=visible)
+    if query.shape[1] > 1 or key.shape[3] > SHORT:
+        return by_products(query, key, value)
     # A GPU starts two kernels for the products and two for what is between them; of sums it makes
     # one kernel of everything.
-    short = query.shape[1] == 1 and key.shape[3] <= SHORT
-    on_gpu = by_sums if short else by_products
-    return jax.lax.platform_dependent(query, key, value, cuda=on_gpu, default=by_products)
+    by_sums = functools.partial(_attention_by_sums, visible=visible)
+    return jax.lax.platform_dependent(query, key, value, cuda=by_sums, default=by_products)
 
 
 def _attention_by_products(
