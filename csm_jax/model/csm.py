@@ -14,7 +14,7 @@ from flax import nnx
 
 from csm_jax.config import CSMConfig
 from csm_jax.model.changes import NO_CHANGES, FrameChanges, doubled, guide
-from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.kv_cache import KVCache, LayerCache
 from csm_jax.model.layers import (
     AnyArray,
     Array,
@@ -28,6 +28,7 @@ from csm_jax.model.layers import (
 )
 from csm_jax.model.llama import Head, Llama, Observed
 from csm_jax.model.logits_functions import NO_STATES, CallStates, FrameFunctions
+from csm_jax.model.normed_products import normed_products
 from csm_jax.model.precision import FLOAT32, Precision, Role
 from csm_jax.model.random_numbers import uniform_numbers
 from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
@@ -38,14 +39,14 @@ class _Depth(NamedTuple):
 
     Attributes:
       code: int32 [B], the code before.
-      cache: its positions are codebooks.
+      layers: of its cache, whose positions are codebooks.
       end_bias: float32 [B, Q], of the codes to come.
       codes: int32 [B, Q], all so far; None without functions that want them.
       states: of these functions.
     """
 
     code: Array
-    cache: KVCache
+    layers: tuple[LayerCache, ...]
     end_bias: Array | None
     codes: Array | None
     states: tuple[Any, ...]
@@ -182,11 +183,14 @@ class CSM(nnx.Module):
 
         def next_code(inputs: Array, before: _Depth, codebook: Array) -> _Depth:
             projected = self.projection(doubled(inputs, num_rows))
+            # Given by the codebook, the length needs no kernel that counts it.
+            length = (codebook + 1 - inputs.shape[1])[None]
             hidden, cache, _ = self.depth_decoder.attend(
-                projected, before.cache, changes=stack_changes
+                projected, KVCache(before.layers, length), changes=stack_changes, final_norm=False
             )
             head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            logits = guide(linear_float32(hidden[:, -1], head), changes.depth_guidance)
+            (product,) = normed_products(self.depth_decoder.norm, hidden[:, -1:], head)
+            logits = guide(product[:, 0], changes.depth_guidance)
             new_states = ()
             if functions is not None:
                 logits, new_states = functions.apply_rest(
@@ -195,25 +199,30 @@ class CSM(nnx.Module):
             logits = _with_end_bias(logits, before.end_bias, codebook)
             code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
             code = _force(code, changes.forced, codebook)
-            return after(code, codebook, before._replace(cache=cache, states=new_states))
+            return after(code, codebook, before._replace(layers=cache.layers, states=new_states))
 
-        def body(before: _Depth, codebook: Array) -> tuple[_Depth, Array]:
+        def body(carry: tuple[Array, _Depth, Array]) -> tuple[Array, _Depth, Array]:
+            codebook, before, codes = carry
             inputs = self.embed_code(before.code, codebook - 1)[:, None]  # [B, 1, D]
             depth = next_code(inputs, before, codebook)
-            return depth, depth.code
+            codes = jax.lax.dynamic_update_index_in_dim(codes, depth.code, codebook, 0)
+            return codebook + 1, depth, codes
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
         config = self.config.depth_decoder
         cache = KVCache.create(config, num_rows, num_codebooks, hidden.dtype, num_lengths=1)
         embedded = doubled(self.embed_code(first, 0), num_rows)
         inputs = jnp.stack([hidden, embedded], axis=1)  # [B, 2, D]
-        codebooks = jnp.arange(1, num_codebooks, dtype=jnp.int32)
         no_codes = functions.no_codes() if functions and functions.calls.rest else None
-        depth = after(first, 0, _Depth(first, cache, changes.end_bias, no_codes, states))
-        depth = next_code(inputs, depth, codebooks[0])
-        second = depth.code
-        depth, rest = jax.lax.scan(body, depth, codebooks[1:])
-        return jnp.concatenate([first[None], second[None], rest]).T, depth.states
+        depth = after(first, 0, _Depth(first, cache.layers, changes.end_bias, no_codes, states))
+        depth = next_code(inputs, depth, jnp.int32(1))
+        codes = jnp.zeros((num_codebooks, len(first)), jnp.int32)
+        codes = codes.at[0].set(first).at[1].set(depth.code)
+        # Not a scan: it takes a GPU's kernel more to look up the codebook of its step.
+        _, depth, codes = jax.lax.while_loop(
+            lambda carry: carry[0] < num_codebooks, body, (jnp.int32(2), depth, codes)
+        )
+        return codes.T, depth.states
 
     def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.

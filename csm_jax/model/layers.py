@@ -79,12 +79,27 @@ def linear_float32(x: Array, weight: Weight) -> Array:
         return linear_float32(x, weight.base) + linear_float32(linear(x, down), up)
     rows = x.reshape(-1, x.shape[-1])  # [M, in]
     if isinstance(weight, Int8Weight):
-        values, scale = quantize_int8(rows)
-        sums = _multiply(values, weight.values, jnp.int32).astype(jnp.float32)
-        product = sums * scale[:, None] * per_channel(weight.scale, sums)
+        product = jax.lax.platform_dependent(
+            rows, weight, cuda=_by_widened_weights, default=_by_quantized_rows
+        )
     else:
         product = _multiply(rows.astype(weight.dtype), weight, jnp.float32)
     return product.reshape(*x.shape[:-1], -1)
+
+
+def _by_quantized_rows(rows: Array, weight: Int8Weight) -> Array:
+    values, scale = quantize_int8(rows)
+    sums = _multiply(values, weight.values, jnp.int32).astype(jnp.float32)
+    return sums * scale[:, None] * per_channel(weight.scale, sums)
+
+
+def _by_widened_weights(rows: Array, weight: Int8Weight) -> Array:
+    # A GPU widens weights in the kernel of the product; to quantize rows takes it two kernels more.
+    if len(rows) == 1:  # A product of sums, which take the scales in too.
+        widened = weight.values.astype(jnp.float32) * weight.scale[:, None]
+        return _multiply(rows.astype(jnp.float32), widened, jnp.float32)
+    sums = _multiply(rows, weight.values.astype(rows.dtype), jnp.float32)
+    return sums * per_channel(weight.scale, sums)
 
 
 def quantize_int8(x: Array) -> tuple[Array, Array]:
@@ -274,21 +289,43 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = 
     return (kept * frequencies + (1 - kept) * frequencies / scaling.factor).astype(np.float32)
 
 
-def apply_rope(x: Array, positions: Array, frequencies: np.ndarray) -> Array:
+def apply_rope(
+    x: Array, positions: Array, frequencies: np.ndarray, limit: int | None = None
+) -> Array:
     """Rotates the pairs (i, i + H/2) of every head by `position * frequency`.
 
     Args:
       x: [B, T, ..., H].
       positions: int32 [B, T], or [1, T] for all rows alike.
       frequencies: float32 [H/2].
+      limit: more than any position, if that is known.
     """
-    # Angles reach 2048 radians: bfloat16 would not even resolve a whole turn.
-    positions = jax.lax.expand_dims(positions.astype(jnp.float32), range(2, x.ndim))
-    angles = positions * per_channel(jnp.asarray(frequencies), positions)  # [B, T, ..., H/2]
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    positions = jax.lax.expand_dims(positions, range(2, x.ndim))
+    computed = functools.partial(_turns, frequencies=frequencies)
+    if limit is None or limit > SHORT:
+        cos, sin = computed(positions)
+    else:
+        # A GPU computes sines in a kernel of their own, and looks them up in the one that follows.
+        table = functools.partial(_turns_from_table, frequencies=frequencies, limit=limit)
+        cos, sin = jax.lax.platform_dependent(positions, cuda=table, default=computed)
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = [left * cos - right * sin, right * cos + left * sin]
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _turns(positions: Array, frequencies: np.ndarray) -> tuple[Array, Array]:
+    """Cosine and sine of `position * frequency`, of positions [B, T, ..., 1]: [B, T, ..., H/2]."""
+    # Angles reach 2048 radians: bfloat16 would not even resolve a whole turn.
+    positions = positions.astype(jnp.float32)
+    angles = positions * per_channel(jnp.asarray(frequencies), positions)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def _turns_from_table(positions: Array, frequencies: np.ndarray, limit: int) -> tuple[Array, Array]:
+    """Like `_turns`, of positions below `limit`."""
+    angles = np.arange(limit, dtype=np.float32)[:, None] * frequencies
+    cos, sin = jnp.asarray(np.cos(angles)), jnp.asarray(np.sin(angles))
+    return cos[positions[..., 0]], sin[positions[..., 0]]
 
 
 def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[Array, Array]:

@@ -23,6 +23,7 @@ from csm_jax.model.layers import (
     attention,
     rope_frequencies,
 )
+from csm_jax.model.normed_products import normed_products
 from csm_jax.model.precision import Precision
 
 # An attention head of a stack: its layer, and its number among the layer's query heads.
@@ -60,6 +61,7 @@ class Attention(nnx.Module):
     def __call__(
         self,
         x: Array,
+        norm: RMSNorm,
         cache: LayerCache,
         positions: Array,
         kv_length: int,
@@ -69,6 +71,7 @@ class Attention(nnx.Module):
 
         Args:
           x: [B, T, D].
+          norm: of `x`.
           positions: int32 [B, T] or [1, T], consecutive in each row.
           kv_length: as for `Llama.__call__`.
           replaced: heads whose outputs are replaced.
@@ -79,8 +82,11 @@ class Attention(nnx.Module):
         """
         config = self.config
         frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-        heads = self.qkv(x).reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
-        rotated = apply_rope(heads[..., :-1, :], positions, frequencies)  # [B, T, K, G + 1, H]
+        (product,) = normed_products(norm, x, self.qkv.matrix)
+        heads = product.astype(x.dtype)
+        heads = heads.reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
+        limit = cache.key.shape[3]
+        rotated = apply_rope(heads[..., :-1, :], positions, frequencies, limit)
         query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
         cache = kv.write(
             cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
@@ -102,8 +108,11 @@ class MLP(nnx.Module):
         self.up = Linear(config.embed_dim, config.mlp_dim, precision=precision, rngs=rngs)
         self.down = Linear(config.mlp_dim, config.embed_dim, precision=precision, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+    def __call__(self, x: Array, norm: RMSNorm) -> Array:
+        """Maps x [B, T, D], of which it takes the norm, to the same."""
+        products = normed_products(norm, x, self.gate.matrix, self.up.matrix)
+        gate, up = (product.astype(x.dtype) for product in products)
+        return self.down(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -124,10 +133,9 @@ class Block(nnx.Module):
         replaced: ReplacedHeads | None = None,
     ) -> tuple[Array, LayerCache, Array]:
         """Maps [B, T, D] to the same, with the cache and the weights of `Attention`."""
-        normed = self.attn_norm(x)
-        mixed, cache, weights = self.attn(normed, cache, positions, kv_length, replaced)
+        mixed, cache, weights = self.attn(x, self.attn_norm, cache, positions, kv_length, replaced)
         x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), cache, weights
+        return x + self.mlp(x, self.mlp_norm), cache, weights
 
 
 class Llama(nnx.Module):
@@ -169,6 +177,7 @@ class Llama(nnx.Module):
         layers: Sequence[int] = (),
         remat: bool = False,
         changes: StackChanges = NO_STACK_CHANGES,
+        final_norm: bool = True,
     ) -> tuple[Array, KVCache, Observed]:
         """Like calling the stack, and returns the attention of some heads and some states too.
 
@@ -179,6 +188,7 @@ class Llama(nnx.Module):
           layers: whose states are returned, numbered as in transformers: 0 is `x`, i is what
             layer i passes on, counted from 1; of the last one it is taken after the final norm.
           changes: what is changed at the new positions.
+          final_norm: False leaves it to the caller.
 
         Returns:
           Hidden states and cache; and what was asked for.
@@ -198,7 +208,7 @@ class Llama(nnx.Module):
             caches.append(layer_cache)
             weights.append(attention_weights)
             states.append(x)
-        states[-1] = self.norm(x)
+        states[-1] = self.norm(x) if final_norm else x
         groups = weights[0].shape[2]
         chosen = [weights[layer][:, head // groups, head % groups] for layer, head in heads]
         # Of numpy, so that without heads the program has no operation for it.

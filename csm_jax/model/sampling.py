@@ -6,7 +6,6 @@ repetition penalty, temperature, top-k, top-p, min-p.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,31 +133,33 @@ def sample(logits: Array, uniform: Array, values: LogitFilter) -> Array:
     Returns:
       int32 [B].
     """
-    kept = filter_logits(logits, values)
-    mass = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
-    cumulative = _prefix_sums(mass)
-    drawn = jnp.where(values.greedy, 0, uniform) * cumulative[:, -1]
-    ids = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
-    # Rounding in the sums must not draw an id that was filtered out; and if it leaves none, the
-    # last one is drawn. Those before the drawn one follow in reverse, so that one minimum, which
-    # is one kernel of a GPU, finds either.
-    beyond = 2 * mass.shape[1]
-    ranks = jnp.where(cumulative > drawn[:, None], ids, beyond - ids)
-    first = jnp.min(jnp.where(mass > 0, ranks, beyond), axis=-1)
-    return jnp.minimum(first, beyond - first)
-
-
-def _prefix_sums(mass: Array) -> Array:
-    """Inclusive prefix sums of each row, [B, V]."""
-    # A GPU adds V^2 terms in less time than it takes to start a scan's kernels.
     return jax.lax.platform_dependent(
-        mass, cuda=_prefix_sums_by_comparison, default=functools.partial(jnp.cumsum, axis=-1)
+        logits, uniform, values, cuda=_sample_by_comparison, default=_sample_by_search
     )
 
 
-def _prefix_sums_by_comparison(mass: Array) -> Array:
-    ids = jnp.arange(mass.shape[1], dtype=jnp.int32)
-    return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
+def _sample_by_search(logits: Array, uniform: Array, values: LogitFilter) -> Array:
+    kept = filter_logits(logits, values)
+    mass = jnp.exp(kept - jnp.max(kept, axis=-1, keepdims=True))
+    cumulative = jnp.cumsum(mass, axis=-1)
+    drawn = jnp.where(values.greedy, 0, uniform) * cumulative[:, -1]
+    ids = jax.lax.broadcasted_iota(jnp.int32, mass.shape, 1)
+    # Rounding in the sums must not draw an id that was filtered out.
+    ids_from_drawn = jnp.where((mass > 0) & (cumulative > drawn[:, None]), ids, mass.shape[1])
+    last = jnp.max(jnp.where(mass > 0, ids, 0), axis=-1)
+    return jnp.minimum(jnp.min(ids_from_drawn, axis=-1), last)
+
+
+def _sample_by_comparison(logits: Array, uniform: Array, values: LogitFilter) -> Array:
+    """Like `_sample_by_search`, in few kernels of a GPU."""
+    cumulative = _prefix_sums_by_comparison(_mass_by_comparison(logits, values))
+    total = cumulative[:, -1:]
+    drawn = jnp.where(values.greedy, 0, uniform)[:, None] * total
+    ids = jax.lax.broadcasted_iota(jnp.int32, cumulative.shape, 1)
+    # Each sum has the same terms in the same order, so it does not rise at an id without mass; and
+    # where rounding leaves no sum over the drawn number, the last id with mass is drawn.
+    is_reached = (cumulative > drawn) | (cumulative == total)
+    return jnp.min(jnp.where(is_reached, ids, cumulative.shape[1]), axis=-1)
 
 
 def filter_logits(logits: Array, values: LogitFilter) -> Array:
@@ -181,32 +182,14 @@ def penalize_repetition(logits: Array, seen: AnyArray, penalty: AnyArray) -> Arr
 
 
 def _top_k(logits: Array, k: AnyArray) -> Array:
-    kept = jax.lax.platform_dependent(
-        logits, k, cuda=_top_k_by_comparison, default=_top_k_by_search
-    )
-    return jnp.where(kept, logits, -jnp.inf)
-
-
-def _top_k_by_search(logits: Array, k: Array) -> Array:
     ranks = _ordered_bits(logits)
     ones = jnp.ones(logits.shape, jnp.float32)
     # If k exceeds the vocabulary, nothing reaches that count, and everything is kept.
-    return ranks >= _largest_reaching(ranks, ones, k.astype(jnp.float32))[:, None]
-
-
-def _top_k_by_comparison(logits: Array, k: Array) -> Array:
-    larger = _above(logits, jnp.ones(logits.shape, jnp.float32))
-    return larger < k[:, None].astype(jnp.float32)
-
-
-def _top_p(logits: Array, p: AnyArray) -> Array:
-    kept = jax.lax.platform_dependent(
-        logits, p, cuda=_top_p_by_comparison, default=_top_p_by_search
-    )
+    kept = ranks >= _largest_reaching(ranks, ones, jnp.asarray(k).astype(jnp.float32))[:, None]
     return jnp.where(kept, logits, -jnp.inf)
 
 
-def _top_p_by_search(logits: Array, p: Array) -> Array:
+def _top_p(logits: Array, p: AnyArray) -> Array:
     def search(logits: Array, p: Array) -> Array:
         ranks = _ordered_bits(logits)
         threshold = _largest_reaching(ranks, jax.nn.softmax(logits, axis=-1), p)
@@ -216,12 +199,8 @@ def _top_p_by_search(logits: Array, p: Array) -> Array:
 
     # The defaults do not need these passes over the vocabulary.
     everything = jnp.ones(logits.shape, bool)
-    return jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
-
-
-def _top_p_by_comparison(logits: Array, p: Array) -> Array:
-    likelier = _above(logits, jax.nn.softmax(logits, axis=-1))
-    return (likelier < p[:, None]) | (likelier == 0) | (p[:, None] >= 1)
+    kept = jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
+    return jnp.where(kept, logits, -jnp.inf)
 
 
 def _min_p(logits: Array, min_p: AnyArray) -> Array:
@@ -230,13 +209,31 @@ def _min_p(logits: Array, min_p: AnyArray) -> Array:
     return jnp.where(logits < limit[:, None], -jnp.inf, logits)
 
 
-def _above(logits: Array, weights: Array) -> Array:
-    """For every entry, the sum of the weights of all that are larger, [B, V].
+def _mass_by_comparison(logits: Array, values: LogitFilter) -> Array:
+    """Unnormalized probabilities [B, V] after all filters, 0 for ids that are filtered out.
 
-    These V^2 comparisons are one short kernel of a GPU, where a search is a chain of them.
+    Each id is compared with each: these V^2 comparisons are one short kernel of a GPU, where a
+    search is a chain of them.
     """
+    likeliest = jnp.max(logits, axis=-1, keepdims=True)
+    mass = jnp.exp((logits - likeliest) / values.temperature[:, None])
     larger = logits[:, None, :] > logits[:, :, None]  # [B, V, V], never in memory
-    return jnp.sum(jnp.where(larger, weights[:, None, :], 0), axis=-1)
+    num_larger = jnp.sum(larger.astype(jnp.float32), axis=-1)
+    likelier = jnp.sum(jnp.where(larger, mass[:, None, :], 0), axis=-1)
+    mass = jnp.where(num_larger < values.top_k[:, None].astype(jnp.float32), mass, 0)
+    probability = mass / jnp.sum(mass, axis=-1, keepdims=True)
+    # Of `likelier * probability / mass < top_p`, where the division would be by 0. What is likelier
+    # than an id that top-k keeps is kept also.
+    in_nucleus = likelier * probability < values.top_p[:, None] * mass
+    in_nucleus |= (num_larger == 0) | (values.top_p[:, None] >= 1)
+    # The mass of the likeliest is 1.
+    return jnp.where(in_nucleus & (mass >= values.min_p[:, None]), mass, 0)
+
+
+def _prefix_sums_by_comparison(mass: Array) -> Array:
+    """Inclusive prefix sums of each row, [B, V]."""
+    ids = jnp.arange(mass.shape[1], dtype=jnp.int32)
+    return jnp.sum(jnp.where(ids[None, None, :] <= ids[None, :, None], mass[:, None], 0), -1)
 
 
 def _ordered_bits(x: Array) -> Array:

@@ -18,17 +18,21 @@ from csm_jax.inference.decode_step import (
 from csm_jax.model import kv_cache, layers
 from csm_jax.model.csm import bind
 from csm_jax.model.kv_cache import KVCache
+from csm_jax.model.normed_products import normed_products
 from csm_jax.model.sampling import Sampling, SamplingParams
 
 BATCH, LENGTH = 3, 64
 
 
-def plain_attention(module, x, cache, positions, kv_length):
+def plain_attention(block, x, cache, positions, kv_length):
     """Attention that returns nothing but what it mixes."""
-    config = module.config
+    config = block.attn.config
     frequencies = layers.rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
-    heads = module.qkv(x).reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
-    rotated = layers.apply_rope(heads[..., :-1, :], positions, frequencies)
+    (product,) = normed_products(block.attn_norm, x, block.attn.qkv.matrix)
+    heads = product.astype(x.dtype)
+    heads = heads.reshape(*x.shape[:2], config.num_kv_heads, -1, config.head_dim)
+    limit = cache.key.shape[3]
+    rotated = layers.apply_rope(heads[..., :-1, :], positions, frequencies, limit)
     query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
     cache = kv_cache.write(
         cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
@@ -38,7 +42,7 @@ def plain_attention(module, x, cache, positions, kv_length):
     mixed, _ = layers.attention(
         query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
     )
-    return module.o(mixed.reshape(*x.shape[:2], -1)), cache
+    return block.attn.o(mixed.reshape(*x.shape[:2], -1)), cache
 
 
 def plain_backbone(llama, x, cache, kv_length):
@@ -47,10 +51,9 @@ def plain_backbone(llama, x, cache, kv_length):
     positions = cache.lengths[:, None] + offsets[None, :]
     new_layers = []
     for block, layer_cache in zip(llama.layers, cache.layers, strict=True):
-        normed = block.attn_norm(x)
-        mixed, layer_cache = plain_attention(block.attn, normed, layer_cache, positions, kv_length)
+        mixed, layer_cache = plain_attention(block, x, layer_cache, positions, kv_length)
         x = x + mixed
-        x = x + block.mlp(block.mlp_norm(x))
+        x = x + block.mlp(x, block.mlp_norm)
         new_layers.append(layer_cache)
     return llama.norm(x), KVCache(tuple(new_layers), cache.lengths + x.shape[1])
 

@@ -10,15 +10,20 @@ from csm_jax import config
 from csm_jax.config import RopeScaling
 from csm_jax.model.kv_cache import LayerCache, _write_one_position
 from csm_jax.model.layers import (
+    Int8Weight,
     LayerNorm,
     RMSNorm,
     _attention_by_sums,
+    _by_widened_weights,
+    _turns,
+    _turns_from_table,
     apply_rope,
     attention,
     linear,
     linear_float32,
     lookup,
     pack,
+    quantize_int8,
     rope_frequencies,
 )
 
@@ -242,6 +247,23 @@ def test_the_attention_of_a_gpu_to_a_short_cache_equals_a_loop(dtype):
     eps = float(ml_dtypes.finfo(dtype).eps)
     assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
     np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
+@every_dtype
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_int8_product_of_a_gpu_equals_that_of_the_widened_weights(dtype, count):
+    rows = normal(12, count, 32, dtype=dtype)
+    weight = Int8Weight(*quantize_int8(normal(13, 5, 32)))
+    got = jax.jit(_by_widened_weights)(rows, weight)
+    widened = np.asarray(weight.values) * np.asarray(weight.scale, np.float64)[:, None]
+    np.testing.assert_allclose(got, np.asarray(rows, np.float64) @ widened.T, rtol=1e-5, atol=1e-5)
+
+
+def test_the_turns_of_a_table_equal_those_that_are_computed():
+    frequencies = rope_frequencies(16, 500_000)
+    positions = np.array([[[0], [1], [31]], [[7], [30], [2]]], np.int32)
+    got = jax.jit(lambda x: _turns_from_table(x, frequencies, 32))(positions)
+    np.testing.assert_allclose(got, _turns(positions, frequencies), atol=1e-6)
 
 
 def test_the_write_of_a_gpu_changes_one_position():

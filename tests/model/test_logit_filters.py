@@ -18,15 +18,14 @@ from sampling_oracle import (
 )
 
 from csm_jax.model.sampling import (
+    LogitFilter,
     Sampling,
     _largest_reaching,
+    _mass_by_comparison,
     _ordered_bits,
-    _prefix_sums,
     _prefix_sums_by_comparison,
-    _top_k_by_comparison,
-    _top_k_by_search,
-    _top_p_by_comparison,
-    _top_p_by_search,
+    _sample_by_comparison,
+    _sample_by_search,
     penalize_repetition,
 )
 
@@ -186,13 +185,22 @@ def hard_rows(vocab: int) -> np.ndarray:
     return rows.astype(np.float32)
 
 
+by_comparison = jax.jit(_mass_by_comparison)
+
+
+def kept_by_both(logits: np.ndarray, values: LogitFilter) -> tuple[np.ndarray, np.ndarray]:
+    return np.isfinite(filtered(logits, values)), np.asarray(by_comparison(logits, values)) > 0
+
+
 @pytest.mark.parametrize("vocab", [2, 35, 600])
 @pytest.mark.parametrize("k", [1, 2, 7, 34, 35, 36, 599, 10**6, 2**31 - 1])
 def test_comparison_and_search_give_the_same_top_k(vocab, k):
-    logits, counts = hard_rows(vocab), np.full(60, k, np.int32)
-    searched = jax.jit(_top_k_by_search)(logits, counts)
-    np.testing.assert_array_equal(jax.jit(_top_k_by_comparison)(logits, counts), searched)
-    assert np.asarray(searched).sum(axis=1).min() >= min(k, vocab)
+    logits = hard_rows(vocab)
+    sampling = Sampling(temperature=1.0, top_k=k)
+    searched, compared = kept_by_both(logits, repeat(filters(sampling), len(logits)))
+    np.testing.assert_array_equal(compared, searched)
+    possible = np.isfinite(logits).sum(axis=1)
+    assert (compared.sum(axis=1) >= np.minimum(possible, k)).all()
 
 
 @pytest.mark.parametrize("vocab", [2, 35, 600])
@@ -203,31 +211,59 @@ def test_comparison_and_search_give_the_same_top_p(vocab, p):
     probabilities = softmax(logits.astype(np.float64))
     larger = logits[:, None, :] > logits[:, :, None]
     before = np.sum(np.where(larger, probabilities[:, None, :], 0), axis=-1)
-    is_clear = (np.abs(before - p) > 1e-5) | (before == 0)
-    kept = [
-        np.asarray(jax.jit(form)(logits, np.full(60, p, np.float32)))
-        for form in (_top_p_by_search, _top_p_by_comparison)
-    ]
-    np.testing.assert_array_equal(kept[0][is_clear], kept[1][is_clear])
-    np.testing.assert_array_equal(kept[1][is_clear], ((before < p) | (before == 0))[is_clear])
-    likeliest = np.arange(60), logits.argmax(axis=1)
-    assert kept[0][likeliest].all()
-    assert kept[1][likeliest].all()
-    assert is_clear.mean() > 0.5
+    is_clear = ((np.abs(before - p) > 1e-5) | (before == 0)) & np.isfinite(logits)
+    values = repeat(filters(OFF), len(logits))._replace(top_p=np.full(60, p, np.float32))
+    kept = kept_by_both(logits, values)
+    expected = (before < p) | (before == 0)
+    for form in kept:
+        np.testing.assert_array_equal(form[is_clear], expected[is_clear])
+        assert form[np.arange(60), logits.argmax(axis=1)].all()
+    assert is_clear[np.isfinite(logits)].mean() > 0.5
 
 
 def test_a_top_p_of_1_keeps_all_ids_beside_rows_with_top_p():
     """The search is skipped only if no row needs it."""
     logits, p = hard_rows(35), np.tile(np.float32([0.4, 1.0]), 30)
-    for form in (_top_p_by_search, _top_p_by_comparison):
-        kept = np.asarray(jax.jit(form)(logits, p))
-        assert kept[1::2].all()
+    for kept in kept_by_both(logits, repeat(filters(OFF), 60)._replace(top_p=p)):
+        np.testing.assert_array_equal(kept[1::2], np.isfinite(logits)[1::2])
         assert not kept[::2].all()
 
 
+@pytest.mark.parametrize("name", FILTERS)
+def test_comparison_and_search_filter_alike_and_draw_the_same_ids(name):
+    """Of 2051 ids, at random numbers and at both ends of what they may be."""
+    rng = np.random.default_rng(7)
+    logits = rng.normal(scale=3, size=(24, 2051)).astype(np.float32)
+    uniform = np.append(rng.random(22, np.float32), [0, NEARLY_ONE])
+    values = repeat(filters(FILTERS[name]), len(logits))
+    searched, compared = kept_by_both(logits, values)
+    probabilities = filtered_probabilities(logits, FILTERS[name])
+    # A probability below the least float32 is 0 in one form, and never drawn in the other.
+    is_clear = (probabilities == 0) | (probabilities > 1e-30)
+    np.testing.assert_array_equal(compared[is_clear], (probabilities > 0)[is_clear])
+    np.testing.assert_array_equal(compared[is_clear], searched[is_clear])
+    mass = np.asarray(by_comparison(logits, values), np.float64)
+    np.testing.assert_allclose(mass / mass.sum(axis=1, keepdims=True), probabilities, atol=1e-6)
+    ids = [
+        np.asarray(jax.jit(form)(logits, uniform, values))
+        for form in (_sample_by_search, _sample_by_comparison)
+    ]
+    np.testing.assert_array_equal(ids[0][:-1], ids[1][:-1])
+    # Nearly at 1, rounding decides which of the last ids it is.
+    for last in (form[-1] for form in ids):
+        assert mass[-1, last] > 0
+        assert probabilities[-1, last + 1 :].sum() < 1e-6
+
+
+def test_the_greedy_id_by_comparison_is_the_first_of_the_likeliest():
+    logits = hard_rows(35)
+    values = repeat(filters(Sampling(greedy=True)), len(logits))
+    ids = jax.jit(_sample_by_comparison)(logits, np.full(60, NEARLY_ONE), values)
+    np.testing.assert_array_equal(ids, logits.argmax(axis=1))
+
+
 @pytest.mark.parametrize("vocab", [1, 35, 2051])
-def test_prefix_sums_of_both_implementations_equal_numpy(vocab):
+def test_prefix_sums_by_comparison_equal_numpy(vocab):
     mass = np.random.default_rng(0).random((5, vocab), np.float32)
     expected = np.cumsum(mass, axis=1, dtype=np.float64)
-    for form in (_prefix_sums, _prefix_sums_by_comparison):
-        np.testing.assert_allclose(jax.jit(form)(mass), expected, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(_prefix_sums_by_comparison)(mass), expected, rtol=1e-5)
