@@ -10,7 +10,7 @@ import pytest
 from csm_jax.errors import InputError
 from csm_jax.io.audio import load_audio
 from csm_jax.loading import BUNDLED
-from csm_jax.watermark import Marker, embed, marking, network, reading, spectrum
+from csm_jax.watermark import Marker, Watermark, embed, marking, network, reading, spectrum
 from csm_jax.watermark.checkpoint import random_weights
 from csm_jax.watermark.config import WatermarkConfig, tiny
 from csm_jax.watermark.network import Statistics
@@ -128,6 +128,20 @@ def test_mark_depends_on_the_key_and_the_level_does_not_matter(weights):
     assert np.abs(marked - other).max() > 1e-4
     louder = embed(4 * audio, 44_100, weights, KEY)
     np.testing.assert_allclose(louder, 4 * marked, atol=1e-5)
+
+
+def test_nothing_is_compiled_after_the_warm_up(caplog):
+    watermark = Watermark(random_weights(dataclasses.replace(tiny(), band=24)), KEY)
+    with jax.log_compiles():
+        watermark.warm_up(24_000)
+        assert caplog.text.count("Finished XLA compilation of jit(_mark_frames)") == 3
+        caplog.clear()
+        marker = watermark.marker(24_000)
+        for size in (100, 17, 40, 1000, 33, 90):
+            marker.add(_noise(size))
+        marker.finish()
+        watermark.embed(_noise(5000), 24_000)
+    assert "compilation" not in caplog.text
 
 
 def test_silence_stays_silent_and_nothing_stays_nothing(weights):
