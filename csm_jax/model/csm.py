@@ -201,12 +201,11 @@ class CSM(nnx.Module):
             code = _force(code, changes.forced, codebook)
             return after(code, codebook, before._replace(layers=cache.layers, states=new_states))
 
-        def body(carry: tuple[Array, _Depth, Array]) -> tuple[Array, _Depth, Array]:
-            codebook, before, codes = carry
-            inputs = self.embed_code(before.code, codebook - 1)[:, None]  # [B, 1, D]
-            depth = next_code(inputs, before, codebook)
-            codes = jax.lax.dynamic_update_index_in_dim(codes, depth.code, codebook, 0)
-            return codebook + 1, depth, codes
+        def body(before: tuple[Array, _Depth], _: None) -> tuple[tuple[Array, _Depth], Array]:
+            codebook, depth = before
+            inputs = self.embed_code(depth.code, codebook - 1)[:, None]  # [B, 1, D]
+            depth = next_code(inputs, depth, codebook)
+            return (codebook + 1, depth), depth.code
 
         # The cache is empty at every frame: its positions are codebooks, not frames.
         config = self.config.depth_decoder
@@ -216,12 +215,11 @@ class CSM(nnx.Module):
         no_codes = functions.no_codes() if functions and functions.calls.rest else None
         depth = after(first, 0, _Depth(first, cache.layers, changes.end_bias, no_codes, states))
         depth = next_code(inputs, depth, jnp.int32(1))
-        codes = jnp.zeros((num_codebooks, len(first)), jnp.int32)
-        codes = codes.at[0].set(first).at[1].set(depth.code)
-        # Not a scan: it takes a GPU's kernel more to look up the codebook of its step.
-        _, depth, codes = jax.lax.while_loop(
-            lambda carry: carry[0] < num_codebooks, body, (jnp.int32(2), depth, codes)
-        )
+        second = depth.code
+        # The codebook is carried: to look it up takes a GPU a kernel more.
+        start = jnp.int32(2), depth
+        (_, depth), rest = jax.lax.scan(body, start, None, length=num_codebooks - 2)
+        codes = jnp.concatenate([first[None], second[None], rest])
         return codes.T, depth.states
 
     def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
