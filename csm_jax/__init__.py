@@ -1,6 +1,5 @@
 """CSM-1B, Sesame's conversational speech model, in JAX."""
 
-from csm_jax.align.words import Word
 from csm_jax.config import CSMConfig, csm_1b, miso_8b, tiny
 from csm_jax.errors import (
     CancelledError,
@@ -12,6 +11,7 @@ from csm_jax.errors import (
     QueueFullError,
     RequestCancelledError,
 )
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine, Ticket
 from csm_jax.inference.generator import Generator, load

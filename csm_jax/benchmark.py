@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
-from csm_jax.align.heads import AlignmentHeads
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.cli import flags as cli
 from csm_jax.cli import model_flags
 from csm_jax.errors import InputError

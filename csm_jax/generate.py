@@ -20,7 +20,6 @@ import numpy as np
 from absl import flags
 
 from csm_jax.align.finding import with_alignment
-from csm_jax.align.formats import check_words_out
 from csm_jax.cli import dataclass_flags, model_flags, processes, voice_flags, watermark_flags
 from csm_jax.cli import flags as cli
 from csm_jax.cli.manifest import (
@@ -35,6 +34,7 @@ from csm_jax.cli.progress import Report, lines_bar
 from csm_jax.cli.voice_flags import VoiceFiles
 from csm_jax.cli.words import WORDS_HELP, WordsFile, check_ending
 from csm_jax.errors import CSMError, InputError
+from csm_jax.inference.alignment.formats import check_words_out
 from csm_jax.inference.conversation import Conversation
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from absl import flags
 
-from csm_jax.align import heads
 from csm_jax.align.calibration import calibrate
 from csm_jax.align.finding import own_recordings, read_recordings, with_alignment
-from csm_jax.align.formats import FORMATS, check_words_out, write_words
 from csm_jax.align.recordings import Recording, align
+from csm_jax.checkpoints import alignment_heads as heads
 from csm_jax.cli import flags as cli
 from csm_jax.cli import model_flags
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.formats import FORMATS, check_words_out, write_words
 from csm_jax.inference.generator import Generator
 from csm_jax.io.audio import load_audio
 from csm_jax.io.files import reporting

@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from csm_jax.align.heads import AlignmentHeads
 from csm_jax.align.recordings import Recording, attention_to
-from csm_jax.align.tracking import WordTracker, boundary
-from csm_jax.align.words import row_weights
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.tracking import WordTracker, boundary
+from csm_jax.inference.alignment.words import row_weights
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.model.llama import Head
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.align.speech import PartAlignment
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.speech import PartAlignment
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.given_speech import pad_rows, read_speech
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.states import Observation, observe

@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx, traverse_util
 
-from csm_jax.align import heads as alignment
-from csm_jax.checkpoints import checksums
+from csm_jax.checkpoints import alignment_heads, checksums
 from csm_jax.checkpoints.quantize import prepare
 from csm_jax.config import CSMConfig, read_json
 from csm_jax.errors import CheckpointError, first_line
@@ -53,7 +52,7 @@ SMALL_FILES = (
     "generation_config.json",
     "chat_template.jinja",
     "chat_template.json",
-    alignment.FILE_NAME,
+    alignment_heads.FILE_NAME,
     limits.FILE_NAME,
 )
 

@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.align.formats import write_words
 from csm_jax.cli.dataclass_flags import field_types
 from csm_jax.errors import CSMError, InputError
+from csm_jax.inference.alignment.formats import write_words
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.loaded_model import LoadedModel

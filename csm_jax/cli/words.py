@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from csm_jax.align.formats import format_for, write_words
-from csm_jax.align.words import Word
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.formats import format_for, write_words
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.speech import Speech
 
 WORDS_HELP = (

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from csm_jax.align.heads import AlignmentHeads
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig

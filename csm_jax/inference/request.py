@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from csm_jax.align.words import Word
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.interventions import NO_CHANGE, Interventions
 from csm_jax.inference.notices import Notice
 from csm_jax.inference.take import Rank, rank_take

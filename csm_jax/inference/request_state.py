@@ -11,9 +11,9 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from csm_jax.align.speech import PartAlignment, SpeechAlignment
-from csm_jax.align.words import Word
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.speech import PartAlignment, SpeechAlignment
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.decode_step import TEXT_POSITIONS
 from csm_jax.inference.guard import Guard
 from csm_jax.inference.guarded_frames import GoBack, GuardedFrames, GuardedStep, Remark

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.request import Notice
 from csm_jax.inference.take import Take
 

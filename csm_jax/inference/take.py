@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.notices import Notice
 from csm_jax.inference.scores import Score
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.align.speech import SpeechAlignment
-from csm_jax.align.words import Word
 from csm_jax.errors import CSMError
+from csm_jax.inference.alignment.speech import SpeechAlignment
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, OnWord, Request
 from csm_jax.inference.speech import Speech

@@ -3,8 +3,8 @@
 import hashlib
 from pathlib import Path
 
-from csm_jax.align import heads
-from csm_jax.align.heads import AlignmentHeads
+from csm_jax.checkpoints import alignment_heads as heads
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.config import CSMConfig
 from csm_jax.errors import OutputError
 from csm_jax.io.files import reporting

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from csm_jax.align.words import Word
 from csm_jax.errors import InputError, first_line
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.engine import Engine
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import Notice, Request

@@ -9,8 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from csm_jax.align.words import Word
 from csm_jax.errors import CSMError
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.generator import Generator
 from csm_jax.inference.request import Notice
 from csm_jax.inference.ticket import Ticket

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from csm_jax.align.words import row_weights
 from csm_jax.config import CSMConfig
+from csm_jax.inference.alignment.words import row_weights
 from csm_jax.prompt.tokenizer import Tokenizer
 from csm_jax.train.data import RecordedTurn
 from csm_jax.train.word_times import TimedWord

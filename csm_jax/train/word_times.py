@@ -5,8 +5,8 @@ import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from csm_jax.align.words import word_spans
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.words import word_spans
 from csm_jax.io.text import read_text
 
 _FIELDS = {"text", "start", "end", "confidence"}
@@ -25,7 +25,7 @@ def parse_words(values: Any, text: str, where: str, directory: Path) -> tuple[Ti
 
     Args:
       values: `[{"text": "Hi.", "start": 0.1, "end": 0.4}, ...]`, or the name of a file of that.
-      text: of the turn; it consists of these words (`align.words.word_spans`).
+      text: of the turn; it consists of these words (`inference.alignment.words.word_spans`).
       where: the place of the turn, for messages.
       directory: the file is relative to it.
 

@@ -12,8 +12,8 @@ from absl import app, flags
 from timed_speech import record
 
 import csm_jax
-from csm_jax.align import heads
 from csm_jax.align.calibration import calibrate
+from csm_jax.checkpoints import alignment_heads as heads
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "a directory, which gets alignment.json")
 COUNT = flags.DEFINE_integer("count", 80, "recordings")

@@ -24,7 +24,7 @@ from texts import draw_digits
 from timed_speech import record, synthesize_with_times
 
 import csm_jax
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.io.audio import SAMPLE_RATE, load_audio
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "as for csm_jax.generate")

@@ -21,9 +21,9 @@ from hearing import median_pitch, recognize_digits
 from texts import DIGITS
 
 import csm_jax
-from csm_jax.align.words import Word
 from csm_jax.evaluate.judges import SpeakerEncoder, load_resemblyzer
 from csm_jax.evaluate.word_errors import count_errors
+from csm_jax.inference.alignment.words import Word
 from csm_jax.io.audio import load_audio
 from csm_jax.loading import BUNDLED
 

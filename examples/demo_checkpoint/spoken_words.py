@@ -9,7 +9,7 @@ from typing import Any
 from phonemes import LONG, SILENCE, SOUNDS, STRESS, phonemes_of
 from speech_set import SAMPLE_RATE, UNIT, Utterance
 
-from csm_jax.align.words import word_spans
+from csm_jax.inference.alignment.words import word_spans
 
 _VOWELS = frozenset("AIOWYaeioɐɑɒɔəɛɜɪʊuʌᵻæ")
 # An alignment that costs more for each sound is of other words than those that are spoken.

@@ -7,7 +7,7 @@ import csm_jax
 from csm_jax import InputError
 from csm_jax.align.calibration import calibrate
 from csm_jax.align.recordings import Recording, attention_to
-from csm_jax.align.words import row_weights
+from csm_jax.inference.alignment.words import row_weights
 
 TEXTS = ["four nine one", "two seven eight zero", "six three five", "one zero four nine"]
 

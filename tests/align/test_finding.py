@@ -10,8 +10,9 @@ import soundfile
 from fixtures import write_native
 
 import csm_jax
-from csm_jax.align import finding, heads
+from csm_jax.align import finding
 from csm_jax.align.__main__ import run
+from csm_jax.checkpoints import alignment_heads as heads
 from csm_jax.cli import flags as cli
 from csm_jax.generate import run as generate
 from csm_jax.io.files import check_file

@@ -11,9 +11,9 @@ import soundfile
 import webvtt
 
 import csm_jax
-from csm_jax.align.words import Word
 from csm_jax.cli import flags as cli
 from csm_jax.generate import run
+from csm_jax.inference.alignment.words import Word
 
 TEXT = "Four, nine one - zero."
 FLAGS = ["--checkpoint=demo", "--seed=2"]

@@ -9,7 +9,7 @@ from countdown import CONFIG, NUM_CODEBOOKS, random_weights
 from fixtures import up_to_the_end
 
 import csm_jax
-from csm_jax.align.heads import AlignmentHeads
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.inference.decode_batch import DecodeBatch, Rewind, Utterance
 from csm_jax.model.csm import bind
 from csm_jax.model.sampling import Sampling

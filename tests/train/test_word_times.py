@@ -8,8 +8,8 @@ from fixtures import CONFIG, TOKENIZER
 from hypothesis import given
 from hypothesis import strategies as st
 
-from csm_jax.align.formats import write_words
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.formats import write_words
+from csm_jax.inference.alignment.words import Word
 from csm_jax.prompt.turns import Segment, join_rows, turn_rows
 from csm_jax.train.batches import make_batch
 from csm_jax.train.data import RecordedConversation, RecordedTurn, read_conversations

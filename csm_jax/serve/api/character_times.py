@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 
 # Words of two forms of a text that differ are paired within so many words.
 _REACH = 24

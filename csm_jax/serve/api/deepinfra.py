@@ -12,7 +12,7 @@ from fastapi import Request as HTTPRequest
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
-from csm_jax.align.formats import word_rows
+from csm_jax.inference.alignment.formats import word_rows
 from csm_jax.inference.request import Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import UploadedTurn, read_context

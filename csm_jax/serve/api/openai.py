@@ -23,7 +23,7 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field, StrictInt
 
-from csm_jax.align.formats import word_rows
+from csm_jax.inference.alignment.formats import word_rows
 from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.context import Context, UploadedTurn, fetch_recording, read_context

@@ -41,8 +41,8 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from csm_jax.align.formats import word_rows
 from csm_jax.errors import CSMError, RequestCancelledError
+from csm_jax.inference.alignment.formats import word_rows
 from csm_jax.io.audio import to_pcm
 from csm_jax.prompt.splitting import Sentences
 from csm_jax.prompt.turns import Segment, check_text

@@ -11,7 +11,7 @@ from fastapi import Response
 from fastapi.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.request import Notice, Request
 from csm_jax.serve.admission.caller import Caller
 from csm_jax.serve.admission.concurrency import Permit

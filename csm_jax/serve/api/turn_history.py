@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.prompt.turns import Segment, Turn
 from csm_jax.prompt.window import find_newest
 from csm_jax.serve.admission.caller import Caller

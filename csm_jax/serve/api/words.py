@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
 
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.words import Word
 from csm_jax.inference.request import Notice
 
 NO_WORDS = Notice(
@@ -15,7 +15,7 @@ NO_WORDS = Notice(
 
 
 class WordEntry(BaseModel):
-    """A word as `csm_jax.align.formats.word_rows` has it."""
+    """A word as `csm_jax.inference.alignment.formats.word_rows` has it."""
 
     text: str
     start: float = Field(description="seconds")

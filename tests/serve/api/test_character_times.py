@@ -5,7 +5,7 @@ import random
 import pytest
 
 from csm_jax import Word
-from csm_jax.align.words import word_spans
+from csm_jax.inference.alignment.words import word_spans
 from csm_jax.serve.api.character_times import (
     CharacterTimes,
     TextTimes,

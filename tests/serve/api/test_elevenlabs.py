@@ -13,8 +13,8 @@ from hearing import recognize_digits
 from serving import SMALL, as_samples, same, serve
 
 from csm_jax import Request, Word
-from csm_jax.align.words import word_spans
 from csm_jax.evaluate.word_errors import count_errors
+from csm_jax.inference.alignment.words import word_spans
 from csm_jax.serve.audio.encoding import RATED_FORMATS
 from csm_jax.serve.settings import Settings
 

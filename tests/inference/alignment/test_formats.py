@@ -7,8 +7,8 @@ import re
 import pytest
 
 from csm_jax import InputError
-from csm_jax.align.formats import write_words
-from csm_jax.align.words import Word
+from csm_jax.inference.alignment.formats import write_words
+from csm_jax.inference.alignment.words import Word
 
 WORDS = [
     Word("One,", 0.25, 0.5, 0.9),

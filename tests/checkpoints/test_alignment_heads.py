@@ -5,8 +5,8 @@ import json
 import pytest
 
 from csm_jax import CheckpointError
-from csm_jax.align import heads
-from csm_jax.align.heads import FILE_NAME, AlignmentHeads
+from csm_jax.checkpoints import alignment_heads as heads
+from csm_jax.checkpoints.alignment_heads import FILE_NAME, AlignmentHeads
 from csm_jax.config import tiny
 
 

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from csm_jax.align.heads import AlignmentHeads
-from csm_jax.align.tracking import boundary
-from csm_jax.align.words import Word
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
+from csm_jax.inference.alignment.tracking import boundary
+from csm_jax.inference.alignment.words import Word
 
 # Seconds between two energies, and what each of them covers.
 STEP, WINDOW = 0.01, 0.025

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from csm_jax.align.heads import AlignmentHeads
-from csm_jax.align.timing import time_words
-from csm_jax.align.tracking import DELAY, WordTracker
-from csm_jax.align.words import Word, row_weights, word_spans
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.config import CSMConfig
+from csm_jax.inference.alignment.timing import time_words
+from csm_jax.inference.alignment.tracking import DELAY, WordTracker
+from csm_jax.inference.alignment.words import Word, row_weights, word_spans
 from csm_jax.prompt.tokenizer import Tokenizer
 
 

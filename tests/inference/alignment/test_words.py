@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
-from csm_jax.align.words import row_weights, word_spans
 from csm_jax.config import tiny
+from csm_jax.inference.alignment.words import row_weights, word_spans
 from csm_jax.loading import BUNDLED, open_source
 from csm_jax.prompt.tokenizer import byte_tokenizer
 

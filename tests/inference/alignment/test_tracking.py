@@ -5,11 +5,11 @@ import itertools
 import numpy as np
 import pytest
 
-from csm_jax.align.heads import AlignmentHeads
-from csm_jax.align.speech import PartAlignment
-from csm_jax.align.timing import energy, time_words
-from csm_jax.align.tracking import _FLOOR, _SKIP, WordTracker, boundary
+from csm_jax.checkpoints.alignment_heads import AlignmentHeads
 from csm_jax.config import tiny
+from csm_jax.inference.alignment.speech import PartAlignment
+from csm_jax.inference.alignment.timing import energy, time_words
+from csm_jax.inference.alignment.tracking import _FLOOR, _SKIP, WordTracker, boundary
 from csm_jax.prompt.tokenizer import byte_tokenizer
 
 HEADS = AlignmentHeads(((0, 0),), (0.0,), (1.0,))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from csm_jax.align.words import Word
 from csm_jax.errors import InputError
+from csm_jax.inference.alignment.words import Word
 from csm_jax.io.files import reporting
 from csm_jax.io.outputs import check_writable, write_output
 
