@@ -22,7 +22,8 @@ import numpy as np
 from absl import app, flags, logging
 
 import csm_jax
-from csm_jax.io.audio import SAMPLE_RATE, to_pcm
+from csm_jax.io.audio import to_pcm
+from csm_jax.io.samples import SAMPLE_RATE
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "the server's checkpoint")

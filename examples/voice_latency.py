@@ -20,7 +20,8 @@ import httpx
 import numpy as np
 from absl import app, flags, logging
 
-from csm_jax.io.audio import SAMPLE_RATE, encode_audio, load_audio
+from csm_jax.io.audio import encode_audio, load_audio
+from csm_jax.io.samples import SAMPLE_RATE
 from csm_jax.loading import BUNDLED
 
 URL = flags.DEFINE_string("url", "http://127.0.0.1:8000", "the server")

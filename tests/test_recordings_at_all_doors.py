@@ -13,7 +13,8 @@ import csm_jax
 from csm_jax.errors import InputError
 from csm_jax.generate import run
 from csm_jax.inference.request_state import RequestState
-from csm_jax.io.audio import check_audio, load_audio
+from csm_jax.io.audio import load_audio
+from csm_jax.io.samples import check_audio
 from csm_jax.prompt.turns import Segment
 from csm_jax.train.codes import CodeCache
 from csm_jax.train.data import read_conversations

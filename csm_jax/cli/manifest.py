@@ -30,7 +30,8 @@ from csm_jax.inference.loaded_model import LoadedModel
 from csm_jax.inference.request import Notice, Request
 from csm_jax.inference.request_state import RequestState
 from csm_jax.inference.voice import Voice
-from csm_jax.io.audio import is_silent, load_audio, save_audio
+from csm_jax.io.audio import load_audio, save_audio
+from csm_jax.io.samples import is_silent
 from csm_jax.io.script import Turn, parse_turn
 from csm_jax.io.text import read_text
 from csm_jax.model.sampling import Sampling

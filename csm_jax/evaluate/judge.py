@@ -16,9 +16,10 @@ from csm_jax.evaluate.judges import QualityModel, Recognizer, SpeakerEncoder
 from csm_jax.evaluate.normalization import Normalize
 from csm_jax.evaluate.takes import Take, TakeDirectory
 from csm_jax.evaluate.word_errors import count_errors
-from csm_jax.io.audio import SAMPLE_RATE, load_audio
+from csm_jax.io.audio import load_audio
 from csm_jax.io.files import locked, reporting
 from csm_jax.io.json_lines import add_line, read_lines, write_lines
+from csm_jax.io.samples import SAMPLE_RATE
 
 WORDS, SIMILARITY, QUALITY = "words", "similarity", "quality"
 

@@ -20,16 +20,9 @@ from csm_jax.io.av_decoder import MAX_RATE, MIN_RATE
 from csm_jax.io.compressed import decode_compressed, find_demuxer
 from csm_jax.io.files import new_file, reporting
 from csm_jax.io.outputs import check_writable, is_stream, open_stream, write_all, write_output
+from csm_jax.io.samples import INT16_SCALE, MAX_PEAK, check_audio, mono_float32
 from csm_jax.io.wav import wav_header, whole_wav
 
-SAMPLE_RATE = 24_000
-
-_INT16_SCALE = 32_768
-# A recording of speech lasts at least so long, and somewhere is louder than this (-60 dBFS).
-_MIN_SECONDS = 0.1
-SILENT_PEAK = 1e-3
-# Float samples go from -1 to 1; a loud recording may go a little beyond, another scale far.
-_MAX_PEAK = 2.0
 _LOSSY = ("OPUS", "VORBIS", "MPEG_LAYER_I", "MPEG_LAYER_II", "MPEG_LAYER_III")
 
 
@@ -100,52 +93,6 @@ def is_headerless(path: Path) -> bool:
     return path.suffix.lower() in (".pcm", ".raw")
 
 
-def check_audio(audio: np.ndarray, name: str = "audio") -> np.ndarray:
-    """A caller's array as float32 [num_samples]; int16 is scaled by 1 / 32768.
-
-    `name` is what errors call it. Raises `InputError` for another shape or dtype, 0 samples,
-    samples that are not finite, or a peak that float samples do not have.
-    """
-    samples = check_samples(audio, name)
-    if not len(samples):
-        raise InputError(f"{name}: no samples; give a recording that is not empty")
-    return samples
-
-
-def check_samples(audio: np.ndarray, name: str = "audio") -> np.ndarray:
-    """`check_audio` of samples that may be 0 in number."""
-    samples = _mono_float32(audio, name)
-    if (peak := float(np.abs(samples).max(initial=0))) > _MAX_PEAK:
-        raise InputError(
-            f"{name}: a peak of {peak:.3g}, but float samples go from -1 to 1; divide by 32768 "
-            "what was 16 bits"
-        )
-    return samples
-
-
-def is_silent(samples: np.ndarray) -> bool:
-    """Whether float samples [n], n > 0, hold no sound: a constant, or under -60 dBFS."""
-    return float(np.ptp(samples)) / 2 < SILENT_PEAK
-
-
-def check_speech(audio: np.ndarray, name: str) -> np.ndarray:
-    """`check_audio` of samples at 24 kHz that are a recording of speech.
-
-    Raises `InputError` also for a recording that is too short or silent.
-    """
-    samples = check_audio(audio, name)
-    seconds = len(samples) / SAMPLE_RATE
-    if is_silent(samples):
-        swing = float(np.ptp(samples)) / 2
-        raise InputError(f"{name}: silent, with a peak of {swing:.2g}; record it louder")
-    if seconds < _MIN_SECONDS:
-        raise InputError(
-            f"{name}: {len(samples)} samples last {seconds:.3g} s, and speech at least "
-            f"{_MIN_SECONDS:g} s; record more"
-        )
-    return samples
-
-
 def audio_error(error: Exception) -> str:
     """libsndfile's message, without the object that was read."""
     if isinstance(error, soundfile.LibsndfileError):
@@ -166,7 +113,7 @@ def encode_audio(audio: np.ndarray, sample_rate: int, suffix: str) -> bytes:
     suffix or a rate that the format does not have.
     """
     how = _format(suffix, suffix)
-    samples = _mono_float32(audio, "audio")
+    samples = mono_float32(audio, "audio")
     try:
         return _encode(samples, sample_rate, how)
     except soundfile.LibsndfileError as error:
@@ -350,7 +297,7 @@ def _limit_overshoot(samples: np.ndarray, coding: str) -> np.ndarray:
     Args:
       coding: libsndfile's name.
     """
-    return np.clip(samples, -_MAX_PEAK, _MAX_PEAK) if coding in _LOSSY else samples
+    return np.clip(samples, -MAX_PEAK, MAX_PEAK) if coding in _LOSSY else samples
 
 
 def _decode_raw(data: bytes, path: Path) -> np.ndarray:
@@ -363,32 +310,11 @@ def _decode_raw(data: bytes, path: Path) -> np.ndarray:
     return np.frombuffer(data, "<i2")
 
 
-def _mono_float32(audio: np.ndarray, name: str) -> np.ndarray:
-    try:
-        audio = np.asarray(audio)
-    except ValueError as error:  # such as (rate, samples) of other libraries
-        raise InputError(f"{name} is no array of samples: give those alone") from error
-    expected = f"give float samples at {SAMPLE_RATE} Hz (load_audio reads files)"
-    if audio.ndim != 1:
-        raise InputError(f"{name} has shape {audio.shape}; mono audio is [num_samples]: {expected}")
-    if np.issubdtype(audio.dtype, np.int16):
-        return audio.astype(np.float32) / _INT16_SCALE
-    if not np.issubdtype(audio.dtype, np.floating):
-        raise InputError(f"{name} has dtype {audio.dtype}, not float or int16; {expected}")
-    with np.errstate(over="ignore"):  # becomes inf, and is refused as such
-        samples = audio.astype(np.float32)
-    if bad := np.count_nonzero(~np.isfinite(samples)):
-        raise InputError(
-            f"{name}: {bad} of {len(samples)} samples are NaN or infinite; repair the recording"
-        )
-    return samples
-
-
 def _to_int16(samples: np.ndarray) -> np.ndarray:
     # libsndfile multiplies by 32767, and divides by 32768 when reading: 16-bit audio would change
     # each time it is loaded and saved.
-    scaled = np.rint(np.clip(samples, -1, 1) * _INT16_SCALE)
-    return np.minimum(scaled, _INT16_SCALE - 1).astype(np.int16)
+    scaled = np.rint(np.clip(samples, -1, 1) * INT16_SCALE)
+    return np.minimum(scaled, INT16_SCALE - 1).astype(np.int16)
 
 
 def _as_coded(samples: np.ndarray, how: _Format) -> np.ndarray:

@@ -16,7 +16,7 @@ from flax import nnx
 
 from csm_jax.config import MimiConfig
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.io.audio import check_samples
+from csm_jax.io.samples import check_samples
 from csm_jax.mimi import state_rows
 from csm_jax.mimi.conv import (
     Array,

@@ -17,7 +17,7 @@ import numpy as np
 from csm_jax.config import CSMConfig
 from csm_jax.errors import InputError
 from csm_jax.io.arguments import whole_number
-from csm_jax.io.audio import check_audio, is_silent
+from csm_jax.io.samples import check_audio, is_silent
 from csm_jax.prompt.tokenizer import Tokenizer, check_unicode
 
 # Unicode's spaces, controls, formats (zero width) and accents; and letters that are blank.

@@ -9,8 +9,9 @@ from typing import NamedTuple, TypeGuard
 import numpy as np
 
 from csm_jax.errors import InputError
-from csm_jax.io.audio import SILENT_PEAK, decode_audio, is_headerless, read_recording
+from csm_jax.io.audio import decode_audio, is_headerless, read_recording
 from csm_jax.io.files import replace_file, reporting
+from csm_jax.io.samples import SILENT_PEAK
 from csm_jax.mimi.codec import Codec
 
 # Seconds of audio that are read before they are sorted and encoded, and, padding included, that

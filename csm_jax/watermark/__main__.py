@@ -17,7 +17,8 @@ from absl import flags
 from csm_jax.cli import flags as cli
 from csm_jax.cli import watermark_flags
 from csm_jax.errors import CheckpointError, InputError
-from csm_jax.io.audio import SAMPLE_RATE, is_headerless, is_silent, load_audio
+from csm_jax.io.audio import is_headerless, load_audio
+from csm_jax.io.samples import SAMPLE_RATE, is_silent
 from csm_jax.watermark import PUBLIC_KEY, Detection, Verdict, convert, detect, find_weights
 from csm_jax.watermark.decision import MIN_PERIODS
 from csm_jax.watermark.finding import HOW_TO_GET, LICENSE

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from csm_jax.io.audio import check_samples, is_silent
+from csm_jax.io.samples import check_samples, is_silent
 from csm_jax.watermark import network, spectrum
 from csm_jax.watermark.checkpoint import Weights
 from csm_jax.watermark.config import TRAINED_POWER, WatermarkConfig

@@ -25,7 +25,8 @@ from timed_speech import record, synthesize_with_times
 
 import csm_jax
 from csm_jax.inference.alignment.words import Word
-from csm_jax.io.audio import SAMPLE_RATE, load_audio
+from csm_jax.io.audio import load_audio
+from csm_jax.io.samples import SAMPLE_RATE
 
 CHECKPOINT = flags.DEFINE_string("checkpoint", "demo", "as for csm_jax.generate")
 COUNT = flags.DEFINE_integer("count", 200, "utterances without, and as many with a context")

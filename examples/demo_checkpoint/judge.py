@@ -13,7 +13,8 @@ from texts import draw_digits
 import csm_jax
 from csm_jax.evaluate.word_errors import count_errors
 from csm_jax.inference.generator import Generator
-from csm_jax.io.audio import SAMPLE_RATE, load_audio
+from csm_jax.io.audio import load_audio
+from csm_jax.io.samples import SAMPLE_RATE
 
 # Pitch in Hz that separates the two voices: slt has 173, rms 97.
 BETWEEN = 130

@@ -9,7 +9,8 @@ from flite import VOICES
 from texts import DIGITS, draw_digits
 
 from csm_jax.align.recordings import Recording
-from csm_jax.io.audio import SAMPLE_RATE, load_audio
+from csm_jax.io.audio import load_audio
+from csm_jax.io.samples import SAMPLE_RATE
 
 # Sounds of the digits as flite pronounces them; the first vowels of some vary.
 NUM_SOUNDS = dict(zip(DIGITS, (4, 3, 2, 3, 3, 3, 4, 5, 2, 3), strict=True))

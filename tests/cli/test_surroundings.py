@@ -14,6 +14,7 @@ from fixtures import CONFIG
 
 from csm_jax import generate
 from csm_jax.io import audio
+from csm_jax.io.samples import SAMPLE_RATE
 
 COMMAND = [sys.executable, "-m", "csm_jax.generate", "--checkpoint=random:tiny", "--text=Hi."]
 COMMAND += ["--guard=off", "--max_audio_length_ms=800"]
@@ -113,7 +114,7 @@ def codes(tmp_path, name: str, environment: dict[str, str], *flags: str) -> np.n
 def test_codes_are_the_same_with_64_bit_numbers(tmp_path, flags):
     voice = tmp_path / "voice.wav"
     noise = 0.1 * np.random.default_rng(0).standard_normal(5 * CONFIG.codec.frame_size)
-    audio.save_audio(voice, noise, audio.SAMPLE_RATE)
+    audio.save_audio(voice, noise, SAMPLE_RATE)
     context = [f"--context_audio={voice}", "--context_text=Before.", *flags]
     wide = codes(tmp_path, "wide", {"JAX_ENABLE_X64": "1"}, *context)
     usual = codes(tmp_path, "usual", {"JAX_ENABLE_X64": "0"}, *context)

@@ -12,10 +12,11 @@ import soundfile
 
 from csm_jax.errors import InputError, OutputError
 from csm_jax.io import audio
+from csm_jax.io.samples import SAMPLE_RATE, check_audio
 from csm_jax.serve.audio.decoding import decode_recording
 from csm_jax.serve.settings import Limits
 
-RATE = audio.SAMPLE_RATE
+RATE = SAMPLE_RATE
 SUFFIXES = [".wav", ".flac", ".mp3", ".ogg", ".opus", ".pcm", ".raw"]
 
 
@@ -220,14 +221,14 @@ def test_a_coding_that_can_only_be_read_forwards_is_read(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
 def test_float_arrays_become_float32(dtype):
-    checked = audio.check_audio(np.array([0.5, -0.25, 1.5], dtype))
+    checked = check_audio(np.array([0.5, -0.25, 1.5], dtype))
     assert checked.dtype == np.float32
     np.testing.assert_array_equal(checked, [0.5, -0.25, 1.5])
 
 
 @pytest.mark.parametrize("dtype", ["<i2", ">i2"])
 def test_int16_arrays_are_scaled(dtype):
-    checked = audio.check_audio(np.array([-32768, 0, 16384], dtype))
+    checked = check_audio(np.array([-32768, 0, 16384], dtype))
     assert checked.dtype == np.float32
     np.testing.assert_array_equal(checked, [-1, 0, 0.5])
 
@@ -251,7 +252,7 @@ def test_int16_arrays_are_scaled(dtype):
 )
 def test_bad_arrays_are_refused_in_one_line(array, says):
     with one_line(InputError, says):
-        audio.check_audio(array)
+        check_audio(array)
 
 
 # Writing

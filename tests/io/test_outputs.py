@@ -15,8 +15,9 @@ import soundfile
 from csm_jax.cli.output import check_codes_out, save_codes
 from csm_jax.errors import OutputError
 from csm_jax.io import audio
+from csm_jax.io.samples import SAMPLE_RATE
 
-RATE = audio.SAMPLE_RATE
+RATE = SAMPLE_RATE
 TONE = (0.5 * np.sin(np.arange(12_000) / 10)).astype(np.float32)
 PCM = np.rint(TONE * 32_768).astype("<i2").tobytes()
 

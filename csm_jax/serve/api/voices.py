@@ -6,7 +6,8 @@ from fastapi import APIRouter, Response
 from fastapi import Request as HTTPRequest
 from pydantic import BaseModel, Field
 
-from csm_jax.io.audio import SAMPLE_RATE, decode_audio, encode_audio
+from csm_jax.io.audio import decode_audio, encode_audio
+from csm_jax.io.samples import SAMPLE_RATE
 from csm_jax.serve.admission.caller import Caller, caller_of
 from csm_jax.serve.api.fields import Fields, ignored
 from csm_jax.serve.api.parsing import describe, read_fields

@@ -18,9 +18,10 @@ import soundfile
 import soxr
 
 from csm_jax.errors import InputError, first_line
-from csm_jax.io.audio import SAMPLE_RATE, ForwardFile, audio_error, check_speech, read_blocks
+from csm_jax.io.audio import ForwardFile, audio_error, read_blocks
 from csm_jax.io.av_decoder import MAX_CHANNELS, MAX_RATE, MIN_RATE
 from csm_jax.io.compressed import decode_compressed, find_demuxer
+from csm_jax.io.samples import SAMPLE_RATE, check_speech
 from csm_jax.io.wav import whole_wav
 from csm_jax.serve.audio.ogg import OggError, checked_ogg
 from csm_jax.serve.settings import Limits

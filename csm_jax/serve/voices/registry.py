@@ -17,7 +17,8 @@ import soundfile
 
 from csm_jax.errors import InputError, first_line
 from csm_jax.inference.generator import Generator
-from csm_jax.io.audio import SAMPLE_RATE, encode_audio
+from csm_jax.io.audio import encode_audio
+from csm_jax.io.samples import SAMPLE_RATE
 from csm_jax.prompt.turns import Segment
 from csm_jax.serve.settings import Limits
 from csm_jax.serve.store.voices import VoiceRow, VoiceStore
