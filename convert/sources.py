@@ -14,7 +14,8 @@ from csm_jax.checkpoints.torch_files import TORCH_SUFFIXES, load_tensors, plain_
 from csm_jax.config import read_json
 from csm_jax.convert.rules import Shape, TensorSource
 from csm_jax.convert.weight_files import INDEX, Candidate, candidates, of_index
-from csm_jax.errors import CheckpointError, explain
+from csm_jax.errors import CheckpointError
+from csm_jax.io.contents import explain
 
 _DTYPES = {
     "F64": np.float64,

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from csm_jax.errors import CheckpointError, explain
+from csm_jax.errors import CheckpointError
+from csm_jax.io.contents import explain
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 # stands for all its modules that are not in the list themselves.
 LAYERS = """
 csm_jax.errors
-csm_jax.config
 csm_jax.io
+csm_jax.config
 csm_jax.model
 csm_jax.mimi
 csm_jax.prompt

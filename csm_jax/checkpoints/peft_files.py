@@ -15,7 +15,8 @@ from csm_jax.checkpoints.native_format import check_finite
 from csm_jax.checkpoints.peft_options import PeftOptions, parse_options
 from csm_jax.checkpoints.torch_files import load_tensors, plain_names
 from csm_jax.config import CSMConfig, read_json
-from csm_jax.errors import CheckpointError, explain
+from csm_jax.errors import CheckpointError
+from csm_jax.io.contents import explain
 from csm_jax.io.files import new_directory
 from csm_jax.model.layers import LowRank
 from csm_jax.model.lora import TARGETS, Adapters, LoRAConfig, adapter_shapes, merge

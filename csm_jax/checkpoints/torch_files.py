@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from csm_jax.errors import CheckpointError, explain
+from csm_jax.errors import CheckpointError
+from csm_jax.io.contents import explain
 
 TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 # Under these names training programs save a state dict among other things.

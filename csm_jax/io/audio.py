@@ -15,9 +15,10 @@ import numpy as np
 import soundfile
 import soxr
 
-from csm_jax.errors import InputError, OutputError, first_line, mistaken_content
+from csm_jax.errors import InputError, OutputError, first_line
 from csm_jax.io.av_decoder import MAX_RATE, MIN_RATE
 from csm_jax.io.compressed import decode_compressed, find_demuxer
+from csm_jax.io.contents import mistaken_content
 from csm_jax.io.files import new_file, reporting
 from csm_jax.io.outputs import check_writable, is_stream, open_stream, write_all, write_output
 from csm_jax.io.samples import INT16_SCALE, MAX_PEAK, check_audio, mono_float32

@@ -3,7 +3,8 @@
 import codecs
 from pathlib import Path
 
-from csm_jax.errors import InputError, first_line, mistaken_content
+from csm_jax.errors import InputError, first_line
+from csm_jax.io.contents import mistaken_content
 
 # Longest first: the mark of UTF-32 begins with that of UTF-16.
 _OTHER_MARKS = {

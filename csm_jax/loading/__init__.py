@@ -13,7 +13,8 @@ from csm_jax import config as presets
 from csm_jax.checkpoints import native_format, peft_files
 from csm_jax.checkpoints.random_weights import random_tensors
 from csm_jax.config import CSMConfig
-from csm_jax.errors import CheckpointError, InputError, mistaken_file
+from csm_jax.errors import CheckpointError, InputError
+from csm_jax.io.contents import mistaken_file
 from csm_jax.loading import hub
 from csm_jax.prompt.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 
