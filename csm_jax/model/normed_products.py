@@ -31,19 +31,18 @@ def normed_products(norm: RMSNorm, x: Array, *weights: Weight) -> tuple[Array, .
       float32 [B, T, out] each.
     """
 
-    def in_turn(x: Array, scale: Array, *weights: Weight) -> tuple[Array, ...]:
+    def in_turn(x: Array, *weights: Weight) -> tuple[Array, ...]:
         normed = norm(x)
         return tuple(linear_float32(normed, weight) for weight in weights)
 
-    def folded(x: Array, scale: Array, *weights: AnyArray | Int8Weight) -> tuple[Array, ...]:
-        return _folded(x, scale, weights, norm.eps)
+    def folded(x: Array, *weights: AnyArray | Int8Weight) -> tuple[Array, ...]:
+        return _folded(x, norm.scale[...], weights, norm.eps)
 
-    scale = norm.scale[...]
     is_adapted = any(isinstance(weight, Adapted) for weight in weights)
     # In float16 what has not been normed yet overflows.
     if x.size > x.shape[-1] or is_adapted or x.dtype == jnp.float16:
-        return in_turn(x, scale, *weights)
-    return jax.lax.platform_dependent(x, scale, *weights, cuda=folded, default=in_turn)
+        return in_turn(x, *weights)
+    return jax.lax.platform_dependent(x, *weights, cuda=folded, default=in_turn)
 
 
 def _folded(

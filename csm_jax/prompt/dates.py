@@ -46,7 +46,7 @@ def speak_iso_date(found: re.Match) -> str:
 
 
 def speak_short_date(found: re.Match) -> str:
-    """Of `SHORT_DATE`; as it is where nobody can know which number is the month."""
+    """Of `SHORT_DATE`; the text itself where either number may be the month."""
     first, separator, second, year = found.groups()
     day, month = int(first), int(second)
     if separator == "/" and month > 12:

@@ -7,7 +7,7 @@ from csm_jax.errors import InputError
 
 # num2words has names for numbers up to about this many digits; longer ones are read digit by digit.
 _MAX_DIGITS = 15
-# The parts that have a name of their own; of the others nobody speaks.
+# Names of parts; fractions with other denominators are not read as words.
 _PARTS = {2: "half", 3: "third", 4: "quarter", 5: "fifth", 6: "sixth", 7: "seventh"}
 _PARTS |= {8: "eighth", 9: "ninth", 10: "tenth"}
 

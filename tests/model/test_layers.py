@@ -221,6 +221,15 @@ def naive_attention(query, key, value, visible) -> np.ndarray:
     return out, all_weights
 
 
+def assert_equals_naive_attention(attend, query, key, value, visible) -> None:
+    got, weights = jax.jit(attend)(query, key, value, visible)
+    expected, expected_weights = naive_attention(query, key, value, visible)
+    # Attention weights are rounded too; sums of mixed signs keep the errors of their terms.
+    atol = max(3 * float(ml_dtypes.finfo(value.dtype).eps), 1e-5)
+    assert_rounded(got, expected, value.dtype, roundings=2, atol=atol)
+    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+
+
 @every_dtype
 @pytest.mark.parametrize(("num_kv_heads", "group"), [(2, 3), (4, 1), (1, 3)])
 def test_attention_equals_a_loop(dtype, num_kv_heads, group):
@@ -229,12 +238,7 @@ def test_attention_equals_a_loop(dtype, num_kv_heads, group):
     value = normal(11, 2, num_kv_heads, 7, 8, dtype=dtype)
     visible = np.random.default_rng(12).random((2, 4, 7)) < 0.6
     visible[..., 3] = True
-    got, weights = jax.jit(attention)(query, key, value, visible)
-    expected, expected_weights = naive_attention(query, key, value, visible)
-    # Attention weights are rounded too; sums of mixed signs keep the errors of their terms.
-    eps = float(ml_dtypes.finfo(dtype).eps)
-    assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
-    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+    assert_equals_naive_attention(attention, query, key, value, visible)
 
 
 @every_dtype
@@ -242,11 +246,7 @@ def test_the_attention_of_a_gpu_to_a_short_cache_equals_a_loop(dtype):
     query = normal(9, 2, 1, 2, 3, 8, dtype=dtype, scale=2.0)
     key, value = normal(10, 2, 2, 8, 7, dtype=dtype), normal(11, 2, 2, 7, 8, dtype=dtype)
     visible = np.arange(7)[None, None] < np.array([[[5]], [[7]]])
-    got, weights = jax.jit(_attention_by_sums)(query, key, value, visible)
-    expected, expected_weights = naive_attention(query, key, value, visible)
-    eps = float(ml_dtypes.finfo(dtype).eps)
-    assert_rounded(got, expected, dtype, roundings=2, atol=max(3 * eps, 1e-5))
-    np.testing.assert_allclose(weights, expected_weights, atol=1e-5)
+    assert_equals_naive_attention(_attention_by_sums, query, key, value, visible)
 
 
 @every_dtype
