@@ -140,6 +140,26 @@ class Target:
         return jax.tree.map(_placed, state, state_sharding(state, self.mesh))
 
 
+def weights_of_a_frame(config: CSMConfig, precision: Precision) -> int:
+    """Bytes of the weights that a frame multiplies with, for any number of rows.
+
+    The depth decoder takes a step for each codebook but the first; in each, a head is another one.
+    """
+    parts = dict.fromkeys(param_shapes(config, precision)["csm"], 0)
+    for path, leaf in flatten(param_shapes(config, precision)["csm"]).items():
+        parts[path.split("/")[0]] += leaf.size * leaf.dtype.itemsize
+    steps = config.num_codebooks - 1
+    once = parts["backbone"] + parts["codebook0_head"] + parts["depth_heads"]
+    return once + steps * (parts["depth_decoder"] + parts["projection"])
+
+
+def cache_bytes(config: CSMConfig, precision: Precision, batch: int, max_seq_len: int) -> int:
+    """Bytes of the backbone's keys and values."""
+    sizes = config.backbone
+    per_position = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim
+    return per_position * batch * max_seq_len * precision.activations.itemsize
+
+
 def _placed(leaf: Any, sharding: Sharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

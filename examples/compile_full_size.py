@@ -9,9 +9,11 @@
 The program needs only the shapes of the weights. It prints a JSON line for each compiled program:
 prefill of a prompt, the frame loop with a cache of 2048 positions, and the codec's decoding of a
 frame; or a step of training. With --tpu it compiles for TPU chips, without having any, with the
-compiler of `pip install "jax[tpu]"`. With --gpu it compiles for a card, with `jax[cuda12]`; then it
-prints the kernels that the program launches (the frame loop's in one frame), the bytes that they
-move, and the milliseconds that launches and bytes take at least: an estimate, since nothing is run.
+compiler of `pip install "jax[tpu]"`; then it prints the bytes that the program copies in memory,
+and the frames a second that the chip's bandwidth allows at most: a bound, not a measurement. With
+--gpu it compiles for a card, with `jax[cuda12]`; then it prints the kernels that the program
+launches (the frame loop's in one frame), the bytes that they move, and the milliseconds that
+launches and bytes take at least: an estimate, since nothing is run.
 """
 
 import argparse
@@ -19,9 +21,18 @@ import json
 
 import jax
 import jax.numpy as jnp
-from ahead_of_time import Target, lower_train_step, measure, tpu_devices
-from gpu_kernels import cost_of_pass, cost_of_program, parse
+from ahead_of_time import (
+    Target,
+    cache_bytes,
+    lower_train_step,
+    measure,
+    tpu_devices,
+    weights_of_a_frame,
+)
+from compiled_text import parse
+from gpu_kernels import cost_of_pass, cost_of_program
 from gpu_targets import CARDS, Card, gpu_devices
+from tpu_limits import copied_bytes, frames_per_second
 
 import csm_jax
 from csm_jax.config import tiny
@@ -82,6 +93,8 @@ def main() -> None:
         compiled, figures = measure(programs[program])
         if card:
             figures |= work_on(card, program, compiled.as_text())
+        if flags.tpu:
+            figures |= limits_of(flags, precision, program, compiled.as_text())
         print(json.dumps({"program": program} | figures), flush=True)
 
 
@@ -100,6 +113,20 @@ def work_on(card: Card, program: str, text: str) -> dict[str, float | int]:
         "bytes": cost.bytes,
         "estimate_ms": round(1000 * cost.seconds, 2),
     }
+
+
+def limits_of(
+    flags: argparse.Namespace, precision: Precision, program: str, text: str
+) -> dict[str, float | int]:
+    """Bytes that are copied in a chip's memory; and of the frame loop on one chip, its bound."""
+    figures: dict[str, float | int] = {"copied_bytes": copied_bytes(parse(text))}
+    if program == "frame_loop" and flags.data * flags.model == 1:
+        config = CONFIGS[flags.config]
+        read = weights_of_a_frame(config, precision)
+        read += cache_bytes(config, precision, flags.batch, flags.max_seq_len)
+        bound = frames_per_second(flags.topology, read)
+        figures |= {"read_bytes": read, "frames_per_second_bound": round(flags.batch * bound, 1)}
+    return figures
 
 
 def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax.Device]) -> dict:

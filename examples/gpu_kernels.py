@@ -7,7 +7,8 @@ outside a fusion is a kernel, a copy, or nothing at run time.
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+
+from compiled_text import NAME, Instruction, Program, called_by, size
 
 # Seconds from one kernel to the next if they have nothing to do, in a CUDA graph or not. From the
 # one frame that was measured, on an H200: 8.8 ms for 3742 kernels, of which 420, the products of
@@ -28,43 +29,11 @@ _NO_KERNEL = {
 # What reads as much of its first operand as it returns.
 _READS_A_PART = {"dynamic-slice", "gather", "slice"}
 
-_COMPUTATION = re.compile(r"(?P<entry>ENTRY )?%(?P<name>\S+) \(.*\{$")
-_INSTRUCTION = re.compile(
-    r"\s*(?P<root>ROOT )?%(?P<name>\S+) = (?P<shape>\(.*?\)|\S+) (?P<opcode>[a-z][a-z0-9-]*)\("
-)
-_NAME = re.compile(r"%([^\s,(){}]+)")
-_CALLED = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%([^\s,{}]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r"\bcondition=%([^\s,{}]+), body=%([^\s,{}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # Space for the libraries' own use, which they return beside the result.
 _SCRATCH = re.compile(r", [su]8\[\d+\]\{0\}\)$")
-_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
-
-
-class Instruction(NamedTuple):
-    """A line of a computation.
-
-    Attributes:
-      shape: as it stands in the text.
-      operands: names.
-      attributes: what follows the operands.
-      is_root: whether it is what the computation returns.
-    """
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    attributes: str
-    is_root: bool
-
-
-class Program(NamedTuple):
-    """Instructions by the name of their computation, and the name of the one that is run."""
-
-    computations: dict[str, list[Instruction]]
-    entry: str
 
 
 @dataclass(frozen=True)
@@ -92,58 +61,6 @@ class Cost:
 
 
 NOTHING = Cost(0, 0, 0.0)
-
-
-def parse(text: str) -> Program:
-    """The program of a text in XLA's HLO format."""
-    computations: dict[str, list[Instruction]] = {}
-    entry, current = "", None
-    for line in text.splitlines():
-        if (heading := _COMPUTATION.match(line)) and not line.startswith(" "):
-            current = computations.setdefault(heading["name"], [])
-            entry = heading["name"] if heading["entry"] else entry
-        elif current is not None and (found := _INSTRUCTION.match(line)):
-            current.append(_instruction(found, line))
-    if not entry:
-        raise ValueError("the text has no ENTRY computation, so it is not a program in HLO")
-    return Program(computations, entry)
-
-
-def _instruction(found: re.Match[str], line: str) -> Instruction:
-    operands, attributes = _split_at_closing(line[found.end() :])
-    return Instruction(
-        found["name"],
-        found["shape"],
-        found["opcode"],
-        tuple(_NAME.findall(operands)),
-        attributes,
-        bool(found["root"]),
-    )
-
-
-def _split_at_closing(text: str) -> tuple[str, str]:
-    """The text before and after the parenthesis that closes one opened before it."""
-    depth = 1
-    for index, character in enumerate(text):
-        depth += {"(": 1, ")": -1}.get(character, 0)
-        if depth == 0:
-            return text[:index], text[index + 1 :]
-    raise ValueError(f"the operands of an instruction do not end: {text[:80]}")
-
-
-def size(shape: str) -> int:
-    """Bytes of an array or of a tuple of arrays, such as `(f32[8]{0}, bf16[2,4]{1,0})`."""
-    return sum(_array_bytes(*found.groups()) for found in _ARRAY.finditer(shape))
-
-
-def _array_bytes(kind: str, bits: str, dimensions: str) -> int:
-    count = 1
-    for dimension in dimensions.split(","):
-        count *= int(dimension or 1)
-    width = {"pred": 8, "token": 0, "opaque": 0}.get(kind) if not bits else int(bits)
-    if width is None:
-        raise ValueError(f"the size of the type {kind} is not known")
-    return -(-count * width // 8)
 
 
 def cost_of_program(program: Program, bandwidth: float) -> Cost:
@@ -187,10 +104,10 @@ def _cost_of_instruction(
         trips = _TRIPS.search(attributes)
         # With known trips, the loop runs without its condition.
         return body.times(int(trips[1])) if trips else condition + body
-    called = _CALLED.findall(attributes)
+    called = called_by(instruction)
     if opcode == "conditional":
         branches = _BRANCHES.search(attributes)
-        names = _NAME.findall(branches[1]) if branches else called
+        names = NAME.findall(branches[1]) if branches else called
         return max(
             (_cost(program, name, bandwidth) for name in names), key=lambda cost: cost.seconds
         )
@@ -213,7 +130,7 @@ def _bytes_moved(
     """Bytes that a kernel reads of each operand, and then those that it writes."""
     operands = [around[name] for name in instruction.operands]
     if instruction.opcode == "fusion":
-        inside = program.computations[_CALLED.findall(instruction.attributes)[0]]
+        inside = program.computations[called_by(instruction)[0]]
     else:
         # As if the instruction were the only one of a fusion.
         inside = [

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
+from ahead_of_time import weights_of_a_frame
 
 import csm_jax
-from csm_jax.checkpoints.native_format import flatten, param_shapes
 from csm_jax.config import CSMConfig, tiny
 from csm_jax.model.precision import Precision
 
@@ -48,18 +48,10 @@ def compiled(program: str, *flags: str) -> dict:
     return json.loads(done.stdout)
 
 
-def weights_of_a_frame(config: CSMConfig, quantize: str) -> int:
-    """Bytes of the weights that a frame multiplies with.
-
-    The depth decoder takes a step for each codebook but the first; in each, a head is another one.
-    """
-    precision = Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), quantize == "int8")
-    parts = dict.fromkeys(param_shapes(config, precision)["csm"], 0)
-    for path, leaf in flatten(param_shapes(config, precision)["csm"]).items():
-        parts[path.split("/")[0]] += leaf.size * leaf.dtype.itemsize
-    steps = config.num_codebooks - 1
-    once = parts["backbone"] + parts["codebook0_head"] + parts["depth_heads"]
-    return once + steps * (parts["depth_decoder"] + parts["projection"])
+def weights(config: CSMConfig, quantize: str) -> int:
+    """Bytes of the weights that a frame multiplies with."""
+    bfloat16 = jnp.dtype("bfloat16")
+    return weights_of_a_frame(config, Precision(bfloat16, bfloat16, quantize == "int8"))
 
 
 @pytest.mark.parametrize(
@@ -71,7 +63,7 @@ def test_a_frame_launches_no_more_kernels(quantize, kernels):
     flags = "--gpu=h100", "--config=tiny", "--max_seq_len=64", f"--quantize={quantize}"
     figures = compiled("frame_loop", *flags)
     assert figures["kernels"] < kernels + 5
-    assert figures["bytes"] > weights_of_a_frame(tiny(), quantize)
+    assert figures["bytes"] > weights(tiny(), quantize)
 
 
 @pytest.mark.long
@@ -84,8 +76,8 @@ def test_a_frame_of_the_full_size(quantize, batch, kernels):
     flags = "--gpu=h100", f"--quantize={quantize}", f"--batch={batch}"
     figures = compiled("frame_loop", *flags)
     assert figures["kernels"] < kernels + 30
-    weights = weights_of_a_frame(csm_jax.csm_1b(), quantize)
-    assert weights < figures["bytes"] < 1.1 * weights + batch * 3 * ROW
+    read = weights(csm_jax.csm_1b(), quantize)
+    assert read < figures["bytes"] < 1.1 * read + batch * 3 * ROW
 
 
 @pytest.mark.long

@@ -1,14 +1,8 @@
 """Kernels and bytes are counted by hand in small programs, in the format of XLA's HLO text."""
 
 import pytest
-from gpu_kernels import (
-    LAUNCH_SECONDS,
-    Cost,
-    cost_of_pass,
-    cost_of_program,
-    parse,
-    size,
-)
+from compiled_text import parse, size
+from gpu_kernels import LAUNCH_SECONDS, Cost, cost_of_pass, cost_of_program
 
 # Bytes take longer than the launch from 2.1 MB on.
 BANDWIDTH = 1e12

@@ -30,7 +30,7 @@ from csm_jax.model.logits_functions import (
 )
 from csm_jax.model.random_numbers import random_key
 from csm_jax.model.sampling import SamplingParams
-from csm_jax.model.sharding import keep_sharded
+from csm_jax.model.sharding import keep_sharded, traced_for
 
 # Frames per call of the compiled loop, at most: 2 s of audio between two looks at the host.
 CHUNK_FRAMES = 25
@@ -227,7 +227,7 @@ def prefill_prefix(
 
 def _fill(model: CSM, frames: Array, mask: Array, prefix: KVCache | None) -> KVCache:
     """A cache of one row with `prefix` and `frames`, as long as both with their padding."""
-    room = len(frames) + (prefix.layers[0].value.shape[2] if prefix else 0)
+    room = len(frames) + (prefix.layers[0].value.shape[3] if prefix else 0)
     cache = KVCache.create(model.config.backbone, 1, room, model.dtype, num_lengths=1)
     if prefix:
         layers = jax.tree.map(
@@ -343,10 +343,11 @@ def run_frames(
         None if text is None else jnp.zeros((batch, CHUNK_FRAMES, len(heads), length)),
     )
     carry = state, buffers, jnp.zeros((), jnp.int32)
-    state, buffers, count = jax.lax.while_loop(unfinished, body, carry)
+    with traced_for(mesh):
+        state, buffers, count = jax.lax.while_loop(unfinished, body, carry)
     return keep_sharded(state, mesh), buffers, count
 
 
 def _room(state: GenerationState) -> int:
     """Positions of a row."""
-    return state.cache.layers[0].value.shape[2]
+    return state.cache.layers[0].value.shape[3]

@@ -54,10 +54,10 @@ class ModelIdentity:
 
 
 class VoiceLayer(NamedTuple):
-    """Keys (already rotated) and values of one layer for T positions, in host memory."""
+    """Keys (already rotated) and values of one layer, [K, H, T] each, in host memory."""
 
-    key: np.ndarray  # [K, H, T]
-    value: np.ndarray  # [K, T, H]
+    key: np.ndarray
+    value: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ class Voice:
     @property
     def num_positions(self) -> int:
         """Positions of the turns."""
-        return self.layers[0].value.shape[1]
+        return self.layers[0].key.shape[2]
 
     @functools.cached_property
     def digest(self) -> bytes:
@@ -119,13 +119,12 @@ class Voice:
 
     def place(self, length: int) -> KVCache:
         """The keys and values on the device, one row padded to so many positions."""
-        padding = (0, length - self.num_positions)
+        padding = ((0, 0), (0, 0), (0, length - self.num_positions))
 
-        def pad(array: np.ndarray, axis: int) -> jax.Array:
-            widths = [padding if i == axis else (0, 0) for i in range(3)]
-            return jax.device_put(np.pad(array, widths)[None])
+        def pad(array: np.ndarray) -> jax.Array:
+            return jax.device_put(np.pad(array, padding)[None])
 
-        layers = [LayerCache(pad(layer.key, 2), pad(layer.value, 1)) for layer in self.layers]
+        layers = [LayerCache(pad(layer.key), pad(layer.value)) for layer in self.layers]
         lengths = jax.device_put(np.full(1, self.num_positions, np.int32))
         return KVCache(tuple(layers), lengths)
 
@@ -138,7 +137,7 @@ class Voice:
         tensors = {}
         for index, layer in enumerate(self.layers):
             tensors[f"layers.{index}.key"] = np.ascontiguousarray(layer.key)
-            tensors[f"layers.{index}.value"] = np.ascontiguousarray(layer.value)
+            tensors[f"layers.{index}.value"] = np.ascontiguousarray(_by_position(layer.value))
         for index, turn in enumerate(self.turns):
             tensors[f"turns.{index}.codes"] = np.asarray(turn.codes, np.int32)
         manifest = {
@@ -178,7 +177,7 @@ def _read(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Voi
         raise ValueError(f"{manifest['format']} {manifest['version']}, expected {FORMAT} {VERSION}")
     config = CSMConfig.from_dict(manifest["config"])
     layers = tuple(
-        VoiceLayer(tensors[f"layers.{index}.key"], tensors[f"layers.{index}.value"])
+        VoiceLayer(tensors[f"layers.{index}.key"], _by_position(tensors[f"layers.{index}.value"]))
         for index in range(config.backbone.num_layers)
     )
     _check_shapes(layers, config)
@@ -194,7 +193,12 @@ def _read(manifest: Mapping[str, Any], tensors: Mapping[str, np.ndarray]) -> Voi
 
 def _check_shapes(layers: tuple[VoiceLayer, ...], config: CSMConfig) -> None:
     heads, dim = config.backbone.num_kv_heads, config.backbone.head_dim
-    length = layers[0].value.shape[1]
+    expected = heads, dim, layers[0].key.shape[-1]
     for layer in layers:
-        if layer.key.shape != (heads, dim, length) or layer.value.shape != (heads, length, dim):
+        if layer.key.shape != expected or layer.value.shape != expected:
             raise ValueError(f"keys of shape {layer.key.shape}, values of {layer.value.shape}")
+
+
+def _by_position(values: np.ndarray) -> np.ndarray:
+    """Values [K, H, T] as files have them, [K, T, H]; or the reverse."""
+    return values.swapaxes(1, 2)

@@ -90,8 +90,7 @@ def _prefill(model: LoadedModel, voices: Sequence[Sequence[Segment]], weights: n
     )
     filled = jax.device_get(prefill_mixed(model.params, frames, mask, weights, config=config))
     layers = tuple(
-        VoiceLayer(layer.key[0, :, :, :length], layer.value[0, :, :length])
-        for layer in filled.layers
+        VoiceLayer(*(array[0, :, :, :length] for array in layer)) for layer in filled.layers
     )
     return Voice(tuple(voices[0]), layers, model.identity, is_mixed=len(voices) > 1)
 

@@ -1,5 +1,6 @@
 """KV caches as plain pytrees: passed in, returned, donated at the jit boundary."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -7,18 +8,20 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from csm_jax.config import LlamaConfig
-from csm_jax.model.layers import SHORT, Array
+from csm_jax.model.layers import SHORT, Array, per_channel
+from csm_jax.model.sharding import rows_are_divided
 
 
 class LayerCache(NamedTuple):
-    """Keys (already rotated) and values of one attention layer.
+    """Keys (already rotated) and values of one attention layer, [B, K, H, S] each.
 
-    Keys lie along the last axis: XLA:CPU multiplies queries with them as they are, where it
-    would transpose the whole cache at every step.
+    Positions lie along the last axis: XLA:CPU multiplies queries with keys as they are, where it
+    would transpose the whole cache at every step; and a TPU, which pads a last axis of 64 to 128,
+    would make another copy of the values.
     """
 
-    key: Array  # [B, K, H, S]
-    value: Array  # [B, K, S, H]
+    key: Array
+    value: Array
 
 
 class KVCache(NamedTuple):
@@ -41,12 +44,9 @@ class KVCache(NamedTuple):
         config: LlamaConfig, batch: int, max_seq_len: int, dtype: DTypeLike, num_lengths: int
     ) -> "KVCache":
         """An empty cache; `num_lengths` is the batch size, or 1 if all rows grow together."""
-        heads = batch, config.num_kv_heads
+        shape = batch, config.num_kv_heads, config.head_dim, max_seq_len
         layers = tuple(
-            LayerCache(
-                key=jnp.zeros((*heads, config.head_dim, max_seq_len), dtype),
-                value=jnp.zeros((*heads, max_seq_len, config.head_dim), dtype),
-            )
+            LayerCache(key=jnp.zeros(shape, dtype), value=jnp.zeros(shape, dtype))
             for _ in range(config.num_layers)
         )
         return KVCache(layers, jnp.zeros((num_lengths,), jnp.int32))
@@ -56,8 +56,7 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
     """Writes T new positions of every row from `start` on.
 
     Args:
-      key: [B, K, H, T].
-      value: [B, K, T, H].
+      key, value: [B, K, H, T].
       start: int32 [B], or [1] for all rows alike.
     """
     if start.shape[0] == 1:
@@ -68,29 +67,39 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
         return jax.lax.platform_dependent(
             cache, key, value, start, cuda=_write_one_position, default=_write_rows_alike
         )
-    return jax.vmap(_write_row)(cache, key, value, start)
+    if rows_are_divided():
+        return jax.vmap(_write_row)(cache, key, value, start)
+    return jax.lax.platform_dependent(
+        cache, key, value, start, tpu=_write_rows_in_turn, default=jax.vmap(_write_row)
+    )
 
 
 def _write_rows_alike(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
-    return LayerCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.key, key, start[0], 3),
-        jax.lax.dynamic_update_slice_in_dim(cache.value, value, start[0], 2),
-    )
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start[0], axis=3)
+    return LayerCache(put(cache.key, key), put(cache.value, value))
 
 
 def _write_one_position(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
-    here = jnp.arange(cache.key.shape[3], dtype=jnp.int32) == start
-    return LayerCache(
-        jnp.where(here[None, None, None, :], key, cache.key),
-        jnp.where(here[None, None, :, None], value, cache.value),
-    )
+    here = per_channel(jnp.arange(cache.key.shape[3], dtype=jnp.int32) == start, key)
+    return LayerCache(jnp.where(here, key, cache.key), jnp.where(here, value, cache.value))
 
 
 def _write_row(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
-    return LayerCache(
-        jax.lax.dynamic_update_slice_in_dim(cache.key, key, start, 2),
-        jax.lax.dynamic_update_slice_in_dim(cache.value, value, start, 1),
-    )
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start, axis=2)
+    return LayerCache(put(cache.key, key), put(cache.value, value))
+
+
+def _write_rows_in_turn(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
+    """Writes with an operation for each row.
+
+    A TPU would loop over the rows, and carry the whole cache to its vector memory and back for it.
+    """
+    arrays = list(cache)
+    for row in range(len(key)):
+        for i, new in enumerate((key, value)):
+            place = row, 0, 0, start[row]
+            arrays[i] = jax.lax.dynamic_update_slice(arrays[i], new[row : row + 1], place)
+    return LayerCache(*arrays)
 
 
 class WindowCache(NamedTuple):

@@ -333,8 +333,7 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[A
 
     Args:
       query: [B, T, K, G, H].
-      key: [B, K, H, S].
-      value: [B, K, S, H].
+      key, value: [B, K, H, S].
       visible: bool [B, T, S], the keys that each query attends to; or [1, T, S].
 
     Returns:
@@ -354,7 +353,7 @@ def _attention_by_products(
 ) -> tuple[Array, Array]:
     weights = _attention_weights(_scores(query, key), query, visible)
     mixed = jnp.einsum(
-        "BKGTS,BKSH->BTKGH",
+        "BKGTS,BKHS->BTKGH",
         weights.astype(value.dtype),
         value,
         precision=jax.lax.Precision.HIGHEST,
@@ -369,9 +368,9 @@ def _attention_by_sums(
     queries = query[:, 0, ..., None].astype(jnp.float32)  # [B, K, G, H, 1]
     scores = jnp.sum(queries * key[:, :, None].astype(jnp.float32), axis=3)  # [B, K, G, S]
     weights = _attention_weights(scores[:, :, :, None], query, visible)
-    rounded = weights[:, :, :, 0, :, None].astype(value.dtype)  # [B, K, G, S, 1]
+    rounded = weights.astype(value.dtype)  # [B, K, G, 1, S]
     products = rounded.astype(jnp.float32) * value[:, :, None].astype(jnp.float32)
-    mixed = jnp.sum(products, axis=3).astype(value.dtype)  # [B, K, G, H]
+    mixed = jnp.sum(products, axis=4).astype(value.dtype)  # [B, K, G, H]
     return mixed[:, None], weights
 
 

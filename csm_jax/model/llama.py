@@ -88,13 +88,12 @@ class Attention(nnx.Module):
         limit = cache.key.shape[3]
         rotated = apply_rope(heads[..., :-1, :], positions, frequencies, limit)
         query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
-        cache = kv.write(
-            cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
-        )
+        key, value = (x.transpose(0, 2, 3, 1) for x in (key, value))
+        cache = kv.write(cache, key, value, start=positions[:, 0])
         slots = jnp.arange(kv_length, dtype=jnp.int32)
         visible = slots[None, None, :] <= positions[:, :, None]  # [B, T, S]
         mixed, weights = attention(
-            query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
+            query, cache.key[..., :kv_length], cache.value[..., :kv_length], visible
         )
         mixed = replace_heads(mixed, replaced)
         return self.o(mixed.reshape(*x.shape[:2], -1)), cache, weights
@@ -194,7 +193,7 @@ class Llama(nnx.Module):
           Hidden states and cache; and what was asked for.
         """
         length = x.shape[1]
-        kv_length = kv_length or cache.layers[0].value.shape[2]
+        kv_length = kv_length or cache.layers[0].value.shape[3]
         offsets = jnp.arange(length, dtype=jnp.int32)
         positions = cache.lengths[:, None] + offsets[None, :]
         caches, weights, states = [], [], [x]

@@ -12,6 +12,7 @@ every chip of a model axis of 4, and its MLP, which is most of it, is split. The
 of the work, is on one device.
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -135,6 +136,18 @@ def state_sharding(state: Any, mesh: Mesh) -> Any:
     layers = jax.tree.map(lambda leaf: _sharding(heads, leaf, mesh), state.cache.layers)
     sharding = rows_sharding(state, mesh)
     return sharding._replace(cache=sharding.cache._replace(layers=layers))
+
+
+def traced_for(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """The context in which functions are traced that ask whether `rows_are_divided`."""
+    if mesh is None:
+        return contextlib.nullcontext()
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def rows_are_divided() -> bool:
+    """Whether the rows of a batch lie on several devices of the mesh that is traced for."""
+    return jax.sharding.get_abstract_mesh().shape.get("data", 1) > 1
 
 
 def keep_sharded(state: Tree, mesh: Mesh | None) -> Tree:

@@ -34,13 +34,12 @@ def plain_attention(block, x, cache, positions, kv_length):
     limit = cache.key.shape[3]
     rotated = layers.apply_rope(heads[..., :-1, :], positions, frequencies, limit)
     query, key, value = rotated[..., :-1, :], rotated[..., -1, :], heads[..., -1, :]
-    cache = kv_cache.write(
-        cache, key.transpose(0, 2, 3, 1), value.transpose(0, 2, 1, 3), start=positions[:, 0]
-    )
+    key, value = (x.transpose(0, 2, 3, 1) for x in (key, value))
+    cache = kv_cache.write(cache, key, value, start=positions[:, 0])
     slots = jnp.arange(kv_length, dtype=jnp.int32)
     visible = slots[None, None, :] <= positions[:, :, None]
     mixed, _ = layers.attention(
-        query, cache.key[..., :kv_length], cache.value[:, :, :kv_length], visible
+        query, cache.key[..., :kv_length], cache.value[..., :kv_length], visible
     )
     return block.attn.o(mixed.reshape(*x.shape[:2], -1)), cache
 

@@ -74,6 +74,8 @@ def assert_same_layers(ours: Voice, theirs: Voice) -> None:
 def test_a_voice_of_a_file_speaks_to_the_bit_like_its_turns(model, voice, file, wanted):
     loaded = Voice.load(file)
     assert_same_layers(loaded, voice)
+    by_position = load_file(file)["layers.0.value"]
+    np.testing.assert_array_equal(by_position, voice.layers[0].value.transpose(0, 2, 1))
     assert loaded.model == model.identity
     assert len(wanted) > 5
     np.testing.assert_array_equal(model.generate_codes("Hi.", voice=loaded, **OPTIONS), wanted)
@@ -187,7 +189,7 @@ def first_values(model: csm_jax.Generator, embedded: np.ndarray) -> np.ndarray:
     normed = embedded / np.sqrt(power + sizes.norm_eps) * scale
     fused = np.asarray(layer["attn"]["qkv"]["weight"])
     by_head = fused.reshape(sizes.num_kv_heads, -1, sizes.head_dim, sizes.embed_dim)
-    return np.einsum("khd,td->kth", by_head[:, -1], normed)
+    return np.einsum("khd,td->kht", by_head[:, -1], normed)
 
 
 def test_a_mixture_is_one_of_embeddings(model):

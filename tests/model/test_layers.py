@@ -217,7 +217,7 @@ def naive_attention(query, key, value, visible) -> np.ndarray:
         scores = [query[b, t, k, g] @ key[b, k, :, s] / head_dim**0.5 for s in seen]
         weights = np.exp(np.array(scores) - max(scores))
         all_weights[b, k, g, t, seen] = weights / weights.sum()
-        out[b, t, k, g] = weights / weights.sum() @ value[b, k, seen]
+        out[b, t, k, g] = weights / weights.sum() @ value[b, k, :, seen]
     return out, all_weights
 
 
@@ -235,7 +235,7 @@ def assert_equals_naive_attention(attend, query, key, value, visible) -> None:
 def test_attention_equals_a_loop(dtype, num_kv_heads, group):
     query = normal(9, 2, 4, num_kv_heads, group, 8, dtype=dtype, scale=2.0)
     key = normal(10, 2, num_kv_heads, 8, 7, dtype=dtype)
-    value = normal(11, 2, num_kv_heads, 7, 8, dtype=dtype)
+    value = normal(11, 2, num_kv_heads, 8, 7, dtype=dtype)
     visible = np.random.default_rng(12).random((2, 4, 7)) < 0.6
     visible[..., 3] = True
     assert_equals_naive_attention(attention, query, key, value, visible)
@@ -244,7 +244,7 @@ def test_attention_equals_a_loop(dtype, num_kv_heads, group):
 @every_dtype
 def test_the_attention_of_a_gpu_to_a_short_cache_equals_a_loop(dtype):
     query = normal(9, 2, 1, 2, 3, 8, dtype=dtype, scale=2.0)
-    key, value = normal(10, 2, 2, 8, 7, dtype=dtype), normal(11, 2, 2, 7, 8, dtype=dtype)
+    key, value = normal(10, 2, 2, 8, 7, dtype=dtype), normal(11, 2, 2, 8, 7, dtype=dtype)
     visible = np.arange(7)[None, None] < np.array([[[5]], [[7]]])
     assert_equals_naive_attention(_attention_by_sums, query, key, value, visible)
 
@@ -267,10 +267,10 @@ def test_the_turns_of_a_table_equal_those_that_are_computed():
 
 
 def test_the_write_of_a_gpu_changes_one_position():
-    cache = LayerCache(normal(1, 1, 2, 3, 5), normal(2, 1, 2, 5, 3))
-    key, value = normal(3, 1, 2, 3, 1), normal(4, 1, 2, 1, 3)
+    cache = LayerCache(normal(1, 1, 2, 3, 5), normal(2, 1, 2, 3, 5))
+    key, value = normal(3, 1, 2, 3, 1), normal(4, 1, 2, 3, 1)
     got = jax.jit(_write_one_position)(cache, key, value, np.array([4], np.int32))
-    cache.key[..., 4], cache.value[:, :, 4] = key[..., 0], value[:, :, 0]
+    cache.key[..., 4], cache.value[..., 4] = key[..., 0], value[..., 0]
     np.testing.assert_array_equal(got.key, cache.key)
     np.testing.assert_array_equal(got.value, cache.value)
 
@@ -279,23 +279,23 @@ def test_the_write_of_a_gpu_changes_one_position():
 def test_the_softmax_of_attention_is_float32(dtype):
     """The weights of 4096 equal keys, added in bfloat16 or float16, would not sum to one."""
     query, key = np.ones((1, 1, 1, 1, 4), dtype), np.ones((1, 1, 4, 4096), dtype)
-    value, visible = np.ones((1, 1, 4096, 4), dtype), np.ones((1, 1, 4096), bool)
+    value, visible = np.ones((1, 1, 4, 4096), dtype), np.ones((1, 1, 4096), bool)
     got, _ = jax.jit(attention)(query, key, value, visible)
     np.testing.assert_array_equal(float64(got)[0], np.ones((1, 1, 1, 1, 4)))
 
 
 def test_a_mask_without_a_batch_axis_applies_to_all_rows():
-    query, key, value = normal(13, 2, 3, 2, 3, 8), normal(14, 2, 2, 8, 5), normal(15, 2, 2, 5, 8)
+    query, key, value = normal(13, 2, 3, 2, 3, 8), normal(14, 2, 2, 8, 5), normal(15, 2, 2, 8, 5)
     visible = np.tri(3, 5, 2, dtype=bool)[None]
     expected = attention(query, key, value, np.repeat(visible, 2, axis=0))[0]
     np.testing.assert_array_equal(attention(query, key, value, visible)[0], expected)
 
 
 def test_masked_keys_have_no_effect():
-    query, key, value = normal(13, 1, 2, 2, 3, 8), normal(14, 1, 2, 8, 5), normal(15, 1, 2, 5, 8)
+    query, key, value = normal(13, 1, 2, 2, 3, 8), normal(14, 1, 2, 8, 5), normal(15, 1, 2, 8, 5)
     visible = np.array([[[1, 0, 1, 1, 0], [1, 0, 1, 0, 0]]], bool)
     expected = attention(query, key, value, visible)[0]
-    key[..., [1, 4]], value[:, :, [1, 4]] = 1e6, -1e6
+    key[..., [1, 4]], value[..., [1, 4]] = 1e6, -1e6
     np.testing.assert_array_equal(attention(query, key, value, visible)[0], expected)
     changed = attention(query, key, value, np.ones_like(visible))[0]
     assert not np.allclose(changed, expected)

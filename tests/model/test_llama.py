@@ -183,14 +183,14 @@ def test_a_kv_length_that_covers_all_positions_gives_equal_states(kv_length):
     close(np.concatenate(states, axis=1), expected)
     for got, wanted in zip(cache.layers, full.layers, strict=True):
         close(got.key[..., :6], wanted.key[..., :6])
-        close(got.value[:, :, :6], wanted.value[:, :, :6])
+        close(got.value[..., :6], wanted.value[..., :6])
 
 
 def blank_unread(layer: kv.LayerCache, kv_length: int) -> kv.LayerCache:
     """Replaces NaN up to `kv_length` by zeros; NaN beyond would show in the states if read."""
     return kv.LayerCache(
         layer.key.at[..., :kv_length].set(jnp.nan_to_num(layer.key[..., :kv_length])),
-        layer.value.at[:, :, :kv_length].set(jnp.nan_to_num(layer.value[:, :, :kv_length])),
+        layer.value.at[..., :kv_length].set(jnp.nan_to_num(layer.value[..., :kv_length])),
     )
 
 
@@ -205,28 +205,29 @@ def test_a_kv_length_that_is_too_short_changes_the_states():
 def test_a_step_keeps_the_shapes_and_types_of_the_cache():
     cache = empty(2)
     assert len(cache.layers) == BACKBONE.num_layers
-    assert cache.layers[0].key.shape == (2, BACKBONE.num_kv_heads, BACKBONE.head_dim, SLOTS)
-    assert cache.layers[0].value.shape == (2, BACKBONE.num_kv_heads, SLOTS, BACKBONE.head_dim)
+    for array in cache.layers[0]:
+        assert array.shape == (2, BACKBONE.num_kv_heads, BACKBONE.head_dim, SLOTS)
     for length in (3, 1, 1):
         _, after = stack()(inputs(2, length, BACKBONE.embed_dim), cache)
         assert jax.tree.map(jax.typeof, after) == jax.tree.map(jax.typeof, cache)
         cache = after
 
 
-@pytest.mark.parametrize("starts", [[3, 1], [2]], ids=str)
-def test_write_puts_each_row_at_its_start(starts):
+@pytest.mark.parametrize(
+    ("write", "starts"),
+    [(kv.write, [3, 1]), (kv.write, [2]), (kv._write_rows_in_turn, [3, 1])],
+    ids=["rows", "alike", "tpu"],
+)
+def test_write_puts_each_row_at_its_start(write, starts):
     """A scalar start applies to all rows."""
     rng = np.random.default_rng(0)
-    key, value = rng.normal(size=(2, 3, 4, 2)), rng.normal(size=(2, 3, 2, 4))  # T = 2
-    cache = kv.LayerCache(jnp.zeros((2, 3, 4, 5)), jnp.zeros((2, 3, 5, 4)))
-    new = jnp.asarray(key, jnp.float32), jnp.asarray(value, jnp.float32)
-    written = kv.write(cache, *new, jnp.array(starts, jnp.int32))
-    expected_key, expected_value = np.zeros((2, 3, 4, 5)), np.zeros((2, 3, 5, 4))
+    new = rng.normal(size=(2, 2, 3, 4, 2)).astype(np.float32)  # a key and a value, T = 2
+    cache = kv.LayerCache(*jnp.zeros((2, 2, 3, 4, 5)))
+    written = write(cache, *new, jnp.array(starts, jnp.int32))
+    expected = np.zeros((2, 2, 3, 4, 5))
     for row, start in enumerate(np.broadcast_to(starts, 2)):
-        expected_key[row, :, :, start : start + 2] = new[0][row]
-        expected_value[row, :, start : start + 2] = new[1][row]
-    np.testing.assert_array_equal(written.key, expected_key)
-    np.testing.assert_array_equal(written.value, expected_value)
+        expected[:, row, :, :, start : start + 2] = new[:, row]
+    np.testing.assert_array_equal(written, expected)
 
 
 # (weights, activations): limit of the mean error of states of about unit size.

@@ -19,7 +19,15 @@ from csm_jax.config import csm_1b, tiny
 from csm_jax.errors import InputError
 from csm_jax.inference.decode_step import init_state
 from csm_jax.model.precision import FLOAT32, Precision
-from csm_jax.model.sharding import TABLE, check_rows, make_mesh, param_sharding, state_sharding
+from csm_jax.model.sharding import (
+    TABLE,
+    check_rows,
+    make_mesh,
+    param_sharding,
+    rows_are_divided,
+    state_sharding,
+    traced_for,
+)
 
 BFLOAT16 = Precision(jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.bfloat16))
 INT8 = dataclasses.replace(BFLOAT16, int8=True)
@@ -119,6 +127,15 @@ def test_the_state_is_split_by_rows_over_data_and_by_kv_heads_over_model():
 def test_a_batch_of_one_row_is_replicated():
     got = state_specs(tiny(), 1, mesh_of(4, 8))
     assert not any(axis for spec in jax.tree.leaves(got) for axis in spec)
+
+
+@pytest.mark.parametrize(("data", "divided"), [(1, False), (2, True)])
+def test_rows_are_divided_by_the_data_axis_alone(data, divided):
+    with traced_for(mesh_of(data, 2)):
+        assert rows_are_divided() is divided
+    assert not rows_are_divided()
+    with traced_for(None):
+        assert not rows_are_divided()
 
 
 def test_the_codec_has_no_sharding():
