@@ -43,6 +43,15 @@ with pytest.MonkeyPatch.context() as patch:
 # a full collection would visit each time.
 gc.set_threshold(50_000, 20, 100)
 
+# Tests of servers, browsers and other processes wait a third of their time.
+_WAITING_WORKERS = 1
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """The workers of `-n auto`."""
+    return (os.cpu_count() or 1) + _WAITING_WORKERS
+
+
 # Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
 # compiles, and it crashes where it gets no more.
 # A module of tests adds 9000 at most.
