@@ -340,10 +340,12 @@ def attention(query: Array, key: Array, value: Array, visible: Array) -> tuple[A
       [B, T, K, G, H]; and the weights of the values, float32 [B, K, G, T, S].
     """
     by_products = functools.partial(_attention_by_products, visible=visible)
-    if query.shape[1] > 1 or key.shape[3] > SHORT:
+    is_long = key.shape[3] > SHORT
+    if query.shape[1] > 1 or (is_long and len(query) > 1):
         return by_products(query, key, value)
-    # A GPU starts two kernels for the products and two for what is between them; of sums it makes
-    # one kernel of everything.
+    # A GPU starts two kernels for the products and two to four for what is between them; of sums it
+    # makes one kernel of everything, or three where the cache is long. Sums read keys and values
+    # once for each query head, which costs more than it saves if there are many of them.
     by_sums = functools.partial(_attention_by_sums, visible=visible)
     return jax.lax.platform_dependent(query, key, value, cuda=by_sums, default=by_products)
 
