@@ -33,6 +33,7 @@ from csm_jax.inference.decode_step import CHUNK_FRAMES
 from csm_jax.inference.generator import Generator, load
 from csm_jax.inference.request import Request
 from csm_jax.inference.row_decoder import RowDecoder
+from csm_jax.model.kernels.choice import XLA
 from csm_jax.model.layers import linear_float32
 from csm_jax.model.sampling import Sampling
 from csm_jax.prompt.turns import Prompt, Segment
@@ -65,6 +66,7 @@ def define_flags(values: flags.FlagValues) -> None:
     define(whole, "frames", 16, "frames per measurement")
     define(whole, "repeats", 5, "measurements, of which the median is taken")
     model_flags.define_precisions(values)
+    model_flags.define_kernels(values)
     define(whole, "prompt_tokens", 16, "positions of the prompt")
     define(flags.DEFINE_float, "context_s", 0.0, "seconds of context before the first audio")
     define(
@@ -82,7 +84,7 @@ def main(values: flags.FlagValues) -> None:
         # An empty cache: the first compilation is a cold one, the second finds it.
         jax.config.update("jax_compilation_cache_dir", cache)
         for dtype, quantize in itertools.product(values.dtype, values.quantize):
-            model = load(values.checkpoint, dtype, quantize)
+            model = load(values.checkpoint, dtype, quantize, kernels=values.kernels)
             shared = _measure_model(model, values)
             for batch in batches:
                 figures = _describe(model, values.checkpoint, quantize, batch)
@@ -93,10 +95,16 @@ def main(values: flags.FlagValues) -> None:
 
 
 def frame_loop_timer(
-    checkpoint: str, dtype: str, quantize: str, batch: int, prompt_tokens: int
+    checkpoint: str,
+    dtype: str,
+    quantize: str,
+    batch: int,
+    prompt_tokens: int,
+    kernels: str = XLA,
 ) -> Callable[[int], float]:
     """A function that generates a number of frames and returns the seconds that they took."""
-    timer, _ = _frame_loop(load(checkpoint, dtype, quantize), batch, prompt_tokens)
+    model = load(checkpoint, dtype, quantize, kernels=kernels)
+    timer, _ = _frame_loop(model, batch, prompt_tokens)
     return timer
 
 
@@ -282,6 +290,7 @@ def _describe(model: Generator, checkpoint: str, quantize: str, batch: int) -> d
         "jax": jax.__version__,
         "dtype": str(model.precision.weights),
         "quantize": quantize,
+        "kernels": model.kernels,
         "batch": batch,
     }
 

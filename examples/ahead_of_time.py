@@ -21,6 +21,7 @@ from csm_jax.checkpoints.native_format import flatten, param_shapes, unflatten
 from csm_jax.config import CSMConfig
 from csm_jax.inference.decode_step import GenerationState, init_state, prefill, run_frames
 from csm_jax.mimi import codec
+from csm_jax.model.kernels.choice import XLA
 from csm_jax.model.layers import LowRank, Params
 from csm_jax.model.lora import Adapters, LoRAConfig, adapter_shapes
 from csm_jax.model.precision import Precision
@@ -93,7 +94,7 @@ class Target:
             mesh=self.mesh,
         )
 
-    def frame_loop(self, batch: int, max_seq_len: int) -> Lowered:
+    def frame_loop(self, batch: int, max_seq_len: int, kernels: str = XLA) -> Lowered:
         """The frame loop, where at least one row needs the whole cache."""
         sampling = SamplingParams.stack([Sampling()] * batch)
         return run_frames.lower(
@@ -105,6 +106,7 @@ class Target:
             config=self.config,
             kv_length=max_seq_len,
             mesh=self.mesh,
+            kernels=kernels,
         )
 
     def codec_step(self, batch: int, num_frames: int) -> Lowered:

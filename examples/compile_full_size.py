@@ -36,6 +36,7 @@ from tpu_limits import copied_bytes, frames_per_second
 
 import csm_jax
 from csm_jax.config import tiny
+from csm_jax.model.kernels.choice import KERNELS, XLA
 from csm_jax.model.lora import LoRAConfig
 from csm_jax.model.precision import DTYPES, QUANTIZE, Precision, resolve
 from csm_jax.model.sharding import make_mesh
@@ -60,6 +61,7 @@ def parse_flags() -> argparse.Namespace:
     )
     parser.add_argument("--dtype", default="bfloat16", choices=DTYPES)
     parser.add_argument("--quantize", default="none", choices=QUANTIZE)
+    parser.add_argument("--kernels", default=XLA, choices=KERNELS, help="of the frame loop")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--prompt", type=int, default=512, help="positions of the prompt")
     parser.add_argument("--max_seq_len", type=int, default=2048, help="positions of the cache")
@@ -133,7 +135,7 @@ def inference(flags: argparse.Namespace, precision: Precision, devices: list[jax
     target = Target(CONFIGS[flags.config], precision, make_mesh(flags.data, flags.model, devices))
     return {
         "prefill": lambda: target.prefill(flags.batch, flags.max_seq_len, flags.prompt),
-        "frame_loop": lambda: target.frame_loop(flags.batch, flags.max_seq_len),
+        "frame_loop": lambda: target.frame_loop(flags.batch, flags.max_seq_len, flags.kernels),
         "codec_step": lambda: target.codec_step(flags.batch, num_frames=1),
     }
 

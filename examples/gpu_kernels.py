@@ -32,6 +32,10 @@ _READS_A_PART = {"dynamic-slice", "gather", "slice"}
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 _LOOP = re.compile(r"\bcondition=%([^\s,{}]+), body=%([^\s,{}]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+# Memory without content.
+_ALLOCATES = 'custom_call_target="AllocateBuffer"'
+# What a kernel in Pallas says of itself (`csm_jax.model.kernels.launch`).
+_STATED_BYTES = re.compile(r"bytes_moved\\22: \\22(\d+)")
 # Space for the libraries' own use, which they return beside the result.
 _SCRATCH = re.compile(r", [su]8\[\d+\]\{0\}\)$")
 
@@ -97,7 +101,7 @@ def _cost_of_instruction(
 ) -> Cost:
     """The cost of an instruction of the computation `around`."""
     opcode, attributes = instruction.opcode, instruction.attributes
-    if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")):
+    if opcode in _NO_KERNEL or opcode.endswith(("-done", "-update")) or _ALLOCATES in attributes:
         return NOTHING
     if opcode == "while":
         condition, body = (_cost(program, name, bandwidth) for name in _loop(instruction))
@@ -113,7 +117,8 @@ def _cost_of_instruction(
         )
     if opcode in ("call", "async-start"):
         return _cost(program, called[0], bandwidth)
-    moved = sum(_bytes_moved(program, around, instruction))
+    stated = _STATED_BYTES.search(attributes)
+    moved = int(stated[1]) if stated else sum(_bytes_moved(program, around, instruction))
     return Cost(1, moved, max(LAUNCH_SECONDS, moved / bandwidth))
 
 

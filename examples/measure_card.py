@@ -7,10 +7,12 @@ the others nothing. `card/report.jsonl` has a line a stage: its figures, and whe
 of its messages. The stages, in their order:
 
 - scores: log-probabilities of speech of `demo` in each precision, against float32 on the CPU
+- kernels: logits of the fused kernels (`--kernels=pallas`), against those of XLA's
 - frames: `csm_jax.benchmark` at batch 1, 8, 32 and 128 in bfloat16 and int8, first audio, Mimi
+- fused: the same with the fused kernels
 - engine: 64 streams through an `Engine`
 - training, peers: LoRA against transformers + PEFT, frames against transformers' compiled ones
-- profile: the kernels of a frame by the time that they take
+- profile: the kernels of a frame by the time that they take, XLA's and the fused ones
 
 `training` and `peers` need torch, transformers and peft.
 """
@@ -35,6 +37,8 @@ TEXTS = [f"{one} {two} seven" for one in ("three", "eight") for two in ("nine", 
 PRECISIONS = [("float32", "none"), ("bfloat16", "none"), ("auto", "int8")]
 NUM_STREAMS, STREAM_MS = 64, 4_000
 NUM_FRAMES, NUM_KERNELS = 8, 25
+# More than a block of the fused kernels' attention.
+NUM_POSITIONS = 150
 # Two frameworks share the card; jax would take three quarters of its memory.
 SHARED = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -55,11 +59,13 @@ def stages(checkpoint: str, out: Path) -> dict[str, Stage]:
     rows = ["--rows=batch1,batch32", "--only=bfloat16 static", "--frames=16", "--json"]
     training = [str(EXAMPLES / "compare_training.py"), "--dtype=bfloat16", "--length=1024"]
     return {
-        "scores": Stage([*own, "--stage=scores"], 0.12),
-        "frames": Stage([*benchmark, *sizes], 0.35),
-        "engine": Stage([*own, "--stage=engine"], 0.13),
-        "training": Stage(training, 0.15),
-        "peers": Stage([peers, *rows, f"--checkpoint={checkpoint}"], 0.2),
+        "scores": Stage([*own, "--stage=scores"], 0.09),
+        "kernels": Stage([*own, "--stage=kernels"], 0.09),
+        "frames": Stage([*benchmark, *sizes], 0.25),
+        "fused": Stage([*benchmark, *sizes, "--kernels=pallas"], 0.2),
+        "engine": Stage([*own, "--stage=engine"], 0.09),
+        "training": Stage(training, 0.1),
+        "peers": Stage([peers, *rows, f"--checkpoint={checkpoint}"], 0.13),
         "profile": Stage([*own, "--stage=profile"], 0.05),
     }
 
@@ -132,6 +138,61 @@ def write_reference(_: str, out: Path) -> None:
     np.savez(out / "scores.npz", **arrays)
 
 
+def measure_kernels(checkpoint: str, _: Path) -> None:
+    """Compares the logits of the fused kernels with those of XLA's, in their spread."""
+    import csm_jax
+    from csm_jax.model.kernels.choice import KERNELS
+
+    for quantize in ("none", "int8"):
+        model = csm_jax.load(checkpoint, "bfloat16", quantize)
+        for batch in (1, 2, 8, 32):
+            shape = batch, model.config.num_codebooks
+            codes = np.random.default_rng(0).integers(0, model.config.codec.codebook_size, shape)
+            plain, fused = (
+                logits_of(model.config, model.params, kernels, np.int32(codes), NUM_POSITIONS)
+                for kernels in KERNELS
+            )
+            difference = np.abs(fused - plain) / np.std(plain)
+            figures = {"mean": float(difference.mean()), "max": float(difference.max())}
+            show({"quantize": quantize, "batch": batch, "logit_difference": figures})
+
+
+def logits_of(
+    config: Any, params: Any, kernels: str, codes: np.ndarray, num_positions: int
+) -> np.ndarray:
+    """Logits [Q, B, V] of given codes int32 [B, Q], after so many positions of the same codes."""
+    import jax
+    import jax.numpy as jnp
+
+    from csm_jax.model.kernels.choice import bind_to_kernels
+    from csm_jax.model.kv_cache import KVCache
+
+    @jax.jit
+    def run(params: Any) -> jax.Array:
+        model, batch = bind_to_kernels(config, params, kernels), len(codes)
+        frames = jnp.pad(codes, ((0, 0), (0, 1)))
+        mask = jnp.ones(frames.shape, bool)
+
+        def advance(cache: KVCache, _: None) -> tuple[KVCache, jax.Array]:
+            hidden, cache, _ = model.advance(frames, mask, cache)
+            return cache, hidden[:, 0]
+
+        def predict(cache: KVCache, code: jax.Array) -> tuple[KVCache, jax.Array]:
+            inputs = model.depth_input(code, cache.lengths[0])
+            logits, cache = model.depth_step(inputs, cache)
+            return cache, logits
+
+        cache = KVCache.create(config.backbone, batch, num_positions, model.dtype, batch)
+        hidden = jax.lax.scan(advance, cache, None, length=num_positions)[1][-1]
+        first = model.embed_code(jnp.asarray(codes[:, 0]), 0)
+        inputs = model.projection(jnp.stack([hidden, first], axis=1))
+        second, cache = model.depth_step(inputs, model.depth_cache(batch))
+        rest = jax.lax.scan(predict, cache, jnp.asarray(codes.T[1:-1]))[1]
+        return jnp.concatenate([model.backbone_logits(hidden)[None], second[None], rest])
+
+    return np.asarray(run(params))
+
+
 def measure_engine(checkpoint: str, _: Path) -> None:
     """64 streams at once: the time to the first audio of each, and the speech of a second."""
     import csm_jax
@@ -176,19 +237,27 @@ def first_chunk(
 
 def measure_profile(checkpoint: str, out: Path) -> None:
     """The kernels of a frame at batch 1, by name, with their number and microseconds."""
+    from csm_jax.model.kernels.choice import KERNELS
+
+    for kernels in KERNELS:
+        profile_frames(checkpoint, out / "profile" / kernels, kernels)
+
+
+def profile_frames(checkpoint: str, directory: Path, kernels: str) -> None:
     import jax
 
     from csm_jax.benchmark import frame_loop_timer
 
-    timer = frame_loop_timer(checkpoint, "bfloat16", "none", 1, 16)
+    timer = frame_loop_timer(checkpoint, "bfloat16", "none", 1, 16, kernels)
     timer(NUM_FRAMES)
-    with jax.profiler.trace(out / "profile"):
+    with jax.profiler.trace(directory):
         seconds = timer(NUM_FRAMES)
-    trace = max((out / "profile").rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    trace = max(directory.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     nanoseconds, number = count_kernels(jax.profiler.ProfileData.from_file(str(trace)))
     total = sum(nanoseconds.values())
     show(
         {
+            "kernels": kernels,
             "frame_ms": 1000 * seconds / NUM_FRAMES,
             "kernels_a_frame": sum(number.values()) / NUM_FRAMES,
             "in_kernels_ms": total / 1e6 / NUM_FRAMES,
@@ -228,6 +297,7 @@ def show(figures: dict[str, Any]) -> None:
 MEASUREMENTS = {
     "scores": measure_scores,
     "reference": write_reference,
+    "kernels": measure_kernels,
     "engine": measure_engine,
     "profile": measure_profile,
 }

@@ -66,6 +66,34 @@ def test_a_frame_launches_no_more_kernels(quantize, kernels):
     assert figures["bytes"] > weights(tiny(), quantize)
 
 
+def test_a_frame_of_fused_kernels_compiles():
+    flags = "--gpu=h100", "--config=tiny", "--max_seq_len=80", "--kernels=pallas", "--batch=3"
+    figures = compiled("frame_loop", *flags)
+    assert figures["kernels"] < 130
+    assert figures["bytes"] > weights_of_a_frame(tiny(), "none")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("quantize", "batch", "kernels"),
+    [
+        ("none", 1, 698),
+        ("none", 8, 821),
+        ("none", 32, 823),
+        ("int8", 1, 698),
+        ("int8", 8, 821),
+        ("int8", 32, 823),
+    ],
+)
+def test_a_frame_of_fused_kernels_of_the_full_size(quantize, batch, kernels):
+    """Of few kernels, whose arithmetic no test can time."""
+    flags = "--gpu=h100", f"--quantize={quantize}", f"--batch={batch}", "--kernels=pallas"
+    figures = compiled("frame_loop", *flags)
+    assert figures["kernels"] <= kernels + 5
+    weights = weights_of_a_frame(csm_jax.csm_1b(), quantize)
+    assert weights < figures["bytes"] < 1.05 * weights + batch * 2 * ROW
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("quantize", "batch", "kernels"),

@@ -23,7 +23,7 @@ def test_a_stage_that_fails_tells_why():
 
 
 def test_stages_that_there_are_not_are_refused(tmp_path):
-    with pytest.raises(SystemExit, match="frame is none of scores, frames"):
+    with pytest.raises(SystemExit, match="frame is none of scores, kernels, frames"):
         main([f"--out={tmp_path}", "--stages=frame"])
 
 

@@ -5,6 +5,7 @@ from absl import flags
 from csm_jax.cli import flags as cli
 from csm_jax.inference.generator import Generator, load
 from csm_jax.loading import BUNDLED, NAMES, RANDOM
+from csm_jax.model.kernels.choice import KERNELS, PALLAS, XLA
 from csm_jax.model.precision import DTYPES, QUANTIZE
 
 _CHECKPOINT = "sesame/csm-1b"
@@ -19,6 +20,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("dtype", "auto", f"one of {_DTYPES}", flag_values=values)
     quantize = f"{_QUANTIZE}; default: as the checkpoint is stored"
     flags.DEFINE_string("quantize", None, quantize, flag_values=values)
+    define_kernels(values)
 
 
 def define_checkpoint(values: flags.FlagValues, default: str = _CHECKPOINT) -> None:
@@ -33,6 +35,12 @@ def define_adapters(values: flags.FlagValues) -> None:
         "LoRA adapters to add to the weights, of csm_jax.finetune or PEFT: directory or hub name"
     )
     flags.DEFINE_string("adapters", None, adapters, flag_values=values)
+
+
+def define_kernels(values: flags.FlagValues) -> None:
+    """Defines `--kernels`."""
+    kernels = f"{' or '.join(KERNELS)}: {PALLAS} is fused kernels for frames on a CUDA GPU"
+    flags.DEFINE_string("kernels", XLA, kernels, flag_values=values)
 
 
 def define_precisions(values: flags.FlagValues) -> None:
@@ -55,4 +63,6 @@ def load_model(values: flags.FlagValues) -> Generator:
         cli.warn(
             f"{name}: a very small model of digits and simple sentences; it guesses other words"
         )
-    return load(name, values.dtype, values.quantize, adapters=values.adapters)
+    return load(
+        name, values.dtype, values.quantize, adapters=values.adapters, kernels=values.kernels
+    )

@@ -43,7 +43,7 @@ from csm_jax.io.files import make_directory
 PROGRAM = "csm_jax.evaluate"
 SPEAK, JUDGE, REPORT = PHASES = ("speak", "judge", "report")
 # Flags that all configurations of a directory have in common.
-_MODEL_FLAGS = ("checkpoint", "adapters", "dtype", "quantize", "batch")
+_MODEL_FLAGS = ("checkpoint", "adapters", "dtype", "quantize", "kernels", "batch")
 
 
 def define_flags(values: flags.FlagValues) -> None:

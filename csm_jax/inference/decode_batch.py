@@ -31,6 +31,7 @@ from csm_jax.inference.utterance import Rewind, Utterance
 from csm_jax.inference.voice import Voice
 from csm_jax.model.compiling import Program, shape_of
 from csm_jax.model.csm import bind
+from csm_jax.model.kernels.choice import XLA
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import Params
 from csm_jax.model.llama import Head
@@ -89,12 +90,14 @@ class DecodeBatch:
         mesh: Mesh | None = None,
         inference: InferenceConfig = DEFAULT_INFERENCE,
         heads: tuple[Head, ...] = (),
+        kernels: str = XLA,
     ):
         """Makes a batch of free slots.
 
         Args:
           mesh: the devices that `params` lie on.
           heads: the alignment heads, whose attention to the text every run returns.
+          kernels: that frames are computed in, as `kernels.choose` returns them.
 
         Raises `InputError` if the data axis of `mesh`, where `params` lie, does not divide a
         size of more than 1."""
@@ -106,6 +109,7 @@ class DecodeBatch:
         self._mesh = mesh
         self._inference = inference
         self._heads = heads
+        self._kernels = kernels
         self._state = init_state(
             config=config,
             batch=size,
@@ -131,6 +135,7 @@ class DecodeBatch:
             arguments = self._params, self._shapes, self._sampling, *flags
             # Defaults too: jit compiles again where an argument is given that was not before.
             more = {"kv_length": length, "heads": self._heads, "calls": NO_CALLS}
+            more["kernels"] = self._kernels
             yield run_frames, arguments, static | more
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
 
@@ -218,6 +223,7 @@ class DecodeBatch:
             heads=self._heads,
             calls=self._functions.calls,
             mesh=self._mesh,
+            kernels=self._kernels,
         )
         (codes, attention), done, count = jax.device_get((frames, self._state.done, count))
         for slot in taken:

@@ -28,7 +28,14 @@ def new_batch(model: LoadedModel, size: int, max_seq_len: int) -> DecodeBatch:
     """An empty batch for a model."""
     heads = model.alignment.heads if model.alignment else ()
     return DecodeBatch(
-        model.config, model.params, size, max_seq_len, model.mesh, model.inference, heads
+        model.config,
+        model.params,
+        size,
+        max_seq_len,
+        model.mesh,
+        model.inference,
+        heads,
+        model.kernels,
     )
 
 

@@ -19,6 +19,7 @@ from csm_jax.inference.row_interventions import NO_INTERVENTIONS, RowInterventio
 from csm_jax.inference.text_positions import TEXT_POSITIONS, TextRows, end_bias, text_weights
 from csm_jax.model.changes import doubled
 from csm_jax.model.csm import CSM, bind
+from csm_jax.model.kernels.choice import XLA, bind_to_kernels
 from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import Array, Params
 from csm_jax.model.llama import Head
@@ -122,10 +123,9 @@ def frame_step(
       returning zeros.
     """
     num_rows, num_prompts = len(state.done), len(state.frame)
-    embedded = model.embed(state.frame[:, None], state.mask[:, None])
     changes = doubled(interventions.backbone.at(state.num_frames), num_prompts)
-    hidden, cache, observed = model.backbone.attend(
-        embedded, state.cache, kv_length, heads, changes=changes
+    hidden, cache, observed = model.advance(
+        state.frame, state.mask, state.cache, kv_length, heads, changes
     )
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.num_frames)
     changes = interventions.at(state.num_frames, end_bias(text, model.config.num_codebooks))
@@ -289,7 +289,7 @@ def set_num_prompts(
 
 @functools.partial(
     jax.jit,
-    static_argnames=("config", "kv_length", "heads", "calls", "mesh"),
+    static_argnames=("config", "kv_length", "heads", "calls", "mesh", "kernels"),
     donate_argnames="state",
 )
 def run_frames(
@@ -306,6 +306,7 @@ def run_frames(
     heads: tuple[Head, ...] = (),
     calls: Calls = NO_CALLS,
     mesh: Mesh | None = None,
+    kernels: str = XLA,
 ) -> tuple[GenerationState, Frames, Array]:
     """Generates up to `num_frames` (at most `CHUNK_FRAMES`) frames, or until all rows end.
 
@@ -315,11 +316,12 @@ def run_frames(
       pause: bool [], whether to stop as soon as any row ends.
       text, heads, interventions, calls: as for `frame_step`.
       kv_length: as for `Llama.__call__`.
+      kernels: as `kernels.choose` returns them.
 
     Returns:
       The state; `CHUNK_FRAMES` frames; and how many of those were run.
     """
-    model = bind(config, params)
+    model = bind_to_kernels(config, params, kernels)
     done_before = state.done
 
     def unfinished(carry: tuple[GenerationState, Frames, Array]) -> Array:

@@ -15,6 +15,7 @@ from csm_jax.errors import InputError
 from csm_jax.inference.config import DEFAULT_INFERENCE, InferenceConfig
 from csm_jax.inference.voice import ModelIdentity
 from csm_jax.mimi.codec import Codec
+from csm_jax.model.kernels.choice import XLA
 from csm_jax.model.layers import Array, Params
 from csm_jax.model.precision import Precision
 from csm_jax.prompt.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class LoadedModel:
       inference: how requests are split, limited and batched.
       alignment: the heads that tell which word is spoken; None where the checkpoint has none.
       name: what it was loaded by.
+      kernels: that frames are computed in, as `kernels.choose` returns them.
     """
 
     config: CSMConfig
@@ -51,6 +53,7 @@ class LoadedModel:
     inference: InferenceConfig = DEFAULT_INFERENCE
     alignment: AlignmentHeads | None = None
     name: str = "a model without a name"
+    kernels: str = XLA
 
     @classmethod
     def from_params(
@@ -63,6 +66,7 @@ class LoadedModel:
         alignment: AlignmentHeads | None = None,
         inference: InferenceConfig = DEFAULT_INFERENCE,
         name: str = "a model without a name",
+        kernels: str = XLA,
     ) -> Self:
         """A model of parameters in two sections, as `native_format.place_params` returns them.
 
@@ -71,7 +75,9 @@ class LoadedModel:
         """
         codec = Codec(config.codec, params["codec"])
         csm = params["csm"]
-        return cls(config, csm, tokenizer, codec, precision, mesh, inference, alignment, name)
+        return cls(
+            config, csm, tokenizer, codec, precision, mesh, inference, alignment, name, kernels
+        )
 
     def __repr__(self) -> str:
         leaves = jax.tree.leaves(self.params)

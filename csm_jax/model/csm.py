@@ -13,8 +13,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from csm_jax.config import CSMConfig
-from csm_jax.model.changes import NO_CHANGES, FrameChanges, doubled, guide
-from csm_jax.model.kv_cache import KVCache, LayerCache
+from csm_jax.model.changes import (
+    NO_CHANGES,
+    NO_STACK_CHANGES,
+    FrameChanges,
+    StackChanges,
+    doubled,
+    guide,
+)
+from csm_jax.model.kv_cache import KVCache
 from csm_jax.model.layers import (
     AnyArray,
     Array,
@@ -31,7 +38,7 @@ from csm_jax.model.logits_functions import NO_STATES, CallStates, FrameFunctions
 from csm_jax.model.normed_products import normed_products
 from csm_jax.model.precision import FLOAT32, Precision, Role
 from csm_jax.model.random_numbers import uniform_numbers
-from csm_jax.model.sampling import SamplingParams, penalize_repetition, sample
+from csm_jax.model.sampling import LogitFilter, SamplingParams, penalize_repetition, sample
 
 
 class _Depth(NamedTuple):
@@ -39,14 +46,14 @@ class _Depth(NamedTuple):
 
     Attributes:
       code: int32 [B], the code before.
-      layers: of its cache, whose positions are codebooks.
+      cache: its cache, whose positions are codebooks: as long as the number of the next one.
       end_bias: float32 [B, Q], of the codes to come.
       codes: int32 [B, Q], all so far; None without functions that want them.
       states: of these functions.
     """
 
     code: Array
-    layers: tuple[LayerCache, ...]
+    cache: KVCache
     end_bias: Array | None
     codes: Array | None
     states: tuple[Any, ...]
@@ -60,7 +67,10 @@ class CSM(nnx.Module):
       audio_embedding: [Q * V, D], row `code + codebook * V`; both stacks read it.
       codebook0_head: [V, D].
       depth_heads: weight [Q - 1, V, depth D], one head per codebook 1..Q-1.
+      depth_unroll: how many codebooks a pass of the compiled loop over them has.
     """
+
+    depth_unroll = 1
 
     def __init__(self, config: CSMConfig, *, precision: Precision = FLOAT32, rngs: Rngs):
         self.config = config
@@ -104,6 +114,27 @@ class CSM(nnx.Module):
         # 33 bfloat16 terms, added in float32 as torch does.
         kept = jnp.where(mask[..., None], embeddings, 0).astype(jnp.float32)
         return jnp.sum(kept, axis=-2).astype(self.dtype)
+
+    def advance(
+        self,
+        frames: Array,
+        mask: Array,
+        cache: KVCache,
+        kv_length: int | None = None,
+        heads: tuple[Head, ...] = (),
+        changes: StackChanges = NO_STACK_CHANGES,
+    ) -> tuple[Array, KVCache, Observed]:
+        """Feeds one row of every prompt to the backbone.
+
+        Args:
+          frames, mask: int32 and bool [B, Q + 1].
+          cache, kv_length, heads, changes: as for `Llama.attend`.
+
+        Returns:
+          As `Llama.attend`, the states [B, 1, D].
+        """
+        embedded = self.embed(frames[:, None], mask[:, None])
+        return self.backbone.attend(embedded, cache, kv_length, heads, changes=changes)
 
     def embed_code(self, code: Array, codebook: Array | int) -> Array:
         """Embedding of one codebook's ids: int32 [B] -> [B, D]."""
@@ -154,9 +185,9 @@ class CSM(nnx.Module):
             logits, first_states = functions.apply_first(logits, states.first)
         logits = penalize_repetition(logits, seen, sampling.repetition_penalty)
         logits = _with_end_bias(logits, changes.end_bias, 0)
-        first = _force(sample(logits, numbers[0], sampling.backbone), changes.forced, 0)
+        first = _force(self.draw(logits, numbers, 0, sampling.backbone), changes.forced, 0)
         codes, rest_states = self._sample_depth(
-            hidden, first, numbers[1:], sampling, changes, functions, states.rest
+            hidden, first, numbers, sampling, changes, functions, states.rest
         )
         return codes, CallStates(first_states, rest_states)
 
@@ -164,15 +195,14 @@ class CSM(nnx.Module):
         self,
         hidden: Array,
         first: Array,
-        uniform: Array,
+        numbers: Array,
         sampling: SamplingParams,
         changes: FrameChanges,
         functions: FrameFunctions | None,
         states: tuple[Any, ...],
     ) -> tuple[Array, tuple[Any, ...]]:
-        """Codebooks 1..Q-1 given codebook 0; uniform [Q - 1, B]. Returns all codes [B, Q]."""
+        """Codebooks 1..Q-1 given codebook 0, drawn by numbers [Q, B]: all codes [B, Q]."""
         num_codebooks, num_rows = self.config.num_codebooks, len(hidden)
-        heads = self.depth_heads.matrix
         stack_changes = doubled(changes.depth_decoder, num_rows)
 
         def after(code: Array, codebook: Array | int, before: _Depth) -> _Depth:
@@ -182,45 +212,76 @@ class CSM(nnx.Module):
             )
 
         def next_code(inputs: Array, before: _Depth, codebook: Array) -> _Depth:
-            projected = self.projection(doubled(inputs, num_rows))
-            # Given by the codebook, the length needs no kernel that counts it.
-            length = (codebook + 1 - inputs.shape[1])[None]
-            hidden, cache, _ = self.depth_decoder.attend(
-                projected, KVCache(before.layers, length), changes=stack_changes, final_norm=False
-            )
-            head = jax.tree.map(lambda table: lookup(table, codebook - 1), heads)
-            (product,) = normed_products(self.depth_decoder.norm, hidden[:, -1:], head)
-            logits = guide(product[:, 0], changes.depth_guidance)
+            product, cache = self.depth_step(inputs, before.cache, stack_changes)
+            logits = guide(product, changes.depth_guidance)
             new_states = ()
             if functions is not None:
                 logits, new_states = functions.apply_rest(
                     logits, before.states, codebook, before.codes
                 )
             logits = _with_end_bias(logits, before.end_bias, codebook)
-            code = sample(logits, uniform[codebook - 1], sampling.depth_decoder)
+            code = self.draw(logits, numbers, codebook, sampling.depth_decoder)
             code = _force(code, changes.forced, codebook)
-            return after(code, codebook, before._replace(layers=cache.layers, states=new_states))
+            return after(code, codebook, before._replace(cache=cache, states=new_states))
 
-        def body(before: tuple[Array, _Depth], _: None) -> tuple[tuple[Array, _Depth], Array]:
-            codebook, depth = before
-            inputs = self.embed_code(depth.code, codebook - 1)[:, None]  # [B, 1, D]
-            depth = next_code(inputs, depth, codebook)
-            return (codebook + 1, depth), depth.code
+        def body(before: _Depth, _: None) -> tuple[_Depth, Array]:
+            # To look it up in an array of all takes a GPU a kernel more.
+            codebook = before.cache.lengths[0]
+            inputs = self.depth_input(doubled(before.code, num_rows), codebook)
+            depth = next_code(inputs, before, codebook)
+            return depth, depth.code
 
-        # The cache is empty at every frame: its positions are codebooks, not frames.
-        config = self.config.depth_decoder
-        cache = KVCache.create(config, num_rows, num_codebooks, hidden.dtype, num_lengths=1)
         embedded = doubled(self.embed_code(first, 0), num_rows)
-        inputs = jnp.stack([hidden, embedded], axis=1)  # [B, 2, D]
+        inputs = self.projection(jnp.stack([hidden, embedded], axis=1))  # [B, 2, depth D]
+        cache = self.depth_cache(num_rows, stack_changes)
         no_codes = functions.no_codes() if functions and functions.calls.rest else None
-        depth = after(first, 0, _Depth(first, cache.layers, changes.end_bias, no_codes, states))
+        depth = after(first, 0, _Depth(first, cache, changes.end_bias, no_codes, states))
         depth = next_code(inputs, depth, jnp.int32(1))
         second = depth.code
-        # The codebook is carried: to look it up takes a GPU a kernel more.
-        start = jnp.int32(2), depth
-        (_, depth), rest = jax.lax.scan(body, start, None, length=num_codebooks - 2)
+        depth, rest = jax.lax.scan(
+            body, depth, None, length=num_codebooks - 2, unroll=self.depth_unroll
+        )
         codes = jnp.concatenate([first[None], second[None], rest])
         return codes.T, depth.states
+
+    def draw(
+        self, logits: Array, numbers: Array, codebook: Array | int, values: LogitFilter
+    ) -> Array:
+        """Codes int32 [B] of logits [B, V], drawn by the codebook's numbers of [Q, B]."""
+        return sample(logits, numbers[codebook], values)
+
+    def depth_input(self, code: Array, codebook: Array) -> Array:
+        """The depth decoder's input for a codebook, of the code before: int32 [B] -> [B, 1, D]."""
+        return self.projection(self.embed_code(code, codebook - 1)[:, None])
+
+    def depth_cache(self, num_rows: int, changes: StackChanges = NO_STACK_CHANGES) -> KVCache:
+        """The depth decoder's cache before the steps of a frame, which `changes` are given to."""
+        del changes
+        config, capacity = self.config.depth_decoder, self.config.num_codebooks
+        return KVCache.create(config, num_rows, capacity, self.dtype, num_lengths=1)
+
+    def depth_step(
+        self, inputs: Array, cache: KVCache, changes: StackChanges = NO_STACK_CHANGES
+    ) -> tuple[Array, KVCache]:
+        """Logits of the codebook at the last of T new positions.
+
+        Args:
+          inputs: [B, T, depth D]; position 0 has the backbone's state, and position q > 0 the code
+            of codebook q - 1.
+          cache: of the positions before, all rows alike.
+          changes: what is changed at the new positions.
+
+        Returns:
+          float32 [B, V]; and the cache with the new positions.
+        """
+        hidden, after, _ = self.depth_decoder.attend(
+            inputs, cache, changes=changes, final_norm=False
+        )
+        # The codebook of position q > 0 is q, and its head the one before.
+        index = cache.lengths[0] + (inputs.shape[1] - 2)
+        head = jax.tree.map(lambda table: lookup(table, index), self.depth_heads.matrix)
+        (product,) = normed_products(self.depth_decoder.norm, hidden[:, -1:], head)
+        return product[:, 0], after
 
     def hidden(self, frames: AnyArray, mask: AnyArray, remat: bool = False) -> Array:
         """Teacher-forced backbone: states [B, T, D] of rows that begin with these frames.
@@ -309,18 +370,18 @@ def _where_zero(end_bias: Array | None, code: Array) -> Array | None:
     return None if end_bias is None else jnp.where(code[:, None] == 0, end_bias, 0)
 
 
-def bind(config: CSMConfig, params: Params) -> CSM:
+def bind(config: CSMConfig, params: Params, kind: type[CSM] = CSM) -> CSM:
     """The model over a pure dictionary of parameters, for use inside a jitted function."""
-    return nnx.merge(_graph(config, int8="weight_scale" in params["projection"]), params)
+    return nnx.merge(_graph(config, "weight_scale" in params["projection"], kind), params)
 
 
 @functools.cache
-def _graph(config: CSMConfig, int8: bool) -> nnx.GraphDef[CSM]:
+def _graph(config: CSMConfig, int8: bool, kind: type[CSM]) -> nnx.GraphDef[CSM]:
     """The module tree without parameters: of a precision, only whether it is int8 matters here."""
-    return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8)))
+    return nnx.graphdef(abstract(config, dataclasses.replace(FLOAT32, int8=int8), kind))
 
 
 @functools.cache
-def abstract(config: CSMConfig, precision: Precision) -> CSM:
+def abstract(config: CSMConfig, precision: Precision, kind: type[CSM] = CSM) -> CSM:
     """The module tree with shapes for weights: nothing is allocated."""
-    return nnx.eval_shape(lambda: CSM(config, precision=precision, rngs=None))
+    return nnx.eval_shape(lambda: kind(config, precision=precision, rngs=None))

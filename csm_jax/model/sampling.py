@@ -199,7 +199,7 @@ def _top_p(logits: Array, p: AnyArray) -> Array:
 
     # The defaults do not need these passes over the vocabulary.
     everything = jnp.ones(logits.shape, bool)
-    kept = jax.lax.cond(jnp.any(p < 1), search, lambda *_: everything, logits, p)
+    kept = jax.lax.cond(jnp.min(p) < 1, search, lambda *_: everything, logits, p)
     return jnp.where(kept, logits, -jnp.inf)
 
 

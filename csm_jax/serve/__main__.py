@@ -76,7 +76,7 @@ def main(values: flags.FlagValues) -> None:
     watermark = watermark_flags.read_watermark(values)
     listening = _listen(values.host, values.port, BACKLOG)
     model = (values.checkpoint, settings, values.dtype, values.quantize, values.adapters)
-    app = load_app(*model, watermark)
+    app = load_app(*model, watermark, values.kernels)
     _log_to_stderr()
     watermark_flags.warn_if_unmarked(values, watermark)
     service = app.state.service

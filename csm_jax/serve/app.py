@@ -13,6 +13,7 @@ from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 from csm_jax.errors import InputError
 from csm_jax.inference.generator import Generator, load
 from csm_jax.loading import find_directory
+from csm_jax.model.kernels.choice import XLA
 from csm_jax.serve import errors
 from csm_jax.serve.api import (
     batches,
@@ -55,6 +56,7 @@ def load_app(
     quantize: str | None = None,
     adapters: str | None = None,
     watermark: Watermark | None = None,
+    kernels: str = XLA,
 ) -> FastAPI:
     """Loads a checkpoint, and makes the application with the voices in its directory `prompts`.
 
@@ -66,7 +68,7 @@ def load_app(
         raise InputError(f"--voices is {str(settings.voices)!r}, which is not a directory")
     store = Store(settings.data, settings.limits)
     try:
-        model = load(checkpoint, dtype, quantize, adapters=adapters)
+        model = load(checkpoint, dtype, quantize, adapters=adapters, kernels=kernels)
         presets = find_presets(checkpoint, find_directory(checkpoint))
         return create_app(model, settings, presets, store, watermark)
     except BaseException:

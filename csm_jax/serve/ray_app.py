@@ -22,6 +22,7 @@ DEFAULTS = {
     "checkpoint": "sesame/csm-1b",
     "dtype": "auto",
     "quantize": None,
+    "kernels": "xla",
     "min_replicas": 1,
     "max_replicas": 1,
     "num_gpus": 0,
@@ -48,9 +49,9 @@ def build(arguments: dict[str, Any]) -> serve.Application:
     key = None if values["watermark_key"] is None else parse_key(values["watermark_key"])
 
     def make_app() -> FastAPI:
-        checkpoint, dtype, quantize = (values[k] for k in ("checkpoint", "dtype", "quantize"))
+        model = values["checkpoint"], settings, values["dtype"], values["quantize"]
         watermark = choose(values["watermark"], values["watermark_weights"], key)
-        return load_app(checkpoint, settings, dtype, quantize, watermark=watermark)
+        return load_app(*model, watermark=watermark, kernels=values["kernels"])
 
     scaling = AutoscalingConfig(
         min_replicas=int(values["min_replicas"]),

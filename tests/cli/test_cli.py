@@ -172,6 +172,7 @@ BAD_INPUT = {
     "truncated file": ([HI, "--checkpoint={bad}/cut"], "is damaged or was not downloaded whole"),
     "no tokenizer": ([HI, "--checkpoint={bad}/no_tokenizer"], "no tokenizer.json"),
     "unknown quantization": ([HI, "--quantize=int4"], "quantize is int4, but must be none or int8"),
+    "unknown kernels": ([HI, "--kernels=cuda"], "kernels is cuda, but must be xla or pallas"),
     "unknown dtype": ([HI, "--dtype=int4"], "dtype is int4, but must be auto, float32"),
     # Outputs.
     "no out": ([HI, "--out="], "unknown audio format ''"),

@@ -1,0 +1,1 @@
+"""Fused kernels of a GPU for steps of one position, in Pallas (Triton): `kernels="pallas"`."""
