@@ -55,7 +55,7 @@ def pytest_xdist_auto_num_workers() -> int:
 # Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
 # compiles, and it crashes where it gets no more.
 # A module of tests adds 9000 at most.
-_MAX_MEMORY_MAPS = 40_000
+_MAX_MEMORY_MAPS = 20_000
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.
 jax.config.update("jax_numpy_dtype_promotion", "strict")
