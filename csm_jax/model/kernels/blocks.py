@@ -168,7 +168,12 @@ def products(
 def _multiply(values: Array, weight: Array, num_rows: int) -> Array:
     if num_rows == 1:
         return values.astype(jnp.float32) * weight.astype(jnp.float32)
-    return triton.dot(values, weight.astype(values.dtype), trans_b=True)
+    return jax.lax.dot_general(
+        values,
+        weight.astype(values.dtype),
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )
 
 
 def load_weight(matrix: Matrix, columns: Span) -> Array:
