@@ -60,12 +60,15 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
       start: int32 [B], or [1] for all rows alike.
     """
     if start.shape[0] == 1:
-        if cache.key.shape[0] > 1 or key.shape[3] > 1 or cache.key.shape[3] > SHORT:
+        if key.shape[3] > 1:
             return _write_rows_alike(cache, key, value, start)
+        forms = {"cpu": _write_apart}
         # A GPU copies a short cache in the kernel that computes its new position. Of several rows
         # XLA would transpose the copy, in a kernel more than it saves.
+        if cache.key.shape[0] == 1 and cache.key.shape[3] <= SHORT:
+            forms["cuda"] = _write_one_position
         return jax.lax.platform_dependent(
-            cache, key, value, start, cuda=_write_one_position, default=_write_rows_alike
+            cache, key, value, start, **forms, default=_write_rows_alike
         )
     if rows_are_divided():
         return jax.vmap(_write_row)(cache, key, value, start)
@@ -77,6 +80,18 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
 def _write_rows_alike(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
     put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start[0], axis=3)
     return LayerCache(put(cache.key, key), put(cache.value, value))
+
+
+def _write_apart(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
+    """Writes values in a loop of one pass.
+
+    XLA:CPU would compute a write that it can move into the product that reads the values twice,
+    there and here, and copy all of the cache for that. It moves nothing out of a loop.
+    """
+    once = jnp.minimum(start[0], 0) + 1  # 1, which a compiler does not know
+    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start[0], axis=3)
+    values = jax.lax.fori_loop(0, once, lambda _, before: put(before, value), cache.value)
+    return LayerCache(put(cache.key, key), values)
 
 
 def _write_one_position(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
