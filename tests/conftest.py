@@ -54,7 +54,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Linux lets a process have 65530 memory maps, XLA:CPU makes some ten for every program that it
 # compiles, and it crashes where it gets no more.
-# A module of tests adds 9000 at most.
+# A module of tests adds 9000 at most. With fewer programs a worker also takes less memory.
 _MAX_MEMORY_MAPS = 20_000
 
 # A silent promotion to float32 doubles memory traffic, and a silent broadcast hides a wrong axis.

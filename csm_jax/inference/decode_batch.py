@@ -134,8 +134,12 @@ class DecodeBatch:
             flags = np.int32(1), np.bool_(True), self._text, NO_INTERVENTIONS
             arguments = self._params, self._shapes, self._sampling, *flags
             # Defaults too: jit compiles again where an argument is given that was not before.
-            more = {"kv_length": length, "heads": self._heads, "calls": NO_CALLS}
-            more["kernels"] = self._kernels
+            more = {
+                "kv_length": length,
+                "heads": self._heads,
+                "calls": NO_CALLS,
+                "kernels": self._kernels,
+            }
             yield run_frames, arguments, static | more
         yield set_row, (self._shapes, index, self._empty_row()), {"mesh": self._mesh}
 

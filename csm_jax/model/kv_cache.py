@@ -62,7 +62,7 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
     if start.shape[0] == 1:
         if key.shape[3] > 1:
             return _write_rows_alike(cache, key, value, start)
-        forms = {"cpu": _write_apart}
+        forms = {"cpu": _write_values_in_a_loop}
         # A GPU copies a short cache in the kernel that computes its new position. Of several rows
         # XLA would transpose the copy, in a kernel more than it saves.
         if cache.key.shape[0] == 1 and cache.key.shape[3] <= SHORT:
@@ -78,20 +78,24 @@ def write(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCac
 
 
 def _write_rows_alike(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start[0], axis=3)
-    return LayerCache(put(cache.key, key), put(cache.value, value))
+    return LayerCache(_put(cache.key, key, start), _put(cache.value, value, start))
 
 
-def _write_apart(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:
+def _put(whole: Array, new: Array, start: Array) -> Array:
+    return jax.lax.dynamic_update_slice_in_dim(whole, new, start[0], 3)
+
+
+def _write_values_in_a_loop(
+    cache: LayerCache, key: Array, value: Array, start: Array
+) -> LayerCache:
     """Writes values in a loop of one pass.
 
     XLA:CPU would compute a write that it can move into the product that reads the values twice,
     there and here, and copy all of the cache for that. It moves nothing out of a loop.
     """
     once = jnp.minimum(start[0], 0) + 1  # 1, which a compiler does not know
-    put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=start[0], axis=3)
-    values = jax.lax.fori_loop(0, once, lambda _, before: put(before, value), cache.value)
-    return LayerCache(put(cache.key, key), values)
+    values = jax.lax.fori_loop(0, once, lambda _, before: _put(before, value, start), cache.value)
+    return LayerCache(_put(cache.key, key, start), values)
 
 
 def _write_one_position(cache: LayerCache, key: Array, value: Array, start: Array) -> LayerCache:

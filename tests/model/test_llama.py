@@ -215,8 +215,13 @@ def test_a_step_keeps_the_shapes_and_types_of_the_cache():
 
 @pytest.mark.parametrize(
     ("write", "starts"),
-    [(kv.write, [3, 1]), (kv.write, [2]), (kv._write_rows_in_turn, [3, 1])],
-    ids=["rows", "alike", "tpu"],
+    [
+        (kv.write, [3, 1]),
+        (kv.write, [2]),
+        (kv._write_rows_in_turn, [3, 1]),
+        (kv._write_values_in_a_loop, [2]),
+    ],
+    ids=["rows", "alike", "tpu", "cpu"],
 )
 def test_write_puts_each_row_at_its_start(write, starts):
     """A scalar start applies to all rows."""
